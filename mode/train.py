@@ -1,0 +1,222 @@
+"""The one training loop. A method changes the model, its stages and which parameters train; never this loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mode.checkpoint import load_checkpoint, save_checkpoint, trainable, write_atomic
+from mode.data.batches import Batches
+from mode.loss import head, hidden_states, next_token_loss, token_scores
+from mode.settings import ConfigError, Train
+
+Point = dict[str, Any]
+"""One point of the training curve: step, loss, accuracy, lr, tokens_per_second, and what the model reports of itself."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the loop is asked to do.
+
+    Attributes:
+        settings: The loop's settings.
+        steps: Optimizer steps of this stage.
+        lr: Peak learning rate.
+        folder: Where the checkpoint and the training curve go.
+        validate: Scores the model on the validation split of the domains it trains on.
+        observe: Called with every new point of the curve.
+        lr_scales: Factor on the learning rate for parameters whose name starts with the key.
+    """
+
+    settings: Train
+    steps: int
+    lr: float
+    folder: Path
+    validate: Callable[[], Point]
+    observe: Callable[[Point], None] = lambda point: None
+    lr_scales: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def checkpoint(self) -> Path:
+        """File of the latest checkpoint."""
+        return self.folder / "checkpoint.safetensors"
+
+    @property
+    def curve(self) -> Path:
+        """File of the training curve, one JSON object a line."""
+        return self.folder / "curve.jsonl"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the loop did: steps, tokens seen, seconds of training alone, and the training curve."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    curve: Sequence[Point]
+
+
+def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
+    """Train the parameters of a model that require a gradient, from the latest checkpoint if there is one.
+
+    Two runs of the same configuration end bit-identical on the same machine, whether or not one of them was
+    interrupted: a batch is a function of (seed, step), and checkpoints fall on points of the curve.
+
+    Args:
+        model: A causal LM.
+        batches: The rows of every step.
+        job: Settings, folders and callbacks.
+
+    Raises:
+        ConfigError: The loss is no longer finite, or a checkpoint is damaged.
+    """
+    settings, device = job.settings, next(model.parameters()).device
+    optimizer = make_optimizer(model, job)
+    step, seconds, curve = restore(model, optimizer, job)
+    model.train()
+    total = torch.zeros((), device=device)
+    begin = time.monotonic()
+    while step < job.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(step, job.steps, settings)
+        rows = torch.from_numpy(batches.batch(step)).to(device)
+        loss, states = accumulate(model, rows, settings, device)
+        torch.nn.utils.clip_grad_norm_(trainable(model).values(), settings.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        total += loss
+        step += 1
+        if step % settings.log_every == 0 or step == job.steps:
+            seconds += time.monotonic() - begin
+            since = (step - 1) % settings.log_every + 1
+            point = measure(model, job, step, float(total) / since, states, rows)
+            curve.append(point | {"seconds": round(seconds, 3)})
+            append(job, curve[-1], optimizer, model)
+            report = dict(curve[-1], tokens_per_second=throughput(curve, settings))
+            job.observe(report)
+            total.zero_()
+            begin = time.monotonic()
+    tokens = job.steps * settings.batch_size * settings.sequence_length
+    return Trained(steps=job.steps, tokens=tokens, seconds=seconds, curve=curve)
+
+
+def accumulate(model: nn.Module, rows: Tensor, settings: Train, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Run forward and backward over the micro-batches of a step.
+
+    Returns:
+        The mean loss of the step, and the last micro-batch's hidden states, (B / accumulate, S, d).
+    """
+    loss = torch.zeros((), device=device)
+    states = loss
+    for micro in rows.chunk(settings.accumulate):
+        with autocast(settings, device):
+            states = hidden_states(model, micro[:, :-1])
+        part = next_token_loss(states, head(model), micro[:, 1:]) / settings.accumulate
+        if part.requires_grad:
+            part.backward()
+        loss += part.detach()
+    return loss, states.detach()
+
+
+def autocast(settings: Train, device: torch.device) -> torch.autocast:
+    """Return the context of the forward pass: bf16 where asked for, or by default on an accelerator that has it."""
+    wanted = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+
+
+def make_optimizer(model: nn.Module, job: Job) -> torch.optim.AdamW:
+    """Build AdamW over what trains: matrices with weight decay, vectors without, learning rates scaled by name."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in trainable(model).items():
+        scale = next((value for prefix, value in job.lr_scales.items() if name.startswith(prefix)), 1.0)
+        decay = job.settings.weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
+    if not groups:
+        raise ConfigError("nothing to train: every parameter of this model is frozen")
+    return torch.optim.AdamW(
+        [
+            {"params": members, "weight_decay": decay, "peak": job.lr * scale}
+            for (scale, decay), members in groups.items()
+        ],
+        lr=job.lr,
+        betas=job.settings.betas,
+        fused=True,
+    )
+
+
+def schedule(step: int, steps: int, settings: Train) -> float:
+    """Return the learning rate of a step as a share of its peak: linear warm-up, then a cosine.
+
+    >>> from types import SimpleNamespace as Settings
+    >>> [round(schedule(step, 10, Settings(warmup=0.2, final_lr=0.1)), 3) for step in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.55, 0.134]
+    """
+    warmup = math.ceil(settings.warmup * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return settings.final_lr + (1.0 - settings.final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def measure(model: nn.Module, job: Job, step: int, loss: float, states: Tensor, rows: Tensor) -> Point:
+    """Return a point of the curve: the mean loss since the last point, and the last micro-batch's accuracy."""
+    if not math.isfinite(loss):
+        raise ConfigError(f"the loss is {loss} at step {step}; try a lower train.lr than {job.lr:g}")
+    targets = rows.chunk(job.settings.accumulate)[-1][:, 1:]
+    scores = token_scores(states, head(model), targets)
+    lr = job.lr * schedule(step - 1, job.steps, job.settings)
+    point: Point = {"step": step, "loss": loss, "accuracy": float(scores.hit.float().mean()), "lr": lr}
+    if hasattr(model, "observations"):
+        point |= model.observations()
+    every = job.settings.validate_every
+    if every and (step % every == 0 or step == job.steps):
+        point |= job.validate()
+        model.train()
+    return point
+
+
+def append(job: Job, point: Point, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Append a point to the curve, and save a checkpoint where one is due."""
+    with job.curve.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(point) + "\n")
+    if point["step"] % job.settings.checkpoint_every == 0 or point["step"] == job.steps:
+        save_checkpoint(job.checkpoint, model, optimizer, {"step": point["step"], "seconds": point["seconds"]})
+
+
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, job: Job) -> tuple[int, float, list[Point]]:
+    """Go back to the latest checkpoint: its step, its seconds of training, and the curve up to it."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    step, seconds, curve = 0, 0.0, []
+    if job.checkpoint.exists():
+        counters = load_checkpoint(job.checkpoint, model, optimizer)
+        step, seconds = int(str(counters["step"])), float(str(counters["seconds"]))
+        curve = [point for point in read_curve(job.curve) if point["step"] <= step]
+    write_atomic(job.curve, "".join(json.dumps(point) + "\n" for point in curve).encode())
+    return step, seconds, curve
+
+
+def read_curve(path: Path) -> list[Point]:
+    """Read a training curve, without a last line that a crash cut short."""
+    points: list[Point] = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        try:
+            points.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return points
+
+
+def throughput(curve: Sequence[Point], settings: Train) -> float:
+    """Return the tokens per second between the last two points of a curve."""
+    last, before = curve[-1], curve[-2] if len(curve) > 1 else {"step": 0, "seconds": 0.0}
+    steps, seconds = last["step"] - before["step"], last["seconds"] - before["seconds"]
+    return float(steps * settings.batch_size * settings.sequence_length / max(seconds, 1e-9))
