@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from mode.settings import Backbone, ConfigError
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 EMBEDDED = "embedded:"
@@ -30,8 +29,14 @@ class BackboneTokenizer:
         fingerprint: Digest of the serialised tokenizer.
     """
 
-    def __init__(self, backend: Any, eos_id: int) -> None:
-        """Wrap a tokenizer of the `tokenizers` library."""
+    def __init__(self, backend: Any, eos_id: int | None) -> None:
+        """Wrap a tokenizer of the `tokenizers` library.
+
+        Raises:
+            ConfigError: There is no end-of-sequence token.
+        """
+        if eos_id is None:
+            raise ConfigError("the tokenizer has no end-of-sequence token, which closes every document")
         self.backend = backend
         self.eos_id = eos_id
         self.vocab_size = int(backend.get_vocab_size())
@@ -46,22 +51,60 @@ class BackboneTokenizer:
         return str(self.backend.decode(ids))
 
 
-def locate(backbone: Backbone) -> str:
-    """Return the folder of an embedded or local backbone, or the Hugging Face id.
+def locate(backbone: Backbone) -> Path:
+    """Return the folder of a backbone, fetching it from the Hugging Face hub on first use.
 
     Raises:
-        ConfigError: There is no such embedded backbone or local folder.
+        ConfigError: There is no such embedded backbone, local folder or id, or the hub cannot be reached.
     """
     if backbone.path.startswith(EMBEDDED):
         folder = Path(str(files("mode"))) / "embedded" / backbone.path.removeprefix(EMBEDDED)
         if not (folder / "config.json").exists():
             raise ConfigError(f"backbone.path={backbone.path}: no such embedded backbone in {folder.parent}")
-        return str(folder)
+        return folder
     path = Path(backbone.path).expanduser()
-    looks_local = backbone.path.startswith((".", "/", "~")) or backbone.path.count("/") > 1
-    if looks_local and not (path / "config.json").exists():
-        raise ConfigError(f"backbone.path={backbone.path}: no config.json in that folder")
-    return str(path) if path.exists() else backbone.path
+    if (path / "config.json").exists():
+        return path
+    if path.exists() or backbone.path.startswith((".", "/", "~")) or backbone.path.count("/") > 1:
+        raise ConfigError(f"backbone.path={backbone.path}: no folder with a config.json there")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(backbone.path, revision=backbone.revision, allow_patterns=patterns))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"backbone.path={backbone.path}: neither a folder nor to be had from the hub: {reason}"
+        ) from error
+
+
+def weights_fingerprint(backbone: Backbone) -> str:
+    """Return a digest of a backbone's weight files, without loading them.
+
+    Raises:
+        ConfigError: The folder has no safetensors weights.
+    """
+    folder = locate(backbone)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(f"backbone.path={backbone.path}: no .safetensors weights there (other formats are not read)")
+    total = hashlib.sha256()
+    for path in weights:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
+def num_parameters(backbone: Backbone) -> int:
+    """Count a backbone's parameters from the headers of its weight files; tied weights are stored, and count, once."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in sorted(locate(backbone).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total
 
 
 def load_model(backbone: Backbone) -> PreTrainedModel:
@@ -70,20 +113,22 @@ def load_model(backbone: Backbone) -> PreTrainedModel:
     Raises:
         ConfigError: The weights cannot be found or read, or the architecture is not supported.
     """
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     place = locate(backbone)
     try:
-        config = AutoConfig.from_pretrained(place, revision=backbone.revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         if config.model_type not in FAMILIES:
             raise ConfigError(
                 f"backbone {backbone.name}: architecture {config.model_type} is not supported; "
                 f"supported: {', '.join(FAMILIES)}"
             )
         model = AutoModelForCausalLM.from_pretrained(
-            place, config=config, revision=backbone.revision, dtype=torch.float32,
-            use_safetensors=True, trust_remote_code=False,
-        )  # fmt: skip
+            place, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -103,19 +148,17 @@ def load_tokenizer(backbone: Backbone) -> BackboneTokenizer:
 
     place = locate(backbone)
     try:
-        if (Path(place) / "tokenizer.json").exists():
-            backend = Tokenizer.from_file(str(Path(place) / "tokenizer.json"))
+        if (place / "tokenizer.json").exists():
+            backend = Tokenizer.from_file(str(place / "tokenizer.json"))
             if backend.token_to_id(EOS) is not None:
-                return BackboneTokenizer(backend, int(backend.token_to_id(EOS)))
+                return BackboneTokenizer(backend, backend.token_to_id(EOS))
         from transformers import AutoTokenizer
 
-        auto = AutoTokenizer.from_pretrained(place, revision=backbone.revision, trust_remote_code=False)
+        auto = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"backbone {backbone.name}: no tokenizer at {backbone.path}: {reason}") from error
-    if auto.eos_token_id is None:
-        raise ConfigError(f"backbone {backbone.name}: its tokenizer has no end-of-sequence token")
-    return BackboneTokenizer(auto.backend_tokenizer, int(auto.eos_token_id))
+    return BackboneTokenizer(auto.backend_tokenizer, auto.eos_token_id)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> BackboneTokenizer:
@@ -137,7 +180,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> BackboneTokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return BackboneTokenizer(backend, int(backend.token_to_id(EOS)))
+    return BackboneTokenizer(backend, backend.token_to_id(EOS))
 
 
 def save_backbone(model: PreTrainedModel, tokenizer: BackboneTokenizer, folder: Path) -> None:
@@ -152,6 +195,8 @@ def save_backbone(model: PreTrainedModel, tokenizer: BackboneTokenizer, folder: 
 
 def fingerprint(model: nn.Module) -> str:
     """Return a digest of a model's weights: names, shapes and bytes."""
+    import torch
+
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

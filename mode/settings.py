@@ -6,6 +6,8 @@ Hydra composes YAML, `mode.config` turns the result into these types, and nothin
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
@@ -20,6 +22,16 @@ SPLITS: tuple[Split, ...] = ("test", "validation", "train", "pretrain")
 
 class ConfigError(ValueError):
     """A mistake in what the user asked for, told in one line: what is wrong, where, and the nearest right thing."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Phrase the nearest valid choice, if there is one.
+
+    >>> nearest("lroa", ["sft", "lora"])
+    '; did you mean lora?'
+    """
+    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -105,9 +117,7 @@ class FilesSource:
     column: str = "text"
 
 
-Source = Annotated[
-    StdlibSource | WheelSource | GeneratorSource | HubSource | FilesSource, Field(discriminator="kind")
-]
+Source = Annotated[StdlibSource | WheelSource | GeneratorSource | HubSource | FilesSource, Field(discriminator="kind")]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -131,7 +141,7 @@ class Domain:
         total = sum(self.splits.values())
         if abs(total - 1.0) > 1e-9:
             raise ValueError(f"the shares of the splits sum to {total:g}, not 1")
-        missing = [name for name in ("train", "validation", "test") if self.splits.get(name, 0.0) <= 0.0]  # type: ignore[call-overload]
+        missing = [name for name in ("train", "validation", "test") if self.splits.get(name, 0.0) <= 0.0]
         if missing:
             raise ValueError(f"split {missing[0]} needs a share above 0")
 
@@ -160,6 +170,14 @@ class MethodSettings:
     """
 
     lr: Annotated[float, Field(gt=0.0)]
+
+    def peak_lr(self) -> float:
+        """Return the peak learning rate of the stage that these settings describe."""
+        return self.lr
+
+    def unused(self) -> tuple[str, ...]:
+        """Name the settings that make no difference as the others stand, and so do not identify a run."""
+        return ()
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -216,7 +234,10 @@ class Train:
 
     def __post_init__(self) -> None:
         if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size {self.batch_size} does not divide into accumulate {self.accumulate}")
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        for name in ("checkpoint_every", "validate_every"):
+            if getattr(self, name) % self.log_every:
+                raise ValueError(f"{name} {getattr(self, name)} is not a multiple of log_every {self.log_every}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -225,11 +246,13 @@ class Evaluate:
 
     Attributes:
         domains: Every domain that is scored; those that are not targets measure retention.
+        split: `test` for results; `validation` for choosing settings, so that tuning never touches the test split.
         batch_size: Rows per forward pass.
         chunk: Tokens whose logits exist at one time.
     """
 
     domains: Annotated[tuple[str, ...], Field(min_length=1)]
+    split: Literal["test", "validation"]
     batch_size: Annotated[int, Field(gt=0)]
     chunk: Annotated[int, Field(gt=0)]
 
@@ -290,4 +313,4 @@ class Run:
     @property
     def lr(self) -> float:
         """Peak learning rate of this run's stage."""
-        return self.method.lr if self.train.lr is None else self.train.lr
+        return self.method.peak_lr() if self.train.lr is None else self.train.lr

@@ -19,7 +19,7 @@ from mode.loss import head, hidden_states, next_token_loss, token_scores
 from mode.settings import ConfigError, Train
 
 Point = dict[str, Any]
-"""One point of the training curve: step, loss, accuracy, lr, tokens_per_second, and what the model reports of itself."""
+"""One point of the training curve: step, loss, accuracy, lr, seconds, and what the method reports of its model."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Job:
         folder: Where the checkpoint and the training curve go.
         validate: Scores the model on the validation split of the domains it trains on.
         observe: Called with every new point of the curve.
-        lr_scales: Factor on the learning rate for parameters whose name starts with the key.
+        inspect: What the method reports of its model at every point.
+        lr_scales: Factor on the learning rate for parameters whose name contains the key.
     """
 
     settings: Train
@@ -42,6 +43,7 @@ class Job:
     folder: Path
     validate: Callable[[], Point]
     observe: Callable[[Point], None] = lambda point: None
+    inspect: Callable[[nn.Module], Point] = lambda model: {}
     lr_scales: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -122,7 +124,7 @@ def accumulate(model: nn.Module, rows: Tensor, settings: Train, device: torch.de
             states = hidden_states(model, micro[:, :-1])
         part = next_token_loss(states, head(model), micro[:, 1:]) / settings.accumulate
         if part.requires_grad:
-            part.backward()
+            torch.autograd.backward(part)
         loss += part.detach()
     return loss, states.detach()
 
@@ -137,7 +139,7 @@ def make_optimizer(model: nn.Module, job: Job) -> torch.optim.AdamW:
     """Build AdamW over what trains: matrices with weight decay, vectors without, learning rates scaled by name."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable(model).items():
-        scale = next((value for prefix, value in job.lr_scales.items() if name.startswith(prefix)), 1.0)
+        scale = next((value for part, value in job.lr_scales.items() if part in name), 1.0)
         decay = job.settings.weight_decay if parameter.ndim >= 2 else 0.0
         groups.setdefault((scale, decay), []).append(parameter)
     if not groups:
@@ -175,8 +177,7 @@ def measure(model: nn.Module, job: Job, step: int, loss: float, states: Tensor, 
     scores = token_scores(states, head(model), targets)
     lr = job.lr * schedule(step - 1, job.steps, job.settings)
     point: Point = {"step": step, "loss": loss, "accuracy": float(scores.hit.float().mean()), "lr": lr}
-    if hasattr(model, "observations"):
-        point |= model.observations()
+    point |= job.inspect(model)
     every = job.settings.validate_every
     if every and (step % every == 0 or step == job.steps):
         point |= job.validate()

@@ -97,10 +97,7 @@ def prepare(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) -> Pac
     Raises:
         ConfigError: A source cannot be read, or a split comes out empty.
     """
-    settings = json.dumps([FORMAT, asdict(domain)], sort_keys=True, default=str)
-    state = [source_state(source) for source in domain.sources]
-    key = digest(part.encode() for part in (settings, tokenizer.fingerprint, *state))[:16]
-    folder = cache / "packed" / f"{name}-{key}"
+    folder = cache / "packed" / f"{name}-{state_key(domain, tokenizer.fingerprint)}"
     if not (folder / "meta.json").exists():
         divided = divide(read_documents(domain, cache), domain.splits)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -114,6 +111,13 @@ def prepare(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) -> Pac
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return Packed(name=name, folder=folder, meta=json.loads((folder / "meta.json").read_text()))
+
+
+def state_key(domain: Domain, *more: str) -> str:
+    """Return a key that changes with a domain's settings and the state of its sources; reads no document."""
+    settings = json.dumps([FORMAT, asdict(domain)], sort_keys=True, default=str)
+    states = [source_state(source) for source in domain.sources]
+    return digest(part.encode() for part in (settings, *more, *states))[:16]
 
 
 def write(folder: Path, name: str, divided: Divided, tokenizer: Tokenizer) -> None:

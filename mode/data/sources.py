@@ -25,6 +25,7 @@ from mode.settings import (
     Source,
     StdlibSource,
     WheelSource,
+    nearest,
 )
 
 
@@ -65,7 +66,7 @@ def read_source(source: Source, cache: Path) -> Iterator[str]:
 
 
 def source_state(source: Source) -> str:
-    """Describe the state of a source's content outside its settings, so that prepared data are made anew when it changes."""
+    """Describe a source's content outside its settings, so that data are prepared anew when it changes."""
     match source:
         case StdlibSource():
             return digest(path.read_bytes() for path in stdlib_files(source))
@@ -201,15 +202,3 @@ def read_file(path: Path, column: str) -> Iterator[str]:
         raise ConfigError(f"{path}: a row without the column '{column}'") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
-
-
-def nearest(name: str, choices: object) -> str:
-    """Phrase the nearest valid choice, if there is one.
-
-    >>> nearest("lroa", ["sft", "lora"])
-    '; did you mean lora?'
-    """
-    import difflib
-
-    found = difflib.get_close_matches(name, [str(choice) for choice in choices], n=1, cutoff=0.5)  # type: ignore[attr-defined]
-    return f"; did you mean {found[0]}?" if found else ""

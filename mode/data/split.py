@@ -19,7 +19,7 @@ from mode.settings import SPLITS, Split
 SHINGLE = 5
 """Words per shingle."""
 BANDS, ROWS = 16, 8
-"""A pair of documents with Jaccard similarity s becomes a candidate with probability 1 - (1 - s^8)^16: 6 % at 0.5, 95 % at 0.8."""
+"""Documents of similarity s become candidates with probability 1 - (1 - s^8)^16: 6 % at 0.5, 95 % at 0.8."""
 THRESHOLD = 0.8
 """Estimated Jaccard similarity from which two documents count as near duplicates."""
 
@@ -80,8 +80,7 @@ def near_duplicates(texts: list[str], groups: list[Split]) -> set[int]:
         for index in range(len(texts)):
             bucket = buckets.setdefault(keys[index].tobytes(), [])
             if index not in dropped and any(
-                groups[other] != groups[index]
-                and float(np.mean(signatures[other] == signatures[index])) >= THRESHOLD
+                groups[other] != groups[index] and float(np.mean(signatures[other] == signatures[index])) >= THRESHOLD
                 for other in bucket
             ):
                 dropped.add(index)

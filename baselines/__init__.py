@@ -1,0 +1,1 @@
+"""Every method that MoDE is compared with, one file each."""

@@ -1,0 +1,23 @@
+"""Full-parameter fine-tuning: every weight trains with next-token cross-entropy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic.dataclasses import dataclass as settings
+
+from mode.method import Material, Method
+from mode.settings import STRICT, Run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class SFT(Method):
+    """Full fine-tuning (supervised, all parameters)."""
+
+    def build(self, run: Run, material: Material) -> nn.Module:
+        """Return the backbone with every parameter trainable."""
+        model: nn.Module = material.backbone().requires_grad_(True)
+        return model

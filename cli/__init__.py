@@ -1,0 +1,1 @@
+"""The command line: thin, and nothing heavy at import."""

@@ -1,0 +1,38 @@
+"""The Typer application."""
+
+from __future__ import annotations
+
+import os
+
+# A busy neighbour core slows spinning OpenMP threads many times over; waiting ones it does not. Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import typer
+
+from cli import data, reporting, show, train
+
+app = typer.Typer(
+    name="mode",
+    help="Multi-domain adaptation of language models: MoDE and its baselines, measured alike.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(train.app, name="train")
+app.command("compose")(train.compose)
+app.command("eval")(reporting.evaluate)
+app.command("report")(reporting.report)
+app.command("reproduce")(reporting.reproduce)
+app.add_typer(show.app, name="show")
+app.add_typer(data.app, name="data")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Options and arguments that several commands share, and how mistakes are told."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from mode.settings import Run
+
+Result = TypeVar("Result")
+
+
+def complete(group: str) -> Callable[[str], list[str]]:
+    """Return a completion over the members of a configuration group, listed from its folder."""
+
+    def members(incomplete: str) -> list[str]:
+        from mode.config import choices
+
+        head, comma, last = incomplete.rpartition(",")
+        return [f"{head}{comma}{name}" for name in choices(group) if name.startswith(last)]
+
+    return members
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as train.lr=3e-4 or backbone=tiny."),
+]
+DomainOption = Annotated[
+    str | None,
+    typer.Option("--domain", "-d", help="Domains to adapt to, by comma.", autocompletion=complete("domain")),
+]
+AgainOption = Annotated[bool, typer.Option("--again", help="Train anew although there is a record.")]
+SweepOption = Annotated[bool, typer.Option("--sweep", help="Commas in a value mean one run each.")]
+PrintOption = Annotated[bool, typer.Option("--print-config", help="Print the resolved configuration and stop.")]
+ConfOption = Annotated[
+    Path | None,
+    typer.Option("--conf", help="Folder of your own configuration, searched first.", file_okay=False),
+]
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Tell a mistake in one line on stderr, exit code 2; Ctrl-C says that the run goes on where it stopped."""
+    from mode.settings import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:
+        print(f"mode: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        print("mode: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+
+
+def with_domains(overrides: Sequence[str], domain: str | None) -> list[str]:
+    """Turn --domain into an override, refusing one that says something else.
+
+    >>> with_domains(["seed=1"], "code,math")
+    ['targets=[code,math]', 'seed=1']
+    """
+    from mode.settings import ConfigError
+
+    if domain is None:
+        return list(overrides)
+    names = [name.strip() for name in domain.split(",") if name.strip()]
+    if not names:
+        raise ConfigError(f"--domain {domain}: no domain named")
+    wanted = f"[{','.join(names)}]"
+    for text in overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        if key in ("targets", "domain") and value.strip("[]").replace(" ", "") != ",".join(names):
+            raise ConfigError(f"--domain {domain} and {text} must agree; give one of them")
+    rest = [text for text in overrides if text.lstrip("+").partition("=")[0] not in ("targets", "domain")]
+    return [f"targets={wanted}", *rest]
+
+
+def with_method(overrides: Sequence[str], method: str, command: str, conf: Path | None) -> list[str]:
+    """Choose the method that a command trains, refusing an override or an experiment that chooses another.
+
+    A group choice on the command line silently beats an experiment's own, so the two have to agree.
+    """
+    from mode.config import read_group
+    from mode.settings import ConfigError
+
+    rest = []
+    for text in overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        if key == "method" and value != method:
+            raise ConfigError(f"`{command}` trains method={method}, not {text}: the two must agree")
+        if key == "experiment" and value != "null":
+            for item in read_group("experiment", value, conf).get("defaults", []):
+                chosen = item.get("override /method") if isinstance(item, dict) else None
+                if chosen not in (None, method):
+                    raise ConfigError(
+                        f"`{command}` trains method={method}, but {text} chooses method={chosen}: the two must agree"
+                    )
+        if key != "method":
+            rest.append(text)
+    return [f"method={method}", *rest]
+
+
+def take_list(overrides: Sequence[str], key: str) -> tuple[list[str], list[int] | None]:
+    """Take a list of whole numbers such as seeds=[0,1,2] out of the overrides.
+
+    >>> take_list(["seeds=[0,1]", "train.lr=1"], "seeds")
+    (['train.lr=1'], [0, 1])
+    """
+    from mode.settings import ConfigError
+
+    rest, values = [], None
+    for text in overrides:
+        name, _, value = text.partition("=")
+        if name != key:
+            rest.append(text)
+            continue
+        try:
+            values = [int(part) for part in value.strip("[] ").split(",")]
+        except ValueError:
+            raise ConfigError(f"{text}: a list of whole numbers is meant, such as {key}=[0,1,2]") from None
+        if min(values) < 0 or len(set(values)) != len(values):
+            raise ConfigError(f"{text}: seeds are different numbers from 0 up")
+    return rest, values
+
+
+def show_config(run: Run) -> None:
+    """Print a run's resolved configuration."""
+    from mode.config import to_yaml
+
+    print(to_yaml(run), end="")

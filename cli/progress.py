@@ -1,0 +1,122 @@
+"""Progress of one run or several: bars in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+
+def clock(seconds: float) -> str:
+    """Render a duration.
+
+    >>> clock(75), clock(3700)
+    ('1:15', '1:01:40')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def summary(point: dict[str, Any], steps: int) -> str:
+    """Render a point of a training curve, with the time left at its speed.
+
+    >>> summary({"step": 5, "loss": 1.0, "accuracy": 0.5, "tokens_per_second": 100.0, "seconds": 10.0}, 10)
+    'loss 1.000  accuracy 50.0 %  100 tokens/s  0:10 left'
+    """
+    left = point["seconds"] / point["step"] * (steps - point["step"])
+    return (
+        f"loss {point['loss']:.3f}  accuracy {100 * point['accuracy']:.1f} %  "
+        f"{point['tokens_per_second']:,.0f} tokens/s  {clock(left)} left"
+    )
+
+
+class PlainDisplay:
+    """One line when a run starts and ends, and one every so often in between."""
+
+    EVERY = 20.0
+    """Seconds between two lines of a run."""
+
+    def __init__(self) -> None:
+        """Nothing has been shown yet."""
+        self.names: dict[str, tuple[str, int]] = {}
+        self.shown: dict[str, float] = {}
+
+    def __enter__(self) -> PlainDisplay:
+        """Return the display."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing needs closing."""
+
+    def line(self, text: str) -> None:
+        """Print a line on stderr."""
+        print(text, file=sys.stderr, flush=True)
+
+    def start(self, run_id: str, name: str, steps: int) -> None:
+        """A run begins."""
+        self.names[run_id] = (name, steps)
+        self.shown[run_id] = time.monotonic()
+        self.line(f"{run_id}  {name}: {steps} steps")
+
+    def point(self, run_id: str, point: dict[str, Any]) -> None:
+        """Show a point if the last one shown is old enough."""
+        if run_id in self.names and time.monotonic() - self.shown[run_id] >= self.EVERY:
+            name, steps = self.names[run_id]
+            self.shown[run_id] = time.monotonic()
+            self.line(f"{run_id}  {name}: step {point['step']}/{steps}  {summary(point, steps)}")
+
+    def end(self, run_id: str, error: str | None) -> None:
+        """A run has ended."""
+        name, _ = self.names[run_id]
+        self.line(f"{run_id}  {name}: {'done' if error is None else f'failed: {error}'}")
+
+
+class BarDisplay:
+    """A progress bar per run, with loss, accuracy, tokens per second and time left."""
+
+    def __init__(self) -> None:
+        """Make the bars' columns."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[info]}")
+        )
+        self.tasks: dict[str, tuple[Any, int]] = {}
+
+    def __enter__(self) -> BarDisplay:
+        """Start drawing."""
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop drawing."""
+        self.progress.stop()
+
+    def start(self, run_id: str, name: str, steps: int) -> None:
+        """A run begins."""
+        task = self.progress.add_task(name, total=max(steps, 1), info="preparing")
+        self.tasks[run_id] = (task, steps)
+
+    def point(self, run_id: str, point: dict[str, Any]) -> None:
+        """Move a run's bar."""
+        if run_id in self.tasks:
+            task, steps = self.tasks[run_id]
+            info = summary(point, steps) if point["step"] < steps else "evaluating"
+            self.progress.update(task, completed=point["step"], info=info)
+
+    def end(self, run_id: str, error: str | None) -> None:
+        """A run has ended."""
+        task, steps = self.tasks[run_id]
+        if error is None:
+            self.progress.update(task, completed=max(steps, 1), info="done")
+        else:
+            self.progress.update(task, info=f"failed: {error}")
+
+
+def make_display() -> BarDisplay | PlainDisplay:
+    """Return bars in a terminal, plain lines elsewhere."""
+    return BarDisplay() if sys.stderr.isatty() and sys.stdout.isatty() else PlainDisplay()

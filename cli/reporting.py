@@ -1,0 +1,202 @@
+"""mode eval, mode report, mode reproduce."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options import ConfOption, Overrides, complete, take_list, told
+
+if TYPE_CHECKING:
+    from mode.record import Record
+    from mode.reproduce import Outcome
+    from mode.settings import Run
+
+PUBLISHED = Path(__file__).parent.parent / "results"
+
+
+def evaluate(
+    overrides: Overrides = None,
+    retention: Annotated[
+        bool, typer.Option("--retention", help="Show target and retention accuracy of every finished run.")
+    ] = False,
+    conf: ConfOption = None,
+) -> None:
+    """Score runs on every domain against the bare backbone.
+
+    With --retention: every finished run, from its record; the backbone is scored first if it has no record yet.
+    Without: score the run that the settings describe, from its weights.
+
+    Examples: mode eval --retention; mode eval method=sft
+    """
+    with told():
+        from mode import config
+
+        given = list(overrides or [])
+        run = config.compose(given, conf)
+        if not retention:
+            rescore(run)
+            return
+        from mode.record import read_records
+        from mode.runner import execute
+
+        bare = config.compose([*given, "method=backbone"], conf)
+        zero = execute(config.replace(bare, track=config.replace(bare.track, mode="none")))
+        print_retention(read_records(Path(run.paths.results).expanduser()), zero)
+
+
+def rescore(run: Run) -> None:
+    """Score a finished run from its weights and compare with its record."""
+    from dataclasses import asdict
+
+    from cli.train import print_scores
+    from mode.runner import finished, prepare_run, restore, score, set_up
+    from mode.settings import ConfigError
+
+    prepared = prepare_run(run)
+    record = finished(prepared)
+    if record is None:
+        raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
+    model = restore(prepared).to(set_up(run))
+    scores = {name: asdict(value) for name, value in score(prepared, model, run.evaluate.split).items()}
+    print(f"run {prepared.id}, scored from its weights")
+    print_scores(type(record)(**{**vars(record), "happened": {**record.happened, "scores": scores}}))
+    same = all(
+        scores[name]["accuracy"] == record.happened["scores"][name]["accuracy"] for name in record.happened["scores"]
+    )
+    print("accuracies equal the record's" if same else "accuracies differ from the record's")
+
+
+def print_retention(records: Sequence[Record], zero: Record) -> None:
+    """Print target and retention accuracy of every record under the sky of the bare backbone's."""
+    from mode.compiled import qualities
+
+    same = [record for record in records if record.sky == zero.sky and record.id != zero.id]
+    names = list(zero.happened["scores"])
+    print(f"{'run':<44}" + "".join(f"{name:>10}" for name in names) + f"{'target':>10}{'retention':>11}")
+    for record in [zero, *same]:
+        if list(record.happened["scores"]) != names or record.happened["split"] != zero.happened["split"]:
+            continue
+        values = qualities(record, zero, record.asked["targets"])
+        label = record.filename.removesuffix(".json")
+        cells = "".join(f"{values[name]:>10.2f}" for name in names)
+        kept = f"{values['retention']:>+11.2f}" if "retention" in values else f"{'–':>11}"
+        print(f"{label:<44}{cells}{values['target']:>10.2f}{kept}")
+    hidden = len(records) - len(same) - 1
+    if hidden:
+        print(f"{hidden} records on other data or another backbone are not shown")
+
+
+def report(
+    table: Annotated[str | None, typer.Argument(help="Table to render.", autocompletion=complete("table"))] = None,
+    overrides: Overrides = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Fail if a published table no longer follows from its records.")
+    ] = False,
+    conf: ConfOption = None,
+) -> None:
+    """Render tables and figures from records; alone, all that there are records for.
+
+    Examples: mode report table1; mode report --check
+    """
+    with told():
+        from mode import config
+        from mode.report import check_tables
+        from mode.report import report as render_report
+        from mode.settings import ConfigError
+
+        if table is not None and "=" in table:
+            overrides, table = [table, *(overrides or [])], None
+        given = list(overrides or [])
+        names = config.choices("table", conf)
+        if table is not None:
+            config.read_group("table", table, conf)
+        results = results_folder(given, conf)
+        if check:
+            chosen = results if any(text.startswith("paths.results=") for text in given) else PUBLISHED
+            stale = check_tables(chosen, [table] if table else names, conf)
+            if stale:
+                raise ConfigError(f"{stale[0]} does not follow from the records beside it: `mode report` makes it anew")
+            print(f"every table in {chosen} follows from its records")
+            return
+        if not (results / "records").is_dir() and (PUBLISHED / "records").is_dir():
+            print(f"no records in {results}; these are the published ones", file=sys.stderr)
+            results = PUBLISHED
+        shown = 0
+        for name in [table] if table else names:
+            experiments = [] if any(text.startswith("experiment=") for text in given) else known_experiments(name, conf)
+            for each in [given, *([f"experiment={experiment}", *given] for experiment in experiments)]:
+                try:
+                    text, path = render_report(name, results, each, conf)
+                except ConfigError:
+                    if table and each is given and not experiments:
+                        raise
+                    continue
+                print(text)
+                print(f"written to {path}", file=sys.stderr)
+                shown += 1
+        if not shown:
+            wanted = table or names[0]
+            raise ConfigError(f"no record of {wanted} in {results / 'records'}: `mode reproduce {wanted}` makes them")
+
+
+def known_experiments(table: str, conf: Path | None) -> tuple[str, ...]:
+    """Return the experiments that a table is also rendered for."""
+    from mode.table import load_table
+
+    return load_table(table, conf).experiments
+
+
+def results_folder(overrides: Sequence[str], conf: Path | None) -> Path:
+    """Return the folder that the configuration puts records in."""
+    from mode import config
+
+    return Path(config.compose(overrides, conf).paths.results).expanduser()
+
+
+def reproduce(
+    table: Annotated[str, typer.Argument(help="Table to make.", autocompletion=complete("table"))],
+    overrides: Overrides = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Runs at a time; 0: one per core.")] = 0,
+    conf: ConfOption = None,
+) -> None:
+    """Execute every run that a table needs, skipping those that exist, then render it.
+
+    Example: mode reproduce table1 seeds=[0,1,2]
+    """
+    with told():
+        from cli.progress import make_display
+        from mode.reproduce import run_all, table_runs
+
+        given, seeds = take_list(overrides or [], "seeds")
+        runs = table_runs(table, seeds, given, conf)
+        with make_display() as display:
+            outcome = run_all(runs, jobs=jobs or default_jobs(runs), display=display)
+        finish(table, given, conf, outcome)
+
+
+def finish(table: str, overrides: Sequence[str], conf: Path | None, outcome: Outcome) -> None:
+    """Render the table of what succeeded, and tell what failed."""
+    from mode.report import report as render_report
+    from mode.settings import ConfigError
+
+    print(f"{outcome.executed} runs executed, {outcome.skipped} existed, {len(outcome.failed)} failed", file=sys.stderr)
+    for run_id, error in outcome.failed.items():
+        print(f"  {run_id}: {error}", file=sys.stderr)
+    if outcome.failed and not outcome.executed and not outcome.skipped:
+        raise ConfigError("no run succeeded")
+    text, path = render_report(table, results_folder(overrides, conf), overrides, conf)
+    print(text)
+    print(f"written to {path} with .tex, .csv and .png beside it", file=sys.stderr)
+    if outcome.failed:
+        raise typer.Exit(1)
+
+
+def default_jobs(runs: Sequence[Run]) -> int:
+    """Return how many runs fit on this machine's cores, given their threads."""
+    return max(1, (os.cpu_count() or 1) // max(run.train.threads for run in runs))

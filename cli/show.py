@@ -1,0 +1,94 @@
+"""mode show methods, domains, backbones, tables, runs, config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from cli.options import ConfOption, DomainOption, Overrides, show_config, told, with_domains
+
+app = typer.Typer(help="List what there is.", no_args_is_help=True)
+
+
+def listing(group: str, conf: Path | None, describe: str | None = None) -> None:
+    """Print the members of a configuration group, each with one line about it."""
+    from mode import config
+
+    for name in config.choices(group, conf):
+        node = config.read_group(group, name, conf)
+        about = str(node.get(describe, "")) if describe else ""
+        print(f"{name:<16} {about}".rstrip())
+
+
+@app.command("methods")
+def methods(conf: ConfOption = None) -> None:
+    """List the methods with the settings of each."""
+    with told():
+        from mode import config
+
+        for name in config.choices("method", conf):
+            node = config.read_group("method", name, conf)
+            method = config.build_method(node)
+            about = (type(method).__doc__ or "").strip().splitlines()[0]
+            print(f"{name:<16} {about}")
+            settings = ", ".join(f"{key}={value}" for key, value in node.items() if key != "_target_")
+            print(f"{'':<16} {settings}")
+
+
+@app.command("domains")
+def domains(conf: ConfOption = None) -> None:
+    """List the domains."""
+    with told():
+        listing("domain", conf, "description")
+
+
+@app.command("backbones")
+def backbones(conf: ConfOption = None) -> None:
+    """List the backbones."""
+    with told():
+        listing("backbone", conf, "path")
+
+
+@app.command("tables")
+def tables(conf: ConfOption = None) -> None:
+    """List the tables that `mode reproduce` can make."""
+    with told():
+        listing("table", conf, "title")
+
+
+@app.command("runs")
+def runs(overrides: Overrides = None, conf: ConfOption = None) -> None:
+    """List the finished runs, from their records, and those that can be resumed."""
+    with told():
+        from mode import config
+        from mode.record import read_records
+
+        run = config.compose(overrides or [], conf)
+        records = read_records(Path(run.paths.results).expanduser())
+        for record in records:
+            happened = record.happened
+            print(
+                f"{record.filename.removesuffix('.json'):<48} {happened['steps']:>6} steps  "
+                f"{happened['seconds']:>8.0f} s  {record.provenance['date']}"
+            )
+        unfinished = resumable(Path(run.paths.runs).expanduser())
+        for name in unfinished:
+            print(f"{name:<48} interrupted; the command that started it goes on from its checkpoint")
+        if not records and not unfinished:
+            print(f"no run in {run.paths.results} or {run.paths.runs} yet")
+
+
+def resumable(folder: Path) -> Sequence[str]:
+    """List the ids of runs that have a checkpoint and are not finished."""
+    return sorted(path.parent.name for path in folder.glob("*/checkpoint.safetensors"))
+
+
+@app.command("config")
+def config_command(overrides: Overrides = None, domain: DomainOption = None, conf: ConfOption = None) -> None:
+    """Print the resolved configuration that settings lead to."""
+    with told():
+        from mode import config
+
+        show_config(config.compose(with_domains(overrides or [], domain), conf))

@@ -1,0 +1,190 @@
+"""mode train, mode compose."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options import (
+    AgainOption,
+    ConfOption,
+    DomainOption,
+    Overrides,
+    PrintOption,
+    SweepOption,
+    complete,
+    show_config,
+    told,
+    with_domains,
+    with_method,
+)
+
+if TYPE_CHECKING:
+    from mode.record import Record
+    from mode.runner import Prepared
+    from mode.settings import Run
+    from mode.train import Point
+
+app = typer.Typer(help="Train an expert, a baseline or the embedded backbone.", no_args_is_help=True)
+
+
+@app.command("expert")
+def expert(
+    overrides: Overrides = None,
+    domain: DomainOption = None,
+    again: AgainOption = False,
+    sweep: SweepOption = False,
+    print_config: PrintOption = False,
+    conf: ConfOption = None,
+) -> None:
+    """Stage 1 of MoDE: train one expert for one domain.
+
+    Example: mode train expert --domain code train.steps=300
+    """
+    with told():
+        given = with_domains(overrides or [], domain)
+        given = [*with_method(given, "mode", "mode train expert", conf), "method.start=fresh", "method.num_experts=1"]
+        launch(given, again=again, sweep=sweep, print_config=print_config, conf=conf, single=domain is None)
+
+
+@app.command("baseline")
+def baseline(
+    method: Annotated[str, typer.Argument(help="Method to train.", autocompletion=complete("method"))],
+    overrides: Overrides = None,
+    domain: DomainOption = None,
+    again: AgainOption = False,
+    sweep: SweepOption = False,
+    print_config: PrintOption = False,
+    conf: ConfOption = None,
+) -> None:
+    """Train a method that MoDE is compared with.
+
+    Example: mode train baseline lora --domain code,math method.rank=8
+    """
+    with told():
+        given = with_method(with_domains(overrides or [], domain), method, f"mode train baseline {method}", conf)
+        launch(given, again=again, sweep=sweep, print_config=print_config, conf=conf)
+
+
+@app.command("backbone")
+def backbone(
+    overrides: Overrides = None,
+    again: AgainOption = False,
+    print_config: PrintOption = False,
+    conf: ConfOption = None,
+) -> None:
+    """Pretrain the embedded backbone again, tokenizer included; over an hour on two cores.
+
+    The weights end in runs/ID/backbone; use them with backbone.path=runs/ID/backbone.
+    """
+    with told():
+        given = list(overrides or [])
+        if not any(text.startswith("experiment=") for text in given):
+            given = ["experiment=pretrain_tiny", *given]
+        launch(given, again=again, sweep=False, print_config=print_config, conf=conf)
+
+
+def compose(
+    domains: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[DOMAIN]... [KEY=VALUE]...", help="Experts to compose, then settings."),
+    ] = None,
+    frozen: Annotated[bool, typer.Option("--frozen", help="Train the gates alone.")] = False,
+    uninitialized: Annotated[bool, typer.Option("--uninitialized", help="Train fresh experts on the mix.")] = False,
+    again: AgainOption = False,
+    sweep: SweepOption = False,
+    print_config: PrintOption = False,
+    conf: ConfOption = None,
+) -> None:
+    """Stage 2 of MoDE: compose one expert per domain into one model and fine-tune it on the mix.
+
+    Without names, the experts of the configured target domains. Experts not trained yet are trained first.
+
+    Example: mode compose code math
+    """
+    with told():
+        from mode.settings import ConfigError
+
+        names = [text for text in domains or [] if "=" not in text]
+        given = with_domains([text for text in domains or [] if "=" in text], ",".join(names) or None)
+        given = with_method(given, "mode", "mode compose", conf)
+        if frozen and uninitialized:
+            raise ConfigError("--frozen trains gates alone, so it needs trained experts: not with --uninitialized")
+        if frozen:
+            given.append("method.train_experts=false")
+        if uninitialized:
+            given.append("method.start=fresh")
+            if names:
+                given.append(f"method.num_experts={len(names)}")
+        launch(given, again=again, sweep=sweep, print_config=print_config, conf=conf)
+
+
+def launch(
+    overrides: Sequence[str],
+    *,
+    again: bool,
+    sweep: bool,
+    print_config: bool,
+    conf: Path | None,
+    single: bool = False,
+) -> None:
+    """Compose the runs that overrides describe, check them all, then execute them in order."""
+    from mode import config
+    from mode.settings import ConfigError
+
+    sets = config.expand(overrides) if sweep else [list(overrides)]
+    runs = [config.compose(each, conf) for each in sets]
+    for run in runs:
+        if single and len(run.targets) != 1:
+            raise ConfigError(
+                f"an expert has one domain, but targets={list(run.targets)}: choose one with --domain, "
+                f"or train on the mix with `mode compose --uninitialized`"
+            )
+    if print_config:
+        for run in runs:
+            show_config(run)
+        return
+    for run in runs:
+        execute(run, again=again)
+
+
+def execute(run: Run, *, again: bool) -> None:
+    """Execute one run with a progress display and print its scores."""
+    from cli.progress import make_display
+    from mode.reproduce import describe
+    from mode.runner import execute as execute_run
+    from mode.runner import finished, has_weights, prepare_run
+
+    prepared = prepare_run(run)
+    record = finished(prepared)
+    if record is not None and has_weights(prepared) and not again:
+        print(f"run {prepared.id} is done (--again trains it anew); weights in {prepared.folder}")
+        print_scores(record)
+        return
+    with make_display() as display:
+        shown: set[str] = set()
+
+        def observe(stage: Prepared, point: Point) -> None:
+            if stage.id not in shown:
+                shown.add(stage.id)
+                display.start(stage.id, describe(stage.run), stage.method.steps(stage.run))
+            display.point(stage.id, point)
+
+        record = execute_run(run, again=again, weights=True, observe=observe)
+    print(f"run {record.id}: {record.happened['steps']} steps, {record.happened['seconds']:.0f} s; {prepared.folder}")
+    print_scores(record)
+
+
+def print_scores(record: Record) -> None:
+    """Print a record's accuracy per domain."""
+    for name, score in record.happened["scores"].items():
+        kind = "target" if name in record.asked["targets"] else "retention"
+        print(
+            f"  {name:<10} {kind:<10} accuracy {100 * score['accuracy']:.2f} % ± {100 * score['stderr']:.2f}  "
+            f"loss {score['loss']:.3f}  {score['bits_per_byte']:.3f} bits per byte"
+        )
+    sys.stdout.flush()

@@ -1,0 +1,136 @@
+"""Compile a table from records: one line per row, with quality per seed and the cost of every stage."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mode.record import Record
+from mode.table import Table, select, with_needs
+
+QUALITY_DECIMALS = 2
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Mean and sample standard deviation over seeds."""
+
+    mean: float
+    std: float
+    n: int
+
+    def text(self, *, signed: bool = False) -> str:
+        """Render the cell.
+
+        >>> Cell(1.234, 0.1, 3).text(), Cell(1.234, math.nan, 1).text(signed=True)
+        ('1.23 ± 0.10', '+1.23')
+        """
+        mean = f"{self.mean:{'+' if signed else ''}.{QUALITY_DECIMALS}f}"
+        return mean if self.n < 2 else f"{mean} ± {self.std:.{QUALITY_DECIMALS}f}"
+
+
+def cell(values: Sequence[float]) -> Cell | None:
+    """Summarise the values of several seeds; None without any."""
+    if not values:
+        return None
+    std = statistics.stdev(values) if len(values) > 1 else math.nan
+    return Cell(statistics.fmean(values), std, len(values))
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a table, computed from its records.
+
+    Attributes:
+        name: Row name.
+        label: What people read.
+        quality: Per seed: accuracy of every domain, `average` and `retention`, in per cent and points.
+        cost: Parameters in millions, steps, tokens in millions and seconds over all stages, n.
+    """
+
+    name: str
+    label: str
+    quality: Mapping[int, Mapping[str, float]]
+    cost: Mapping[str, float]
+
+    def cell(self, column: str) -> Cell | None:
+        """Return a column's mean and deviation over seeds."""
+        return cell([values[column] for values in self.quality.values() if column in values])
+
+    def minus(self, other: Line, column: str) -> Cell | None:
+        """Return the paired difference to another row over the seeds that both have."""
+        both = [seed for seed in self.quality if seed in other.quality]
+        pairs = [(self.quality[seed], other.quality[seed]) for seed in both]
+        return cell([mine[column] - theirs[column] for mine, theirs in pairs if column in mine and column in theirs])
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A table compiled from records: its lines, its domains in order, and the records left out."""
+
+    table: Table
+    lines: tuple[Line, ...]
+    domains: tuple[str, ...]
+    targets: tuple[str, ...]
+    left_out: int
+
+    def line(self, name: str) -> Line:
+        """Return a line by row name."""
+        return next(line for line in self.lines if line.name == name)
+
+    @property
+    def columns(self) -> list[str]:
+        """Quality columns in order."""
+        return [*self.domains, "average", "retention"]
+
+
+def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[str], extra: Path | None) -> Compiled:
+    """Compile a table from records."""
+    chosen, left_out = select(table, records, overrides, extra)
+    by_id = {record.id: record for record in records}
+    first = next((record for found in chosen.values() for record in found), None)
+    domains = tuple(first.happened["scores"]) if first else ()
+    targets = tuple(first.asked["targets"]) if first else ()
+    bare = chosen.get("backbone") or []
+    lines = tuple(
+        make_line(row.name, row.label, chosen[row.name], bare[0] if bare else None, targets, by_id)
+        for row in table.rows
+    )
+    return Compiled(table=table, lines=lines, domains=domains, targets=targets, left_out=left_out)
+
+
+def make_line(
+    name: str,
+    label: str,
+    records: Sequence[Record],
+    bare: Record | None,
+    targets: Sequence[str],
+    by_id: Mapping[str, Record],
+) -> Line:
+    """Compute one line. Cost counts every stage a row stands on, since whoever starts from nothing pays for all."""
+    quality = {record.seed: qualities(record, bare, targets) for record in records}
+    costs = [[stage.happened for stage in with_needs(record, by_id)] for record in records]
+    cost: dict[str, float] = {"n": len(records)}
+    if records:
+        sizes = records[0].happened["parameters"]
+        cost |= {"total": sizes["total"] / 1e6, "trainable": max(s["parameters"]["trainable"] for s in costs[0]) / 1e6}
+        cost["steps"] = sum(stage["steps"] for stage in costs[0])
+        cost["tokens"] = sum(stage["tokens"] for stage in costs[0]) / 1e6
+        cost["seconds"] = statistics.fmean(sum(stage["seconds"] for stage in stages) for stages in costs)
+    return Line(name=name, label=label, quality=quality, cost=cost)
+
+
+def qualities(record: Record, bare: Record | None, targets: Sequence[str]) -> dict[str, float]:
+    """Return accuracies in per cent, their average, and retention: points gained on the other domains."""
+    scores = record.happened["scores"]
+    values = {name: 100.0 * score["accuracy"] for name, score in scores.items()}
+    values["average"] = statistics.fmean(values.values())
+    values["target"] = statistics.fmean(values[name] for name in targets)
+    others = [name for name in scores if name not in targets]
+    if bare is not None and others:
+        before = bare.happened["scores"]
+        values["retention"] = statistics.fmean(values[name] - 100.0 * before[name]["accuracy"] for name in others)
+    return values

@@ -1,0 +1,301 @@
+"""Compose a run from YAML and overrides, and check it: the only module that knows Hydra and OmegaConf."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from mode.settings import ConfigError, MethodSettings, Run, nearest
+
+TRUSTED = ("mode.", "baselines.")
+GROUPS = ("backbone", "method", "budget", "track", "experiment")
+"""Groups of which a run chooses one member; domains are all composed and then chosen by name."""
+NOT_IDENTITY = ("paths", "track", "domains")
+"""Settings that do not change what a run is; domains enter its identity through the fingerprints of their data."""
+
+
+def conf_dirs(extra: Path | None = None) -> list[Path]:
+    """Return the folders that configuration is read from: the user's own first, then the project's."""
+    own = Path(str(files("conf")))
+    return [extra, own] if extra else [own]
+
+
+def choices(group: str, extra: Path | None = None) -> list[str]:
+    """List the members of a configuration group.
+
+    >>> "code" in choices("domain")
+    True
+    """
+    return sorted({path.stem for root in conf_dirs(extra) for path in (root / group).glob("*.yaml")})
+
+
+def compose(overrides: Sequence[str], extra: Path | None = None) -> Run:
+    """Compose and check a run.
+
+    Args:
+        overrides: `KEY=VALUE` settings in Hydra's grammar, later ones winning.
+        extra: A folder of the user's own configuration, searched before the project's.
+
+    Raises:
+        ConfigError: An override is malformed or unknown, or a value is not allowed.
+    """
+    check_overrides(overrides, extra)
+    return check(compose_plain(overrides, extra), extra)
+
+
+def compose_plain(overrides: Sequence[str], extra: Path | None = None) -> dict[str, Any]:
+    """Compose the YAML of a run into plain data, with every domain under `domains`."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    domains = [f"+domain@domains.{name}={name}" for name in choices("domain", extra)]
+    search = [f"hydra.searchpath=[file://{extra.resolve()}]"] if extra else []
+    try:
+        with initialize_config_module("conf", version_base="1.3"):
+            config = hydra_compose("run", overrides=[*domains, *search, *overrides])
+        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = str(error) or str(error.__cause__)
+        raise ConfigError(" ".join(reason.split())) from error
+    return plain
+
+
+@dataclass(frozen=True)
+class Override:
+    """One parsed override: its key without a leading `+`, and its text."""
+
+    key: str
+    text: str
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Parse overrides, refusing what is malformed and what would be a sweep.
+
+    >>> parse(["train.lr=1.0e-3"])
+    [Override(key='train.lr', text='train.lr=1.0e-3')]
+    >>> parse(["seed=1,2"])
+    Traceback (most recent call last):
+    mode.settings.ConfigError: seed=1,2: a comma means a sweep: add --sweep, or write seed=[1,2] for a list
+    """
+    parsed = []
+    for text, override in zip(overrides, hydra_parse(overrides), strict=True):
+        if override.is_sweep_override():
+            key, _, value = text.partition("=")
+            raise ConfigError(
+                f"{text}: a comma means a sweep: add --sweep, or write {key.lstrip('+')}=[{value}] for a list"
+            )
+        parsed.append(Override(key=override.key_or_group, text=text))
+    return parsed
+
+
+def hydra_parse(overrides: Sequence[str]) -> list[Any]:
+    """Parse overrides with Hydra's own grammar."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    result = []
+    for text in overrides:
+        if text.startswith("-"):
+            raise ConfigError(f"{text}: no such option")
+        try:
+            result.append(parser.parse_override(text))
+        except HydraException as error:
+            raise ConfigError(f"{text}: not of the form KEY=VALUE in Hydra's grammar") from error
+    return result
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """Expand the commas of a sweep into the product of all choices, the last one varying fastest.
+
+    >>> expand(["seed=0,1", "train.lr=1e-3"])
+    [['seed=0', 'train.lr=1e-3'], ['seed=1', 'train.lr=1e-3']]
+    """
+    result: list[list[str]] = [[]]
+    for text, override in zip(overrides, hydra_parse(overrides), strict=True):
+        options = [text]
+        if override.is_sweep_override():
+            if not override.is_discrete_sweep():
+                raise ConfigError(f"{text}: only commas, choice() and range() can be swept")
+            options = [f"{text.partition('=')[0]}={value}" for value in override.sweep_string_iterator()]
+        result = [[*done, option] for done in result for option in options]
+    return result
+
+
+def check_overrides(overrides: Sequence[str], extra: Path | None) -> None:
+    """Answer the common mistakes in one line, before Hydra answers them in many."""
+    parsed = parse(overrides)
+    selected = [item.text for item in parsed if item.key in GROUPS]
+    for item in parsed:
+        value = item.text.partition("=")[2]
+        if item.key in GROUPS:
+            known = choices(item.key, extra)
+            if value not in known and not (item.key == "experiment" and value == "null"):
+                raise ConfigError(f"{item.text}: not one of {', '.join(known)}{nearest(value, known)}")
+        elif item.key == "domain":
+            raise ConfigError(f"{item.text}: the domains to adapt to are chosen with targets=[{value}]")
+    known = list(flatten(compose_plain(selected, extra)))
+    groups = {name.rpartition(".")[0] for name in known}
+    for item in parsed:
+        if item.key not in known and item.key not in GROUPS and item.key not in groups and "=" in item.text:
+            raise ConfigError(f"{item.key}: no such setting{nearest(item.key, known)}")
+
+
+def flatten(node: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of all settings.
+
+    >>> list(flatten({"train": {"lr": 1}, "seed": 0}))
+    ['train.lr', 'seed']
+    """
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+            if isinstance(value, Mapping):
+                yield f"{prefix}.{key}" if prefix else str(key)
+    else:
+        yield prefix
+
+
+def check(plain: dict[str, Any], extra: Path | None = None) -> Run:
+    """Turn composed plain data into a checked run, without the domains that it does not use.
+
+    Raises:
+        ConfigError: A setting is unknown or not allowed, or a domain does not exist.
+    """
+    plain = dict(plain)
+    plain.pop("experiment", None)
+    plain["method"] = build_method(plain["method"])
+    run: Run = validate(Run, plain, "")
+    wanted = dict.fromkeys([*run.targets, *run.evaluate.domains])
+    for name in wanted:
+        if name not in run.domains:
+            known = choices("domain", extra)
+            raise ConfigError(f"domain {name}: not one of {', '.join(known)}{nearest(name, known)}")
+    if len(set(run.targets)) != len(run.targets):
+        raise ConfigError(f"targets={list(run.targets)}: a domain is named twice")
+    used: Run = replace(run, domains={name: run.domains[name] for name in wanted})
+    return used
+
+
+def build_method(node: Mapping[str, Any]) -> MethodSettings:
+    """Build a method from its YAML; only classes of this project are ever imported.
+
+    Raises:
+        ConfigError: The target is outside the project, missing, or not a method, or a setting is wrong.
+    """
+    settings = dict(node)
+    target = str(settings.pop("_target_", ""))
+    if not target.startswith(TRUSTED):
+        raise ConfigError(f"method._target_={target}: outside {' and '.join(TRUSTED)}, so it is not run")
+    module, _, name = target.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"method._target_={target}: no such class ({error})") from error
+    if not (isinstance(cls, type) and issubclass(cls, MethodSettings)):
+        raise ConfigError(f"method._target_={target}: not a method")
+    method: MethodSettings = validate(cls, settings, "method")
+    return method
+
+
+def validate(cls: type, plain: Mapping[str, Any], prefix: str) -> Any:
+    """Check plain data against a settings class and put the first mistake in one line."""
+    try:
+        return TypeAdapter(cls).validate_python(plain)
+    except ValidationError as error:
+        raise ConfigError(explain(error, cls, prefix)) from error
+
+
+def explain(error: ValidationError, cls: type, prefix: str) -> str:
+    """Put the first mistake that pydantic found in one line."""
+    first = error.errors(include_url=False)[0]
+    path = [part for part in (prefix, *map(str, first["loc"])) if part]
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        siblings = [".".join([*path[:-1], name]) for name in sorted(field_names(cls))]
+        return f"{'.'.join(path)}: no such setting{nearest('.'.join(path), siblings)}"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{'.'.join(path)}: this setting is missing"
+    value = first["input"]
+    shown = (
+        "" if isinstance(value, dict) or is_dataclass(value) or "ArgsKwargs" in type(value).__name__ else f"={value}"
+    )
+    return f"{'.'.join(path)}{shown}: {message}"
+
+
+def field_names(cls: type) -> set[str]:
+    """Return the names of a settings class's fields."""
+    return {item.name for item in fields(cls)}
+
+
+def replace(instance: Any, **changes: Any) -> Any:
+    """Return a copy of a settings object with some fields changed, checked again."""
+    values = {item.name: getattr(instance, item.name) for item in fields(instance)}
+    return type(instance)(**{**values, **changes})
+
+
+def asked(run: Run) -> dict[str, Any]:
+    """Return what identifies a run, as plain data: its configuration without paths, tracking and unused settings.
+
+    A setting that equals the default of its class is left out, so that a setting added later, off by default, does
+    not make older records unfindable. Settings in YAML without a default in the class always count.
+    """
+    plain = {
+        item.name: plain_settings(getattr(run, item.name)) for item in fields(run) if item.name not in NOT_IDENTITY
+    }
+    method = plain["method"]
+    for name in run.method.unused():
+        method.pop(name, None)
+    plain["method"] = {"_target_": f"{type(run.method).__module__}.{type(run.method).__qualname__}", **method}
+    return plain
+
+
+def plain_settings(value: Any) -> Any:
+    """Turn a settings object into plain data without the fields left at their class's default."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {
+            item.name: plain_settings(getattr(value, item.name))
+            for item in fields(value)
+            if item.default is MISSING or getattr(value, item.name) != item.default
+        }
+    return list(value) if isinstance(value, tuple) else value
+
+
+def digest(plain: Mapping[str, Any], fingerprints: Mapping[str, str]) -> str:
+    """Return the id of a run: a hash of what was asked and of the data and weights that it was asked of."""
+    text = json.dumps([plain, dict(fingerprints)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def to_yaml(run: Run) -> str:
+    """Render a run's resolved configuration for people."""
+    plain = json.loads(json.dumps(asdict(run)))
+    plain["method"] = {"_target_": asked(run)["method"]["_target_"], **plain["method"]}
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def read_group(group: str, name: str, extra: Path | None = None) -> dict[str, Any]:
+    """Read one YAML of a group as plain data, without composing it.
+
+    Raises:
+        ConfigError: There is no such member.
+    """
+    for root in conf_dirs(extra):
+        path = root / group / f"{name}.yaml"
+        if path.exists():
+            data: dict[str, Any] = yaml.safe_load(path.read_text("utf-8")) or {}
+            return data
+    known = choices(group, extra)
+    raise ConfigError(f"{group} {name}: not one of {', '.join(known)}{nearest(name, known)}")

@@ -1,0 +1,97 @@
+"""What a method is: settings that know how to build a model and which earlier runs it stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic.dataclasses import dataclass as settings
+
+from mode.backbone import BackboneTokenizer, load_tokenizer, num_parameters, weights_fingerprint
+from mode.settings import STRICT, MethodSettings, Run, Split
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a method builds its model from.
+
+    Attributes:
+        backbone: Loads a fresh copy of the backbone in fp32.
+        needs: Work folders of the runs that `Method.needs` asked for, in its order.
+    """
+
+    backbone: Callable[[], PreTrainedModel]
+    needs: tuple[Path, ...] = ()
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class Method(MethodSettings):
+    """A way to adapt a backbone: a frozen dataclass whose fields are its YAML's schema.
+
+    A run is one stage of a method. A method with several stages asks for the runs of its earlier ones with `needs`;
+    they are ordinary runs, found by their identity and never trained twice.
+    """
+
+    split: ClassVar[Split] = "train"
+    """Split of the domains that the method trains on."""
+
+    def needs(self, run: Run) -> tuple[Run, ...]:
+        """Return the earlier stages that this run stands on, in order."""
+        return ()
+
+    def steps(self, run: Run) -> int:
+        """Return the optimizer steps of this run's own stage, given the row's budget."""
+        if run.budget.policy == "data":
+            return run.train.steps - sum(stage.train.steps for stage in self.needs(run))
+        return run.train.steps
+
+    def tokenizer(self, run: Run) -> BackboneTokenizer:
+        """Return the tokenizer that the run's data are prepared with: the backbone's own."""
+        return load_tokenizer(run.backbone)
+
+    def backbone_fingerprint(self, run: Run) -> str:
+        """Return the fingerprint of the weights that the run starts from."""
+        return weights_fingerprint(run.backbone)
+
+    def backbone_size(self, run: Run) -> int:
+        """Return the number of parameters of the weights that the run starts from."""
+        return num_parameters(run.backbone)
+
+    def mixture(self, run: Run) -> dict[str, int]:
+        """Return the rows that each domain gives in a cycle of the training mix: equal counts of every target."""
+        return dict.fromkeys(run.targets, 1)
+
+    def lr_scales(self) -> Mapping[str, float]:
+        """Return factors on the learning rate for parameters, by a part of their name."""
+        return {}
+
+    def inspect(self, model: nn.Module) -> dict[str, float]:
+        """Return what a point of the training curve says about the model, such as gate means."""
+        return {}
+
+    def build(self, run: Run, material: Material) -> nn.Module:
+        """Return the model to train: a causal LM whose trainable parameters require a gradient."""
+        raise NotImplementedError
+
+    def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
+        """Write what people may keep of a finished run, beside the trained parameters that are always kept."""
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class Untouched(Method):
+    """The bare backbone: the zero point of retention, scored before anything wraps it."""
+
+    def steps(self, run: Run) -> int:
+        """Return 0: nothing trains."""
+        return 0
+
+    def build(self, run: Run, material: Material) -> nn.Module:
+        """Return the backbone as it is."""
+        model: nn.Module = material.backbone().requires_grad_(False)
+        return model

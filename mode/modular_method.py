@@ -1,0 +1,122 @@
+"""The MoDE method: stage 1 trains one expert per domain, stage 2 composes them (paper, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass as settings
+
+from mode.config import replace
+from mode.expert import load_expert, save_expert
+from mode.method import Material, Method
+from mode.modular import blocks_of, compose_experts, gate_means, make_modular
+from mode.settings import STRICT, ConfigError, Run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class MoDE(Method):
+    """Modular Domain Experts.
+
+    `start=fresh` trains new experts and gates directly: with one target and one expert this is stage 1; with several
+    targets it is the paper's Uninitialized row. `start=experts` first asks for one stage-1 run per target, then
+    composes them and fine-tunes on the mix; with `train_experts=false` gates alone train (the Frozen row).
+
+    Attributes:
+        lr: Peak learning rate of fresh experts and their gates.
+        compose_lr: Peak learning rate of stage 2.
+        gates_lr: Peak learning rate of stage 2 when gates alone train.
+        start: Where the experts come from.
+        num_experts: N for `start=fresh`; with `start=experts` there is one per target.
+        num_blocks: B, blocks that the backbone's layers fall into.
+        expert_layers: l, layers per expert and block.
+        init: Initialisation of fresh experts: `random`, or `copy` of the block's first layers.
+        backbone_bias: Initial logit of the backbone in fresh gates, against 0 for every expert.
+        handover: Gates of stage 2: `odds` keeps every expert's odds against the backbone; `fresh` starts anew.
+        gate_lr_scale: Learning rate of gates as a factor on that of experts.
+        train_experts: Whether stage 2 trains the experts too, or gates alone.
+    """
+
+    compose_lr: Annotated[float, Field(gt=0.0)]
+    gates_lr: Annotated[float, Field(gt=0.0)]
+    start: Literal["fresh", "experts"]
+    num_experts: Annotated[int, Field(gt=0)]
+    num_blocks: Annotated[int, Field(gt=0)]
+    expert_layers: Annotated[int, Field(gt=0)]
+    init: Literal["random", "copy"]
+    backbone_bias: float
+    handover: Literal["odds", "fresh"]
+    gate_lr_scale: Annotated[float, Field(gt=0.0)]
+    train_experts: bool
+
+    def __post_init__(self) -> None:
+        if self.start == "fresh" and not self.train_experts:
+            raise ValueError("train_experts=false leaves fresh experts untrained; it goes with start=experts")
+
+    def peak_lr(self) -> float:
+        """Return the learning rate of this stage."""
+        if self.start == "fresh":
+            return self.lr
+        return self.compose_lr if self.train_experts else self.gates_lr
+
+    def unused(self) -> tuple[str, ...]:
+        """Stage 1 has no use for what belongs to stage 2, and stage 2 counts its experts by its targets."""
+        if self.start == "fresh":
+            return ("compose_lr", "gates_lr", "handover")
+        return ("num_experts", "gates_lr" if self.train_experts else "compose_lr")
+
+    def needs(self, run: Run) -> tuple[Run, ...]:
+        """Return one stage-1 run per target when the experts are to be composed."""
+        if self.start == "fresh":
+            return ()
+        stages = len(run.targets) + 1
+        steps = run.train.steps if run.budget.policy == "paper" else run.train.steps // stages
+        stage = replace(self, start="fresh", num_experts=1, train_experts=True)
+        train = replace(run.train, steps=steps, lr=None)
+        budget = replace(run.budget, policy="paper")
+        return tuple(
+            replace(run, targets=(domain,), method=stage, train=train, budget=budget) for domain in run.targets
+        )
+
+    def lr_scales(self) -> Mapping[str, float]:
+        """Scale the learning rate of gates when experts train beside them."""
+        return {".gate.": self.gate_lr_scale} if self.train_experts else {}
+
+    def inspect(self, model: nn.Module) -> dict[str, float]:
+        """Report the mean gate of every block."""
+        return gate_means(model)
+
+    def build(self, run: Run, material: Material) -> nn.Module:
+        """Return the modular model, with fresh experts or with those of the stage-1 runs."""
+        composing = self.start == "experts"
+        torch.manual_seed(run.seed)
+        model: nn.Module = make_modular(
+            material.backbone(),
+            num_experts=len(run.targets) if composing else self.num_experts,
+            num_blocks=self.num_blocks,
+            expert_layers=self.expert_layers,
+            init="copy" if composing else self.init,  # composed experts overwrite it; copying draws no numbers
+            backbone_bias=self.backbone_bias,
+        )
+        if composing:
+            experts = [load_expert(folder / "expert") for folder in material.needs]
+            for expert, domain in zip(experts, run.targets, strict=True):
+                if expert.about["domain"] != domain:
+                    raise ConfigError(f"expert for {expert.about['domain']} found where {domain} was asked for")
+            compose_experts(model, [expert.tensors for expert in experts], self.handover)
+        if not self.train_experts:
+            for block in blocks_of(model):
+                block.experts.requires_grad_(False)
+        return model
+
+    def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
+        """Write a single-domain run's expert as an artefact of its own."""
+        if self.start == "fresh" and self.num_experts == 1 and len(run.targets) == 1:
+            shape = {"num_blocks": self.num_blocks, "expert_layers": self.expert_layers}
+            save_expert(model, folder / "expert", {"domain": run.targets[0], **shape, **about})

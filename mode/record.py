@@ -1,0 +1,152 @@
+"""A run's record: what was asked, what happened, and under what sky. Tables and plots follow from records."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mode.checkpoint import write_atomic
+from mode.settings import ConfigError, Run
+
+SCHEMA = 1
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy", "reasoning-gym", "mwparserfromhell")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished run leaves.
+
+    Attributes:
+        schema: Version of this layout.
+        id: Identity of the run.
+        asked: Configuration that identifies the run, as `mode.config.asked` gives it.
+        happened: steps, tokens, seconds, parameters, scores per domain, training curve.
+        provenance: Fingerprints of data and backbone, ids of the runs it stands on, commit, versions, machine, date.
+    """
+
+    schema: int
+    id: str
+    asked: dict[str, Any]
+    happened: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return int(self.asked["seed"])
+
+    @property
+    def sky(self) -> str:
+        """Data and backbone that scores depend on; only records under one sky can be compared."""
+        shown = {"backbone": self.provenance["backbone"], **self.provenance["data"]}
+        return json.dumps(shown, sort_keys=True)
+
+    @property
+    def filename(self) -> str:
+        """Name of the record's file: method, targets, seed and id, for people; the id alone decides."""
+        method = self.asked["method"]["_target_"].rpartition(".")[2].lower()
+        return f"{method}-{'-'.join(self.asked['targets'])}-s{self.seed}-{self.id}.json"
+
+
+def write_record(record: Record, folder: Path) -> Path:
+    """Write a record, atomically, and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / record.filename
+    text = json.dumps(asdict(record), indent=1, sort_keys=True)
+    # Long lists of numbers stay on one line, so that records can be read and compared.
+    text = re.sub(r"\[[\s\d.,eE+\-]+\]", lambda match: " ".join(match[0].split()), text)
+    write_atomic(path, (text + "\n").encode())
+    return path
+
+
+def read_record(path: Path) -> Record:
+    """Read one record.
+
+    Raises:
+        ConfigError: The file is not a whole record of a known schema.
+    """
+    try:
+        plain = json.loads(path.read_text("utf-8"))
+        record = Record(**plain)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        raise ConfigError(f"{path}: not a record of a run ({error})") from error
+    if record.schema != SCHEMA:
+        raise ConfigError(f"{path}: record schema {record.schema}; this version reads schema {SCHEMA}")
+    return record
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Read every record of a results folder, in the order of their file names."""
+    return [read_record(path) for path in sorted((folder / "records").glob("*.json"))]
+
+
+def find_record(folder: Path, run_id: str) -> Record | None:
+    """Return the record of a run in a results folder, if it has one."""
+    found = sorted((folder / "records").glob(f"*-{run_id}.json"))
+    return read_record(found[0]) if found else None
+
+
+def provenance(
+    run: Run, *, data: Mapping[str, str], backbone: str, needs: Sequence[str], device: str
+) -> dict[str, Any]:
+    """Describe the sky a run was made under."""
+    commit, dirty = git_state()
+    return {
+        "data": dict(data),
+        "backbone": backbone,
+        "needs": list(needs),
+        "commit": commit,
+        "dirty": dirty,
+        "versions": {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system(), "device": device},
+        "threads": run.train.threads,
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """Return the commit of the source tree and whether its code differs from it; both unknown outside a clone."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None, None
+    # Results and runs are what a run writes, so they do not make the code dirty.
+    code = ["cli", "mode", "conf", "baselines", "setup.cfg", "constraints.txt"]
+    head = git(root, "rev-parse", "HEAD")
+    status = git(root, "status", "--porcelain", "--", *code)
+    return head, None if status is None else bool(status)
+
+
+def git(root: Path, *arguments: str) -> str | None:
+    """Run git in a folder and return what it prints, or None where it fails."""
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def installed(name: str) -> str | None:
+    """Return the installed version of a package."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found[1] if found else platform.machine()

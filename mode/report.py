@@ -1,0 +1,211 @@
+"""Render tables from records: Markdown, LaTeX, CSV. A pure function of the records and the table's YAML."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mode.compiled import Compiled, Line, compile_table
+from mode.record import read_records
+from mode.settings import ConfigError
+from mode.table import load_table, stem
+
+COLUMNS = {
+    "average": "Average",
+    "retention": "Retention",
+    "total": "Total M",
+    "trainable": "Trained M",
+    "steps": "Steps",
+    "tokens": "Tokens M",
+    "seconds": "Seconds",
+    "n": "n",
+}
+
+
+def render(compiled: Compiled) -> dict[str, str]:
+    """Render a compiled table as text by file suffix: md, tex, csv."""
+    return {"md": markdown(compiled), "tex": latex(compiled), "csv": csv(compiled)}
+
+
+def frame(compiled: Compiled, *, strong: str = "{}") -> pd.DataFrame:
+    """Return the table as people read it; the best mean of each quality column is set in `strong`."""
+    best = {
+        column: max((line.cell(column).mean for line in compiled.lines if line.cell(column)), default=None)  # type: ignore[union-attr]
+        for column in compiled.columns
+    }
+    rows = []
+    for line in compiled.lines:
+        row: dict[str, str] = {"Method": line.label}
+        for column in compiled.columns:
+            value = line.cell(column)
+            text = value.text(signed=column == "retention") if value else "–"
+            # The backbone's retention is zero by definition, so it is no competitor there.
+            wins = value is not None and value.mean == best[column] and line.name != "backbone"
+            row[heading(column)] = strong.format(text) if wins else text
+        rows.append(row | costs(line))
+    for left, right in compiled.table.differences:
+        rows.append(difference(compiled, left, right))
+    return pd.DataFrame(rows)
+
+
+def heading(column: str) -> str:
+    """Return a column's heading."""
+    return COLUMNS.get(column, column.capitalize())
+
+
+def costs(line: Line) -> dict[str, str]:
+    """Render the cost columns of a line."""
+    formats = {"total": ".3f", "trainable": ".3f", "steps": ",.0f", "tokens": ",.2f", "seconds": ",.0f", "n": ".0f"}
+    return {
+        COLUMNS[name]: format(line.cost[name], spec) if name in line.cost else "–" for name, spec in formats.items()
+    }
+
+
+def difference(compiled: Compiled, left: str, right: str) -> dict[str, str]:
+    """Render the row of paired differences between two lines."""
+    one, other = compiled.line(left), compiled.line(right)
+    row = {"Method": f"{one.label} − {other.label}"}
+    for column in compiled.columns:
+        value = one.minus(other, column)
+        row[heading(column)] = value.text(signed=True) if value else "–"
+    empty = dict.fromkeys(COLUMNS.values(), "")
+    both = [seed for seed in one.quality if seed in other.quality]
+    return row | {name: value for name, value in empty.items() if name not in row} | {"n": str(len(both))}
+
+
+def markdown(compiled: Compiled) -> str:
+    """Render a compiled table in Markdown, with its notes and the published values."""
+    parts = [f"# {compiled.table.title}", "", frame(compiled, strong="**{}**").to_markdown(index=False)]
+    parts += ["", *notes(compiled)]
+    published = published_frame(compiled)
+    if published is not None and compiled.table.published is not None:
+        source = compiled.table.published
+        parts += ["", f"Published: {source.source}", "", published.to_markdown(index=False, floatfmt=".2f")]
+        parts += ["", source.note] if source.note else []
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def notes(compiled: Compiled) -> list[str]:
+    """Say what the columns mean, what was chosen, and what is missing."""
+    lines = [
+        "Next-token top-1 accuracy in per cent on the whole "
+        f"{'validation' if compiled.table.choose else 'test'} split; mean ± standard deviation over n seeds. "
+        "Retention: points gained or lost against the untouched backbone on the domains that are not targets. "
+        "Steps, tokens and seconds count every stage. Differences are paired by seed. Bold: the best mean, which need "
+        "not be a significant difference."
+    ]
+    if compiled.table.choose:
+        lines += ["", *chosen_settings(compiled)]
+    missing = [line.name for line in compiled.lines if not line.quality]
+    if missing:
+        lines += ["", f"Missing (–): {', '.join(missing)}. `mode reproduce` with this table's name fills them."]
+    if compiled.left_out:
+        lines += ["", f"{compiled.left_out} matching records on other data or another backbone are left out."]
+    return lines
+
+
+def chosen_settings(compiled: Compiled) -> list[str]:
+    """Say for each method which of its rows `method@setting` has the best mean accuracy on the target domains."""
+    best: dict[str, tuple[float, str]] = {}
+    for line in compiled.lines:
+        method, at, setting = line.name.partition("@")
+        value = line.cell("target")
+        if at and value is not None:
+            best[method] = max(best.get(method, (-math.inf, "")), (value.mean, setting))
+    return [
+        "Chosen by the mean accuracy on the target domains: "
+        + "; ".join(f"{method} {setting} ({value:.2f})" for method, (value, setting) in best.items())
+        + "."
+    ]
+
+
+def published_frame(compiled: Compiled) -> pd.DataFrame | None:
+    """Return the published values, with the averages and differences worked out from them."""
+    source = compiled.table.published
+    if source is None:
+        return None
+    labels = {row.name: row.label for row in compiled.table.rows}
+    rows: list[dict[str, Any]] = []
+    for name, values in source.rows.items():
+        rows.append({"Method": labels.get(name, name), **with_average(values)})
+    for left, right in compiled.table.differences:
+        if left in source.rows and right in source.rows:
+            gap = {key: source.rows[left][key] - source.rows[right][key] for key in source.rows[left]}
+            rows.append({"Method": f"{labels[left]} − {labels[right]}", **with_average(gap)})
+    return pd.DataFrame(rows)
+
+
+def with_average(values: Mapping[str, float]) -> dict[str, float]:
+    """Return values under their headings, with their average."""
+    named = {name.capitalize(): round(value, 2) for name, value in values.items()}
+    return {**named, "Average": round(statistics.fmean(values.values()), 2)}
+
+
+def latex(compiled: Compiled) -> str:
+    """Render a compiled table in LaTeX (booktabs)."""
+    table = frame(compiled, strong=r"\textbf{{{}}}")
+    table = table.map(lambda text: text.replace("±", r"$\pm$").replace("−", "$-$").replace("–", "--"))
+    return str(table.to_latex(index=False, column_format="l" + "r" * (len(table.columns) - 1)))
+
+
+def csv(compiled: Compiled) -> str:
+    """Render a compiled table as CSV: one line per row and column, with mean, standard deviation and n."""
+    rows: list[dict[str, Any]] = []
+    for line in compiled.lines:
+        for column in compiled.columns:
+            value = line.cell(column)
+            if value is not None:
+                rows.append({"row": line.name, "column": column, "mean": value.mean, "std": value.std, "n": value.n})
+        # Seconds are the machine's, not the method's: they are in the Markdown, not in what is compared.
+        rows += [
+            {"row": line.name, "column": name, "mean": amount} for name, amount in line.cost.items() if name != "n"
+        ]
+    return str(
+        pd.DataFrame(rows, columns=["row", "column", "mean", "std", "n"]).to_csv(index=False, float_format="%.6g")
+    )
+
+
+def report(name: str, results: Path, overrides: Sequence[str] = (), extra: Path | None = None) -> tuple[str, Path]:
+    """Render a table from the records of a results folder and write it there, with its figure.
+
+    Returns:
+        The Markdown, and the path it was written to.
+
+    Raises:
+        ConfigError: There is no record that belongs to the table.
+    """
+    from mode.figure import draw
+
+    table = load_table(name, extra)
+    compiled = compile_table(table, read_records(results), overrides, extra)
+    if not any(line.quality for line in compiled.lines):
+        raise ConfigError(f"no record of {name} in {results / 'records'}: make them with `mode reproduce {name}`")
+    base = results / stem(name, overrides)
+    for suffix, text in render(compiled).items():
+        base.with_suffix(f".{suffix}").write_text(text, encoding="utf-8")
+    draw(compiled, base.with_suffix(".png"))
+    return markdown(compiled), base.with_suffix(".md")
+
+
+def check_tables(results: Path, names: Sequence[str], extra: Path | None = None) -> list[Path]:
+    """Return the committed table files that no longer follow from the records beside them."""
+    records = read_records(results)
+    stale: list[Path] = []
+    for name in names:
+        table = load_table(name, extra)
+        for experiment in (None, *table.experiments):
+            overrides = [f"experiment={experiment}"] if experiment else []
+            compiled = compile_table(table, records, overrides, extra)
+            base = results / stem(name, overrides)
+            expected = render(compiled) if any(line.quality for line in compiled.lines) else {}
+            for suffix in ("md", "tex", "csv"):
+                path = base.with_suffix(f".{suffix}")
+                found = path.read_text("utf-8") if path.exists() else None
+                if found != expected.get(suffix):
+                    stale.append(path)
+    return stale

@@ -1,0 +1,173 @@
+"""Execute all the runs that a table needs, one process per run, several at a time, skipping what exists."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from mode.runner import Prepared, execute, finished, has_weights, prepare_run
+from mode.settings import ConfigError, Run
+from mode.table import load_table, row_run
+
+
+class Display(Protocol):
+    """Where the progress of several runs is shown."""
+
+    def start(self, run_id: str, name: str, steps: int) -> None:
+        """A run begins."""
+
+    def point(self, run_id: str, point: dict[str, Any]) -> None:
+        """A run has a new point of its training curve."""
+
+    def end(self, run_id: str, error: str | None) -> None:
+        """A run has ended, well or with an error."""
+
+
+@dataclass
+class Node:
+    """A run to execute and the ids of those it waits for."""
+
+    prepared: Prepared
+    waits: set[str]
+    dependents: int = 0
+
+
+@dataclass
+class Outcome:
+    """What became of a plan: how many runs were done before, how many were executed, and which failed and why."""
+
+    skipped: int = 0
+    executed: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def table_runs(name: str, seeds: Sequence[int] | None, overrides: Sequence[str], extra: Path | None) -> list[Run]:
+    """Compose the runs of a table, seed by seed, so that a whole table stands as early as possible."""
+    table = load_table(name, extra)
+    return [row_run(table, row, seed, overrides, extra) for seed in (seeds or table.seeds) for row in table.rows]
+
+
+def plan(runs: Sequence[Run]) -> tuple[dict[str, Node], int]:
+    """Work out which runs remain, with the earlier stages they stand on.
+
+    Returns:
+        Nodes by id, in order, and the number of runs that are done already.
+    """
+    nodes: dict[str, Node] = {}
+    done: set[str] = set()
+
+    def visit(run: Run, *, weights: bool) -> str | None:
+        prepared = prepare_run(run)
+        if prepared.id in nodes:
+            return prepared.id
+        complete = finished(prepared) is not None and (has_weights(prepared) or not weights)
+        waits = [visit(stage, weights=not complete) for stage in prepared.method.needs(run)]
+        if complete:
+            done.add(prepared.id)
+            return None
+        nodes[prepared.id] = Node(prepared, {run_id for run_id in waits if run_id})
+        return prepared.id
+
+    for run in runs:
+        visit(run, weights=False)
+    for node in nodes.values():
+        for run_id in node.waits:
+            nodes[run_id].dependents += 1
+    return nodes, len(done)
+
+
+def run_all(runs: Sequence[Run], *, jobs: int, display: Display) -> Outcome:
+    """Execute runs and what they stand on, `jobs` processes at a time; a failure does not stop the rest."""
+    nodes, skipped = plan(runs)
+    outcome = Outcome(skipped=skipped)
+    context = multiprocessing.get_context("spawn")
+    messages: Any = context.Queue()
+    active: dict[str, Any] = {}
+    try:
+        while nodes or active:
+            for run_id in ready(nodes)[: jobs - len(active)]:
+                node = nodes.pop(run_id)
+                run = node.prepared.run
+                display.start(run_id, describe(run), node.prepared.method.steps(run))
+                process = context.Process(target=child, args=(run, run_id, messages), daemon=True)
+                process.start()
+                active[run_id] = process
+            wait([process.sentinel for process in active.values()], timeout=0.5)
+            errors = drain(messages, display)
+            for run_id in [run_id for run_id, process in active.items() if not process.is_alive()]:
+                errors |= drain(messages, display)
+                settle(run_id, active.pop(run_id), errors.get(run_id), nodes, outcome, display)
+    finally:
+        for process in active.values():
+            process.terminate()
+    return outcome
+
+
+def ready(nodes: dict[str, Node]) -> list[str]:
+    """Return the runs that wait for nothing, those that others wait for first."""
+    free = [run_id for run_id, node in nodes.items() if not node.waits]
+    return sorted(free, key=lambda run_id: -nodes[run_id].dependents)
+
+
+def settle(
+    run_id: str, process: Any, error: str | None, nodes: dict[str, Node], outcome: Outcome, display: Display
+) -> None:
+    """Note how a run ended; runs that stand on one that failed fail with it."""
+    process.join()
+    if error is None and process.exitcode != 0:
+        error = f"the process ended with exit code {process.exitcode}"
+    display.end(run_id, error)
+    if error is None:
+        outcome.executed += 1
+        for node in nodes.values():
+            node.waits.discard(run_id)
+        return
+    outcome.failed[run_id] = error
+    for waiting in [other for other, node in nodes.items() if run_id in node.waits]:
+        nodes.pop(waiting)
+        outcome.failed[waiting] = f"stands on {run_id}, which failed"
+
+
+def drain(messages: Any, display: Display) -> dict[str, str]:
+    """Pass on what the processes have sent, and return their errors by run."""
+    errors: dict[str, str] = {}
+    while True:
+        try:
+            run_id, kind, value = messages.get_nowait()
+        except queue.Empty:
+            return errors
+        if kind == "error":
+            errors[run_id] = value
+        else:
+            display.point(run_id, value)
+
+
+def child(run: Run, run_id: str, messages: Any) -> None:
+    """Execute one run in a process of its own."""
+    try:
+        execute(run, weights=True, observe=lambda _, point: messages.put((run_id, "point", dict(point))))
+    except ConfigError as error:
+        messages.put((run_id, "error", str(error)))
+    except Exception as error:
+        folder = Path(run.paths.runs).expanduser() / run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
+        messages.put((run_id, "error", f"{type(error).__name__}: {error} (see {folder / 'error.log'})"))
+    time.sleep(0.1)  # lets the queue's feeder thread send the last message before the process ends
+
+
+def describe(run: Run) -> str:
+    """Name a run for people: its row and, for a stage of one domain, that domain; then the seed.
+
+    Stage-1 runs belong to every row that composes their experts.
+    """
+    row = run.track.name or type(run.method).__name__.lower()
+    name = row if len(run.targets) > 1 else f"{type(run.method).__name__} expert {run.targets[0]}"
+    return f"{name} s{run.seed}"

@@ -1,0 +1,320 @@
+"""Execute a run: data, backbone, method, training, evaluation, record."""
+
+from __future__ import annotations
+
+import fcntl
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mode import config
+from mode.backbone import load_model
+from mode.data.batches import Batches, Stream
+from mode.data.pack import Packed, prepare
+from mode.method import Material, Method
+from mode.record import SCHEMA, Record, find_record, provenance, write_record
+from mode.settings import ConfigError, Run
+from mode.track import Tracker, make_tracker
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from mode.evaluate import Score
+    from mode.train import Point, Trained
+
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run with its data at hand and its identity known.
+
+    Attributes:
+        run: Configuration.
+        method: The run's method.
+        packed: Prepared domains.
+        backbone: Fingerprint of the weights that the run starts from.
+        asked: What identifies the run, but for data and weights.
+        id: Identity of the run.
+    """
+
+    run: Run
+    method: Method
+    packed: Mapping[str, Packed]
+    backbone: str
+    asked: dict[str, Any]
+    id: str
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprint of every domain's data."""
+        return {name: packed.fingerprint for name, packed in self.packed.items()}
+
+    @property
+    def folder(self) -> Path:
+        """Work folder: checkpoint, curve, weights."""
+        return Path(self.run.paths.runs).expanduser() / self.id
+
+    @property
+    def results(self) -> Path:
+        """Folder of records and tables."""
+        return Path(self.run.paths.results).expanduser()
+
+
+Observer = Callable[[Prepared, "Point"], None]
+_prepared: dict[str, Packed] = {}
+"""Domains prepared by this process, so that planning many runs reads each domain's sources once."""
+
+
+def prepare_run(run: Run) -> Prepared:
+    """Prepare a run's data (from the cache after the first time) and work out its identity; needs no torch."""
+    method = run.method
+    if not isinstance(method, Method):
+        raise ConfigError(f"method._target_={type(method).__qualname__}: does not say how to build a model")
+    tokenizer = method.tokenizer(run)
+    cache = Path(run.paths.cache).expanduser()
+    packed = {}
+    for name, domain in run.domains.items():
+        key = f"{name} {domain} {tokenizer.fingerprint} {cache}"
+        packed[name] = _prepared[key] = _prepared.get(key) or prepare(name, domain, tokenizer, cache)
+    asked = config.asked(run)
+    asked["backbone"] = {"name": run.backbone.name}
+    backbone = method.backbone_fingerprint(run)
+    fingerprints = {name: data.fingerprint for name, data in packed.items()} | {"backbone": backbone}
+    return Prepared(run, method, packed, backbone, asked, config.digest(asked, fingerprints))
+
+
+def finished(prepared: Prepared) -> Record | None:
+    """Return the record of a run that needs no more work: it has a record, and weights if anything trained."""
+    return find_record(prepared.results, prepared.id)
+
+
+def has_weights(prepared: Prepared) -> bool:
+    """Say whether the trained weights of a run are here."""
+    return (prepared.folder / WEIGHTS).exists()
+
+
+def execute(
+    run: Run, *, again: bool = False, weights: bool = False, observe: Observer = lambda prepared, point: None
+) -> Record:
+    """Execute a run and the runs it stands on, skipping what is done.
+
+    Args:
+        run: Configuration.
+        again: Train anew although there is a record.
+        weights: Train also when there is a record but its weights are not here.
+        observe: Called with every point of a training curve.
+
+    Returns:
+        The record, which is also written to the results folder.
+
+    Raises:
+        ConfigError: Something in the configuration, the data or an artefact is wrong.
+    """
+    prepared = prepare_run(run)
+    with only_one(prepared.folder):
+        record = finished(prepared)
+        if record is not None and not again and (has_weights(prepared) or not weights):
+            return record
+        if again:
+            for name in ("checkpoint.safetensors", "curve.jsonl", WEIGHTS):
+                (prepared.folder / name).unlink(missing_ok=True)
+        needs = []
+        for stage in prepared.method.needs(run):
+            execute(stage, weights=True, observe=observe)
+            needs.append(prepare_run(stage))
+        return work(prepared, needs, observe)
+
+
+def work(prepared: Prepared, needs: list[Prepared], observe: Observer) -> Record:
+    """Train, evaluate and record one run whose needs are met."""
+    from mode.checkpoint import trainable
+
+    run = prepared.run
+    device = set_up(run)
+    model = build(prepared, needs).to(device)
+    sizes = parameters(prepared, model)
+    tracker = track(prepared)
+    trained = fit(prepared, model, tracker, observe)
+    begin = time.monotonic()
+    scores = score(prepared, model, run.evaluate.split)
+    tracker.finish({f"{run.evaluate.split}/{name}/accuracy": value.accuracy for name, value in scores.items()})
+    happened = {
+        "status": "finished",
+        "steps": trained.steps,
+        "tokens": trained.tokens,
+        "seconds": round(trained.seconds, 2),
+        "evaluation_seconds": round(time.monotonic() - begin, 2),
+        "tokens_per_second": round(trained.tokens / trained.seconds, 1) if trained.seconds else None,
+        "lr": run.lr if trained.steps else None,
+        "parameters": sizes,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "split": run.evaluate.split,
+        "scores": {name: asdict(value) for name, value in scores.items()},
+        "curve": list(trained.curve),
+    }
+    if trainable(model):
+        save(prepared, model, happened)
+    sky = provenance(
+        run,
+        data=prepared.fingerprints,
+        backbone=prepared.backbone,
+        needs=[stage.id for stage in needs],
+        device=str(device),
+    )
+    record = Record(schema=SCHEMA, id=prepared.id, asked=prepared.asked, happened=happened, provenance=sky)
+    write_record(record, prepared.results / "records")
+    return record
+
+
+def set_up(run: Run) -> torch.device:
+    """Set threads and choose the device."""
+    import torch
+
+    torch.set_num_threads(run.train.threads)
+    if run.train.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device=cuda: this machine has no CUDA device; train.device=auto takes what there is")
+    cuda = run.train.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def build(prepared: Prepared, needs: list[Prepared]) -> nn.Module:
+    """Build a run's model from its backbone and the runs it stands on."""
+    material = Material(
+        backbone=lambda: load_model(prepared.run.backbone), needs=tuple(stage.folder for stage in needs)
+    )
+    return prepared.method.build(prepared.run, material)
+
+
+def restore(prepared: Prepared) -> nn.Module:
+    """Return a finished run's model: built as for training, then given its trained weights.
+
+    Raises:
+        ConfigError: The weights are not here, or do not fit.
+    """
+    from mode.checkpoint import load_tensors, trainable
+
+    needs = [prepare_run(stage) for stage in prepared.method.needs(prepared.run)]
+    model = build(prepared, needs)
+    parameters = trainable(model)
+    if parameters:
+        tensors, _ = load_tensors(prepared.folder / WEIGHTS)
+        if set(tensors) != set(parameters):
+            raise ConfigError(f"{prepared.folder / WEIGHTS}: not the weights of this run's model")
+        for name, parameter in parameters.items():
+            parameter.data.copy_(tensors[name])
+    return model
+
+
+def parameters(prepared: Prepared, model: nn.Module) -> dict[str, int]:
+    """Count a model's parameters: in all, training, and added to the backbone."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trains = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {"total": total, "trainable": trains, "added": total - prepared.method.backbone_size(prepared.run)}
+
+
+def track(prepared: Prepared) -> Tracker:
+    """Open the tracker of a run."""
+    run, name = prepared.run, type(prepared.method).__name__
+    return make_tracker(
+        run.track,
+        run_id=prepared.id,
+        name=f"{run.track.name or name}-{'-'.join(run.targets)}-s{run.seed}",
+        job_type=name,
+        config=prepared.asked,
+        folder=prepared.folder,
+    )
+
+
+def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observer) -> Trained:
+    """Train a model by the one loop, if its method trains at all."""
+    from mode.evaluate import headline
+    from mode.train import Job, Trained, train
+
+    run, method = prepared.run, prepared.method
+    steps = method.steps(run)
+    if steps == 0:
+        return Trained(steps=0, tokens=0, seconds=0.0, curve=())
+    mixture = method.mixture(run)
+    batches = Batches(
+        [Stream(name, prepared.packed[name].split(method.split).tokens, count) for name, count in mixture.items()],
+        seed=run.seed,
+        batch_size=run.train.batch_size,
+        sequence_length=run.train.sequence_length,
+    )
+
+    def observed(point: Point) -> None:
+        observe(prepared, point)
+        tracker.log({name: value for name, value in point.items() if name != "step"}, step=point["step"])
+
+    job = Job(
+        settings=run.train,
+        steps=steps,
+        lr=run.lr,
+        folder=prepared.folder,
+        validate=lambda: headline(score(prepared, model, "validation", tuple(mixture))),
+        observe=observed,
+        inspect=method.inspect,
+        lr_scales=method.lr_scales(),
+    )
+    return train(model, batches, job)
+
+
+def score(prepared: Prepared, model: nn.Module, split: Any, names: tuple[str, ...] = ()) -> dict[str, Score]:
+    """Score a model on a split of the run's domains."""
+    from mode.evaluate import evaluate
+
+    run = prepared.run
+    return {
+        name: evaluate(
+            model,
+            prepared.packed[name].split(split),
+            sequence_length=run.train.sequence_length,
+            batch_size=run.evaluate.batch_size,
+            chunk=run.evaluate.chunk,
+        )
+        for name in names or run.evaluate.domains
+    }
+
+
+def save(prepared: Prepared, model: nn.Module, happened: Mapping[str, Any]) -> None:
+    """Write the trained weights and what the method keeps; the checkpoint with its optimizer state goes."""
+    from mode.checkpoint import save_tensors, trainable
+
+    run = prepared.run
+    about = {
+        "backbone": run.backbone.name,
+        "backbone_fingerprint": prepared.backbone,
+        "run": prepared.id,
+        "seed": run.seed,
+        "steps": happened["steps"],
+        "tokens": happened["tokens"],
+        "data": prepared.fingerprints,
+    }
+    prepared.method.save(model, run, prepared.folder, about)
+    save_tensors(prepared.folder / WEIGHTS, trainable(model), {"run": prepared.id})
+    (prepared.folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold a run's lock, so that two processes never train the same run; the lock goes with the process.
+
+    Raises:
+        ConfigError: Another process is at it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"{folder}: another process is training this run") from error
+        yield
+    if not any(path.name != "lock" for path in folder.iterdir()):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,146 @@
+"""A table is one YAML: rows of overrides. Here it becomes checked settings, runs, and the records it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from mode import config
+from mode.record import Record
+from mode.settings import STRICT, ConfigError, Run
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9@.\-]*$")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Row:
+    """One row: a name, what people read, and the overrides that make its run."""
+
+    name: Name
+    label: str
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Published:
+    """Values printed in a publication: accuracy in per cent by row and domain."""
+
+    source: str
+    note: str = ""
+    rows: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Table:
+    """A table of runs.
+
+    Attributes:
+        title: Heading.
+        rows: Rows in order; the one named `backbone` is the zero point of retention.
+        overrides: Settings of every row.
+        seeds: Seeds to run when none are asked for.
+        experiments: Experiments that the table is also rendered for.
+        differences: Pairs of rows whose difference is printed.
+        choose: Whether to say which of the rows `method@setting` has the best target accuracy for each method.
+        published: The paper's own values.
+    """
+
+    title: str
+    rows: Annotated[tuple[Row, ...], Field(min_length=1)]
+    overrides: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    experiments: tuple[str, ...] = ()
+    differences: tuple[tuple[Name, Name], ...] = ()
+    choose: bool = False
+    published: Published | None = None
+
+    def __post_init__(self) -> None:
+        names = [row.name for row in self.rows]
+        if len(set(names)) != len(names):
+            raise ValueError("two rows have the same name")
+        for name in [name for pair in self.differences for name in pair]:
+            if name not in names:
+                raise ValueError(f"differences name the row {name}, which the table does not have")
+
+
+def load_table(name: str, extra: Path | None = None) -> Table:
+    """Read a table's YAML.
+
+    Raises:
+        ConfigError: There is no such table, or it is malformed.
+    """
+    table: Table = config.validate(Table, config.read_group("table", name, extra), f"table/{name}")
+    return table
+
+
+def row_run(table: Table, row: Row, seed: int, overrides: Sequence[str], extra: Path | None = None) -> Run:
+    """Compose the run of one row and seed; the user's overrides win over the table's, and the row's over both.
+
+    Raises:
+        ConfigError: The row's settings do not compose.
+    """
+    everything = [*table.overrides, *overrides, *row.overrides, f"seed={seed}"]
+    run = config.compose(everything, extra)
+    track = config.replace(run.track, group=run.track.group or table.title.partition(".")[0], name=row.name)
+    named: Run = config.replace(run, track=track)
+    return named
+
+
+def stem(name: str, overrides: Sequence[str]) -> str:
+    """Return the file name, without suffix, of a table under an experiment.
+
+    >>> stem("table1", ["experiment=table1_long"]), stem("table1", [])
+    ('table1_long', 'table1')
+    """
+    chosen = [text.partition("=")[2] for text in overrides if text.startswith("experiment=")]
+    if not chosen or chosen[-1] in (name, "null"):
+        return name
+    return chosen[-1] if chosen[-1].startswith(name) else f"{name}-{chosen[-1]}"
+
+
+def select(
+    table: Table, records: Sequence[Record], overrides: Sequence[str], extra: Path | None = None
+) -> tuple[dict[str, list[Record]], int]:
+    """Find the records of every row, one per seed, all under one sky.
+
+    Where records were made under several skies (other data or another backbone), the sky with the most records is
+    taken, since scores under different skies cannot be compared.
+
+    Returns:
+        Records by row, in order of seed, and the number of matching records left out.
+    """
+    matching: dict[str, list[Record]] = {}
+    for row in table.rows:
+        run = row_run(table, row, 0, overrides, extra)
+        wanted = without_seed(config.asked(run) | {"backbone": {"name": run.backbone.name}})
+        matching[row.name] = [record for record in records if without_seed(record.asked) == wanted]
+    skies = [record.sky for found in matching.values() for record in found]
+    chosen = max(sorted(set(skies)), key=skies.count) if skies else ""
+    kept = {
+        name: sorted((record for record in found if record.sky == chosen), key=lambda record: record.seed)
+        for name, found in matching.items()
+    }
+    return kept, len(skies) - sum(len(found) for found in kept.values())
+
+
+def without_seed(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was asked but for the seed."""
+    return {name: value for name, value in asked.items() if name != "seed"}
+
+
+def with_needs(record: Record, records: Mapping[str, Record]) -> list[Record]:
+    """Return a record and those of the runs it stands on.
+
+    Raises:
+        ConfigError: One of them is missing.
+    """
+    result = [record]
+    for run_id in record.provenance["needs"]:
+        if run_id not in records:
+            raise ConfigError(f"record {record.id} stands on run {run_id}, which has no record in the same folder")
+        result += with_needs(records[run_id], records)
+    return result
