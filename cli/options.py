@@ -42,7 +42,7 @@ SweepOption = Annotated[bool, typer.Option("--sweep", help="Commas in a value me
 PrintOption = Annotated[bool, typer.Option("--print-config", help="Print the resolved configuration and stop.")]
 ConfOption = Annotated[
     Path | None,
-    typer.Option("--conf", help="Folder of your own configuration, searched first.", file_okay=False),
+    typer.Option("--conf", help="Folder of your own configuration, laid out as conf/ is."),
 ]
 
 

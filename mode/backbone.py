@@ -186,6 +186,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> BackboneTokenizer:
 def save_backbone(model: PreTrainedModel, tokenizer: BackboneTokenizer, folder: Path) -> None:
     """Write a backbone as a folder that any Hugging Face tool can load."""
     from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     model.save_pretrained(folder)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, eos_token=EOS, bos_token=EOS)

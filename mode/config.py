@@ -24,9 +24,21 @@ NOT_IDENTITY = ("paths", "track", "domains")
 
 
 def conf_dirs(extra: Path | None = None) -> list[Path]:
-    """Return the folders that configuration is read from: the user's own first, then the project's."""
+    """Return the folders that configuration is read from: the project's, then the user's own.
+
+    Raises:
+        ConfigError: The user's folder does not exist, or has a file of the same name as one of the project's.
+    """
     own = Path(str(files("conf")))
-    return [extra, own] if extra else [own]
+    if extra is None:
+        return [own]
+    if not extra.is_dir():
+        raise ConfigError(f"--conf {extra}: no such folder")
+    for path in sorted(extra.glob("*/*.yaml")):
+        name = path.relative_to(extra)
+        if (own / name).exists():
+            raise ConfigError(f"{path}: the project has a {name} too; choose another name")
+    return [own, extra]
 
 
 def choices(group: str, extra: Path | None = None) -> list[str]:

@@ -61,7 +61,7 @@ def write_record(record: Record, folder: Path) -> Path:
     """Write a record, atomically, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / record.filename
-    text = json.dumps(asdict(record), indent=1, sort_keys=True)
+    text = json.dumps(asdict(record), indent=1)
     # Long lists of numbers stay on one line, so that records can be read and compared.
     text = re.sub(r"\[[\s\d.,eE+\-]+\]", lambda match: " ".join(match[0].split()), text)
     write_atomic(path, (text + "\n").encode())

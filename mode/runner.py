@@ -17,7 +17,7 @@ from mode.backbone import load_model
 from mode.data.batches import Batches, Stream
 from mode.data.pack import Packed, prepare
 from mode.method import Material, Method
-from mode.record import SCHEMA, Record, find_record, provenance, write_record
+from mode.record import SCHEMA, Record, find_record, provenance, read_record, write_record
 from mode.settings import ConfigError, Run
 from mode.track import Tracker, make_tracker
 
@@ -169,8 +169,7 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer) -> Record
         device=str(device),
     )
     record = Record(schema=SCHEMA, id=prepared.id, asked=prepared.asked, happened=happened, provenance=sky)
-    write_record(record, prepared.results / "records")
-    return record
+    return read_record(write_record(record, prepared.results / "records"))
 
 
 def set_up(run: Run) -> torch.device:

@@ -1,0 +1,1 @@
+"""Tests: tiny models and text made on the fly; no network."""
