@@ -40,6 +40,11 @@ class Record:
     provenance: dict[str, Any]
 
     @property
+    def parts(self) -> tuple[dict[str, Any], ...]:
+        """The three parts: asked, happened, provenance."""
+        return self.asked, self.happened, self.provenance
+
+    @property
     def seed(self) -> int:
         """Seed of the run."""
         return int(self.asked["seed"])
@@ -76,11 +81,13 @@ def read_record(path: Path) -> Record:
     """
     try:
         plain = json.loads(path.read_text("utf-8"))
+        if isinstance(plain, dict) and plain.get("schema", SCHEMA) != SCHEMA:
+            raise ConfigError(f"{path}: record schema {plain['schema']}; this version reads schema {SCHEMA}")
         record = Record(**plain)
+        if not (isinstance(record.id, str) and all(isinstance(part, dict) for part in record.parts)):
+            raise TypeError("its parts are not what they should be")
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         raise ConfigError(f"{path}: not a record of a run ({error})") from error
-    if record.schema != SCHEMA:
-        raise ConfigError(f"{path}: record schema {record.schema}; this version reads schema {SCHEMA}")
     return record
 
 
