@@ -69,12 +69,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A table compiled from records: its lines, its domains in order, and the records left out."""
+    """A table compiled from records: its lines, its domains in order, the split scored, and the records left out."""
 
     table: Table
     lines: tuple[Line, ...]
     domains: tuple[str, ...]
     targets: tuple[str, ...]
+    split: str
     left_out: int
 
     def line(self, name: str) -> Line:
@@ -99,7 +100,8 @@ def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[s
         make_line(row.name, row.label, chosen[row.name], bare[0] if bare else None, targets, by_id)
         for row in table.rows
     )
-    return Compiled(table=table, lines=lines, domains=domains, targets=targets, left_out=left_out)
+    split = first.happened["split"] if first else "test"
+    return Compiled(table=table, lines=lines, domains=domains, targets=targets, split=split, left_out=left_out)
 
 
 def make_line(

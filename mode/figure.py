@@ -46,6 +46,7 @@ def draw(compiled: Compiled, path: Path) -> None:
     axes.set_xlabel(f"Retention: change of {' and '.join(others)} accuracy against the backbone (points)")
     axes.set_ylabel(f"Target accuracy: mean of {' and '.join(name.capitalize() for name in compiled.targets)} (%)")
     axes.set_title(compiled.table.title)
-    axes.legend(fontsize=8, loc="best")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, loc="best")
     figure.savefig(path, dpi=150, metadata={"Software": None})
     pyplot.close(figure)

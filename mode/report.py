@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,23 +35,30 @@ def render(compiled: Compiled) -> dict[str, str]:
 
 def frame(compiled: Compiled, *, strong: str = "{}") -> pd.DataFrame:
     """Return the table as people read it; the best mean of each quality column is set in `strong`."""
-    best = {
-        column: max((line.cell(column).mean for line in compiled.lines if line.cell(column)), default=None)  # type: ignore[union-attr]
-        for column in compiled.columns
-    }
+    best = {column: best_mean(compiled, column) for column in compiled.columns}
     rows = []
     for line in compiled.lines:
         row: dict[str, str] = {"Method": line.label}
         for column in compiled.columns:
             value = line.cell(column)
             text = value.text(signed=column == "retention") if value else "–"
-            # The backbone's retention is zero by definition, so it is no competitor there.
-            wins = value is not None and value.mean == best[column] and line.name != "backbone"
+            wins = value is not None and value.mean == best[column] and competes(line, column)
             row[heading(column)] = strong.format(text) if wins else text
         rows.append(row | costs(line))
     for left, right in compiled.table.differences:
         rows.append(difference(compiled, left, right))
     return pd.DataFrame(rows)
+
+
+def best_mean(compiled: Compiled, column: str) -> float | None:
+    """Return the best mean of a quality column."""
+    cells = [line.cell(column) for line in compiled.lines if competes(line, column)]
+    return max((value.mean for value in cells if value is not None), default=None)
+
+
+def competes(line: Line, column: str) -> bool:
+    """Say whether a line can be a column's best: the backbone's retention is zero by definition."""
+    return line.name != "backbone" or column != "retention"
 
 
 def heading(column: str) -> str:
@@ -80,7 +88,10 @@ def difference(compiled: Compiled, left: str, right: str) -> dict[str, str]:
 
 def markdown(compiled: Compiled) -> str:
     """Render a compiled table in Markdown, with its notes and the published values."""
-    parts = [f"# {compiled.table.title}", "", frame(compiled, strong="**{}**").to_markdown(index=False)]
+    table = frame(compiled, strong="**{}**")
+    # Without numparse a cell stays the text it is: tabulate would turn 12.30 into 12.3 and +1.50 into 1.5.
+    sides = ["left", *["right"] * (len(table.columns) - 1)]
+    parts = [f"# {compiled.table.title}", "", table.to_markdown(index=False, disable_numparse=True, colalign=sides)]
     parts += ["", *notes(compiled)]
     published = published_frame(compiled)
     if published is not None and compiled.table.published is not None:
@@ -93,8 +104,8 @@ def markdown(compiled: Compiled) -> str:
 def notes(compiled: Compiled) -> list[str]:
     """Say what the columns mean, what was chosen, and what is missing."""
     lines = [
-        "Next-token top-1 accuracy in per cent on the whole "
-        f"{'validation' if compiled.table.choose else 'test'} split; mean ± standard deviation over n seeds. "
+        f"Next-token top-1 accuracy in per cent on the whole {compiled.split} split; mean ± standard deviation over "
+        "n seeds. "
         "Retention: points gained or lost against the untouched backbone on the domains that are not targets. "
         "Steps, tokens and seconds count every stage. Differences are paired by seed. Bold: the best mean, which need "
         "not be a significant difference."
@@ -149,8 +160,19 @@ def with_average(values: Mapping[str, float]) -> dict[str, float]:
 def latex(compiled: Compiled) -> str:
     """Render a compiled table in LaTeX (booktabs)."""
     table = frame(compiled, strong=r"\textbf{{{}}}")
+    table.columns = pd.Index([escape(name) for name in table.columns])
+    table["Method"] = table["Method"].map(escape)
     table = table.map(lambda text: text.replace("±", r"$\pm$").replace("−", "$-$").replace("–", "--"))
     return str(table.to_latex(index=False, column_format="l" + "r" * (len(table.columns) - 1)))
+
+
+def escape(text: str) -> str:
+    r"""Escape what LaTeX would take for a command.
+
+    >>> escape("100% of A & B_1")
+    '100\\% of A \\& B\\_1'
+    """
+    return re.sub(r"([&%$#_{}])", r"\\\1", text)
 
 
 def csv(compiled: Compiled) -> str:
@@ -161,7 +183,6 @@ def csv(compiled: Compiled) -> str:
             value = line.cell(column)
             if value is not None:
                 rows.append({"row": line.name, "column": column, "mean": value.mean, "std": value.std, "n": value.n})
-        # Seconds are the machine's, not the method's: they are in the Markdown, not in what is compared.
         rows += [
             {"row": line.name, "column": name, "mean": amount} for name, amount in line.cost.items() if name != "n"
         ]

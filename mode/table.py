@@ -133,14 +133,14 @@ def without_seed(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_needs(record: Record, records: Mapping[str, Record]) -> list[Record]:
-    """Return a record and those of the runs it stands on.
+    """Return a record and those of the runs it stands on, each once.
 
     Raises:
         ConfigError: One of them is missing.
     """
-    result = [record]
+    result = {record.id: record}
     for run_id in record.provenance["needs"]:
         if run_id not in records:
             raise ConfigError(f"record {record.id} stands on run {run_id}, which has no record in the same folder")
-        result += with_needs(records[run_id], records)
-    return result
+        result |= {stage.id: stage for stage in with_needs(records[run_id], records)}
+    return list(result.values())
