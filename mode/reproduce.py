@@ -90,6 +90,7 @@ def run_all(runs: Sequence[Run], *, jobs: int, display: Display) -> Outcome:
     context = multiprocessing.get_context("spawn")
     messages: Any = context.Queue()
     active: dict[str, Any] = {}
+    errors: dict[str, str] = {}
     try:
         while nodes or active:
             for run_id in ready(nodes)[: jobs - len(active)]:
@@ -100,7 +101,7 @@ def run_all(runs: Sequence[Run], *, jobs: int, display: Display) -> Outcome:
                 process.start()
                 active[run_id] = process
             wait([process.sentinel for process in active.values()], timeout=0.5)
-            errors = drain(messages, display)
+            errors |= drain(messages, display)
             for run_id in [run_id for run_id, process in active.items() if not process.is_alive()]:
                 errors |= drain(messages, display)
                 settle(run_id, active.pop(run_id), errors.get(run_id), nodes, outcome, display)
@@ -130,9 +131,15 @@ def settle(
             node.waits.discard(run_id)
         return
     outcome.failed[run_id] = error
+    fail_waiting(run_id, nodes, outcome)
+
+
+def fail_waiting(run_id: str, nodes: dict[str, Node], outcome: Outcome) -> None:
+    """Fail every run that stands on one that failed, directly or through others."""
     for waiting in [other for other, node in nodes.items() if run_id in node.waits]:
-        nodes.pop(waiting)
-        outcome.failed[waiting] = f"stands on {run_id}, which failed"
+        if nodes.pop(waiting, None):  # else it stood on another that failed too
+            outcome.failed[waiting] = f"stands on {run_id}, which failed"
+            fail_waiting(waiting, nodes, outcome)
 
 
 def drain(messages: Any, display: Display) -> dict[str, str]:

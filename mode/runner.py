@@ -118,9 +118,16 @@ def execute(
         ConfigError: Something in the configuration, the data or an artefact is wrong.
     """
     prepared = prepare_run(run)
-    with only_one(prepared.folder):
+
+    def done() -> Record | None:
         record = finished(prepared)
-        if record is not None and not again and (has_weights(prepared) or not weights):
+        return record if record is not None and not again and (has_weights(prepared) or not weights) else None
+
+    # Only those who train take the lock, so runs that stand on the same finished one never meet at it.
+    if (record := done()) is not None:
+        return record
+    with only_one(prepared.folder):
+        if (record := done()) is not None:
             return record
         if again:
             for name in ("checkpoint.safetensors", "curve.jsonl", WEIGHTS):
@@ -141,9 +148,13 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer) -> Record
     model = build(prepared, needs).to(device)
     sizes = parameters(prepared, model)
     tracker = track(prepared)
-    trained = fit(prepared, model, tracker, observe)
-    begin = time.monotonic()
-    scores = score(prepared, model, run.evaluate.split)
+    try:
+        trained = fit(prepared, model, tracker, observe)
+        begin = time.monotonic()
+        scores = score(prepared, model, run.evaluate.split)
+    except BaseException:  # an interrupt too: the tracker must not stay open for the next run of this process
+        tracker.abandon()
+        raise
     tracker.finish({f"{run.evaluate.split}/{name}/accuracy": value.accuracy for name, value in scores.items()})
     happened = {
         "status": "finished",

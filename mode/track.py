@@ -19,6 +19,9 @@ class Tracker(Protocol):
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Log the final values and close."""
 
+    def abandon(self) -> None:
+        """Close without final values, because the run failed or was interrupted."""
+
 
 class NoTracker:
     """Logs nothing."""
@@ -28,6 +31,9 @@ class NoTracker:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Log nothing."""
+
+    def abandon(self) -> None:
+        """Close nothing."""
 
 
 class WandbTracker:
@@ -65,6 +71,10 @@ class WandbTracker:
         """Log the final values and close."""
         self.run.summary.update(dict(summary))
         self.run.finish()
+
+    def abandon(self) -> None:
+        """Close without final values, because the run failed or was interrupted."""
+        self.run.finish(exit_code=1)
 
 
 def make_tracker(
