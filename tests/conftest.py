@@ -23,7 +23,24 @@ SPLITS = "{test: 0.2, validation: 0.2, train: 0.4, pretrain: 0.2}"
 def documents(domain: str, count: int = 120) -> list[str]:
     """Return distinct documents that look like a domain."""
     rng = random.Random(domain)
-    words = ["the", "king", "said", "to", "her", "that", "day", "light", "water", "house", "of", "and", "in", "stone", "went", "far"]
+    words = [
+        "the",
+        "king",
+        "said",
+        "to",
+        "her",
+        "that",
+        "day",
+        "light",
+        "water",
+        "house",
+        "of",
+        "and",
+        "in",
+        "stone",
+        "went",
+        "far",
+    ]
     made = []
     for number in range(count):
         if domain == "py":
@@ -86,10 +103,8 @@ class World:
         return World(folder, self.conf, (*kept, f"paths.runs={folder}/runs", f"paths.results={folder}/results"))
 
 
-@pytest.fixture(scope="session")
-def shared_world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Make the world once per session."""
-    root = tmp_path_factory.mktemp("world")
+def make_world(root: Path) -> World:
+    """Write a world into a folder."""
     conf = root / "conf"
     for group in ("domain", "backbone", "table", "experiment", "method"):
         (conf / group).mkdir(parents=True)
@@ -118,6 +133,12 @@ def shared_world(tmp_path_factory: pytest.TempPathFactory) -> World:
         f"paths.cache={root}/cache",
     )
     return World(root, conf, overrides)
+
+
+@pytest.fixture(scope="session")
+def shared_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Make the world once per session."""
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

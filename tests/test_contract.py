@@ -1,0 +1,168 @@
+"""What every method promises, over every YAML in conf/method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mode import config
+from mode.backbone import fingerprint, load_model
+from mode.checkpoint import trainable
+from mode.loss import head, hidden_states, next_token_loss
+from mode.method import Material
+from mode.runner import execute, prepare_run, restore
+from tests.conftest import World
+
+IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64], [7, 7, 30, 256, 1, 90, 12, 13, 250]])
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "mode-1x-uninit": ("method=mode", "method.start=fresh", "method.num_experts=1"),
+    "mode-2x-uninit": ("method=mode", "method.start=fresh"),
+    "mode-2x-frozen": ("method=mode", "method.train_experts=false"),
+    "mode-2x-data": ("method=mode", "budget=data", "train.steps=6"),
+    **{name: (f"method={name}",) for name in config.choices("method") if name != "pretrain"},
+}
+IDENTITY_AT_START = ("sft", "lora", "backbone")
+"""Methods that start as the backbone; MoDE does not unless its experts copy whole blocks."""
+
+
+def run_of(world: World, name: str, *overrides: str) -> Any:
+    return config.compose([*world.overrides, *VARIANTS[name], *overrides], world.conf)
+
+
+def built(world: World, name: str) -> Any:
+    """Return a method's model as it is before its own stage trains."""
+    run = run_of(world, name)
+    prepared = prepare_run(run)
+    needs = [prepare_run(stage) for stage in prepared.method.needs(run)]
+    for stage in needs:
+        execute(stage.run, weights=True)
+    material = Material(backbone=lambda: load_model(run.backbone), needs=tuple(stage.folder for stage in needs))
+    return prepared.method.build(run, material)
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    return model.eval()(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("name", IDENTITY_AT_START)
+def test_starts_as_the_backbone(world: World, name: str) -> None:
+    bare = load_model(run_of(world, name).backbone)
+    assert (logits(built(world, name)) - logits(bare)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nothing_looks_ahead(world: World, name: str) -> None:
+    model, changed = built(world, name), IDS.clone()
+    changed[:, 5:] = (changed[:, 5:] + 11) % 256
+    assert torch.equal(logits(model)[:, :5], logits(model, changed)[:, :5])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_exactly_what_is_declared_trains_and_the_rest_stays_bit_identical(world: World, name: str) -> None:
+    model = built(world, name).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    names = set(trainable(model))
+    if name == "backbone":
+        assert not names
+        return
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = next_token_loss(hidden_states(model, IDS[:, :-1]), head(model), IDS[:, 1:])
+        loss.backward()
+        losses.append(loss.item())
+        assert {key for key, parameter in model.named_parameters() if parameter.grad is not None} == names
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    tied = "lm_head.weight" if "model.embed_tokens.weight" in names else ""
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved <= names | {tied}
+    # A gate's weight cannot move while all branches agree; everything else that trains has to.
+    assert {key for key in names if not key.endswith(("q_proj.weight", "k_proj.weight"))} <= moved
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_trained_weights_restore_to_the_scores_of_the_record(world: World, name: str) -> None:
+    from mode.runner import score
+
+    run = run_of(world, name)
+    record = execute(run, weights=True)
+    prepared = prepare_run(run)
+    scores = score(prepared, restore(prepared), "test")
+    for domain, value in scores.items():
+        assert value.accuracy == record.happened["scores"][domain]["accuracy"]
+        assert value.loss == record.happened["scores"][domain]["loss"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_runs_under_bf16(world: World, name: str) -> None:
+    model = built(world, name)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = logits(model).float()
+    assert (low - logits(model)).abs().max() < 0.15 * logits(model).abs().max()
+
+
+def parameter_formula(name: str, world: World) -> int:
+    """Return the trainable parameters of a method on the pico backbone, in closed form."""
+    bare = load_model(run_of(world, name).backbone)
+    config_ = bare.config
+    width, layers = config_.hidden_size, config_.num_hidden_layers
+    kv = config_.num_key_value_heads * (width // config_.num_attention_heads)
+    layer = 2 * width * width + 2 * width * kv + 3 * width * config_.intermediate_size + 2 * width
+    blocks = 3
+    if name == "backbone":
+        return 0
+    if name == "sft":
+        return layers * layer + config_.vocab_size * width + width
+    if name == "lora":
+        return layers * 16 * ((width + width) * 2 + (width + kv) * 2)
+    experts = 1 if "1x" in name else 2
+    gates = blocks * (experts + 1) * (width + 1)
+    return gates if "frozen" in name else experts * blocks * layer + gates
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_trainable_parameters_follow_the_closed_form(world: World, name: str) -> None:
+    assert sum(parameter.numel() for parameter in trainable(built(world, name)).values()) == parameter_formula(
+        name, world
+    )
+
+
+def test_zero_steps_of_fine_tuning_are_the_backbone(world: World) -> None:
+    bare = execute(run_of(world, "backbone"))
+    still = execute(run_of(world, "sft", "train.steps=0"))
+    assert still.happened["scores"] == bare.happened["scores"]
+
+
+def test_fine_tuning_overfits_a_single_document(world: World) -> None:
+    model = built(world, "sft").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        loss = next_token_loss(hidden_states(model, IDS[:, :-1]), head(model), IDS[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (logits(model)[:, :-1].argmax(-1)[:, 1:] == IDS[:, 2:]).float().mean() == 1.0
+
+
+def test_equal_tokens_divides_the_steps_over_the_stages(world: World) -> None:
+    run = run_of(world, "mode-2x-data", "train.steps=8")
+    needs = run.method.needs(run)
+    assert [stage.train.steps for stage in needs] == [2, 2]
+    assert run.method.steps(run) == 4
+    # The stages are ordinary stage-1 runs, found by anyone who asks for the same.
+    stage = run_of(world, "mode-1x-uninit", "train.steps=2", "targets=[py]")
+    assert prepare_run(needs[0]).id == prepare_run(stage).id
+
+
+def test_every_lora_adapter_keeps_the_backbone_weights(world: World) -> None:
+    model = built(world, "lora")
+    bare = load_model(run_of(world, "lora").backbone)
+    kept = {name: value for name, value in model.state_dict().items() if "lora_" not in name}
+    renamed = {name.replace(".base_layer.", "."): value for name, value in kept.items()}
+    bare.load_state_dict(renamed)
+    assert fingerprint(bare) == fingerprint(load_model(run_of(world, "lora").backbone))
