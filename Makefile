@@ -1,0 +1,36 @@
+# Every target sets itself up: a virtual environment with the pinned dependencies of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A busy neighbour core slows spinning OpenMP threads many times over; waiting threads it does not.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: table1 check test report clean
+
+table1: $(VENV)/ready            ## the main job: Table 1 on the embedded default
+	$(BIN)/mode reproduce table1
+
+check: $(VENV)/ready             ## format, lint, types, layers, spelling, committed tables, fast tests
+	$(BIN)/ruff format --check -q .
+	$(BIN)/ruff check -q .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-timings > .lint-imports.log || { cat .lint-imports.log; exit 1; }
+	$(BIN)/codespell
+	$(BIN)/mode report --check
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test: $(VENV)/ready              ## the whole suite
+	$(BIN)/python -m pytest -n 2
+
+report: $(VENV)/ready            ## render the published tables anew from their records
+	$(BIN)/mode report paths.results=results
+
+$(VENV)/ready: setup.cfg constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(VENV)/ready
+
+clean:                           ## remove what the targets made, but for runs/ and results/
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
