@@ -1,0 +1,455 @@
+"""Tables are computed from records alone, and rendered without changing a digit."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import io
+import json
+import re
+import shutil
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mode import config
+from mode.compiled import Compiled, compile_table
+from mode.record import SCHEMA, Record, read_record, write_record
+from mode.report import check_tables, frame, latex, markdown, render, report
+from mode.settings import ConfigError
+from mode.table import load_table, row_run
+from tests.conftest import World
+
+ROWS = [
+    {"name": "backbone", "label": "Backbone", "overrides": ["method=backbone"]},
+    {"name": "sft", "label": "SFT", "overrides": ["method=sft"]},
+    {"name": "lora", "label": "LoRA & 100%_x", "overrides": ["method=lora"]},
+    {"name": "mode-2x", "label": "MoDE 2x", "overrides": ["method=mode"]},
+    {"name": "mode-2x-frozen", "label": "MoDE frozen", "overrides": ["method=mode", "method.train_experts=false"]},
+]
+# Accuracy of (sums, py, prose) by row and seed. LoRA and MoDE share only the seeds 0 and 1.
+SCORES = {
+    ("backbone", 0): (0.10, 0.20, 0.60),
+    ("sft", 0): (0.50, 0.60, 0.40),
+    ("sft", 1): (0.52, 0.61, 0.43),
+    ("sft", 2): (0.51, 0.65, 0.41),
+    ("lora", 0): (0.30, 0.4012345, 0.55),
+    ("lora", 1): (0.34, 0.41, 0.59),
+    ("lora", 3): (0.99, 0.99, 0.99),
+    ("mode-2x", 0): (0.505, 0.70, 0.58),
+    ("mode-2x", 1): (0.515, 0.70, 0.585),
+    ("mode-2x", 2): (0.525, 0.70, 0.59),
+}
+PUBLISHED = {"sft": {"sums": 77.18, "py": 67.9, "prose": 47.95}, "mode-2x": {"sums": 77.47, "py": 67.83, "prose": 49.5}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def composed_once() -> Iterator[None]:
+    """Composition is a pure function of its arguments and slow, so each is done once here."""
+    genuine = functools.cache(config.compose)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "compose", lambda overrides, extra=None: genuine(tuple(overrides), extra))
+        yield
+
+
+@pytest.fixture(scope="module")
+def conf(shared_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a configuration folder with tables of its own."""
+    folder = tmp_path_factory.mktemp("tables") / "conf"
+    shutil.copytree(shared_world.conf, folder)
+    settings = [text for text in shared_world.overrides if not text.startswith("paths.")]
+    table = {
+        "title": "Tiny. A table",
+        "overrides": settings,
+        "rows": ROWS,
+        "differences": [["mode-2x", "sft"], ["mode-2x", "lora"], ["mode-2x-frozen", "sft"]],
+        "published": {"source": "Somebody et al.", "note": "A note.", "rows": PUBLISHED},
+    }
+    (folder / "table" / "tiny.yaml").write_text(yaml.safe_dump(table, sort_keys=False), encoding="utf-8")
+    rates = ("0.001", "0.01", "0.1")
+    choose = {
+        "title": "Choices",
+        "overrides": [*settings, "evaluate.split=validation"],
+        "choose": True,
+        "rows": [
+            {"name": f"{m}@lr{lr}", "label": f"{m} {lr}", "overrides": [f"method={m}", f"train.lr={lr}"]}
+            for m in ("sft", "lora")
+            for lr in rates
+        ],
+    }
+    (folder / "table" / "choices.yaml").write_text(yaml.safe_dump(choose, sort_keys=False), encoding="utf-8")
+    (folder / "experiment" / "tiny_long.yaml").write_text(
+        "# @package _global_\ntrain: {weight_decay: 0.5}\n", encoding="utf-8"
+    )
+    both = {**table, "experiments": ["tiny_long"]}
+    (folder / "table" / "both.yaml").write_text(yaml.safe_dump(both, sort_keys=False), encoding="utf-8")
+    return folder
+
+
+def made(conf: Path, table: str, row: str, seed: int, scores: tuple[float, ...], **changes: Any) -> Record:
+    """Return the record that a run of a table's row would leave."""
+    loaded = load_table(table, conf)
+    chosen = next(item for item in loaded.rows if item.name == row)
+    run = row_run(loaded, chosen, seed, [], conf)
+    asked = config.asked(run) | {"backbone": {"name": run.backbone.name}}
+    sky = {"data": {name: f"data of {name}" for name in run.domains}, "backbone": changes.pop("backbone", "weights")}
+    trains = row != "backbone"
+    happened = {
+        "steps": run.train.steps * trains,
+        "tokens": 1_000_000 * trains,
+        "seconds": (10.0 + seed) * trains,
+        "parameters": {"total": 5_000_000, "trainable": 2_000_000 * trains, "added": 0},
+        "split": run.evaluate.split,
+        "scores": {name: {"accuracy": value} for name, value in zip(run.evaluate.domains, scores, strict=True)},
+        "curve": [],
+    }
+    needs = list(changes.pop("needs", ()))
+    return Record(
+        schema=SCHEMA,
+        id=config.digest(asked, {**sky["data"], "backbone": sky["backbone"]}),
+        asked=json.loads(json.dumps(asked)),
+        happened=happened | changes,
+        provenance={**sky, "needs": needs},
+    )
+
+
+def stage(number: int, steps: int, trainable: int, seconds: float) -> Record:
+    """Return the record of an earlier stage."""
+    happened = {"steps": steps, "tokens": 500_000, "seconds": seconds, "parameters": {"trainable": trainable}}
+    asked = {"seed": 0, "targets": ["py"], "method": {"_target_": "mode.Stage"}}
+    return Record(SCHEMA, f"stage{number}", asked, happened, {"data": {}, "backbone": "", "needs": []})
+
+
+@pytest.fixture(scope="module")
+def records(conf: Path) -> list[Record]:
+    stages = [stage(1, 4, 1_000_000, 5.0), stage(2, 6, 3_000_000, 7.0)]
+    return stages + [
+        made(conf, "tiny", row, seed, scores, needs=["stage1", "stage2"] if row == "mode-2x" else [])
+        for (row, seed), scores in SCORES.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def compiled(conf: Path, records: list[Record]) -> Compiled:
+    return compile_table(load_table("tiny", conf), records, [], conf)
+
+
+def of(row: str, place: int) -> list[float]:
+    return [100 * scores[place] for (name, _), scores in SCORES.items() if name == row]
+
+
+# --- cells
+
+
+@pytest.mark.parametrize(("column", "place"), [("sums", 0), ("py", 1), ("prose", 2)])
+@pytest.mark.parametrize("row", ["backbone", "sft", "lora", "mode-2x"])
+def test_a_cell_is_the_mean_and_sample_deviation_over_seeds(
+    compiled: Compiled, row: str, column: str, place: int
+) -> None:
+    cell, values = compiled.line(row).cell(column), of(row, place)
+    assert cell is not None
+    assert cell.n == len(values)
+    assert cell.mean == pytest.approx(statistics.fmean(values))
+    assert len(values) == 1 or cell.std == pytest.approx(statistics.stdev(values))
+
+
+def test_average_and_retention_are_worked_out_per_seed(compiled: Compiled) -> None:
+    average, retention = compiled.line("sft").cell("average"), compiled.line("sft").cell("retention")
+    assert average is not None
+    assert retention is not None
+    per_seed = [statistics.fmean(scores) * 100 for (row, _), scores in SCORES.items() if row == "sft"]
+    assert (average.mean, average.std) == pytest.approx((statistics.fmean(per_seed), statistics.stdev(per_seed)))
+    lost = [100 * (scores[2] - 0.60) for (row, _), scores in SCORES.items() if row == "sft"]
+    assert (retention.mean, retention.std) == pytest.approx((statistics.fmean(lost), statistics.stdev(lost)))
+    bare = compiled.line("backbone").cell("retention")
+    assert bare is not None
+    assert bare.mean == 0.0
+
+
+def test_without_a_backbone_record_there_is_no_retention(conf: Path, records: list[Record]) -> None:
+    headless = [record for record in records if "Untouched" not in record.asked["method"]["_target_"]]
+    compiled = compile_table(load_table("tiny", conf), headless, [], conf)
+    assert compiled.line("sft").cell("retention") is None
+    assert compiled.line("sft").cell("average") is not None
+
+
+def test_differences_are_paired_over_the_seeds_that_both_have(compiled: Compiled) -> None:
+    gap = compiled.line("mode-2x").minus(compiled.line("lora"), "prose")
+    pairs = [58.0 - 55.0, 58.5 - 59.0]
+    assert gap is not None
+    assert (gap.n, gap.mean, gap.std) == pytest.approx((2, statistics.fmean(pairs), statistics.stdev(pairs)))
+    assert compiled.line("mode-2x-frozen").minus(compiled.line("sft"), "prose") is None
+
+
+def test_cost_counts_every_stage_once(compiled: Compiled, conf: Path, records: list[Record]) -> None:
+    cost = compiled.line("mode-2x").cost
+    assert cost["steps"] == 4 + 4 + 6
+    assert cost["tokens"] == pytest.approx(2.0)
+    assert cost["seconds"] == pytest.approx(statistics.fmean([10 + 12, 11 + 12, 12 + 12]))
+    assert (cost["total"], cost["trainable"], cost["n"]) == (5.0, 3.0, 3)
+    assert compiled.line("sft").cost["steps"] == 4
+    assert compiled.line("mode-2x-frozen").cost == {"n": 0}
+    # A stage that two others stand on is paid for once.
+    below = stage(0, 100, 0, 1.0)
+    shared = [
+        dataclasses.replace(record, provenance={**record.provenance, "needs": ["stage0"]})
+        if record.id.startswith("stage")
+        else record
+        for record in records
+    ]
+    deeper = compile_table(load_table("tiny", conf), [*shared, below], [], conf)
+    assert deeper.line("mode-2x").cost["steps"] == 100 + 4 + 4 + 6
+
+
+def test_a_stage_without_a_record_is_refused(conf: Path, records: list[Record]) -> None:
+    with pytest.raises(ConfigError, match="stands on run stage1, which has no record"):
+        compile_table(load_table("tiny", conf), records[1:], [], conf)
+
+
+def test_only_records_under_one_sky_are_compared(conf: Path, records: list[Record]) -> None:
+    strangers = [made(conf, "tiny", "sft", seed, (1.0, 1.0, 1.0), backbone="other") for seed in (0, 5)]
+    compiled = compile_table(load_table("tiny", conf), [*strangers, *records], [], conf)
+    assert sorted(compiled.line("sft").quality) == [0, 1, 2]
+    assert compiled.left_out == 2
+    assert "2 matching records on other data or another backbone are left out." in markdown(compiled)
+
+
+def test_a_record_of_another_configuration_is_no_part_of_the_table(conf: Path, records: list[Record]) -> None:
+    other = dataclasses.replace(records[3], id="x", asked={**records[3].asked, "train": {"steps": 5}})
+    compiled = compile_table(load_table("tiny", conf), [*records, other], [], conf)
+    assert sorted(compiled.line("sft").quality) == [0, 1, 2]
+    assert compiled.left_out == 0
+
+
+# --- rendering
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def parsed(text: str) -> dict[str, dict[str, str]]:
+    """Read the first Markdown table: cells by label and heading."""
+    lines = [line for line in text.split("\n\n")[1].splitlines() if line.startswith("|")]
+    heads = cells(lines[0])
+    return {row[0]: dict(zip(heads, row, strict=True)) for row in map(cells, lines[2:])}
+
+
+def test_markdown_shows_every_cell(compiled: Compiled) -> None:
+    table = parsed(markdown(compiled))
+    assert list(table) == [
+        *(row["label"] for row in ROWS),
+        "MoDE 2x − SFT",
+        "MoDE 2x − LoRA & 100%_x",
+        "MoDE frozen − SFT",
+    ]
+    assert list(table["SFT"]) == [
+        *("Method", "Sums", "Py", "Prose", "Average", "Retention"),
+        *("Total M", "Trained M", "Steps", "Tokens M", "Seconds", "n"),
+    ]
+    assert table["SFT"]["Sums"] == "51.00 ± 1.00"
+    assert table["SFT"]["Retention"] == "-18.67 ± 1.53"
+    assert table["Backbone"]["Py"] == "20.00"
+    assert table["Backbone"]["Steps"] == "0"
+    assert table["MoDE 2x"]["Seconds"] == "23"
+    assert table["MoDE 2x"]["Tokens M"] == "2.00"
+    assert (table["MoDE 2x"]["n"], table["Backbone"]["n"], table["MoDE frozen"]["n"]) == ("3", "1", "0")
+    assert table["MoDE 2x − SFT"]["Sums"] == "+0.50 ± 1.00"
+    assert table["MoDE 2x − LoRA & 100%_x"]["n"] == "2"
+
+
+def test_a_missing_row_is_a_dash_and_a_note(compiled: Compiled) -> None:
+    text = markdown(compiled)
+    row = parsed(text)["MoDE frozen"]
+    assert {row[name] for name in row if name not in ("Method", "n")} == {"–"}
+    assert {parsed(text)["MoDE frozen − SFT"][name] for name in ("Sums", "Average", "Retention")} == {"–"}
+    assert "Missing (–): mode-2x-frozen. `mode reproduce` with this table's name fills them." in text
+
+
+def test_a_cell_of_one_seed_keeps_its_digits_and_its_sign(conf: Path) -> None:
+    one = [made(conf, "tiny", row, 0, (0.5, 0.615, 0.7 if row == "sft" else 0.6)) for row in ("backbone", "sft", "lora",
+           "mode-2x", "mode-2x-frozen")]  # fmt: skip
+    table = parsed(markdown(compile_table(load_table("tiny", conf), one, [], conf)))
+    assert table["SFT"]["Sums"] == "**50.00**"
+    assert table["SFT"]["Retention"] == "**+10.00**"
+    assert table["LoRA & 100%_x"]["Prose"] == "60.00"
+    assert table["LoRA & 100%_x"]["Retention"] == "+0.00"
+    assert table["LoRA & 100%_x"]["Total M"] == "5.000"
+    assert table["MoDE 2x − SFT"]["Sums"] == "+0.00"
+    assert table["MoDE 2x − SFT"]["Prose"] == "-10.00"
+
+
+def test_the_best_mean_is_bold_and_nothing_else(compiled: Compiled) -> None:
+    bold = {
+        (label, name) for label, row in parsed(markdown(compiled)).items() for name, text in row.items() if "**" in text
+    }
+    assert bold == {
+        ("LoRA & 100%_x", "Sums"),
+        ("MoDE 2x", "Py"),
+        ("LoRA & 100%_x", "Prose"),
+        ("LoRA & 100%_x", "Average"),
+        ("LoRA & 100%_x", "Retention"),
+    }
+
+
+def test_the_backbone_is_bold_where_it_is_best_but_never_for_its_own_retention(
+    conf: Path, records: list[Record]
+) -> None:
+    worse = [record for record in records if record.asked["seed"] != 3]
+    table = parsed(markdown(compile_table(load_table("tiny", conf), worse, [], conf)))
+    assert table["Backbone"]["Prose"] == "**60.00**"
+    assert table["Backbone"]["Retention"] == "+0.00"
+    assert table["MoDE 2x"]["Retention"] == "**-1.50 ± 0.50**"
+
+
+def test_published_values_stand_beside_with_average_and_differences(compiled: Compiled) -> None:
+    block = markdown(compiled).partition("Published: Somebody et al.")[2]
+    rows = {row[0]: row[1:] for row in map(cells, block.splitlines()) if len(row) == 5}
+    assert rows["Method"] == ["Sums", "Py", "Prose", "Average"]
+    assert rows["SFT"] == ["77.18", "67.90", "47.95", "64.34"]
+    assert rows["MoDE 2x − SFT"] == ["0.29", "-0.07", "1.55", "0.59"]
+    assert block.rstrip().endswith("A note.")
+
+
+def test_latex_is_a_whole_table_with_special_characters_escaped(compiled: Compiled) -> None:
+    text = latex(compiled)
+    assert text.startswith("\\begin{tabular}{lrrrrrrrrrrr}")
+    assert text.rstrip().endswith("\\end{tabular}")
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 1 + len(ROWS) + 3
+    assert all(len(re.split(r"(?<!\\)&", line)) == 12 for line in rows)
+    assert r"LoRA \& 100\%\_x & \textbf{" in text
+    assert r"51.00 $\pm$ 1.00" in text
+    assert r"MoDE 2x $-$ SFT" in text
+    assert not set("±−–") & set(text)
+
+
+def test_csv_has_the_mean_deviation_and_n_of_every_cell(compiled: Compiled) -> None:
+    rows = list(csv.DictReader(io.StringIO(render(compiled)["csv"])))
+    found = {(row["row"], row["column"]): row for row in rows}
+    assert len(found) == len(rows)
+    prose = found["sft", "prose"]
+    assert float(prose["mean"]) == pytest.approx(statistics.fmean(of("sft", 2)), rel=1e-5)
+    assert float(prose["std"]) == pytest.approx(statistics.stdev(of("sft", 2)), rel=1e-5)
+    assert prose["n"] == "3"
+    assert (found["backbone", "prose"]["std"], found["backbone", "prose"]["n"]) == ("", "1")
+    assert float(found["mode-2x", "steps"]["mean"]) == 14
+    assert not any(row == "mode-2x-frozen" for row, _ in found)
+
+
+def test_rendering_does_not_depend_on_the_order_of_the_records(
+    conf: Path, compiled: Compiled, records: list[Record]
+) -> None:
+    assert render(compile_table(load_table("tiny", conf), records[::-1], [], conf)) == render(compiled)
+
+
+def test_the_frame_has_one_row_per_line_and_difference(compiled: Compiled) -> None:
+    table = frame(compiled)
+    assert len(table) == len(ROWS) + 3
+    assert not table.map(lambda text: "**" in text).any(axis=None)
+
+
+# --- tables for choosing settings
+
+
+def test_a_choice_is_made_by_the_mean_of_the_target_domains_alone(conf: Path) -> None:
+    accuracy = {  # (sums, py, prose): prose is no target and must not sway the choice
+        ("sft", "0.001"): (0.50, 0.50, 0.90),
+        ("sft", "0.01"): (0.60, 0.50, 0.10),
+        ("sft", "0.1"): (0.10, 0.10, 0.10),
+        ("lora", "0.001"): (0.40, 0.44, 0.10),
+        ("lora", "0.01"): (0.40, 0.42, 0.99),
+    }
+    records = [made(conf, "choices", f"{m}@lr{lr}", 0, scores) for (m, lr), scores in accuracy.items()]
+    text = markdown(compile_table(load_table("choices", conf), records, [], conf))
+    assert "Chosen by the mean accuracy on the target domains: sft lr0.01 (55.00); lora lr0.001 (42.00)." in text
+    assert "on the whole validation split" in text
+    assert "Missing (–): lora@lr0.1." in text
+
+
+def test_the_split_named_is_the_one_the_records_were_scored_on(compiled: Compiled) -> None:
+    assert "on the whole test split" in markdown(compiled)
+    assert "Chosen by" not in markdown(compiled)
+
+
+# --- files
+
+
+@pytest.fixture
+def results(tmp_path: Path, records: list[Record]) -> Path:
+    for record in records:
+        write_record(record, tmp_path / "results" / "records")
+    return tmp_path / "results"
+
+
+def test_a_report_writes_the_table_in_three_forms_and_a_figure(conf: Path, results: Path, compiled: Compiled) -> None:
+    text, path = report("tiny", results, extra=conf)
+    assert path == results / "tiny.md"
+    assert path.read_text("utf-8") == text == markdown(compiled)
+    for suffix, expected in render(compiled).items():
+        assert (results / f"tiny.{suffix}").read_text("utf-8") == expected
+    figure = (results / "tiny.png").read_bytes()
+    assert figure.startswith(b"\x89PNG\r\n\x1a\n")
+    assert b"IEND" in figure[-12:]
+    assert len(figure) > 10_000
+
+
+def test_a_table_without_a_point_to_draw_still_has_its_figure(conf: Path, tmp_path: Path) -> None:
+    write_record(made(conf, "tiny", "sft", 0, (0.5, 0.5, 0.5)), tmp_path / "records")
+    report("tiny", tmp_path, extra=conf)
+    assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_without_a_record_is_refused_with_the_command_that_makes_them(conf: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no record of tiny in .*: make them with `mode reproduce tiny`"):
+        report("tiny", tmp_path, extra=conf)
+
+
+def test_an_experiment_has_files_of_its_own(conf: Path, results: Path) -> None:
+    assert check_tables(results, ["both"], conf) == [results / f"both.{suffix}" for suffix in ("md", "tex", "csv")]
+    report("both", results, extra=conf)
+    assert check_tables(results, ["both"], conf) == []
+    with pytest.raises(ConfigError, match="no record of both"):
+        report("both", results, ["experiment=tiny_long"], conf)
+    (results / "both-tiny_long.md").write_text("a table of nothing", encoding="utf-8")
+    assert check_tables(results, ["both"], conf) == [results / "both-tiny_long.md"]
+
+
+def test_a_fresh_table_passes_the_check(conf: Path, results: Path) -> None:
+    report("tiny", results, extra=conf)
+    assert check_tables(results, ["tiny"], conf) == []
+
+
+@pytest.mark.parametrize(
+    ("suffix", "old", "new"), [("md", "51.00", "52.00"), ("csv", "sft,sums,51,", "sft,sums,52,"), ("tex", "51.00", "5")]
+)
+def test_an_edited_number_fails_the_check(conf: Path, results: Path, suffix: str, old: str, new: str) -> None:
+    report("tiny", results, extra=conf)
+    path = results / f"tiny.{suffix}"
+    text = path.read_text("utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    assert check_tables(results, ["tiny"], conf) == [path]
+
+
+def test_a_changed_or_lost_record_fails_the_check(conf: Path, results: Path) -> None:
+    report("tiny", results, extra=conf)
+    path = next((results / "records").glob("sft-*-s1-*.json"))
+    record = read_record(path)
+    scores = {**record.happened["scores"], "prose": {"accuracy": 0.5}}
+    write_record(dataclasses.replace(record, happened={**record.happened, "scores": scores}), path.parent)
+    stale = [results / f"tiny.{suffix}" for suffix in ("md", "tex", "csv")]
+    assert check_tables(results, ["tiny"], conf) == stale
+    write_record(record, path.parent)
+    assert check_tables(results, ["tiny"], conf) == []
+    path.unlink()
+    assert check_tables(results, ["tiny"], conf) == stale
+
+
+def test_a_table_that_was_never_rendered_fails_the_check(conf: Path, results: Path) -> None:
+    assert len(check_tables(results, ["tiny"], conf)) == 3
