@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from importlib.resources import files
@@ -17,6 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from mode.settings import ConfigError, MethodSettings, Run, nearest
 
 TRUSTED = ("mode.", "baselines.")
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+"""Names of configuration files that Hydra's grammar can express."""
 GROUPS = ("backbone", "method", "budget", "track", "experiment")
 """Groups of which a run chooses one member; domains are all composed and then chosen by name."""
 NOT_IDENTITY = ("paths", "track", "domains")
@@ -27,7 +31,8 @@ def conf_dirs(extra: Path | None = None) -> list[Path]:
     """Return the folders that configuration is read from: the project's, then the user's own.
 
     Raises:
-        ConfigError: The user's folder does not exist, or has a file of the same name as one of the project's.
+        ConfigError: The user's folder does not exist, or has a file of the same name as one of the project's, or one
+            whose name cannot be written in an override.
     """
     own = Path(str(files("conf")))
     if extra is None:
@@ -38,6 +43,8 @@ def conf_dirs(extra: Path | None = None) -> list[Path]:
         name = path.relative_to(extra)
         if (own / name).exists():
             raise ConfigError(f"{path}: the project has a {name} too; choose another name")
+        if not NAME.fullmatch(path.stem):
+            raise ConfigError(f"{path}: a name is made of letters, digits, - and _, and starts with a letter")
     return [own, extra]
 
 
@@ -73,7 +80,7 @@ def compose_plain(overrides: Sequence[str], extra: Path | None = None) -> dict[s
     from omegaconf.errors import OmegaConfBaseException
 
     domains = [f"+domain@domains.{name}={name}" for name in choices("domain", extra)]
-    search = [f"hydra.searchpath=[file://{extra.resolve()}]"] if extra else []
+    search = [f"hydra.searchpath=[{quote(f'file://{extra.resolve()}')}]"] if extra else []
     try:
         with initialize_config_module("conf", version_base="1.3"):
             config = hydra_compose("run", overrides=[*domains, *search, *overrides])
@@ -81,7 +88,19 @@ def compose_plain(overrides: Sequence[str], extra: Path | None = None) -> dict[s
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error) or str(error.__cause__)
         raise ConfigError(" ".join(reason.split())) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from error
     return plain
+
+
+def quote(text: str) -> str:
+    r"""Quote a string in Hydra's grammar.
+
+    >>> print(quote("it's"))
+    'it\'s'
+    """
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 @dataclass(frozen=True)
@@ -122,6 +141,8 @@ def hydra_parse(overrides: Sequence[str]) -> list[Any]:
     for text in overrides:
         if text.startswith("-"):
             raise ConfigError(f"{text}: no such option")
+        if text.startswith("="):
+            raise ConfigError(f"{text}: not of the form KEY=VALUE: the key is missing")
         try:
             result.append(parser.parse_override(text))
         except HydraException as error:
@@ -139,7 +160,7 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     for text, override in zip(overrides, hydra_parse(overrides), strict=True):
         options = [text]
         if override.is_sweep_override():
-            if not override.is_discrete_sweep():
+            if not override.is_discrete_sweep() or override.value_type.name == "GLOB_CHOICE_SWEEP":
                 raise ConfigError(f"{text}: only commas, choice() and range() can be swept")
             options = [f"{text.partition('=')[0]}={value}" for value in override.sweep_string_iterator()]
         result = [[*done, option] for done in result for option in options]
@@ -174,8 +195,6 @@ def flatten(node: Any, prefix: str = "") -> Iterator[str]:
     if isinstance(node, Mapping):
         for key, value in node.items():
             yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
-            if isinstance(value, Mapping):
-                yield f"{prefix}.{key}" if prefix else str(key)
     else:
         yield prefix
 
@@ -236,7 +255,7 @@ def explain(error: ValidationError, cls: type, prefix: str) -> str:
     path = [part for part in (prefix, *map(str, first["loc"])) if part]
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        siblings = [".".join([*path[:-1], name]) for name in sorted(field_names(cls))]
+        siblings = [".".join([*path[:-1], name]) for name in sorted(field_names(cls, first["loc"][:-1]))]
         return f"{'.'.join(path)}: no such setting{nearest('.'.join(path), siblings)}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{'.'.join(path)}: this setting is missing"
@@ -247,9 +266,20 @@ def explain(error: ValidationError, cls: type, prefix: str) -> str:
     return f"{'.'.join(path)}{shown}: {message}"
 
 
-def field_names(cls: type) -> set[str]:
-    """Return the names of a settings class's fields."""
-    return {item.name for item in fields(cls)}
+def field_names(cls: Any, path: Sequence[int | str] = ()) -> set[str]:
+    """Return the names of the fields of a settings class, or of the one at a path inside it.
+
+    >>> sorted(field_names(Run, ["budget"])), "licence" in field_names(Run, ["domains", "code"])
+    (['policy'], True)
+    """
+    for part in path:
+        if is_dataclass(cls):
+            cls = typing.get_type_hints(cls).get(str(part))
+        elif typing.get_origin(cls) in (dict, tuple):  # the type of a value of either
+            cls = [item for item in typing.get_args(cls) if item is not ...][-1]
+        else:
+            return set()
+    return {item.name for item in fields(cls)} if is_dataclass(cls) else set()
 
 
 def replace(instance: Any, **changes: Any) -> Any:
@@ -302,12 +332,18 @@ def read_group(group: str, name: str, extra: Path | None = None) -> dict[str, An
     """Read one YAML of a group as plain data, without composing it.
 
     Raises:
-        ConfigError: There is no such member.
+        ConfigError: There is no such member, or it is not YAML.
     """
     for root in conf_dirs(extra):
         path = root / group / f"{name}.yaml"
         if path.exists():
-            data: dict[str, Any] = yaml.safe_load(path.read_text("utf-8")) or {}
+            try:
+                with path.open(encoding="utf-8") as file:
+                    data = yaml.safe_load(file) or {}
+            except yaml.YAMLError as error:
+                raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from error
+            if not isinstance(data, dict):
+                raise ConfigError(f"{path}: settings of the form KEY: VALUE are meant")
             return data
     known = choices(group, extra)
     raise ConfigError(f"{group} {name}: not one of {', '.join(known)}{nearest(name, known)}")
