@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from cli.options import ConfOption, DomainOption, Overrides, told
+from cli.options import ConfOption, DomainOption, Overrides, told, with_domains
 
 if TYPE_CHECKING:
     from mode.data.pack import Packed
@@ -56,11 +56,9 @@ def packed_domains(overrides: Sequence[str], domain: str | None, conf: Path | No
     from mode import config
     from mode.runner import prepare_run
 
-    names = [name.strip() for name in (domain or "").split(",") if name.strip()]
-    given = list(overrides)
-    if names:
-        chosen = f"[{','.join(names)}]"
-        given += [f"targets={chosen}", f"evaluate.domains={chosen}"]
+    given = with_domains(overrides, domain)
+    if domain is not None:
+        given.append(given[0].replace("targets", "evaluate.domains"))
     run = config.compose(given, conf)
     packed = prepare_run(run).packed
     return [(packed[name], run.domains[name]) for name in packed]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -62,10 +62,15 @@ def told() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"mode: {error.filename}: {error.strerror}", file=sys.stderr)
+        raise typer.Exit(2) from None
 
 
 def with_domains(overrides: Sequence[str], domain: str | None) -> list[str]:
-    """Turn --domain into an override, refusing one that says something else.
+    """Turn domains named by comma into an override, refusing one that says something else.
 
     >>> with_domains(["seed=1"], "code,math")
     ['targets=[code,math]', 'seed=1']
@@ -76,12 +81,12 @@ def with_domains(overrides: Sequence[str], domain: str | None) -> list[str]:
         return list(overrides)
     names = [name.strip() for name in domain.split(",") if name.strip()]
     if not names:
-        raise ConfigError(f"--domain {domain}: no domain named")
+        raise ConfigError(f"--domain {domain}: no domain is named")
     wanted = f"[{','.join(names)}]"
     for text in overrides:
         key, _, value = text.lstrip("+").partition("=")
         if key in ("targets", "domain") and value.strip("[]").replace(" ", "") != ",".join(names):
-            raise ConfigError(f"--domain {domain} and {text} must agree; give one of them")
+            raise ConfigError(f"the domain {domain} and {text} must agree; give one of them")
     rest = [text for text in overrides if text.lstrip("+").partition("=")[0] not in ("targets", "domain")]
     return [f"targets={wanted}", *rest]
 
@@ -100,8 +105,8 @@ def with_method(overrides: Sequence[str], method: str, command: str, conf: Path 
         if key == "method" and value != method:
             raise ConfigError(f"`{command}` trains method={method}, not {text}: the two must agree")
         if key == "experiment" and value != "null":
-            for item in read_group("experiment", value, conf).get("defaults", []):
-                chosen = item.get("override /method") if isinstance(item, dict) else None
+            for name in value.split(","):  # several in a sweep
+                chosen = experiment_method(read_group("experiment", name.strip(), conf))
                 if chosen not in (None, method):
                     raise ConfigError(
                         f"`{command}` trains method={method}, but {text} chooses method={chosen}: the two must agree"
@@ -109,6 +114,34 @@ def with_method(overrides: Sequence[str], method: str, command: str, conf: Path 
         if key != "method":
             rest.append(text)
     return [f"method={method}", *rest]
+
+
+def experiment_method(node: Mapping[str, Any]) -> str | None:
+    """Return the method that an experiment's YAML chooses, if it does.
+
+    >>> experiment_method({"defaults": [{"override /method": "lora"}]}), experiment_method({})
+    ('lora', None)
+    """
+    defaults = [item for item in node.get("defaults") or [] if isinstance(item, dict)]
+    return next((item["override /method"] for item in defaults if "override /method" in item), None)
+
+
+def with_fixed(overrides: Sequence[str], fixed: Mapping[str, str], command: str) -> list[str]:
+    """Add the settings that a command stands for, refusing an override that says something else.
+
+    >>> with_fixed(["seed=1"], {"method.start": "fresh"}, "mode train expert")
+    ['seed=1', 'method.start=fresh']
+    """
+    from mode.settings import ConfigError
+
+    rest = []
+    for text in overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        if key not in fixed:
+            rest.append(text)
+        elif value != fixed[key]:
+            raise ConfigError(f"`{command}` means {key}={fixed[key]}, not {text}: the two must agree")
+    return [*rest, *(f"{key}={value}" for key, value in fixed.items())]
 
 
 def take_list(overrides: Sequence[str], key: str) -> tuple[list[str], list[int] | None]:

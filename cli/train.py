@@ -20,6 +20,7 @@ from cli.options import (
     show_config,
     told,
     with_domains,
+    with_fixed,
     with_method,
 )
 
@@ -47,8 +48,9 @@ def expert(
     """
     with told():
         given = with_domains(overrides or [], domain)
-        given = [*with_method(given, "mode", "mode train expert", conf), "method.start=fresh", "method.num_experts=1"]
-        launch(given, again=again, sweep=sweep, print_config=print_config, conf=conf, single=domain is None)
+        given = with_method(given, "mode", "mode train expert", conf)
+        given = with_fixed(given, {"method.start": "fresh", "method.num_experts": "1"}, "mode train expert")
+        launch(given, again=again, sweep=sweep, print_config=print_config, conf=conf, single=True)
 
 
 @app.command("baseline")
@@ -85,6 +87,7 @@ def backbone(
         given = list(overrides or [])
         if not any(text.startswith("experiment=") for text in given):
             given = ["experiment=pretrain_tiny", *given]
+        given = with_method(given, "pretrain", "mode train backbone", conf)
         launch(given, again=again, sweep=False, print_config=print_config, conf=conf)
 
 
@@ -115,11 +118,10 @@ def compose(
         if frozen and uninitialized:
             raise ConfigError("--frozen trains gates alone, so it needs trained experts: not with --uninitialized")
         if frozen:
-            given.append("method.train_experts=false")
+            given = with_fixed(given, {"method.train_experts": "false"}, "mode compose --frozen")
         if uninitialized:
-            given.append("method.start=fresh")
-            if names:
-                given.append(f"method.num_experts={len(names)}")
+            fixed = {"method.start": "fresh"} | ({"method.num_experts": str(len(names))} if names else {})
+            given = with_fixed(given, fixed, "mode compose --uninitialized")
         launch(given, again=again, sweep=sweep, print_config=print_config, conf=conf)
 
 
@@ -145,7 +147,8 @@ def launch(
                 f"or train on the mix with `mode compose --uninitialized`"
             )
     if print_config:
-        for run in runs:
+        for number, run in enumerate(runs):
+            print("---\n" if number else "", end="")
             show_config(run)
         return
     for run in runs:
@@ -161,8 +164,10 @@ def execute(run: Run, *, again: bool) -> None:
 
     prepared = prepare_run(run)
     record = finished(prepared)
-    if record is not None and has_weights(prepared) and not again:
-        print(f"run {prepared.id} is done (--again trains it anew); weights in {prepared.folder}")
+    trains = prepared.method.steps(run) > 0
+    if record is not None and not again and (has_weights(prepared) or not trains):
+        where = f"; weights in {prepared.folder}" if trains else ""
+        print(f"run {prepared.id} is done (--again makes it anew){where}")
         print_scores(record)
         return
     with make_display() as display:
@@ -174,7 +179,7 @@ def execute(run: Run, *, again: bool) -> None:
                 display.start(stage.id, describe(stage.run), stage.method.steps(stage.run))
             display.point(stage.id, point)
 
-        record = execute_run(run, again=again, weights=True, observe=observe)
+        record = execute_run(run, again=again, weights=trains, observe=observe)
     print(f"run {record.id}: {record.happened['steps']} steps, {record.happened['seconds']:.0f} s; {prepared.folder}")
     print_scores(record)
 
