@@ -68,11 +68,11 @@ def runs_of(own: World, table: str = "tiny", seeds: tuple[int, ...] | None = Non
 
 
 def test_a_tables_runs_come_seed_by_seed(own: World) -> None:
-    runs = runs_of(own, seeds=(1, 2))
-    assert [(run.seed, run.track.name) for run in runs] == [(seed, row) for seed in (1, 2) for row in ROWS]
-    assert [run.seed for run in runs_of(own)] == [0] * 4
-    assert {run.track.group for run in runs} == {"tiny"}
-    assert describe(runs[2]) == "mode-2x s1"
+    write_table(own.conf, "two", {"sft": ["method=sft"], "best": ["method=lora", "method.rank=2"]}, seeds=[3])
+    runs = runs_of(own, "two", (1, 2))
+    assert [describe(run) for run in runs] == ["sft s1", "best s1", "sft s2", "best s2"]
+    assert [describe(run) for run in runs_of(own, "two")] == ["sft s3", "best s3"]
+    assert {run.track.group for run in runs} == {"two"}
 
 
 def test_a_plan_has_every_stage_once_and_knows_who_waits_for_it(own: World) -> None:
@@ -216,7 +216,8 @@ def test_points_of_the_curve_reach_the_display(monkeypatch: pytest.MonkeyPatch) 
 def test_a_child_tells_a_mistake_in_one_line_and_keeps_the_traceback_of_anything_else(
     own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = runs_of(own)[0]
+    write_table(own.conf, "one", {"sft": ["method=sft"]})
+    run = runs_of(own, "one")[0]
     sent: queue.Queue[Any] = queue.Queue()
 
     def broken(*arguments: Any, **options: Any) -> None:
