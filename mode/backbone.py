@@ -114,6 +114,7 @@ def load_model(backbone: Backbone) -> PreTrainedModel:
         ConfigError: The weights cannot be found or read, or the architecture is not supported.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -129,7 +130,7 @@ def load_model(backbone: Backbone) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             place, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, ConfigError):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
