@@ -250,11 +250,12 @@ def validate(cls: type, plain: Mapping[str, Any], prefix: str) -> Any:
 
 
 def explain(error: ValidationError, cls: type, prefix: str) -> str:
-    """Put the first mistake that pydantic found in one line."""
-    first = error.errors(include_url=False)[0]
+    """Put the first mistake that pydantic found in one line; an unknown setting goes before one that is missing."""
+    unknown = ("unexpected_keyword_argument", "extra_forbidden")
+    first = min(error.errors(include_url=False), key=lambda item: item["type"] not in unknown)
     path = [part for part in (prefix, *map(str, first["loc"])) if part]
     message = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if first["type"] in unknown:
         siblings = [".".join([*path[:-1], name]) for name in sorted(field_names(cls, first["loc"][:-1]))]
         return f"{'.'.join(path)}: no such setting{nearest('.'.join(path), siblings)}"
     if first["type"] in ("missing", "missing_argument"):
