@@ -284,6 +284,15 @@ def test_a_cell_of_one_seed_keeps_its_digits_and_its_sign(conf: Path) -> None:
     assert table["MoDE 2x − SFT"]["Prose"] == "-10.00"
 
 
+def test_a_column_of_nothing_but_numbers_keeps_its_digits_and_signs(conf: Path) -> None:
+    table = load_table("tiny", conf)
+    alone = dataclasses.replace(table, rows=table.rows[:1], differences=(), published=None)
+    row = parsed(markdown(compile_table(alone, [made(conf, "tiny", "backbone", 0, (0.1, 0.2, 0.6))], [], conf)))[
+        "Backbone"
+    ]
+    assert (row["Retention"], row["Total M"], row["Tokens M"]) == ("+0.00", "5.000", "0.00")
+
+
 def test_the_best_mean_is_bold_and_nothing_else(compiled: Compiled) -> None:
     bold = {
         (label, name) for label, row in parsed(markdown(compiled)).items() for name, text in row.items() if "**" in text
@@ -372,9 +381,12 @@ def test_a_choice_is_made_by_the_mean_of_the_target_domains_alone(conf: Path) ->
     assert "Missing (–): lora@lr0.1." in text
 
 
-def test_the_split_named_is_the_one_the_records_were_scored_on(compiled: Compiled) -> None:
+def test_the_split_named_is_the_one_the_records_were_scored_on(conf: Path, compiled: Compiled) -> None:
     assert "on the whole test split" in markdown(compiled)
     assert "Chosen by" not in markdown(compiled)
+    tuned = made(conf, "choices", "sft@lr0.1", 0, (0.5, 0.5, 0.5))
+    table = dataclasses.replace(load_table("choices", conf), choose=False)
+    assert "on the whole validation split" in markdown(compile_table(table, [tuned], [], conf))
 
 
 # --- files

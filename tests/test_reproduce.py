@@ -15,8 +15,8 @@ import yaml
 from mode import reproduce
 from mode.record import read_records
 from mode.reproduce import Node, describe, plan, ready, run_all, table_runs
-from mode.runner import WEIGHTS, execute, prepare_run
-from mode.settings import Run
+from mode.runner import WEIGHTS, execute, only_one, prepare_run
+from mode.settings import ConfigError, Run
 from tests.conftest import World
 
 ROWS = {
@@ -230,6 +230,16 @@ def test_a_child_tells_a_mistake_in_one_line_and_keeps_the_traceback_of_anything
     assert (run_id, kind) == ("run1", "error")
     assert message == f"ZeroDivisionError: division by zero (see {log})"
     assert "Traceback" in log.read_text("utf-8")
+
+
+def test_runs_that_stand_on_the_same_finished_stage_do_not_meet_at_its_lock(own: World) -> None:
+    write_table(own.conf, "one", {"sft": ["method=sft"]})
+    run = runs_of(own, "one")[0]
+    with only_one(prepare_run(run).folder), pytest.raises(ConfigError, match="another process is training this run"):
+        execute(run)
+    record = execute(run)
+    with only_one(prepare_run(run).folder):
+        assert execute(run, weights=True) == record
 
 
 # --- executing, with processes of their own
