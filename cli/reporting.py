@@ -82,7 +82,7 @@ def print_retention(records: Sequence[Record], zero: Record) -> None:
     for record in [zero, *same]:
         if list(record.happened["scores"]) != names or record.happened["split"] != zero.happened["split"]:
             continue
-        values = qualities(record, zero, record.asked["targets"])
+        values = qualities(record, zero)
         label = record.filename.removesuffix(".json")
         cells = "".join(f"{values[name]:>10.2f}" for name in names)
         kept = f"{values['retention']:>+11.2f}" if "retention" in values else f"{'–':>11}"
@@ -106,9 +106,6 @@ def report(
     """
     with told():
         from mode import config
-        from mode.report import check_tables
-        from mode.report import report as render_report
-        from mode.settings import ConfigError
 
         if table is not None and "=" in table:
             overrides, table = [table, *(overrides or [])], None
@@ -119,30 +116,45 @@ def report(
         results = results_folder(given, conf)
         if check:
             chosen = results if any(text.startswith("paths.results=") for text in given) else PUBLISHED
-            stale = check_tables(chosen, [table] if table else names, conf)
-            if stale:
-                raise ConfigError(f"{stale[0]} does not follow from the records beside it: `mode report` makes it anew")
-            print(f"every table in {chosen} follows from its records")
+            check_published(chosen, [table] if table else names, conf)
             return
         if not (results / "records").is_dir() and (PUBLISHED / "records").is_dir():
             print(f"no records in {results}; these are the published ones", file=sys.stderr)
             results = PUBLISHED
-        shown = 0
-        for name in [table] if table else names:
-            experiments = [] if any(text.startswith("experiment=") for text in given) else known_experiments(name, conf)
-            for each in [given, *([f"experiment={experiment}", *given] for experiment in experiments)]:
-                try:
-                    text, path = render_report(name, results, each, conf)
-                except ConfigError:
-                    if table and each is given and not experiments:
-                        raise
-                    continue
-                print(text)
-                print(f"written to {path}", file=sys.stderr)
-                shown += 1
-        if not shown:
-            wanted = table or names[0]
-            raise ConfigError(f"no record of {wanted} in {results / 'records'}: `mode reproduce {wanted}` makes them")
+        render_tables([table] if table else names, results, given, conf)
+
+
+def check_published(results: Path, names: Sequence[str], conf: Path | None) -> None:
+    """Compare the tables of a results folder with those that follow from its records."""
+    from mode.report import check_tables
+    from mode.settings import ConfigError
+
+    stale = check_tables(results, names, conf)
+    if stale:
+        raise ConfigError(f"{stale[0]} does not follow from the records beside it: `mode report` makes it anew")
+    print(f"every table in {results} follows from its records")
+
+
+def render_tables(names: Sequence[str], results: Path, given: Sequence[str], conf: Path | None) -> None:
+    """Render every table that there are records for, and each under the experiments that it knows."""
+    from mode.report import report as render_report
+    from mode.settings import ConfigError
+
+    shown = 0
+    for name in names:
+        experiments = [] if any(text.startswith("experiment=") for text in given) else known_experiments(name, conf)
+        for each in [given, *([f"experiment={experiment}", *given] for experiment in experiments)]:
+            try:
+                text, path = render_report(name, results, each, conf)
+            except ConfigError:
+                if len(names) == 1 and not experiments:
+                    raise
+                continue
+            print(text)
+            print(f"written to {path}", file=sys.stderr)
+            shown += 1
+    if not shown:
+        raise ConfigError(f"no record of {names[0]} in {results / 'records'}: `mode reproduce {names[0]}` makes them")
 
 
 def known_experiments(table: str, conf: Path | None) -> tuple[str, ...]:

@@ -188,8 +188,9 @@ def print_scores(record: Record) -> None:
     """Print a record's accuracy per domain."""
     for name, score in record.happened["scores"].items():
         kind = "target" if name in record.asked["targets"] else "retention"
+        error = "" if score["stderr"] is None else f" ± {100 * score['stderr']:.2f}"
         print(
-            f"  {name:<10} {kind:<10} accuracy {100 * score['accuracy']:.2f} % ± {100 * score['stderr']:.2f}  "
+            f"  {name:<10} {kind:<10} accuracy {100 * score['accuracy']:.2f} %{error}  "
             f"loss {score['loss']:.3f}  {score['bits_per_byte']:.3f} bits per byte"
         )
     sys.stdout.flush()

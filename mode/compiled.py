@@ -97,8 +97,7 @@ def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[s
     targets = tuple(first.asked["targets"]) if first else ()
     bare = chosen.get("backbone") or []
     lines = tuple(
-        make_line(row.name, row.label, chosen[row.name], bare[0] if bare else None, targets, by_id)
-        for row in table.rows
+        make_line(row.name, row.label, chosen[row.name], bare[0] if bare else None, by_id) for row in table.rows
     )
     split = first.happened["split"] if first else "test"
     return Compiled(table=table, lines=lines, domains=domains, targets=targets, split=split, left_out=left_out)
@@ -109,11 +108,10 @@ def make_line(
     label: str,
     records: Sequence[Record],
     bare: Record | None,
-    targets: Sequence[str],
     by_id: Mapping[str, Record],
 ) -> Line:
     """Compute one line. Cost counts every stage a row stands on, since whoever starts from nothing pays for all."""
-    quality = {record.seed: qualities(record, bare, targets) for record in records}
+    quality = {record.seed: qualities(record, bare) for record in records}
     costs = [[stage.happened for stage in with_needs(record, by_id)] for record in records]
     cost: dict[str, float] = {"n": len(records)}
     if records:
@@ -125,9 +123,9 @@ def make_line(
     return Line(name=name, label=label, quality=quality, cost=cost)
 
 
-def qualities(record: Record, bare: Record | None, targets: Sequence[str]) -> dict[str, float]:
+def qualities(record: Record, bare: Record | None) -> dict[str, float]:
     """Return accuracies in per cent, their average, and retention: points gained on the other domains."""
-    scores = record.happened["scores"]
+    scores, targets = record.happened["scores"], record.asked["targets"]
     values = {name: 100.0 * score["accuracy"] for name, score in scores.items()}
     values["average"] = statistics.fmean(values.values())
     values["target"] = statistics.fmean(values[name] for name in targets)

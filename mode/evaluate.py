@@ -21,7 +21,7 @@ class Score:
 
     Attributes:
         accuracy: Share of tokens whose most likely prediction is right (next-token top-1 accuracy).
-        stderr: Standard error of the accuracy, clustered by document.
+        stderr: Standard error of the accuracy, clustered by document; None with a single document.
         loss: Mean negative log-likelihood, nats per token.
         bits_per_byte: Negative log-likelihood in bits over the UTF-8 bytes of the text.
         tokens: Tokens scored.
@@ -30,7 +30,7 @@ class Score:
     """
 
     accuracy: float
-    stderr: float
+    stderr: float | None
     loss: float
     bits_per_byte: float
     tokens: int
@@ -83,7 +83,7 @@ def summarise(nll: NDArray[np.float64], hit: NDArray[np.bool_], split: PackedSpl
     """Turn per-token scores into a split's score.
 
     The standard error is that of a ratio of sums over documents (linearised), since tokens of one document are not
-    independent; with one document it is not defined.
+    independent.
     """
     # The stream's first token has no context and is not scored, so document 0 has one token fewer.
     edges = np.maximum(split.starts - 1, 0)
@@ -92,7 +92,7 @@ def summarise(nll: NDArray[np.float64], hit: NDArray[np.bool_], split: PackedSpl
     accuracy = float(hits.sum() / tokens.sum())
     count = len(tokens)
     spread = float(((hits - accuracy * tokens) ** 2).sum())
-    stderr = math.sqrt(spread * count / max(1, count - 1)) / float(tokens.sum()) if count > 1 else math.nan
+    stderr = math.sqrt(spread * count / max(1, count - 1)) / float(tokens.sum()) if count > 1 else None
     return Score(
         accuracy=accuracy,
         stderr=stderr,

@@ -289,7 +289,7 @@ def score(prepared: Prepared, model: nn.Module, split: Any, names: tuple[str, ..
             batch_size=run.evaluate.batch_size,
             chunk=run.evaluate.chunk,
         )
-        for name in names or run.evaluate.domains
+        for name in names or run.scored
     }
 
 

@@ -245,7 +245,7 @@ class Evaluate:
     """How a finished model is scored.
 
     Attributes:
-        domains: Every domain that is scored; those that are not targets measure retention.
+        domains: Domains that are scored beside the targets; those that are not targets measure retention.
         split: `test` for results; `validation` for choosing settings, so that tuning never touches the test split.
         batch_size: Rows per forward pass.
         chunk: Tokens whose logits exist at one time.
@@ -309,6 +309,11 @@ class Run:
     evaluate: Evaluate
     track: Track
     paths: Paths
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Domains that the finished model is scored on: those of the evaluation, and every target."""
+        return tuple(dict.fromkeys([*self.evaluate.domains, *self.targets]))
 
     @property
     def lr(self) -> float:

@@ -102,7 +102,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "not trained yet": (("eval", "method=lora"), ("is not finished", "no record in")),
 }
 USAGE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "unknown command": (("trian",), ("No such command 'trian'", "Did you mean 'train'?")),
+    "unknown command": (("trian",), ("No such command 'trian'", "Did you mean 'train'?")),  # codespell:ignore trian
     "unknown subcommand": (("train", "exprt"), ("No such command 'exprt'", "Did you mean 'expert'?")),
     "unknown flag": ((*LORA, "--agian"), ("No such option: --agian", "--again")),
     "negative jobs": (("reproduce", "table1", "--jobs", "-1"), ("--jobs", "greater than or equal to 0")),
@@ -186,7 +186,11 @@ def test_a_mistake_of_usage_ends_with_one_line_that_names_it(world: World, name:
         ("domain/2nd.yaml", "", ("2nd.yaml", "starts with a letter")),
         ("domain/code.yaml", "", ("code.yaml", "choose another name")),
         ("domain/mine.yaml", "description: x", ("domains.mine.licence: this setting is missing",)),
-        ("domain/mine.yaml", "descripton: x", ("domains.mine.descripton", "did you mean domains.mine.description?")),
+        (
+            "domain/mine.yaml",
+            "descripton: x",
+            ("domains.mine.descripton", "did you mean domains.mine.description?"),
+        ),  # codespell:ignore descripton
         ("method/mine.yaml", "lr: [", ("not YAML", "method/mine.yaml")),
         ("method/mine.yaml", "_target_: baselines.nowhere.Mine\nlr: 1.0", ("baselines.nowhere.Mine: no such class",)),
         ("method/mine.yaml", "_target_: mode.config.compose\nlr: 1.0", ("mode.config.compose: not a method",)),

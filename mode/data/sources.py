@@ -192,16 +192,27 @@ def stream_hub(source: HubSource) -> Iterator[str]:
 
 
 def expand(source: FilesSource) -> list[Path]:
-    """List the files that paths, folders and globs stand for."""
+    """List the files that paths, folders and globs stand for; what is hidden inside a folder is not read."""
     files: list[Path] = []
     for pattern in source.paths:
         path = Path(pattern).expanduser()
-        found = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
-        found = found or [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        files += [item for item in found if item.is_file() and not item.name.startswith(".")]
+        if path.is_dir():
+            found = [item for item in sorted(path.rglob("*")) if not is_hidden(item.relative_to(path))]
+        else:
+            found = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        files += [item for item in found if item.is_file()]
         if not found:
             raise ConfigError(f"{pattern}: no such file or folder")
     return files
+
+
+def is_hidden(path: Path) -> bool:
+    """Say whether a path below a folder is hidden, or lies in something hidden.
+
+    >>> is_hidden(Path(".git/config")), is_hidden(Path("notes/a.txt"))
+    (True, False)
+    """
+    return any(part.startswith(".") for part in path.parts)
 
 
 def read_file(path: Path, column: str) -> Iterator[str]:
