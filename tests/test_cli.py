@@ -186,11 +186,7 @@ def test_a_mistake_of_usage_ends_with_one_line_that_names_it(world: World, name:
         ("domain/2nd.yaml", "", ("2nd.yaml", "starts with a letter")),
         ("domain/code.yaml", "", ("code.yaml", "choose another name")),
         ("domain/mine.yaml", "description: x", ("domains.mine.licence: this setting is missing",)),
-        (
-            "domain/mine.yaml",
-            "descripton: x",
-            ("domains.mine.descripton", "did you mean domains.mine.description?"),
-        ),  # codespell:ignore descripton
+        ("domain/mine.yaml", "descr: x", ("domains.mine.descr: no such", "did you mean domains.mine.description?")),
         ("method/mine.yaml", "lr: [", ("not YAML", "method/mine.yaml")),
         ("method/mine.yaml", "_target_: baselines.nowhere.Mine\nlr: 1.0", ("baselines.nowhere.Mine: no such class",)),
         ("method/mine.yaml", "_target_: mode.config.compose\nlr: 1.0", ("mode.config.compose: not a method",)),
