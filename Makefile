@@ -14,7 +14,7 @@ check: $(VENV)/ready             ## format, lint, types, layers, spelling, commi
 	$(BIN)/ruff format --check -q .
 	$(BIN)/ruff check -q .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-timings > .lint-imports.log || { cat .lint-imports.log; exit 1; }
+	$(BIN)/lint-imports > .lint-imports.log || { cat .lint-imports.log; exit 1; }
 	$(BIN)/codespell
 	$(BIN)/mode report --check
 	$(BIN)/python -m pytest -n 2 -m "not slow"

@@ -151,8 +151,32 @@ def launch(
             print("---\n" if number else "", end="")
             show_config(run)
         return
+    if sweep:
+        if again:
+            raise ConfigError("--again trains one run anew; it does not go with --sweep")
+        execute_all(runs)
+    else:
+        execute(runs[0], again=again)
+
+
+def execute_all(runs: Sequence[Run]) -> None:
+    """Execute several runs in order, one process each, going on after a failure, and print a summary."""
+    from cli.progress import make_display
+    from mode.reproduce import run_all
+    from mode.runner import finished, prepare_run
+
+    with make_display() as display:
+        outcome = run_all(runs, jobs=1, display=display)
     for run in runs:
-        execute(run, again=again)
+        prepared = prepare_run(run)
+        record = finished(prepared)
+        if record is not None:
+            print(f"run {record.id}: lr {run.lr:g}, seed {run.seed}; {prepared.folder}")
+            print_scores(record)
+        else:
+            print(f"run {prepared.id} failed: {outcome.failed.get(prepared.id, 'no record')}")
+    if outcome.failed:
+        raise typer.Exit(1)
 
 
 def execute(run: Run, *, again: bool) -> None:
@@ -171,15 +195,19 @@ def execute(run: Run, *, again: bool) -> None:
         print_scores(record)
         return
     with make_display() as display:
-        shown: set[str] = set()
+        shown: list[str] = []
 
         def observe(stage: Prepared, point: Point) -> None:
             if stage.id not in shown:
-                shown.add(stage.id)
+                if shown:
+                    display.end(shown[-1], None)
+                shown.append(stage.id)
                 display.start(stage.id, describe(stage.run), stage.method.steps(stage.run))
             display.point(stage.id, point)
 
         record = execute_run(run, again=again, weights=trains, observe=observe)
+        if shown:
+            display.end(shown[-1], None)
     print(f"run {record.id}: {record.happened['steps']} steps, {record.happened['seconds']:.0f} s; {prepared.folder}")
     print_scores(record)
 

@@ -9,6 +9,7 @@ import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def compose(overrides: Sequence[str], extra: Path | None = None) -> Run:
 
     Args:
         overrides: `KEY=VALUE` settings in Hydra's grammar, later ones winning.
-        extra: A folder of the user's own configuration, searched before the project's.
+        extra: A folder of the user's own configuration, beside the project's.
 
     Raises:
         ConfigError: An override is malformed or unknown, or a value is not allowed.
@@ -174,16 +175,22 @@ def check_overrides(overrides: Sequence[str], extra: Path | None) -> None:
     for item in parsed:
         value = item.text.partition("=")[2]
         if item.key in GROUPS:
-            known = choices(item.key, extra)
-            if value not in known and not (item.key == "experiment" and value == "null"):
-                raise ConfigError(f"{item.text}: not one of {', '.join(known)}{nearest(value, known)}")
+            members = choices(item.key, extra)
+            if value not in members and not (item.key == "experiment" and value == "null"):
+                raise ConfigError(f"{item.text}: not one of {', '.join(members)}{nearest(value, members)}")
         elif item.key == "domain":
             raise ConfigError(f"{item.text}: the domains to adapt to are chosen with targets=[{value}]")
-    known = list(flatten(compose_plain(selected, extra)))
+    known = known_settings(tuple(selected), extra)
     groups = {name.rpartition(".")[0] for name in known}
     for item in parsed:
         if item.key not in known and item.key not in GROUPS and item.key not in groups and "=" in item.text:
             raise ConfigError(f"{item.key}: no such setting{nearest(item.key, known)}")
+
+
+@lru_cache
+def known_settings(selected: tuple[str, ...], extra: Path | None) -> tuple[str, ...]:
+    """Return the names of all settings under a choice of group members."""
+    return tuple(flatten(compose_plain(selected, extra)))
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[str]:

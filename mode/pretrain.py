@@ -15,7 +15,7 @@ from mode.data.pack import state_key
 from mode.data.sources import read_documents
 from mode.data.split import divide
 from mode.method import Material, Method
-from mode.settings import STRICT, Run, Split
+from mode.settings import STRICT, ConfigError, Run, Split
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,10 +48,22 @@ class Pretrain(Method):
     num_heads: PositiveInt
     context: PositiveInt
 
+    def check(self, run: Run) -> None:
+        """Refuse a mix that is not of the run's targets.
+
+        Raises:
+            ConfigError: The weights name other domains.
+        """
+        if set(self.weights) != set(run.targets):
+            raise ConfigError(
+                f"method.weights name {', '.join(self.weights)}, but targets={list(run.targets)}: they must agree"
+            )
+
     def tokenizer(self, run: Run) -> BackboneTokenizer:
         """Train the tokenizer on the pretraining splits, or take it from the cache."""
         from tokenizers import Tokenizer
 
+        self.check(run)
         cache = Path(run.paths.cache).expanduser()
         states = [state_key(run.domains[name]) for name in self.weights]
         path = cache / "tokenizers" / f"{self.vocab_size}-{'-'.join(states)}.json"

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Split = Literal["train", "validation", "test", "pretrain"]
 SPLITS: tuple[Split, ...] = ("test", "validation", "train", "pretrain")
@@ -299,7 +299,7 @@ class Run:
         domains: Settings of every domain that the run trains on or is scored on.
     """
 
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
     domains: dict[str, Domain]
     backbone: Backbone

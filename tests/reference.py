@@ -1,4 +1,4 @@
-"""MoDE on a Llama written slowly from the equations: per token, per branch, per head, in float64, from weights alone."""
+"""MoDE on a Llama, written slowly from the equations: per token, branch and head, in float64, from weights alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def rotate(x: Tensor, position: int, theta: float) -> Tensor:
     return out
 
 
-def layer(states: list[Tensor], w: dict[str, Tensor], heads: int, groups: int, eps: float, theta: float) -> list[Tensor]:
+def layer(
+    states: list[Tensor], w: dict[str, Tensor], heads: int, groups: int, eps: float, theta: float
+) -> list[Tensor]:
     """Run one decoder layer over a sequence of vectors, token by token."""
     size = len(w["self_attn.q_proj.weight"]) // heads
     normed = [rms_norm(x, w["input_layernorm.weight"], eps) for x in states]
@@ -37,9 +39,7 @@ def layer(states: list[Tensor], w: dict[str, Tensor], heads: int, groups: int, e
         for head in range(heads):
             group = head * groups // heads
             query = rotate(queries[t][head], t, theta)
-            logits = torch.stack(
-                [query @ rotate(keys[s][group], s, theta) / math.sqrt(size) for s in range(t + 1)]
-            )
+            logits = torch.stack([query @ rotate(keys[s][group], s, theta) / math.sqrt(size) for s in range(t + 1)])
             weights = torch.exp(logits - logits.max())
             weights = weights / weights.sum()
             mixed.append(sum(weights[s] * values[s][group] for s in range(t + 1)))

@@ -106,6 +106,10 @@ def test_runs_under_bf16(world: World, name: str) -> None:
     assert (low - logits(model)).abs().max() < 0.15 * logits(model).abs().max()
 
 
+KNOWN_FORMULAS = ("backbone", "sft", "lora", "mode")
+"""Methods with a closed form in `parameter_formula`."""
+
+
 def parameter_formula(name: str, world: World) -> int:
     """Return the trainable parameters of a method on the pico backbone, in closed form."""
     bare = load_model(run_of(world, name).backbone)
@@ -125,7 +129,7 @@ def parameter_formula(name: str, world: World) -> int:
     return gates if "frozen" in name else experts * blocks * layer + gates
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith(KNOWN_FORMULAS)])
 def test_trainable_parameters_follow_the_closed_form(world: World, name: str) -> None:
     assert sum(parameter.numel() for parameter in trainable(built(world, name)).values()) == parameter_formula(
         name, world

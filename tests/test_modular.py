@@ -103,9 +103,7 @@ def test_composed_gates_keep_each_experts_odds(world: World) -> None:
 
 
 def test_fresh_handover_leaves_gates_as_built(world: World) -> None:
-    model = make_modular(
-        pico(world), num_experts=1, num_blocks=3, expert_layers=1, init="copy", backbone_bias=2.0
-    )
+    model = make_modular(pico(world), num_experts=1, num_blocks=3, expert_layers=1, init="copy", backbone_bias=2.0)
     compose_experts(model, [expert_state(modular(world, num_experts=1), 0)], "fresh")
     for block in blocks_of(model):
         assert torch.equal(block.gate.weight, torch.zeros_like(block.gate.weight))
