@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
@@ -37,6 +36,7 @@ class LoRA(Method):
         Raises:
             ConfigError: No layer has one of the target names, or the head is among them.
         """
+        import torch
         from peft import LoraConfig, inject_adapter_in_model
 
         model = material.backbone().requires_grad_(False)
@@ -58,4 +58,6 @@ class LoRA(Method):
 
 def is_linear(module: nn.Module) -> bool:
     """Say whether a module is a linear layer."""
-    return isinstance(module, torch.nn.Linear)
+    from torch import nn
+
+    return isinstance(module, nn.Linear)

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mode.checkpoint import load_tensors, save_tensors, write_atomic
+from mode.checkpoint import load_tensors, save_tensors
+from mode.files import write_atomic
 from mode.modular import expert_state
 from mode.settings import ConfigError
 

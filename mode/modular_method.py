@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from mode.config import replace
-from mode.expert import load_expert, save_expert
 from mode.method import Material, Method
-from mode.modular import blocks_of, compose_experts, gate_means, make_modular
 from mode.settings import STRICT, ConfigError, Run
 
 if TYPE_CHECKING:
@@ -90,10 +87,17 @@ class MoDE(Method):
 
     def inspect(self, model: nn.Module) -> dict[str, float]:
         """Report the mean gate of every block."""
+        from mode.modular import gate_means
+
         return gate_means(model)
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the modular model, with fresh experts or with those of the stage-1 runs."""
+        import torch
+
+        from mode.expert import load_expert
+        from mode.modular import blocks_of, compose_experts, make_modular
+
         composing = self.start == "experts"
         torch.manual_seed(run.seed)
         model: nn.Module = make_modular(
@@ -118,5 +122,7 @@ class MoDE(Method):
     def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
         """Write a single-domain run's expert as an artefact of its own."""
         if self.start == "fresh" and self.num_experts == 1 and len(run.targets) == 1:
+            from mode.expert import save_expert
+
             shape = {"num_blocks": self.num_blocks, "expert_layers": self.expert_layers}
             save_expert(model, folder / "expert", {"domain": run.targets[0], **shape, **about})

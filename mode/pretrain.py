@@ -10,10 +10,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from mode.backbone import EOS, BackboneTokenizer, save_backbone, train_tokenizer
-from mode.checkpoint import write_atomic
 from mode.data.pack import state_key
 from mode.data.sources import read_documents
 from mode.data.split import divide
+from mode.files import write_atomic
 from mode.method import Material, Method
 from mode.settings import STRICT, ConfigError, Run, Split
 

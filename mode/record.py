@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mode.checkpoint import write_atomic
+from mode.files import write_atomic
 from mode.settings import ConfigError, Run
 
 SCHEMA = 1

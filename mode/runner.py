@@ -16,6 +16,7 @@ from mode import config
 from mode.backbone import load_model
 from mode.data.batches import Batches, Stream
 from mode.data.pack import Packed, prepare
+from mode.files import CHECKPOINT, CURVE, WEIGHTS
 from mode.method import Material, Method
 from mode.record import SCHEMA, Record, find_record, provenance, read_record, write_record
 from mode.settings import ConfigError, Run
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
     from mode.evaluate import Score
     from mode.train import Point, Trained
-
-WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def execute(
         if (record := done()) is not None:
             return record
         if again:
-            for name in ("checkpoint.safetensors", "curve.jsonl", WEIGHTS):
+            for name in (CHECKPOINT, CURVE, WEIGHTS):
                 (prepared.folder / name).unlink(missing_ok=True)
         needs = []
         for stage in prepared.method.needs(run):
@@ -180,7 +179,10 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer) -> Record
         device=str(device),
     )
     record = Record(schema=SCHEMA, id=prepared.id, asked=prepared.asked, happened=happened, provenance=sky)
-    return read_record(write_record(record, prepared.results / "records"))
+    path = write_record(record, prepared.results / "records")
+    # Only now: a run killed before its record stands goes on from its last checkpoint, with nothing left to train.
+    (prepared.folder / CHECKPOINT).unlink(missing_ok=True)
+    return read_record(path)
 
 
 def set_up(run: Run) -> torch.device:
@@ -294,7 +296,7 @@ def score(prepared: Prepared, model: nn.Module, split: Any, names: tuple[str, ..
 
 
 def save(prepared: Prepared, model: nn.Module, happened: Mapping[str, Any]) -> None:
-    """Write the trained weights and what the method keeps; the checkpoint with its optimizer state goes."""
+    """Write the trained weights and what the method keeps."""
     from mode.checkpoint import save_tensors, trainable
 
     run = prepared.run
@@ -309,7 +311,6 @@ def save(prepared: Prepared, model: nn.Module, happened: Mapping[str, Any]) -> N
     }
     prepared.method.save(model, run, prepared.folder, about)
     save_tensors(prepared.folder / WEIGHTS, trainable(model), {"run": prepared.id})
-    (prepared.folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mode.checkpoint import load_checkpoint, save_checkpoint, trainable, write_atomic
+from mode.checkpoint import load_checkpoint, save_checkpoint, trainable
 from mode.data.batches import Batches
+from mode.files import CHECKPOINT, CURVE, write_atomic
 from mode.loss import head, hidden_states, next_token_loss, token_scores
 from mode.settings import ConfigError, Train
 
@@ -49,12 +50,12 @@ class Job:
     @property
     def checkpoint(self) -> Path:
         """File of the latest checkpoint."""
-        return self.folder / "checkpoint.safetensors"
+        return self.folder / CHECKPOINT
 
     @property
     def curve(self) -> Path:
         """File of the training curve, one JSON object a line."""
-        return self.folder / "curve.jsonl"
+        return self.folder / CURVE
 
 
 @dataclass(frozen=True)

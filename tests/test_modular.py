@@ -99,7 +99,7 @@ def test_composed_gates_keep_each_experts_odds(world: World) -> None:
             with torch.no_grad():
                 block.gate.weight[2 - index].zero_()
                 block.gate.bias[2 - index] = -1e4
-        assert (logits(alone) - logits(model)).abs().max() < 1e-6
+        assert (logits(alone) - logits(model)).abs().max() < 1e-5
 
 
 def test_fresh_handover_leaves_gates_as_built(world: World) -> None:

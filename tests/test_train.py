@@ -123,6 +123,24 @@ def test_sigkill_at_any_moment_ends_bit_identical(world: World, shared_world: Wo
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+def test_a_run_killed_before_its_record_stands_trains_no_step_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(world, "method=sft")
+
+    def crash(*arguments: Any) -> None:
+        raise CrashError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mode.runner.write_record", crash)
+        with pytest.raises(CrashError):
+            execute(run)
+    steps: list[int] = []
+    record = execute(run, observe=lambda prepared, point: steps.append(point["step"]))
+    assert steps == []
+    assert [point["step"] for point in record.happened["curve"]] == [2, 4]
+
+
 def test_accumulation_changes_nothing_but_rounding(world: World, shared_world: World, tmp_path: Path) -> None:
     other = shared_world.at(tmp_path / "other")
     settings = ("method=sft", "train.batch_size=4")
