@@ -90,6 +90,10 @@ class Pretrain(Method):
         """Return the mix as its settings say."""
         return dict(self.weights)
 
+    def order(self, run: Run) -> int:
+        """Return the order that the embedded backbone was made with."""
+        return 0
+
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return a freshly initialised model with tied embeddings."""
         import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -79,7 +80,8 @@ def prepare_run(run: Run) -> Prepared:
     tokenizer = method.tokenizer(run)
     cache = Path(run.paths.cache).expanduser()
     packed = {}
-    for name, domain in run.domains.items():
+    for name in run.scored:
+        domain = run.domains[name]
         key = f"{name} {domain} {tokenizer.fingerprint} {cache}"
         packed[name] = _prepared[key] = _prepared.get(key) or prepare(name, domain, tokenizer, cache)
     asked = config.asked(run)
@@ -90,7 +92,7 @@ def prepare_run(run: Run) -> Prepared:
 
 
 def finished(prepared: Prepared) -> Record | None:
-    """Return the record of a run that needs no more work: it has a record, and weights if anything trained."""
+    """Return the record of a run, if it has one: then it is finished, although its weights may be elsewhere."""
     return find_record(prepared.results, prepared.id)
 
 
@@ -135,15 +137,24 @@ def execute(
         for stage in prepared.method.needs(run):
             execute(stage, weights=True, observe=observe)
             needs.append(prepare_run(stage))
-        return work(prepared, needs, observe)
+        return work(prepared, needs, observe, again=again)
 
 
-def work(prepared: Prepared, needs: list[Prepared], observe: Observer) -> Record:
+def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again: bool) -> Record:
     """Train, evaluate and record one run whose needs are met."""
     from mode.checkpoint import trainable
+    from mode.train import precision_of
 
     run = prepared.run
     device = set_up(run)
+    sky = provenance(
+        run,
+        data=prepared.fingerprints,
+        backbone=prepared.backbone,
+        needs=[stage.id for stage in needs],
+        device=device_name(device),
+        precision=precision_of(run.train, device),
+    )
     model = build(prepared, needs).to(device)
     sizes = parameters(prepared, model)
     tracker = track(prepared)
@@ -156,7 +167,6 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer) -> Record
         raise
     tracker.finish({f"{run.evaluate.split}/{name}/accuracy": value.accuracy for name, value in scores.items()})
     happened = {
-        "status": "finished",
         "steps": trained.steps,
         "tokens": trained.tokens,
         "seconds": round(trained.seconds, 2),
@@ -164,25 +174,46 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer) -> Record
         "tokens_per_second": round(trained.tokens / trained.seconds, 1) if trained.seconds else None,
         "lr": run.lr if trained.steps else None,
         "parameters": sizes,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(device),
         "split": run.evaluate.split,
         "scores": {name: asdict(value) for name, value in scores.items()},
         "curve": list(trained.curve),
     }
     if trainable(model):
         save(prepared, model, happened)
-    sky = provenance(
-        run,
-        data=prepared.fingerprints,
-        backbone=prepared.backbone,
-        needs=[stage.id for stage in needs],
-        device=str(device),
-    )
-    record = Record(schema=SCHEMA, id=prepared.id, asked=prepared.asked, happened=happened, provenance=sky)
+    return settle(prepared, Record(SCHEMA, prepared.id, prepared.asked, happened, sky), again=again)
+
+
+def settle(prepared: Prepared, record: Record, *, again: bool) -> Record:
+    """Write a finished run's record and let its checkpoint go, in this order.
+
+    A run killed before its record stands goes on from its last checkpoint, with nothing left to train. A record is
+    never edited: one that stands already, of a run trained anew for its weights, stays as it is.
+    """
+    standing = None if again else finished(prepared)
+    if standing is not None:
+        (prepared.folder / CHECKPOINT).unlink(missing_ok=True)
+        return standing
     path = write_record(record, prepared.results / "records")
-    # Only now: a run killed before its record stands goes on from its last checkpoint, with nothing left to train.
     (prepared.folder / CHECKPOINT).unlink(missing_ok=True)
     return read_record(path)
+
+
+def device_name(device: torch.device) -> str:
+    """Return a device's type, and the name of an accelerator."""
+    import torch
+
+    return f"cuda ({torch.cuda.get_device_name()})" if device.type == "cuda" else device.type
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak of this process in bytes: allocated on an accelerator, else resident in memory."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def set_up(run: Run) -> torch.device:
@@ -259,6 +290,7 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
         seed=run.seed,
         batch_size=run.train.batch_size,
         sequence_length=run.train.sequence_length,
+        order=method.order(run),
     )
 
     def observed(point: Point) -> None:

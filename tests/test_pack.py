@@ -275,3 +275,12 @@ def test_a_stream_of_two_rows_is_enough_and_a_shorter_one_refused() -> None:
 def test_a_weight_below_one_is_refused() -> None:
     with pytest.raises(ConfigError, match="domain b: weight 0"):
         batches(stream("a", 100), stream("b", 100, 0))
+
+
+def test_another_order_under_the_same_seed_draws_other_rows() -> None:
+    streams = [Stream("a", np.arange(4000, dtype=np.uint16), 1)]
+    drawn = []
+    for order in (0, 1):
+        batches = Batches(streams, seed=0, batch_size=8, sequence_length=16, order=order)
+        drawn.append({int(row[0]) for step in range(3) for row in batches.batch(step)})
+    assert len(drawn[0] & drawn[1]) < 8  # of 24 rows each: some windows coincide by chance, the orders do not

@@ -19,3 +19,38 @@ def test_compose_trains_each_expert_once_and_is_never_trained_twice(world: World
     assert execute(run, observe=lambda prepared, point: seen.append(prepared.id)) == record
     assert not seen
     assert {found.id for found in read_records(world.root / "results")} == {record.id, *stages}
+
+
+def test_a_stage_does_not_see_the_rows_that_the_mix_draws_from_its_domain(world: World) -> None:
+    compose = config.compose([*world.overrides, "method=mode"], world.conf)
+    orders = [prepare_run(run).method.order(run) for run in (compose, *prepare_run(compose).method.needs(compose))]
+    assert len(set(orders)) == 3
+    sft = config.compose([*world.overrides, "method=sft"], world.conf)
+    assert prepare_run(sft).method.order(sft) == orders[0]
+
+
+def test_a_stage_found_through_any_row_is_the_run_that_is_trained_on_its_own(world: World) -> None:
+    narrow = [text for text in world.overrides if not text.startswith(("targets", "evaluate.domains"))]
+    row = config.compose([*narrow, "targets=[prose,py]", "evaluate.domains=[py,sums]", "method=mode"], world.conf)
+    stage = prepare_run(row).method.needs(row)[1]
+    alone = [*narrow, "targets=[py]", "evaluate.domains=[py,sums]", "method.start=fresh", "method.num_experts=1"]
+    assert prepare_run(stage).id == prepare_run(config.compose([*alone, "method=mode"], world.conf)).id
+
+
+def test_a_record_stays_as_it_is_when_its_weights_are_made_anew(world: World) -> None:
+    run = config.compose([*world.overrides, "method=sft"], world.conf)
+    record = execute(run)
+    (prepare_run(run).folder / "weights.safetensors").unlink()
+    steps: list[int] = []
+    assert execute(run, weights=True, observe=lambda prepared, point: steps.append(point["step"])) == record
+    assert steps
+    assert (prepare_run(run).folder / "weights.safetensors").exists()
+    assert execute(run, again=True).provenance["date"] >= record.provenance["date"]
+
+
+def test_how_often_is_logged_makes_no_other_run(world: World) -> None:
+    runs = [
+        config.compose([*world.overrides, "method=sft", f"train.checkpoint_every={every}"], world.conf)
+        for every in (2, 4)
+    ]
+    assert len({prepare_run(run).id for run in runs}) == 1

@@ -27,8 +27,17 @@ class Batches:
     Within a domain every epoch permutes the windows anew and shifts their boundaries.
     """
 
-    def __init__(self, streams: list[Stream], *, seed: int, batch_size: int, sequence_length: int) -> None:
+    def __init__(
+        self, streams: list[Stream], *, seed: int, batch_size: int, sequence_length: int, order: int = 0
+    ) -> None:
         """Check that every stream fills at least one row.
+
+        Args:
+            streams: Streams of the mixture.
+            seed: Seed of the run.
+            batch_size: Rows of an optimizer step.
+            sequence_length: Tokens of a row.
+            order: Sets apart orders under one seed, so that a stage does not repeat the rows of the one before.
 
         Raises:
             ConfigError: A stream is shorter than one row, or a weight is below one.
@@ -42,7 +51,8 @@ class Batches:
                     f"{sequence_length}; use more text or a smaller train.sequence_length"
                 )
         self.streams = streams
-        self.seed, self.batch_size, self.sequence_length = seed, batch_size, sequence_length
+        self.seed, self.order = seed, order
+        self.batch_size, self.sequence_length = batch_size, sequence_length
         rounds = max(stream.weight for stream in streams)
         self.cycle = [i for turn in range(rounds) for i, stream in enumerate(streams) if turn < stream.weight]
         self._orders: dict[int, tuple[int, NDArray[np.int64], int]] = {}
@@ -65,7 +75,9 @@ class Batches:
         num_windows = (len(stream.tokens) - 1) // self.sequence_length - 1
         epoch, position = divmod(nth, num_windows)
         if self._orders.get(which, (-1,))[0] != epoch:
-            random = np.random.Generator(np.random.Philox(key=[self.seed, which], counter=[epoch, 0, 0, 0]))
+            random = np.random.Generator(
+                np.random.Philox(key=[self.seed, self.order * 2**16 + which], counter=[epoch, 0, 0, 0])
+            )
             self._orders[which] = (epoch, random.permutation(num_windows), int(random.integers(self.sequence_length)))
         _, order, shift = self._orders[which]
         start = int(order[position]) * self.sequence_length + shift
