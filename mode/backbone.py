@@ -80,7 +80,7 @@ def locate(backbone: Backbone) -> Path:
 
 
 def weights_fingerprint(backbone: Backbone) -> str:
-    """Return a digest of a backbone's weight files, without loading them.
+    """Return a digest of a backbone's weight files and its `config.json`, without loading them.
 
     Raises:
         ConfigError: The folder has no safetensors weights.
@@ -90,7 +90,7 @@ def weights_fingerprint(backbone: Backbone) -> str:
     if not weights:
         raise ConfigError(f"backbone.path={backbone.path}: no .safetensors weights there (other formats are not read)")
     total = hashlib.sha256()
-    for path in weights:
+    for path in [folder / "config.json", *weights]:
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()[:16]

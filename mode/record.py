@@ -51,8 +51,8 @@ class Record:
 
     @property
     def sky(self) -> str:
-        """Data and backbone that scores depend on; only records under one sky can be compared."""
-        shown = {"backbone": self.provenance["backbone"], **self.provenance["data"]}
+        """Data, backbone and precision that scores depend on; only records under one sky can be compared."""
+        shown = {name: self.provenance[name] for name in ("backbone", "precision", "data")}
         return json.dumps(shown, sort_keys=True)
 
     @property
@@ -103,14 +103,15 @@ def find_record(folder: Path, run_id: str) -> Record | None:
 
 
 def provenance(
-    run: Run, *, data: Mapping[str, str], backbone: str, needs: Sequence[str], device: str
+    run: Run, *, data: Mapping[str, str], backbone: str, needs: Sequence[str], device: str, precision: str
 ) -> dict[str, Any]:
-    """Describe the sky a run was made under."""
+    """Describe the sky a run is made under; asked for at its start, since the code may change before its end."""
     commit, dirty = git_state()
     return {
         "data": dict(data),
         "backbone": backbone,
         "needs": list(needs),
+        "precision": precision,
         "commit": commit,
         "dirty": dirty,
         "versions": {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}},

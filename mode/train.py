@@ -99,9 +99,10 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
         total += loss
         step += 1
         if step % settings.log_every == 0 or step == job.steps:
-            seconds += time.monotonic() - begin
             since = (step - 1) % settings.log_every + 1
-            point = measure(model, job, step, float(total) / since, states, rows)
+            mean = float(total) / since  # waits for the device, so it comes before the clock is read
+            seconds += time.monotonic() - begin
+            point = measure(model, job, step, mean, states, rows)
             curve.append(point | {"seconds": round(seconds, 3)})
             append(job, curve[-1], optimizer, model)
             report = dict(curve[-1], tokens_per_second=throughput(curve, settings))
@@ -124,16 +125,22 @@ def accumulate(model: nn.Module, rows: Tensor, settings: Train, device: torch.de
         with autocast(settings, device):
             states = hidden_states(model, micro[:, :-1])
         part = next_token_loss(states, head(model), micro[:, 1:]) / settings.accumulate
-        if part.requires_grad:
-            torch.autograd.backward(part)
+        torch.autograd.backward(part)
         loss += part.detach()
     return loss, states.detach()
 
 
 def autocast(settings: Train, device: torch.device) -> torch.autocast:
-    """Return the context of the forward pass: bf16 where asked for, or by default on an accelerator that has it."""
-    wanted = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+    """Return the context of the forward pass."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision_of(settings, device) == "bf16")
+
+
+def precision_of(settings: Train, device: torch.device) -> str:
+    """Return the precision of the forward pass: with `auto`, bf16 on an accelerator that has it, else fp32."""
+    if settings.precision != "auto":
+        return settings.precision
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_it else "fp32"
 
 
 def make_optimizer(model: nn.Module, job: Job) -> torch.optim.AdamW:

@@ -28,7 +28,7 @@ def record(run_id: str = "0123456789ab", seed: int = 3) -> Record:
             "method": {"_target_": "mode.modular_method.MoDE", "lr": 1e-3},
         },
         happened={"scores": {"code": {"accuracy": 1 / 3, "document_hits": list(range(200))}}, "lr": None},
-        provenance={"data": {"code": "ä"}, "backbone": "f", "needs": []},
+        provenance={"data": {"code": "ä"}, "backbone": "f", "precision": "fp32", "needs": []},
     )
 
 
@@ -114,16 +114,16 @@ def test_a_record_is_found_by_its_id_alone(tmp_path: Path) -> None:
     assert find_record(tmp_path / "none", "bbb") is None
 
 
-def test_only_data_and_backbone_make_the_sky() -> None:
+def test_only_data_backbone_and_precision_make_the_sky() -> None:
     other = dataclasses.replace(record("other", 9), happened={"scores": {}})
     assert other.sky == record().sky
-    for part in ({"backbone": "g"}, {"data": {"code": "other"}}):
+    for part in ({"backbone": "g"}, {"data": {"code": "other"}}, {"precision": "bf16"}):
         changed = dataclasses.replace(record(), provenance={**record().provenance, **part})
         assert changed.sky != record().sky
 
 
 def test_provenance_says_where_a_run_was_made(run: Run) -> None:
-    found = provenance(run, data={"py": "f"}, backbone="b", needs=["n"], device="cpu")
+    found = provenance(run, data={"py": "f"}, backbone="b", needs=["n"], device="cpu", precision="fp32")
     assert (found["data"], found["backbone"], found["needs"]) == ({"py": "f"}, "b", ["n"])
     assert found["versions"]["torch"]
     assert found["machine"]["device"] == "cpu"

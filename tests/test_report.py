@@ -114,7 +114,7 @@ def made(conf: Path, table: str, row: str, seed: int, scores: tuple[float, ...],
         id=config.digest(asked, {**sky["data"], "backbone": sky["backbone"]}),
         asked=json.loads(json.dumps(asked)),
         happened=happened | changes,
-        provenance={**sky, "needs": needs},
+        provenance={**sky, "precision": "fp32", "needs": needs},
     )
 
 
