@@ -5,21 +5,23 @@ BIN := $(VENV)/bin
 # A busy neighbour core slows spinning OpenMP threads many times over; waiting threads it does not.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: table1 check test report clean
+.PHONY: table1 lint check test report clean
 
 table1: $(VENV)/ready            ## the main job: Table 1 on the embedded default
 	$(BIN)/mode reproduce table1
 
-check: $(VENV)/ready             ## format, lint, types, layers, spelling, committed tables, fast tests
+lint: $(VENV)/ready              ## format, lint, types, layers, spelling, committed tables
 	$(BIN)/ruff format --check -q .
 	$(BIN)/ruff check -q .
 	$(BIN)/mypy
 	$(BIN)/lint-imports > .lint-imports.log || { cat .lint-imports.log; exit 1; }
 	$(BIN)/codespell
 	$(BIN)/mode report --check
+
+check: lint                      ## the quick round: lint and fast tests
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test: $(VENV)/ready              ## the whole suite
+test: lint                       ## the whole suite
 	$(BIN)/python -m pytest -n 2
 
 report: $(VENV)/ready            ## render the published tables anew from their records

@@ -63,9 +63,8 @@ def told() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"mode: {error.filename}: {error.strerror}", file=sys.stderr)
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"mode: {place}{error.strerror or error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
 

@@ -81,7 +81,10 @@ class BarDisplay:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[info]}")
+            TextColumn("{task.description}", markup=False),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[info]}", markup=False),
         )
         self.tasks: dict[str, tuple[Any, int]] = {}
 

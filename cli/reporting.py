@@ -55,7 +55,8 @@ def rescore(run: Run) -> None:
     from dataclasses import asdict
 
     from cli.train import print_scores
-    from mode.runner import finished, prepare_run, restore, score, set_up
+    from mode.device import set_up
+    from mode.runner import finished, prepare_run, restore, score
     from mode.settings import ConfigError
 
     prepared = prepare_run(run)
@@ -76,12 +77,12 @@ def print_retention(records: Sequence[Record], zero: Record) -> None:
     """Print target and retention accuracy of every record under the sky of the bare backbone's."""
     from mode.compiled import qualities
 
-    same = [record for record in records if record.sky == zero.sky and record.id != zero.id]
+    same = [
+        record for record in records if record.sky == zero.sky and record.id != zero.id and comparable(record, zero)
+    ]
     names = list(zero.happened["scores"])
     print(f"{'run':<44}" + "".join(f"{name:>10}" for name in names) + f"{'target':>10}{'retention':>11}")
     for record in [zero, *same]:
-        if list(record.happened["scores"]) != names or record.happened["split"] != zero.happened["split"]:
-            continue
         values = qualities(record, zero)
         label = record.filename.removesuffix(".json")
         cells = "".join(f"{values[name]:>10.2f}" for name in names)
@@ -89,7 +90,17 @@ def print_retention(records: Sequence[Record], zero: Record) -> None:
         print(f"{label:<44}{cells}{values['target']:>10.2f}{kept}")
     hidden = len(records) - len(same) - 1
     if hidden:
-        print(f"{hidden} records on other data or another backbone are not shown")
+        print(f"{hidden} records on other data, domains or context lengths, or another backbone, are not shown")
+
+
+def comparable(record: Record, zero: Record) -> bool:
+    """Say whether two records score the same tokens of the same domains with the same context, under one sky."""
+    return (
+        record.sky == zero.sky
+        and list(record.happened["scores"]) == list(zero.happened["scores"])
+        and record.happened["split"] == zero.happened["split"]
+        and record.asked["train"]["sequence_length"] == zero.asked["train"]["sequence_length"]
+    )
 
 
 def report(
@@ -118,10 +129,11 @@ def report(
             chosen = results if any(text.startswith("paths.results=") for text in given) else PUBLISHED
             check_published(chosen, [table] if table else names, conf)
             return
-        if not (results / "records").is_dir() and (PUBLISHED / "records").is_dir():
+        published = not (results / "records").is_dir() and (PUBLISHED / "records").is_dir()
+        if published:
             print(f"no records in {results}; these are the published ones", file=sys.stderr)
-            results = PUBLISHED
-        render_tables([table] if table else names, results, given, conf)
+        chosen = PUBLISHED if published else results
+        render_tables([table] if table else names, chosen, given, conf, write=not published)
 
 
 def check_published(results: Path, names: Sequence[str], conf: Path | None) -> None:
@@ -135,7 +147,7 @@ def check_published(results: Path, names: Sequence[str], conf: Path | None) -> N
     print(f"every table in {results} follows from its records")
 
 
-def render_tables(names: Sequence[str], results: Path, given: Sequence[str], conf: Path | None) -> None:
+def render_tables(names: Sequence[str], results: Path, given: Sequence[str], conf: Path | None, *, write: bool) -> None:
     """Render every table that there are records for, and each under the experiments that it knows."""
     from mode.report import report as render_report
     from mode.settings import ConfigError
@@ -145,13 +157,14 @@ def render_tables(names: Sequence[str], results: Path, given: Sequence[str], con
         experiments = [] if any(text.startswith("experiment=") for text in given) else known_experiments(name, conf)
         for each in [given, *([f"experiment={experiment}", *given] for experiment in experiments)]:
             try:
-                text, path = render_report(name, results, each, conf)
+                text, path = render_report(name, results, each, conf, write=write)
             except ConfigError:
                 if len(names) == 1 and not experiments:
                     raise
                 continue
             print(text)
-            print(f"written to {path}", file=sys.stderr)
+            if write:
+                print(f"written to {path}", file=sys.stderr)
             shown += 1
     if not shown:
         raise ConfigError(f"no record of {names[0]} in {results / 'records'}: `mode reproduce {names[0]}` makes them")
@@ -210,5 +223,14 @@ def finish(table: str, overrides: Sequence[str], conf: Path | None, outcome: Out
 
 
 def default_jobs(runs: Sequence[Run]) -> int:
-    """Return how many runs fit on this machine's cores, given their threads."""
+    """Return how many runs fit on this machine: one on an accelerator, else as many as have cores for their threads."""
+    if any(run.train.device != "cpu" for run in runs) and has_accelerator():
+        return 1
     return max(1, (os.cpu_count() or 1) // max(run.train.threads for run in runs))
+
+
+def has_accelerator() -> bool:
+    """Say whether this machine has a CUDA device."""
+    from mode.device import has_cuda
+
+    return has_cuda()

@@ -37,6 +37,8 @@ class BackboneTokenizer:
         """
         if eos_id is None:
             raise ConfigError("the tokenizer has no end-of-sequence token, which closes every document")
+        backend.no_truncation()  # some tokenizers come with a length to cut at
+        backend.no_padding()
         self.backend = backend
         self.eos_id = eos_id
         self.vocab_size = int(backend.get_vocab_size())

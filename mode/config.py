@@ -68,6 +68,7 @@ def compose(overrides: Sequence[str], extra: Path | None = None) -> Run:
     Raises:
         ConfigError: An override is malformed or unknown, or a value is not allowed.
     """
+    overrides = [text for text in overrides if text != "experiment=null"]  # the default; Hydra takes it for a name
     check_overrides(overrides, extra)
     return check(compose_plain(overrides, extra), extra)
 
@@ -176,7 +177,7 @@ def check_overrides(overrides: Sequence[str], extra: Path | None) -> None:
         value = item.text.partition("=")[2]
         if item.key in GROUPS:
             members = choices(item.key, extra)
-            if value not in members and not (item.key == "experiment" and value == "null"):
+            if value not in members:
                 raise ConfigError(f"{item.text}: not one of {', '.join(members)}{nearest(value, members)}")
         elif item.key == "domain":
             raise ConfigError(f"{item.text}: the domains to adapt to are chosen with targets=[{value}]")

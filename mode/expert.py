@@ -19,9 +19,8 @@ from mode.settings import ConfigError
 CARD = """# MoDE expert: {domain}
 
 One domain expert for the backbone `{backbone}` (weights {backbone_fingerprint}): {expert_layers} transformer layers in
-each of {num_blocks} blocks, with the gates of its stage-1 training. Compose it with others on the same backbone:
-
-    mode compose {domain} ...
+each of {num_blocks} blocks, with the gates of its stage-1 training. `mode compose {domain} ...` puts it beside others
+on the same backbone.
 
 Trained for {steps} steps on {tokens} tokens, seed {seed}. `expert.json` has the whole description.
 """

@@ -7,6 +7,7 @@ from pathlib import Path
 
 CHECKPOINT = "checkpoint.safetensors"
 CURVE = "curve.jsonl"
+AGAIN = "again"
 WEIGHTS = "weights.safetensors"
 
 

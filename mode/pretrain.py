@@ -48,6 +48,10 @@ class Pretrain(Method):
     num_heads: PositiveInt
     context: PositiveInt
 
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 2:
+            raise ValueError(f"hidden_size {self.hidden_size} does not divide into {self.num_heads} heads of even size")
+
     def check(self, run: Run) -> None:
         """Refuse a mix that is not of the run's targets.
 
@@ -58,6 +62,9 @@ class Pretrain(Method):
             raise ConfigError(
                 f"method.weights name {', '.join(self.weights)}, but targets={list(run.targets)}: they must agree"
             )
+        for name in self.weights:
+            if not run.domains[name].splits.get("pretrain"):
+                raise ConfigError(f"domain {name} has no pretrain split, so nothing can be pretrained on it")
 
     def tokenizer(self, run: Run) -> BackboneTokenizer:
         """Train the tokenizer on the pretraining splits, or take it from the cache."""

@@ -191,11 +191,13 @@ def csv(compiled: Compiled) -> str:
     )
 
 
-def report(name: str, results: Path, overrides: Sequence[str] = (), extra: Path | None = None) -> tuple[str, Path]:
-    """Render a table from the records of a results folder and write it there, with its figure.
+def report(
+    name: str, results: Path, overrides: Sequence[str] = (), extra: Path | None = None, *, write: bool = True
+) -> tuple[str, Path]:
+    """Render a table from the records of a results folder and, with `write`, put it there with its figure.
 
     Returns:
-        The Markdown, and the path it was written to.
+        The Markdown, and the path of its file.
 
     Raises:
         ConfigError: There is no record that belongs to the table.
@@ -206,7 +208,9 @@ def report(name: str, results: Path, overrides: Sequence[str] = (), extra: Path 
     compiled = compile_table(table, read_records(results), overrides, extra)
     if not any(line.quality for line in compiled.lines):
         raise ConfigError(f"no record of {name} in {results / 'records'}: make them with `mode reproduce {name}`")
-    base = results / stem(name, overrides)
+    base = results / stem(name, overrides, table.overrides)
+    if not write:
+        return markdown(compiled), base.with_suffix(".md")
     for suffix, text in render(compiled).items():
         base.with_suffix(f".{suffix}").write_text(text, encoding="utf-8")
     draw(compiled, base.with_suffix(".png"))
@@ -214,15 +218,21 @@ def report(name: str, results: Path, overrides: Sequence[str] = (), extra: Path 
 
 
 def check_tables(results: Path, names: Sequence[str], extra: Path | None = None) -> list[Path]:
-    """Return the committed table files that no longer follow from the records beside them."""
+    """Return the committed table files that no longer follow from the records beside them.
+
+    Raises:
+        ConfigError: There is no record at all.
+    """
     records = read_records(results)
+    if not records:
+        raise ConfigError(f"no record in {results / 'records'}, so no table can follow from any")
     stale: list[Path] = []
     for name in names:
         table = load_table(name, extra)
         for experiment in (None, *table.experiments):
             overrides = [f"experiment={experiment}"] if experiment else []
             compiled = compile_table(table, records, overrides, extra)
-            base = results / stem(name, overrides)
+            base = results / stem(name, overrides, table.overrides)
             expected = render(compiled) if any(line.quality for line in compiled.lines) else {}
             for suffix in ("md", "tex", "csv"):
                 path = base.with_suffix(f".{suffix}")

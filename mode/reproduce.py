@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
-import time
+import signal
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -98,7 +99,8 @@ def run_all(runs: Sequence[Run], *, jobs: int, display: Display) -> Outcome:
                 run = node.prepared.run
                 display.start(run_id, describe(run), node.prepared.method.steps(run))
                 process = context.Process(target=child, args=(run, run_id, messages), daemon=True)
-                process.start()
+                with interrupts_ignored():  # inherited: Ctrl-C is the parent's to answer
+                    process.start()
                 active[run_id] = process
             wait([process.sentinel for process in active.values()], timeout=0.5)
             errors |= drain(messages, display)
@@ -109,6 +111,16 @@ def run_all(runs: Sequence[Run], *, jobs: int, display: Display) -> Outcome:
         for process in active.values():
             process.terminate()
     return outcome
+
+
+@contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """Ignore Ctrl-C for a moment."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def ready(nodes: dict[str, Node]) -> list[str]:
@@ -167,7 +179,6 @@ def child(run: Run, run_id: str, messages: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
         messages.put((run_id, "error", f"{type(error).__name__}: {error} (see {folder / 'error.log'})"))
-    time.sleep(0.1)  # lets the queue's feeder thread send the last message before the process ends
 
 
 def describe(run: Run) -> str:

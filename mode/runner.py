@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import fcntl
-import resource
+import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,14 +16,13 @@ from mode import config
 from mode.backbone import load_model
 from mode.data.batches import Batches, Stream
 from mode.data.pack import Packed, prepare
-from mode.files import CHECKPOINT, CURVE, WEIGHTS
+from mode.files import AGAIN, CHECKPOINT, CURVE, WEIGHTS
 from mode.method import Material, Method
 from mode.record import SCHEMA, Record, find_record, provenance, read_record, write_record
 from mode.settings import ConfigError, Run
 from mode.track import Tracker, make_tracker
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from mode.evaluate import Score
@@ -131,8 +129,7 @@ def execute(
         if (record := done()) is not None:
             return record
         if again:
-            for name in (CHECKPOINT, CURVE, WEIGHTS):
-                (prepared.folder / name).unlink(missing_ok=True)
+            start_over(prepared.folder)
         needs = []
         for stage in prepared.method.needs(run):
             execute(stage, weights=True, observe=observe)
@@ -140,9 +137,19 @@ def execute(
         return work(prepared, needs, observe, again=again)
 
 
+def start_over(folder: Path) -> None:
+    """Forget what was trained before, once: a run that is started over and interrupted goes on where it stopped."""
+    marker = folder / AGAIN
+    if not marker.exists():
+        for name in (CHECKPOINT, CURVE, WEIGHTS):
+            (folder / name).unlink(missing_ok=True)
+        marker.touch()
+
+
 def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again: bool) -> Record:
     """Train, evaluate and record one run whose needs are met."""
     from mode.checkpoint import trainable
+    from mode.device import device_name, peak_memory, set_up
     from mode.train import precision_of
 
     run = prepared.run
@@ -156,14 +163,18 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
         precision=precision_of(run.train, device),
     )
     model = build(prepared, needs).to(device)
+    check_context(model, run)
     sizes = parameters(prepared, model)
     tracker = track(prepared)
     try:
         trained = fit(prepared, model, tracker, observe)
         begin = time.monotonic()
         scores = score(prepared, model, run.evaluate.split)
-    except BaseException:  # an interrupt too: the tracker must not stay open for the next run of this process
+        check_finite(scores)
+    except BaseException as error:  # an interrupt too: the tracker must not stay open for this process's next run
         tracker.abandon()
+        if type(error).__name__ == "OutOfMemoryError":
+            raise ConfigError("out of memory: raise train.accumulate, or lower train.batch_size") from error
         raise
     tracker.finish({f"{run.evaluate.split}/{name}/accuracy": value.accuracy for name, value in scores.items()})
     happened = {
@@ -184,6 +195,22 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
     return settle(prepared, Record(SCHEMA, prepared.id, prepared.asked, happened, sky), again=again)
 
 
+def check_context(model: nn.Module, run: Run) -> None:
+    """Refuse rows longer than the backbone is made for."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and run.train.sequence_length > longest:
+        raise ConfigError(
+            f"train.sequence_length={run.train.sequence_length}: {run.backbone.name} reads {longest} at most"
+        )
+
+
+def check_finite(scores: Mapping[str, Score]) -> None:
+    """Refuse to record a model that diverged in its last steps."""
+    for name, value in scores.items():
+        if not math.isfinite(value.loss):
+            raise ConfigError(f"the trained model's loss on {name} is {value.loss}; try a lower train.lr")
+
+
 def settle(prepared: Prepared, record: Record, *, again: bool) -> Record:
     """Write a finished run's record and let its checkpoint go, in this order.
 
@@ -195,36 +222,9 @@ def settle(prepared: Prepared, record: Record, *, again: bool) -> Record:
         (prepared.folder / CHECKPOINT).unlink(missing_ok=True)
         return standing
     path = write_record(record, prepared.results / "records")
-    (prepared.folder / CHECKPOINT).unlink(missing_ok=True)
+    for name in (CHECKPOINT, AGAIN):
+        (prepared.folder / name).unlink(missing_ok=True)
     return read_record(path)
-
-
-def device_name(device: torch.device) -> str:
-    """Return a device's type, and the name of an accelerator."""
-    import torch
-
-    return f"cuda ({torch.cuda.get_device_name()})" if device.type == "cuda" else device.type
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the peak of this process in bytes: allocated on an accelerator, else resident in memory."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def set_up(run: Run) -> torch.device:
-    """Set threads and choose the device."""
-    import torch
-
-    torch.set_num_threads(run.train.threads)
-    if run.train.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device=cuda: this machine has no CUDA device; train.device=auto takes what there is")
-    cuda = run.train.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if cuda else "cpu")
 
 
 def build(prepared: Prepared, needs: list[Prepared]) -> nn.Module:
@@ -358,6 +358,8 @@ def only_one(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigError(f"{folder}: another process is training this run") from error
-        yield
-    if not any(path.name != "lock" for path in folder.iterdir()):
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            yield
+        finally:
+            if all(path.name == "lock" for path in folder.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)

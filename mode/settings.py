@@ -223,7 +223,7 @@ class Train:
     warmup: Share
     final_lr: Share
     weight_decay: Annotated[float, Field(ge=0.0)]
-    betas: tuple[Share, Share]
+    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]]
     clip: Annotated[float, Field(gt=0.0)]
     precision: Literal["auto", "fp32", "bf16"]
     device: Literal["auto", "cpu", "cuda"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,6 +84,7 @@ def row_run(table: Table, row: Row, seed: int, overrides: Sequence[str], extra: 
     Raises:
         ConfigError: The row's settings do not compose.
     """
+    refuse_fixed(overrides)
     everything = [*table.overrides, *overrides, *row.overrides, f"seed={seed}"]
     run = config.compose(everything, extra)
     track = config.replace(run.track, group=run.track.group or table.title.partition(".")[0], name=row.name)
@@ -90,16 +92,36 @@ def row_run(table: Table, row: Row, seed: int, overrides: Sequence[str], extra: 
     return named
 
 
-def stem(name: str, overrides: Sequence[str]) -> str:
+def refuse_fixed(overrides: Sequence[str]) -> None:
+    """Refuse overrides that the rows would beat in silence.
+
+    Raises:
+        ConfigError: An override sets the method or the seed.
+    """
+    for text in overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        if key == "seed":
+            raise ConfigError(f"{text}: a table is made for a list of seeds: seeds=[{value}]")
+        if key == "method":
+            raise ConfigError(f"{text}: the rows of a table choose their methods")
+
+
+def stem(name: str, overrides: Sequence[str], own: Sequence[str] = ()) -> str:
     """Return the file name, without suffix, of a table under an experiment.
 
-    >>> stem("table1", ["experiment=table1_long"]), stem("table1", [])
-    ('table1_long', 'table1')
+    Any other setting that the table does not have of its own adds a short digest, so that the table of other runs
+    never replaces the usual one.
+
+    >>> stem("table1", ["experiment=table1_long"]), stem("table1", []), stem("table1", ["train.steps=20"])
+    ('table1_long', 'table1', 'table1-f7c525')
     """
+    free = ("experiment=", "paths.", "track")
+    others = [text for text in overrides if text not in own and not text.startswith(free)]
+    digest = f"-{hashlib.sha256(' '.join(sorted(others)).encode()).hexdigest()[:6]}" if others else ""
     chosen = [text.partition("=")[2] for text in overrides if text.startswith("experiment=")]
     if not chosen or chosen[-1] in (name, "null"):
-        return name
-    return chosen[-1] if chosen[-1].startswith(name) else f"{name}-{chosen[-1]}"
+        return name + digest
+    return (chosen[-1] if chosen[-1].startswith(name) else f"{name}-{chosen[-1]}") + digest
 
 
 def select(

@@ -6,9 +6,11 @@ import fnmatch
 import glob
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -141,20 +143,29 @@ def wheel_members(source: WheelSource, cache: Path) -> Iterator[bytes]:
     return iter(members)
 
 
+SAME_EVERYWHERE = [
+    *("--python-version", "3.11", "--implementation", "cp", "--abi", "cp311", "--platform", "manylinux_2_28_x86_64")
+]
+"""The wheel is read, not installed, so one file serves every Python and platform."""
+
+
 def fetch_wheel(requirement: str, cache: Path) -> Path:
     """Return the file of a pinned wheel, fetching it with pip into the cache on first use; it is never installed."""
     folder = cache / "wheels" / requirement
     found = sorted(folder.glob("*.whl"))
     if found:
         return found[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    done = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False)
-    found = sorted(folder.glob("*.whl"))
-    if done.returncode or not found:
-        reason = (done.stderr.strip().splitlines() or ["no wheel for this platform"])[-1]
-        raise ConfigError(f"cannot fetch {requirement} with pip: {reason}")
-    return found[0]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *SAME_EVERYWHERE]
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as work:
+        done = subprocess.run([*command, "--dest", work, requirement], capture_output=True, text=True, check=False)
+        fetched = sorted(Path(work).glob("*.whl"))
+        if done.returncode or not fetched:
+            reason = (done.stderr.strip().splitlines() or ["no such wheel"])[-1]
+            raise ConfigError(f"cannot fetch {requirement} with pip: {reason}")
+        folder.mkdir(exist_ok=True)
+        os.replace(fetched[0], folder / fetched[0].name)
+    return folder / fetched[0].name
 
 
 def generate(source: GeneratorSource) -> Iterator[str]:

@@ -95,7 +95,10 @@ def signature(text: str) -> NDArray[np.uint64]:
     count = max(1, len(words) - SHINGLE + 1)
     shingles = {zlib.crc32(" ".join(words[i : i + SHINGLE]).encode()) for i in range(count)}
     values = np.fromiter(shingles, np.uint64, len(shingles))
-    result: NDArray[np.uint64] = (values[:, None] * MULTIPLIERS + OFFSETS).min(axis=0)
+    result = np.full(BANDS * ROWS, np.iinfo(np.uint64).max, np.uint64)
+    for start in range(0, len(values), 8192):  # a long document's shingles times all hashes would not fit in memory
+        hashes = values[start : start + 8192, None] * MULTIPLIERS + OFFSETS
+        result = np.minimum(result, hashes.min(axis=0))
     return result
 
 

@@ -1,0 +1,37 @@
+"""The device of a run: threads, choice, name and memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from mode.settings import ConfigError, Run
+
+
+def set_up(run: Run) -> torch.device:
+    """Set threads and choose the device."""
+    torch.set_num_threads(run.train.threads)
+    if run.train.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device=cuda: this machine has no CUDA device; train.device=auto takes what there is")
+    cuda = run.train.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def has_cuda() -> bool:
+    """Say whether this machine has a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def device_name(device: torch.device) -> str:
+    """Return a device's type, and the name of an accelerator."""
+    return f"cuda ({torch.cuda.get_device_name()})" if device.type == "cuda" else device.type
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak of this process in bytes: allocated on an accelerator, else resident in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
