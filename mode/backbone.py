@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from importlib.resources import files
 from pathlib import Path
@@ -96,6 +97,15 @@ def weights_fingerprint(backbone: Backbone) -> str:
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()[:16]
+
+
+def pretraining_data(backbone: Backbone) -> dict[str, str]:
+    """Return the fingerprints of the domains that a backbone was pretrained on by this project; empty if unknown."""
+    note = locate(backbone) / "pretraining.json"
+    if not note.exists():
+        return {}
+    data: dict[str, str] = json.loads(note.read_text("utf-8"))["data"]
+    return data
 
 
 def num_parameters(backbone: Backbone) -> int:

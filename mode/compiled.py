@@ -69,7 +69,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A table compiled from records: its lines, its domains in order, the split scored, and the records left out."""
+    """A table compiled from records: its lines, its domains in order, the split scored, and what to beware of."""
 
     table: Table
     lines: tuple[Line, ...]
@@ -77,6 +77,7 @@ class Compiled:
     targets: tuple[str, ...]
     split: str
     left_out: int
+    overlap: tuple[str, ...]
 
     def line(self, name: str) -> Line:
         """Return a line by row name."""
@@ -99,8 +100,11 @@ def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[s
     lines = tuple(
         make_line(row.name, row.label, chosen[row.name], bare[0] if bare else None, by_id) for row in table.rows
     )
+    overlap = first.overlap if first else ()
     split = first.happened["split"] if first else "test"
-    return Compiled(table=table, lines=lines, domains=domains, targets=targets, split=split, left_out=left_out)
+    return Compiled(
+        table=table, lines=lines, domains=domains, targets=targets, split=split, left_out=left_out, overlap=overlap
+    )
 
 
 def make_line(

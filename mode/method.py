@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone import BackboneTokenizer, load_tokenizer, num_parameters, weights_fingerprint
+from mode.backbone import BackboneTokenizer, load_tokenizer, num_parameters, pretraining_data, weights_fingerprint
 from mode.settings import STRICT, MethodSettings, Run, Split
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ class Method(MethodSettings):
     def backbone_fingerprint(self, run: Run) -> str:
         """Return the fingerprint of the weights that the run starts from."""
         return weights_fingerprint(run.backbone)
+
+    def pretraining_data(self, run: Run) -> dict[str, str]:
+        """Return the fingerprints of the data that the run's backbone was pretrained on; empty if unknown."""
+        return pretraining_data(run.backbone)
 
     def backbone_size(self, run: Run) -> int:
         """Return the number of parameters of the weights that the run starts from."""

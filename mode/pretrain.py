@@ -89,6 +89,10 @@ class Pretrain(Method):
         """Nothing is loaded: the weights start from the seed."""
         return "none"
 
+    def pretraining_data(self, run: Run) -> dict[str, str]:
+        """Nothing is loaded."""
+        return {}
+
     def backbone_size(self, run: Run) -> int:
         """Nothing is loaded."""
         return 0

@@ -56,6 +56,12 @@ class Record:
         return json.dumps(shown, sort_keys=True)
 
     @property
+    def overlap(self) -> tuple[str, ...]:
+        """Domains whose text differs from what the backbone was pretrained on, so that their splits may overlap it."""
+        before = self.provenance.get("pretraining_data", {})
+        return tuple(name for name, data in self.provenance["data"].items() if before.get(name, data) != data)
+
+    @property
     def filename(self) -> str:
         """Name of the record's file: method, targets, seed and id, for people; the id alone decides."""
         method = self.asked["method"]["_target_"].rpartition(".")[2].lower()
@@ -103,13 +109,21 @@ def find_record(folder: Path, run_id: str) -> Record | None:
 
 
 def provenance(
-    run: Run, *, data: Mapping[str, str], backbone: str, needs: Sequence[str], device: str, precision: str
+    run: Run,
+    *,
+    data: Mapping[str, str],
+    backbone: str,
+    pretraining: Mapping[str, str],
+    needs: Sequence[str],
+    device: str,
+    precision: str,
 ) -> dict[str, Any]:
     """Describe the sky a run is made under; asked for at its start, since the code may change before its end."""
     commit, dirty = git_state()
     return {
         "data": dict(data),
         "backbone": backbone,
+        "pretraining_data": dict(pretraining),
         "needs": list(needs),
         "precision": precision,
         "commit": commit,

@@ -115,9 +115,19 @@ def notes(compiled: Compiled) -> list[str]:
     missing = [line.name for line in compiled.lines if not line.quality]
     if missing:
         lines += ["", f"Missing (–): {', '.join(missing)}. `mode reproduce` with this table's name fills them."]
+    if compiled.overlap:
+        lines += ["", overlap_note(compiled.overlap)]
     if compiled.left_out:
         lines += ["", f"{compiled.left_out} matching records on other data or another backbone are left out."]
     return lines
+
+
+def overlap_note(domains: Sequence[str]) -> str:
+    """Say that the backbone may have seen some of the text in pretraining."""
+    return (
+        f"The text of {' and '.join(domains)} is not that of the backbone's pretraining (another version of Python, "
+        "say), so its splits fall differently and the backbone may have seen some of what is scored."
+    )
 
 
 def chosen_settings(compiled: Compiled) -> list[str]:

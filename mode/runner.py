@@ -158,6 +158,7 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
         run,
         data=prepared.fingerprints,
         backbone=prepared.backbone,
+        pretraining=prepared.method.pretraining_data(run),
         needs=[stage.id for stage in needs],
         device=device_name(device),
         precision=precision_of(run.train, device),

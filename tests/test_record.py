@@ -123,7 +123,7 @@ def test_only_data_backbone_and_precision_make_the_sky() -> None:
 
 
 def test_provenance_says_where_a_run_was_made(run: Run) -> None:
-    found = provenance(run, data={"py": "f"}, backbone="b", needs=["n"], device="cpu", precision="fp32")
+    found = provenance(run, data={"py": "f"}, backbone="b", pretraining={}, needs=["n"], device="cpu", precision="fp32")
     assert (found["data"], found["backbone"], found["needs"]) == ({"py": "f"}, "b", ["n"])
     assert found["versions"]["torch"]
     assert found["machine"]["device"] == "cpu"
@@ -224,3 +224,10 @@ def test_what_was_asked_is_equal_after_the_disk(run: Run, world: World) -> None:
     composed = config.compose([*world.overrides, "method=mode"], world.conf)
     for plain in map(config.asked, (run, composed, composed.method.needs(composed)[0])):  # type: ignore[attr-defined]
         assert json.loads(json.dumps(plain)) == plain
+
+
+def test_text_that_differs_from_the_pretraining_is_named() -> None:
+    known = {"code": "older", "math": "m"}
+    seen = dataclasses.replace(record(), provenance={**record().provenance, "data": {"code": "ä", "math": "m"}})
+    assert seen.overlap == ()
+    assert dataclasses.replace(seen, provenance={**seen.provenance, "pretraining_data": known}).overlap == ("code",)
