@@ -24,7 +24,7 @@ from mode.settings import ConfigError
 from tests.conftest import World
 
 GOLDEN = Path(__file__).parent / "golden.json"
-GOLDEN_SETTINGS = ("train.steps=20", "train.log_every=1", "train.checkpoint_every=20")
+GOLDEN_SETTINGS = ("train.steps=20", "train.log_every=1", "train.checkpoint_every=20", "train.lr=1e-3")
 LOSSES = {"sft": ["method=sft"], "lora": ["method=lora"], "mode": ["method=mode", "method.start=fresh"]}
 
 
