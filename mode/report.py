@@ -107,7 +107,8 @@ def notes(compiled: Compiled) -> list[str]:
         f"Next-token top-1 accuracy in per cent on the whole {compiled.split} split; mean ± standard deviation over "
         "n seeds. "
         "Retention: points gained or lost against the untouched backbone on the domains that are not targets. "
-        "Trained: the most that any one stage trains. Steps, tokens and seconds count every stage. Differences are paired by seed. Bold: the best mean, which need "
+        "Trained: the most that any one stage trains. Steps, tokens and seconds count every stage. Differences are "
+        "paired by seed. Bold: the best mean, which need "
         "not be a significant difference."
     ]
     if compiled.table.choose:
