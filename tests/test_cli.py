@@ -293,6 +293,7 @@ def test_print_config_prints_the_run_and_trains_nothing(world: World) -> None:
     assert_nothing_ran(world)
 
 
+@pytest.mark.slow
 def test_sweep_makes_one_run_for_each_value(world: World) -> None:
     result = call(world, *LORA, "--sweep", "seed=0,1", "method.rank=2")
     assert result.exit_code == 0, result.stderr

@@ -128,6 +128,7 @@ def test_every_experiment_changes_what_it_says(name: str) -> None:
     assert run.train.steps > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", members("table"))
 def test_every_row_of_every_table_is_a_run_of_its_own(name: str) -> None:
     table = load_table(name)
