@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -77,9 +77,8 @@ def print_retention(records: Sequence[Record], zero: Record) -> None:
     """Print target and retention accuracy of every record under the sky of the bare backbone's."""
     from mode.compiled import qualities
 
-    same = [
-        record for record in records if record.sky == zero.sky and record.id != zero.id and comparable(record, zero)
-    ]
+    same = [record for record in records if record.id != zero.id and comparable(record, zero)]
+    apart = distinctions([zero, *same])
     names = list(zero.happened["scores"])
     print(f"{'run':<44}" + "".join(f"{name:>10}" for name in names) + f"{'target':>10}{'retention':>11}")
     for record in [zero, *same]:
@@ -87,10 +86,39 @@ def print_retention(records: Sequence[Record], zero: Record) -> None:
         label = record.filename.removesuffix(".json")
         cells = "".join(f"{values[name]:>10.2f}" for name in names)
         kept = f"{values['retention']:>+11.2f}" if "retention" in values else f"{'–':>11}"
-        print(f"{label:<44}{cells}{values['target']:>10.2f}{kept}")
+        print(f"{label:<44}{cells}{values['target']:>10.2f}{kept}  {apart[record.id]}".rstrip())
     hidden = len(records) - len(same) - 1
     if hidden:
         print(f"{hidden} records on other data, domains or context lengths, or another backbone, are not shown")
+
+
+def distinctions(records: Sequence[Record]) -> dict[str, str]:
+    """Say, by run id, which settings tell a record apart from the others of its method and targets."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(f"{record.asked['method']['_target_']} {record.asked['targets']}", []).append(record)
+    told: dict[str, str] = {}
+    for members in groups.values():
+        flat = {record.id: flatten_settings(record.asked) for record in members}
+        keys = dict.fromkeys(key for settings in flat.values() for key in settings)
+        differing = [key for key in keys if len({str(settings.get(key)) for settings in flat.values()}) > 1]
+        for run_id, settings in flat.items():
+            shown = [key for key in differing if key in settings and key != "seed"]
+            told[run_id] = " ".join(f"{key.rpartition('.')[2]}={settings[key]}" for key in shown)
+    return told
+
+
+def flatten_settings(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their dotted names.
+
+    >>> flatten_settings({"train": {"lr": 1}, "seed": 0})
+    {'train.lr': 1, 'seed': 0}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        nested = isinstance(value, Mapping)
+        flat |= flatten_settings(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
 
 
 def comparable(record: Record, zero: Record) -> bool:

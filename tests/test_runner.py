@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from mode import config
 from mode.record import read_records
 from mode.runner import execute, prepare_run
+from mode.settings import ConfigError
 from tests.conftest import World
 
 
@@ -54,3 +57,15 @@ def test_how_often_is_logged_makes_no_other_run(world: World) -> None:
         for every in (2, 4)
     ]
     assert len({prepare_run(run).id for run in runs}) == 1
+
+
+def test_a_truncated_expert_is_told_and_nothing_is_written(world: World) -> None:
+    run = config.compose([*world.overrides, "method=mode"], world.conf)
+    stage = prepare_run(prepare_run(run).method.needs(run)[0])
+    execute(stage.run)
+    file = stage.folder / "expert" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ConfigError, match=r"model\.safetensors: not a whole safetensors file"):
+        execute(run)
+    assert prepare_run(run).id not in {record.id for record in read_records(world.root / "results")}
+    assert not (prepare_run(run).folder / "weights.safetensors").exists()
