@@ -101,7 +101,19 @@ def stdlib_files(source: StdlibSource) -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "__pycache__", *source.exclude}
     files = [path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts)]
+    files = [path for path in files if not is_of_the_machine(path.relative_to(root))]
     return sorted((path for path in files if is_utf8(path)), key=lambda path: path.relative_to(root).as_posix())
+
+
+def is_of_the_machine(path: Path) -> bool:
+    """Say whether a module is written by the build or the system, and so differs where the Python version does not.
+
+    >>> is_of_the_machine(Path("_sysconfigdata__linux.py")), is_of_the_machine(Path("json/decoder.py"))
+    (True, False)
+    """
+    return (
+        path.name.startswith("_sysconfigdata") or path.name == "sitecustomize.py" or path.parts[0].startswith("config-")
+    )
 
 
 def is_utf8(path: Path) -> bool:

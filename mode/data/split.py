@@ -78,8 +78,10 @@ def near_duplicates(texts: list[str], groups: list[Split]) -> set[int]:
         buckets: dict[bytes, list[int]] = {}
         keys = np.ascontiguousarray(signatures[:, band * ROWS : (band + 1) * ROWS])
         for index in range(len(texts)):
+            if index in dropped:
+                continue
             bucket = buckets.setdefault(keys[index].tobytes(), [])
-            if index not in dropped and any(
+            if any(
                 groups[other] != groups[index] and float(np.mean(signatures[other] == signatures[index])) >= THRESHOLD
                 for other in bucket
             ):
