@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
+from mode.backbone import stack
 from mode.method import Material, Method
 from mode.settings import STRICT, ConfigError, Run
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
@@ -21,13 +23,13 @@ class LoRA(Method):
     Attributes:
         rank: r; the MoDE paper uses 16.
         alpha: Numerator of the scale alpha / r.
-        target_modules: Linear layers that get an adapter; the MoDE paper uses the attention matrices.
+        target_modules: Linear layers that get an adapter: those of `attention`, as in the MoDE paper, or named ones.
         rank_stabilized: Scale by alpha / sqrt(r) instead (Kalajdzievski, 2023).
     """
 
     rank: Annotated[int, Field(gt=0)]
     alpha: Annotated[float, Field(gt=0.0)]
-    target_modules: Annotated[tuple[str, ...], Field(min_length=1)]
+    target_modules: Literal["attention"] | Annotated[tuple[str, ...], Field(min_length=1)]
     rank_stabilized: bool = False
 
     def build(self, run: Run, material: Material) -> nn.Module:
@@ -40,24 +42,35 @@ class LoRA(Method):
         from peft import LoraConfig, inject_adapter_in_model
 
         model = material.backbone().requires_grad_(False)
-        linears = {name.rpartition(".")[2] for name, module in model.named_modules() if is_linear(module)}
-        unknown = [name for name in self.target_modules if name not in linears - {"lm_head"}]
+        names = attention(model) if self.target_modules == "attention" else self.target_modules
+        linears = {name.rpartition(".")[2]: module for name, module in model.named_modules() if is_linear(module)}
+        linears.pop("lm_head", None)
+        unknown = [name for name in names if name.rpartition(".")[2] not in linears]
         if unknown:
-            known = ", ".join(sorted(linears - {"lm_head"}))
+            known = ", ".join(sorted(linears))
             raise ConfigError(f"method.target_modules: {unknown[0]} is not one of the backbone's {known}")
         torch.manual_seed(run.seed)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
-            target_modules=list(self.target_modules),
+            target_modules=list(names),
             use_rslora=self.rank_stabilized,
+            fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in linears.values()),
         )
         adapted: nn.Module = inject_adapter_in_model(config, model)
         return adapted
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Say whether a module is a linear layer."""
-    from torch import nn
+def attention(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the linear layers of a decoder's attention, each with the name of the module that holds it."""
+    trunk, name = stack(model)
+    paths = [path for path, module in getattr(trunk, name)[0].named_modules() if is_linear(module)]
+    return tuple(path for path in paths if "att" in path.partition(".")[0])
 
-    return isinstance(module, nn.Linear)
+
+def is_linear(module: nn.Module) -> bool:
+    """Say whether a module is a linear layer; GPT-2 has a class of its own."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)

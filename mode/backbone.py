@@ -17,8 +17,20 @@ if TYPE_CHECKING:
 
 EMBEDDED = "embedded:"
 EOS = "<|endoftext|>"
-FAMILIES = ("llama",)
-"""Model types whose layers MoDE can name and run."""
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "smollm3",
+    "gpt_neox",
+    "gpt2",
+)
+"""Model types of the Hugging Face decoders that the contract suite runs."""
 
 
 class BackboneTokenizer:
@@ -149,6 +161,22 @@ def load_model(backbone: Backbone) -> PreTrainedModel:
         raise ConfigError(f"backbone {backbone.name}: cannot load {backbone.path}: {reason}") from error
     result: PreTrainedModel = model
     return result
+
+
+def stack(model: PreTrainedModel) -> tuple[Any, str]:
+    """Return the module that holds a decoder's layers, and the name it holds them by.
+
+    Raises:
+        ConfigError: There is no list of as many layers as the configuration says, or more than one.
+    """
+    from torch import nn
+
+    trunk: Any = model.base_model
+    count = model.config.num_hidden_layers
+    names = [name for name, child in trunk.named_children() if isinstance(child, nn.ModuleList) and len(child) == count]
+    if len(names) != 1:
+        raise ConfigError(f"{type(model).__name__}: {len(names)} lists of {count} layers in it, where one is expected")
+    return trunk, names[0]
 
 
 def load_tokenizer(backbone: Backbone) -> BackboneTokenizer:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mode.data.pack import PackedSplit
-from mode.loss import head, hidden_states, token_scores
+from mode.loss import head, hidden_states, softcap, token_scores
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def evaluate(model: nn.Module, split: PackedSplit, *, sequence_length: int, batc
         stop = min(num_scored, start + batch_size * sequence_length)
         stream = torch.from_numpy(np.asarray(split.tokens[start : stop + 1], np.int64)).to(device)
         inputs, targets = fold(stream[:-1], sequence_length), fold(stream[1:], sequence_length)
-        scores = token_scores(hidden_states(model, inputs), head(model), targets, chunk)
+        scores = token_scores(hidden_states(model, inputs), head(model), targets, chunk, softcap(model))
         nll[start:stop] = scores.nll[: stop - start].double().cpu().numpy()
         hit[start:stop] = scores.hit[: stop - start].cpu().numpy()
     model.train(was_training)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 CHUNK = 512
 """Tokens per chunk of the training loss. torch's own choice is several times slower on CPU for small vocabularies."""
@@ -29,21 +30,50 @@ def head(model: nn.Module) -> Tensor:
     return embeddings.weight
 
 
-def next_token_loss(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def softcap(model: nn.Module) -> float | None:
+    """Return the bound c that a model's logits are squashed to, c tanh(logits / c), or None (Gemma 2)."""
+    config: Any = model.config
+    cap: float | None = getattr(config.get_text_config(), "final_logit_softcapping", None)
+    return cap
+
+
+def next_token_loss(states: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
     """Return the mean cross-entropy in nats over all tokens of a batch.
 
     The native fused function forms the gradients chunk by chunk in the forward pass and skips the weight's when the
-    head is frozen. Under autocast the head stays in fp32.
+    head is frozen. It knows no bounded logits: those are formed chunk by chunk, and again in the backward pass. Under
+    autocast the head stays in fp32.
 
     Args:
         states: Final hidden states, (B, S, d).
         weight: Head, (V, d).
         targets: Next tokens, (B, S).
+        cap: Bound of the logits, if there is one.
     """
-    options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None)
-    flat = states.reshape(-1, states.shape[-1]).float()
-    loss: Tensor = functional.linear_cross_entropy(flat, weight.float(), targets.reshape(-1), options=options)
-    return loss
+    flat, labels = states.reshape(-1, states.shape[-1]).float(), targets.reshape(-1)
+    if cap is None:
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None)
+        loss: Tensor = functional.linear_cross_entropy(flat, weight.float(), labels, options=options)
+        return loss
+    total = torch.zeros((), device=flat.device)
+    for piece, wanted in zip(torch.split(flat, CHUNK), torch.split(labels, CHUNK), strict=True):
+        total = total + checkpoint(capped_loss, piece, weight.float(), wanted, cap, use_reentrant=False)
+    return total / len(labels)
+
+
+def capped_loss(states: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """Return the summed cross-entropy of bounded logits."""
+    return functional.cross_entropy(cap * torch.tanh(states @ weight.T / cap), targets, reduction="sum")
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor | None:
+    """Return the sum of what modules want minimised beside the next-token loss, or None.
+
+    A module says so by leaving a scalar in `auxiliary` during its forward pass in training.
+    """
+    found = [getattr(module, "auxiliary", None) for module in model.modules()]
+    parts = [part for part in found if isinstance(part, Tensor)]
+    return torch.stack(parts).sum() if parts else None
 
 
 @dataclass(frozen=True)
@@ -55,7 +85,9 @@ class TokenScores:
 
 
 @torch.no_grad()
-def token_scores(states: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK) -> TokenScores:
+def token_scores(
+    states: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK, cap: float | None = None
+) -> TokenScores:
     """Score every token of a batch, holding the logits of `chunk` tokens at a time.
 
     Args:
@@ -63,6 +95,7 @@ def token_scores(states: Tensor, weight: Tensor, targets: Tensor, chunk: int = C
         weight: Head, (V, d).
         targets: Next tokens, (B, S).
         chunk: Tokens per chunk.
+        cap: Bound of the logits, if there is one.
     """
     flat, labels = states.reshape(-1, states.shape[-1]).float(), targets.reshape(-1)
     nll, hit = (
@@ -72,6 +105,8 @@ def token_scores(states: Tensor, weight: Tensor, targets: Tensor, chunk: int = C
     for start in range(0, len(labels), chunk):
         piece = slice(start, start + chunk)
         logits = flat[piece] @ weight.float().T
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
         nll[piece] = functional.cross_entropy(logits, labels[piece], reduction="none")
         hit[piece] = logits.argmax(-1) == labels[piece]
     return TokenScores(nll, hit)

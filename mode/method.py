@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,10 +25,12 @@ class Material:
     Attributes:
         backbone: Loads a fresh copy of the backbone in fp32.
         needs: Work folders of the runs that `Method.needs` asked for, in its order.
+        source: Where the backbone comes from: name, path, revision, fingerprint.
     """
 
     backbone: Callable[[], PreTrainedModel]
     needs: tuple[Path, ...] = ()
+    source: Mapping[str, Any] = field(default_factory=dict)
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)

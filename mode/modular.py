@@ -8,9 +8,10 @@ each a stack of l ordinary transformer layers. All read the block's input x and 
 
 Embeddings, positional encoding, final norm and head are the backbone's, shared and frozen.
 
-The model keeps its Hugging Face class: the stack of layers is replaced by the stack of blocks, each called as a layer
-is. Masks, rotary embeddings, key-value cache and `generate()` are therefore the library's own, and every expert layer
-has a cache slot of its own.
+The decoder goes on calling L layers, but finds a `Turn` in the place of each. A block's turns gather what the decoder
+gives to each of its layers (a mask and rotary embeddings may differ between them), and the last one runs the block. So
+masks, rotary embeddings, key-value cache and `generate()` are the library's own, for every family, and every expert
+layer has a cache slot of its own.
 """
 
 from __future__ import annotations
@@ -22,38 +23,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mode.settings import ConfigError
+from mode.backbone import stack
+from mode.gate import PLAIN, Gate
+from mode.settings import ConfigError, GateSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-class Gate(nn.Linear):
-    """Per-token weights of a block's branches: the backbone first, then the experts (equation 1)."""
-
-    def __init__(self, hidden_size: int, num_experts: int, backbone_bias: float) -> None:
-        """Start with the same weights for every token: the softmax of `backbone_bias` and, for each expert, 0."""
-        super().__init__(hidden_size, num_experts + 1)
-        with torch.no_grad():
-            self.weight.zero_()
-            self.bias.zero_()
-            self.bias[0] = backbone_bias
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Map a block's input, (B, S, d), to branch weights that sum to one, (B, S, N + 1), in fp32."""
-        with torch.autocast(states.device.type, enabled=False):
-            logits = nn.functional.linear(states.float(), self.weight.float(), self.bias.float())
-        return logits.softmax(-1)
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What the decoder gives to a layer besides its input."""
 
 
 class Block(nn.Module):
-    """A block of backbone layers and the experts beside it; called as one layer is (equation 2).
+    """A block of backbone layers and the experts beside it (equation 2).
 
     Attributes:
         backbone: The block's own layers, frozen.
         experts: One stack of layers per expert.
         gate: Weights of the branches.
         weights: Mean branch weights of the last forward pass, (N + 1,).
+        calls: What the decoder gave to the block's layers so far in this pass.
     """
 
     def __init__(self, backbone: Sequence[nn.Module], experts: Sequence[Sequence[nn.Module]], gate: Gate) -> None:
@@ -63,74 +52,151 @@ class Block(nn.Module):
         self.experts = nn.ModuleList(nn.ModuleList(layers) for layers in experts)
         self.gate = gate
         self.weights: Tensor | None = None
+        self.calls: list[Call] = []
 
-    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
-        """Map a block's input, (B, S, d), to its output, (B, S, d); options go to every layer."""
-        weights = self.gate(hidden_states)
+    def forward(self, hidden_states: Tensor, calls: Sequence[Call]) -> Tensor:
+        """Map a block's input, (B, S, d), to its output, (B, S, d), with what is meant for each of its layers."""
+        weights = self.gate(hidden_states, cache_in(calls[0]))
         self.weights = weights.detach().mean(dim=(0, 1))
         branches = [self.backbone, *self.experts]
         mixed: Tensor = torch.zeros((), device=hidden_states.device)
         for index, layers in enumerate(branches):
-            output = run_layers(layers, hidden_states, options)
+            output = run_layers(layers, hidden_states, calls)
             mixed = mixed + weights[..., index : index + 1].to(output.dtype) * output
         return mixed
 
 
-def run_layers(layers: Any, states: Tensor, options: dict[str, Any]) -> Tensor:
+class Turn(nn.Module):
+    """A layer's place in the decoder: gathers the call and, at the last place of a block, runs the block."""
+
+    def __init__(self, block: Block, position: int) -> None:
+        """Stand for the block's layer at `position`."""
+        super().__init__()
+        self.position = position
+        self.block = (block,)  # inside a tuple the block is not a part of this module: its weights belong elsewhere
+
+    def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
+        """Pass the block's input, (B, S, d), on to its last turn, which returns the block's output, (B, S, d)."""
+        (block,) = self.block
+        if self.position == 0:
+            block.calls.clear()
+        block.calls.append((args, options))
+        if len(block.calls) < len(block.backbone):
+            return hidden_states
+        calls = list(block.calls)
+        block.calls.clear()  # else masks and cache would live on after the pass
+        output: Tensor = block(hidden_states, calls)
+        return output
+
+
+def run_layers(layers: Any, states: Tensor, calls: Sequence[Call]) -> Tensor:
     """Run a stack of decoder layers, (B, S, d) to (B, S, d)."""
-    for layer in layers:
-        states = layer(states, **options)
+    for index, layer in enumerate(layers):
+        args, options = calls[index % len(calls)]
+        states = layer(states, *args, **options)
     return states
 
 
-def make_modular(
+def cache_in(call: Call) -> Any:
+    """Return the key-value cache that a layer is given, by whatever name, or None."""
+    from transformers import Cache
+
+    args, options = call
+    return next((value for value in (*args, *options.values()) if isinstance(value, Cache)), None)
+
+
+def insert_blocks(
     model: PreTrainedModel,
     *,
     num_experts: int,
     num_blocks: int,
     expert_layers: int,
-    init: str,
-    backbone_bias: float,
-) -> PreTrainedModel:
-    """Freeze a backbone and put experts beside its blocks, in place.
+    init: str = "copy",
+    backbone_bias: float = 0.0,
+    gate: GateSettings = PLAIN,
+) -> nn.ModuleList:
+    """Freeze a backbone and put turns in the place of its layers.
 
     Args:
         model: A causal LM with L layers.
         num_experts: N, experts per block.
         num_blocks: B, which must divide L.
         expert_layers: l, layers per expert and block.
-        init: `random`: the backbone's own initialisation; `copy`: the first l layers of the block.
+        init: `random`: as the backbone's family initialises its layers; `copy`: the first l layers of the block.
         backbone_bias: The gates' initial logit of the backbone; the experts' is 0.
+        gate: How gates choose.
 
     Returns:
-        The same model, its layers replaced by blocks, its backbone frozen.
+        The blocks, which now hold the backbone's layers; the caller must keep them.
 
     Raises:
         ConfigError: B does not divide L, or `copy` asks for more layers than a block has.
     """
-    trunk: Any = model.base_model
-    layers = list(trunk.layers)
-    per_block, rest = divmod(len(layers), num_blocks)
-    if rest:
-        valid = [number for number in range(1, len(layers) + 1) if len(layers) % number == 0]
-        raise ConfigError(f"method.num_blocks={num_blocks}: {len(layers)} layers divide into {valid} blocks")
+    trunk, name = stack(model)
+    layers = list(getattr(trunk, name))
+    per_block = layers_per_block(len(layers), num_blocks)
     if init == "copy" and expert_layers > per_block:
         raise ConfigError(f"method.expert_layers={expert_layers}: a block has only {per_block} layers to copy")
     model.requires_grad_(False)
-    # Layers keep their index into the key-value cache; experts get the slots after the backbone's.
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = len(layers) + num_blocks * num_experts * expert_layers
-    model.config = trunk.config = config
+    templates = slots(len(layers), num_blocks, num_experts, expert_layers, gate)
     blocks, slot = [], len(layers)
     for start in range(0, len(layers), per_block):
-        own = layers[start : start + per_block]
         experts = []
         for _ in range(num_experts):
-            experts.append([new_layer(model, own[i % per_block], slot + i, init) for i in range(expert_layers)])
+            numbers = range(slot, slot + expert_layers)
+            experts.append([new_layer(model, layers[templates[number]], number, init) for number in numbers])
             slot += expert_layers
-        blocks.append(Block(own, experts, Gate(config.hidden_size, num_experts, backbone_bias)))
-    trunk.layers = nn.ModuleList(blocks)
-    return model
+        made = Gate(model.config.hidden_size, num_experts, backbone_bias, gate)
+        blocks.append(Block(layers[start : start + per_block], experts, made))
+    if gate.scope == "prefix":
+        for number, block in enumerate(blocks):
+            block.gate.slot = slot + number
+    model.config = trunk.config = with_slots(model.config, templates)
+    setattr(trunk, name, nn.ModuleList(Turn(block, place) for block in blocks for place in range(per_block)))
+    return nn.ModuleList(blocks)
+
+
+def layers_per_block(num_layers: int, num_blocks: int) -> int:
+    """Return L / B.
+
+    Raises:
+        ConfigError: B does not divide L.
+    """
+    per_block, rest = divmod(num_layers, num_blocks)
+    if rest:
+        valid = [number for number in range(1, num_layers + 1) if num_layers % number == 0]
+        raise ConfigError(f"method.num_blocks={num_blocks}: {num_layers} layers divide into {valid} blocks")
+    return per_block
+
+
+def slots(num_layers: int, num_blocks: int, num_experts: int, expert_layers: int, gate: GateSettings) -> list[int]:
+    """Return the backbone layer that every slot of the key-value cache is like; -1 for one that sees everything.
+
+    The backbone's layers keep their slots, the experts' come after them, block by block, and gates that see the whole
+    prefix have the last ones.
+
+    >>> slots(4, 2, 1, 1, GateSettings(scope="prefix"))
+    [0, 1, 2, 3, 0, 2, -1, -1]
+    """
+    per_block = layers_per_block(num_layers, num_blocks)
+    experts = [
+        start + index % per_block
+        for start in range(0, num_layers, per_block)
+        for _ in range(num_experts)
+        for index in range(expert_layers)
+    ]
+    gates = [-1] * num_blocks if gate.scope == "prefix" else []
+    return [*range(num_layers), *experts, *gates]
+
+
+def with_slots(config: Any, templates: Sequence[int]) -> Any:
+    """Return a copy of a decoder's configuration whose key-value cache has the slots of `slots`."""
+    config = copy.deepcopy(config)
+    kinds = getattr(config, "layer_types", None)
+    config.num_hidden_layers = len(templates)
+    if kinds is not None:
+        config.layer_types = ["full_attention" if index < 0 else kinds[index] for index in templates]
+    return config
 
 
 def new_layer(model: PreTrainedModel, template: nn.Module, slot: int, init: str) -> nn.Module:
@@ -141,18 +207,8 @@ def new_layer(model: PreTrainedModel, template: nn.Module, slot: int, init: str)
         if hasattr(module, "layer_idx"):
             module.layer_idx = slot
         if init == "random":
-            reset(model, module)
+            model._init_weights(module)
     return layer  # type: ignore[no-any-return]
-
-
-def reset(model: PreTrainedModel, module: nn.Module) -> None:
-    """Draw a module's weights as the backbone's family initialises them: normal matrices, unit norms."""
-    for name, parameter in module.named_parameters(recurse=False):
-        with torch.no_grad():
-            if parameter.ndim >= 2:
-                parameter.normal_(0.0, model.config.initializer_range)
-            else:
-                parameter.fill_(0.0 if name == "bias" else 1.0)
 
 
 def gate_means(model: nn.Module) -> dict[str, float]:

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from mode.config import replace
 from mode.method import Material, Method
-from mode.settings import STRICT, ConfigError, Run
+from mode.settings import STRICT, ConfigError, GateSettings, Run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +38,7 @@ class MoDE(Method):
         handover: Gates of stage 2: `odds` keeps every expert's odds against the backbone; `fresh` starts anew.
         gate_lr_scale: Learning rate of gates as a factor on that of experts.
         train_experts: Whether stage 2 trains the experts too, or gates alone.
+        gate: How gates choose; the paper's way by default.
     """
 
     compose_lr: Annotated[float, Field(gt=0.0)]
@@ -51,6 +52,7 @@ class MoDE(Method):
     handover: Literal["odds", "fresh"]
     gate_lr_scale: Annotated[float, Field(gt=0.0)]
     train_experts: bool
+    gate: GateSettings = GateSettings()
 
     def __post_init__(self) -> None:
         if self.start == "fresh" and not self.train_experts:
@@ -96,17 +98,20 @@ class MoDE(Method):
         import torch
 
         from mode.expert import load_expert
-        from mode.modular import blocks_of, compose_experts, make_modular
+        from mode.model import make_modular
+        from mode.modular import blocks_of, compose_experts
 
         composing = self.start == "experts"
         torch.manual_seed(run.seed)
         model: nn.Module = make_modular(
             material.backbone(),
-            num_experts=len(run.targets) if composing else self.num_experts,
+            experts=self.names(run),
             num_blocks=self.num_blocks,
             expert_layers=self.expert_layers,
             init="copy" if composing else self.init,  # composed experts overwrite it; copying draws no numbers
             backbone_bias=self.backbone_bias,
+            gate=self.gate,
+            source=material.source,
         )
         if composing:
             experts = [load_expert(folder / "expert") for folder in material.needs]
@@ -118,6 +123,12 @@ class MoDE(Method):
             for block in blocks_of(model):
                 block.experts.requires_grad_(False)
         return model
+
+    def names(self, run: Run) -> tuple[str, ...]:
+        """Return the experts' names: the domain of each, or numbers where all train on the same mix."""
+        if self.start == "experts" or (self.num_experts == 1 and len(run.targets) == 1):
+            return run.targets
+        return tuple(f"mix-{number + 1}" for number in range(self.num_experts))
 
     def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
         """Write a single-domain run's expert as an artefact of its own."""

@@ -198,7 +198,8 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
 
 def check_context(model: nn.Module, run: Run) -> None:
     """Refuse rows longer than the backbone is made for."""
-    longest = getattr(model.config, "max_position_embeddings", None)
+    config: Any = model.config
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and run.train.sequence_length > longest:
         raise ConfigError(
             f"train.sequence_length={run.train.sequence_length}: {run.backbone.name} reads {longest} at most"
@@ -230,8 +231,11 @@ def settle(prepared: Prepared, record: Record, *, again: bool) -> Record:
 
 def build(prepared: Prepared, needs: list[Prepared]) -> nn.Module:
     """Build a run's model from its backbone and the runs it stands on."""
+    backbone = prepared.run.backbone
     material = Material(
-        backbone=lambda: load_model(prepared.run.backbone), needs=tuple(stage.folder for stage in needs)
+        backbone=lambda: load_model(backbone),
+        needs=tuple(stage.folder for stage in needs),
+        source=asdict(backbone) | {"fingerprint": prepared.backbone},
     )
     return prepared.method.build(prepared.run, material)
 

@@ -181,6 +181,35 @@ class MethodSettings:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class GateSettings:
+    """How a MoDE gate turns its logits into weights of branches; the defaults are the paper's.
+
+    Attributes:
+        top_k: Branches that a token keeps, the largest first.
+        top_p: Share of weight that the branches a token keeps must hold: as few of them as can.
+        renormalize: Whether the kept weights are scaled to sum to one.
+        scope: What a gate sees: its `token`, or the mean of the `prefix` up to it.
+        norm: Whether a root-mean-square norm, without weights of its own, comes before the gate.
+        temperature: Divides the logits.
+        balance: Weight of the load-balance loss.
+    """
+
+    top_k: Annotated[int, Field(gt=0)] | None = None
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    renormalize: bool = True
+    scope: Literal["token", "prefix"] = "token"
+    norm: bool = False
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    balance: Annotated[float, Field(ge=0.0)] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_p is not None:
+            raise ValueError("top_k and top_p are two ways to choose branches: give one of them")
+        if not self.renormalize and self.top_k is None and self.top_p is None:
+            raise ValueError("renormalize=false goes with top_k or top_p: all branches' weights sum to one anyway")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Budget:
     """How much training a row gets in all.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mode.checkpoint import load_checkpoint, save_checkpoint, trainable
 from mode.data.batches import Batches
 from mode.files import CHECKPOINT, CURVE, write_atomic
-from mode.loss import head, hidden_states, next_token_loss, token_scores
+from mode.loss import auxiliary_loss, head, hidden_states, next_token_loss, softcap, token_scores
 from mode.settings import ConfigError, Train
 
 Point = dict[str, Any]
@@ -124,9 +124,10 @@ def accumulate(model: nn.Module, rows: Tensor, settings: Train, device: torch.de
     for micro in rows.chunk(settings.accumulate):
         with autocast(settings, device):
             states = hidden_states(model, micro[:, :-1])
-        part = next_token_loss(states, head(model), micro[:, 1:]) / settings.accumulate
-        torch.autograd.backward(part)
+        part = next_token_loss(states, head(model), micro[:, 1:], softcap(model)) / settings.accumulate
         loss += part.detach()
+        extra = auxiliary_loss(model)
+        torch.autograd.backward(part if extra is None else part + extra / settings.accumulate)
     return loss, states.detach()
 
 
@@ -182,7 +183,7 @@ def measure(model: nn.Module, job: Job, step: int, loss: float, states: Tensor, 
     if not math.isfinite(loss):
         raise ConfigError(f"the loss is {loss} at step {step}; try a lower train.lr than {job.lr:g}")
     targets = rows.chunk(job.settings.accumulate)[-1][:, 1:]
-    scores = token_scores(states, head(model), targets)
+    scores = token_scores(states, head(model), targets, cap=softcap(model))
     lr = job.lr * schedule(step - 1, job.steps, job.settings)
     point: Point = {"step": step, "loss": loss, "accuracy": float(scores.hit.float().mean()), "lr": lr}
     point |= job.inspect(model)

@@ -58,14 +58,14 @@ def sub(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def mode_logits(model: torch.nn.Module, ids: list[int]) -> Tensor:
     """Return the logits of a modular Llama for one sequence, (S, V), by equations 1 and 2."""
-    config = model.config
-    state = {name: value.double() for name, value in model.state_dict().items()}
+    config = model.config.decoder
+    state = {name.removeprefix("backbone."): value.double() for name, value in model.state_dict().items()}
     theta = config.rope_parameters["rope_theta"]
     shape = (config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps, theta)
     states = [state["model.embed_tokens.weight"][token] for token in ids]
     block = 0
-    while any(name.startswith(f"model.layers.{block}.") for name in state):
-        own = sub(state, f"model.layers.{block}.")
+    while any(name.startswith(f"blocks.{block}.") for name in state):
+        own = sub(state, f"blocks.{block}.")
         branches = [sub(own, "backbone.")]
         while sub(own, f"experts.{len(branches) - 1}."):
             branches.append(sub(own, f"experts.{len(branches) - 1}."))

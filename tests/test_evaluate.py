@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedConfig
 
 from mode.data.pack import PackedSplit
 from mode.evaluate import Score, evaluate, headline, summarise
@@ -31,6 +32,7 @@ class Tiny(nn.Module):
         self.output = nn.Linear(HIDDEN, VOCABULARY, bias=False)
         self.seen: list[Tensor] = []
         self.dropout = nn.Dropout(0.5)
+        self.config = PreTrainedConfig()
 
     @property
     def base_model(self) -> Any:

@@ -11,7 +11,8 @@ import torch
 
 from mode.backbone import fingerprint, load_model
 from mode.loss import head, hidden_states, next_token_loss
-from mode.modular import Block, blocks_of, compose_experts, expert_state, make_modular
+from mode.model import make_modular
+from mode.modular import Block, blocks_of, compose_experts, expert_state
 from mode.settings import Backbone, ConfigError
 from tests.conftest import World
 from tests.reference import mode_logits
@@ -27,7 +28,7 @@ def modular(world: World, *, seed: int = 1, num_experts: int = 2, **changes: Any
     """Return a modular pico backbone whose experts and gates are random, so that every part matters."""
     torch.manual_seed(seed)
     settings = {"num_blocks": 3, "expert_layers": 1, "init": "random", "backbone_bias": 0.0, **changes}
-    model = make_modular(pico(world), num_experts=num_experts, **settings)
+    model = make_modular(pico(world), experts=[f"e{number}" for number in range(num_experts)], **settings)
     with torch.no_grad():
         for block in blocks_of(model):
             block.gate.weight.normal_(0, 0.5)
@@ -103,7 +104,7 @@ def test_composed_gates_keep_each_experts_odds(world: World) -> None:
 
 
 def test_fresh_handover_leaves_gates_as_built(world: World) -> None:
-    model = make_modular(pico(world), num_experts=1, num_blocks=3, expert_layers=1, init="copy", backbone_bias=2.0)
+    model = make_modular(pico(world), experts=["e0"], num_blocks=3, expert_layers=1, init="copy", backbone_bias=2.0)
     compose_experts(model, [expert_state(modular(world, num_experts=1), 0)], "fresh")
     for block in blocks_of(model):
         assert torch.equal(block.gate.weight, torch.zeros_like(block.gate.weight))
@@ -166,7 +167,7 @@ def test_greedy_generation_equals_argmax_of_full_forwards(world: World) -> None:
 def test_random_experts_are_drawn_like_the_backbone_and_copied_ones_are_equal(world: World) -> None:
     fresh = modular(world, seed=1)
     weight = torch.cat([block.experts[0][0].mlp.up_proj.weight.flatten() for block in blocks_of(fresh)])
-    assert weight.std().item() == pytest.approx(fresh.config.initializer_range, rel=0.1)
+    assert weight.std().item() == pytest.approx(fresh.config.decoder.initializer_range, rel=0.1)
     assert torch.equal(blocks_of(fresh)[0].experts[0][0].input_layernorm.weight, torch.ones(16))
     copied = modular(world, init="copy")
     for block in blocks_of(copied):
