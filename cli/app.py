@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import typer
 
-from cli import data, reporting, show, train
+from cli import data, generate, reporting, show, train
 
 app = typer.Typer(
     name="mode",
@@ -25,6 +25,7 @@ app.command("compose")(train.compose)
 app.command("eval")(reporting.evaluate)
 app.command("report")(reporting.report)
 app.command("reproduce")(reporting.reproduce)
+app.command("generate")(generate.generate)
 app.add_typer(show.app, name="show")
 app.add_typer(data.app, name="data")
 

@@ -345,6 +345,15 @@ def to_yaml(run: Run) -> str:
     return yaml.safe_dump(plain, sort_keys=False)
 
 
+def from_yaml(text: str) -> Run:
+    """Read what `to_yaml` wrote.
+
+    Raises:
+        ConfigError: A setting is unknown or not allowed.
+    """
+    return check(yaml.safe_load(text))
+
+
 def read_group(group: str, name: str, extra: Path | None = None) -> dict[str, Any]:
     """Read one YAML of a group as plain data, without composing it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,15 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: PackedSplit, *, sequence_length: int, batch_size: int, chunk: int) -> Score:
+def evaluate(
+    model: nn.Module,
+    split: PackedSplit,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    chunk: int,
+    probe: Callable[[int], None] = lambda count: None,
+) -> Score:
     """Score every token of a split but its first, each once.
 
     Rows are consecutive windows that overlap by one token, so the tokens scored do not depend on the method, and a
@@ -52,6 +61,7 @@ def evaluate(model: nn.Module, split: PackedSplit, *, sequence_length: int, batc
         sequence_length: Tokens per row.
         batch_size: Rows per forward pass.
         chunk: Tokens whose logits exist at one time.
+        probe: Called after every forward pass with the number of its tokens that count.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -65,6 +75,7 @@ def evaluate(model: nn.Module, split: PackedSplit, *, sequence_length: int, batc
         scores = token_scores(hidden_states(model, inputs), head(model), targets, chunk, softcap(model))
         nll[start:stop] = scores.nll[: stop - start].double().cpu().numpy()
         hit[start:stop] = scores.hit[: stop - start].cpu().numpy()
+        probe(stop - start)
     model.train(was_training)
     return summarise(nll, hit, split)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 CHECKPOINT = "checkpoint.safetensors"
 CURVE = "curve.jsonl"
 AGAIN = "again"
+SETTINGS = "run.yaml"
 WEIGHTS = "weights.safetensors"
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic.dataclasses import dataclass as settings
 
@@ -31,6 +32,16 @@ class Material:
     backbone: Callable[[], PreTrainedModel]
     needs: tuple[Path, ...] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Probe(Protocol):
+    """Measures the inside of a model while it is scored."""
+
+    def add(self, domain: str, count: int) -> None:
+        """Take in the first `count` tokens of the latest forward pass."""
+
+    def result(self) -> dict[str, dict[str, Any]]:
+        """Return what was measured, by domain."""
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
@@ -89,6 +100,10 @@ class Method(MethodSettings):
     def inspect(self, model: nn.Module) -> dict[str, float]:
         """Return what a point of the training curve says about the model, such as gate means."""
         return {}
+
+    def probed(self, model: nn.Module) -> AbstractContextManager[Probe | None]:
+        """Measure, while the finished model is scored, what its record should say of its inside."""
+        return nullcontext()
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the model to train: a causal LM whose trainable parameters require a gradient."""

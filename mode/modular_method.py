@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,7 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from mode.config import replace
-from mode.method import Material, Method
+from mode.method import Material, Method, Probe
 from mode.settings import STRICT, ConfigError, GateSettings, Run
 
 if TYPE_CHECKING:
@@ -92,6 +93,14 @@ class MoDE(Method):
         from mode.modular import gate_means
 
         return gate_means(model)
+
+    @contextmanager
+    def probed(self, model: nn.Module) -> Iterator[Probe | None]:
+        """Measure the gates by domain."""
+        from mode.gates import GateMeter, watched
+
+        with watched(model) as latest:
+            yield GateMeter(latest)
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the modular model, with fresh experts or with those of the stage-1 runs."""

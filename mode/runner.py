@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ from mode import config
 from mode.backbone import load_model
 from mode.data.batches import Batches, Stream
 from mode.data.pack import Packed, prepare
-from mode.files import AGAIN, CHECKPOINT, CURVE, WEIGHTS
-from mode.method import Material, Method
+from mode.files import AGAIN, CHECKPOINT, CURVE, SETTINGS, WEIGHTS, write_atomic
+from mode.method import Material, Method, Probe
 from mode.record import SCHEMA, Record, find_record, provenance, read_record, write_record
 from mode.settings import ConfigError, Run
 from mode.track import Tracker, make_tracker
@@ -165,12 +166,14 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
     )
     model = build(prepared, needs).to(device)
     check_context(model, run)
+    write_atomic(prepared.folder / SETTINGS, config.to_yaml(run).encode())
     sizes = parameters(prepared, model)
     tracker = track(prepared)
     try:
         trained = fit(prepared, model, tracker, observe)
         begin = time.monotonic()
-        scores = score(prepared, model, run.evaluate.split)
+        with prepared.method.probed(model) as probe:
+            scores = score(prepared, model, run.evaluate.split, probe=probe)
         check_finite(scores)
     except BaseException as error:  # an interrupt too: the tracker must not stay open for this process's next run
         tracker.abandon()
@@ -191,6 +194,8 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
         "scores": {name: asdict(value) for name, value in scores.items()},
         "curve": list(trained.curve),
     }
+    if probe is not None:
+        happened["gates"] = probe.result()
     if trainable(model):
         save(prepared, model, happened)
     return settle(prepared, Record(SCHEMA, prepared.id, prepared.asked, happened, sky), again=again)
@@ -315,21 +320,24 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
     return train(model, batches, job)
 
 
-def score(prepared: Prepared, model: nn.Module, split: Any, names: tuple[str, ...] = ()) -> dict[str, Score]:
+def score(
+    prepared: Prepared, model: nn.Module, split: Any, names: tuple[str, ...] = (), probe: Probe | None = None
+) -> dict[str, Score]:
     """Score a model on a split of the run's domains."""
     from mode.evaluate import evaluate
 
     run = prepared.run
-    return {
-        name: evaluate(
+    scores = {}
+    for name in names or run.scored:
+        scores[name] = evaluate(
             model,
             prepared.packed[name].split(split),
             sequence_length=run.train.sequence_length,
             batch_size=run.evaluate.batch_size,
             chunk=run.evaluate.chunk,
+            probe=(lambda count: None) if probe is None else partial(probe.add, name),
         )
-        for name in names or run.scored
-    }
+    return scores
 
 
 def save(prepared: Prepared, model: nn.Module, happened: Mapping[str, Any]) -> None:

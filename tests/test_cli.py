@@ -32,6 +32,7 @@ FLAGS = {
     "data prepare": ["--conf", "--domain"],
     "data show": ["--conf", "--domain"],
     "eval": ["--conf", "--retention"],
+    "generate": ["--conf", "--gates", "--html", "--max-tokens", "--seed", "--temperature", "--top-p"],
     "report": ["--check", "--conf"],
     "reproduce": ["--conf", "--jobs"],
     "show backbones": ["--conf"],
@@ -44,7 +45,7 @@ FLAGS = {
     "train baseline": TRAIN_FLAGS,
     "train expert": TRAIN_FLAGS,
 }
-COMMANDS = ["compose", "eval", "report", "reproduce", "train", "show", "data"]
+COMMANDS = ["compose", "eval", "report", "reproduce", "generate", "train", "show", "data"]
 
 MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown setting": ((*LORA, "train.lrr=1"), ("train.lrr: no such setting", "did you mean train.lr?")),

@@ -1,0 +1,141 @@
+"""Text from a model, token by token, with the branches that its gates chose."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mode.backbone import BackboneTokenizer
+from mode.gates import watched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_tokens: Tokens to make at most.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Share of probability that the candidates hold.
+        seed: Seeds the choice.
+    """
+
+    max_tokens: int = 100
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A token of the output.
+
+    Attributes:
+        text: What the token adds to the text; empty while a character is not whole yet.
+        gates: Weights with which it was predicted: per block, one per branch; empty without gates.
+    """
+
+    text: str
+    gates: tuple[tuple[float, ...], ...]
+
+    @property
+    def branch(self) -> int:
+        """The branch with the largest weight over all blocks; 0 is the backbone."""
+        totals = [sum(weights) for weights in zip(*self.gates, strict=True)] if self.gates else [1.0]
+        return totals.index(max(totals))
+
+
+@torch.no_grad()
+def generate(model: PreTrainedModel, tokenizer: BackboneTokenizer, prompt: str, sampling: Sampling) -> Iterator[Piece]:
+    """Continue a prompt until the end-of-sequence token, yielding each token as it is made.
+
+    Args:
+        model: A causal LM with a key-value cache.
+        tokenizer: Its tokenizer.
+        prompt: The text to continue; an empty one starts a document.
+        sampling: How to choose.
+    """
+    device = next(model.parameters()).device
+    random = torch.Generator(device).manual_seed(sampling.seed)
+    ids = tokenizer.encode([prompt])[0] or [tokenizer.eos_id]
+    window = max(1, context(model) - sampling.max_tokens)
+    step, cache, made, shown = torch.tensor([ids[-window:]], device=device), None, [], ""
+    with watched(model) as latest:
+        for _ in range(sampling.max_tokens):
+            out: Any = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            token = choose(out.logits[0, -1].float(), sampling, random)
+            if token == tokenizer.eos_id:
+                return
+            made.append(token)
+            text = tokenizer.decode(made)
+            fresh = "" if text.endswith("\N{REPLACEMENT CHARACTER}") else text[len(shown) :]
+            shown += fresh
+            yield Piece(fresh, tuple(tuple(weights[0, -1].tolist()) for weights in latest))
+            step = torch.tensor([[token]], device=device)
+
+
+def context(model: PreTrainedModel) -> int:
+    """Return how many tokens a model is made to read."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) else 1 << 30
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, random: torch.Generator) -> int:
+    """Choose the next token from its logits, (V,).
+
+    >>> choose(torch.tensor([0.0, 2.0, 1.0]), Sampling(), torch.Generator())
+    1
+    """
+    if sampling.temperature == 0.0:
+        return int(logits.argmax())
+    ordered, order = (logits / sampling.temperature).softmax(-1).sort(descending=True)
+    ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0.0
+    return int(order[torch.multinomial(ordered, 1, generator=random)])
+
+
+COLOURS = ("#d9d9d9", "#8dd3c7", "#fdb462", "#bebada", "#fb8072", "#80b1d3", "#b3de69", "#fccde5")
+"""One per branch, the backbone's first; they repeat after the last."""
+
+
+def to_html(title: str, prompt: str, pieces: Sequence[Piece], branches: Sequence[str]) -> str:
+    """Render a text as a self-contained page that colours every token by the branch with the largest weight.
+
+    Args:
+        title: Title of the page.
+        prompt: Text before the tokens.
+        pieces: Tokens with their weights, which show when a token is pointed at.
+        branches: Names of the branches, the backbone's first.
+    """
+    spans = []
+    for piece in pieces:
+        rows = ["block " + str(number) + ": " + told(weights, branches) for number, weights in enumerate(piece.gates)]
+        colour = COLOURS[piece.branch % len(COLOURS)]
+        weights_told, text = html.escape(chr(10).join(rows)), html.escape(piece.text)
+        spans.append(f'<span style="background:{colour}" title="{weights_told}">{text}</span>')
+    legend = " ".join(
+        f'<span style="background:{COLOURS[index % len(COLOURS)]}">&nbsp;{html.escape(name)}&nbsp;</span>'
+        for index, name in enumerate(branches)
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title></head>\n'
+        f'<body style="font-family:sans-serif;max-width:60em;margin:2em auto"><h1>{html.escape(title)}</h1>\n'
+        f'<p>{legend}</p>\n<pre style="white-space:pre-wrap">{html.escape(prompt)}{"".join(spans)}</pre>\n'
+        "</body></html>\n"
+    )
+
+
+def told(weights: Sequence[float], branches: Sequence[str]) -> str:
+    """Phrase a block's weights.
+
+    >>> told((0.25, 0.75), ("backbone", "code"))
+    'backbone 0.25, code 0.75'
+    """
+    return ", ".join(f"{name} {weight:.2f}" for name, weight in zip(branches, weights, strict=True))

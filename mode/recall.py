@@ -1,0 +1,95 @@
+"""Find a finished run, or a saved model, by what people call it, and load it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mode import config
+from mode.backbone import BackboneTokenizer, load_model, load_tokenizer
+from mode.files import SETTINGS
+from mode.runner import prepare_run, restore
+from mode.settings import Backbone, ConfigError, Run, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """A model at hand.
+
+    Attributes:
+        model: The model, on the CPU, not training.
+        tokenizer: Its tokenizer.
+        run: The run that made it; None for a folder.
+    """
+
+    model: PreTrainedModel
+    tokenizer: BackboneTokenizer
+    run: Run | None
+
+
+def recall_run(name: str, runs: Path) -> Run:
+    """Return the configuration of a run in a folder of runs, by its id or the start of it.
+
+    Raises:
+        ConfigError: There is no such run, or more than one.
+    """
+    known = {path.parent.name: path for path in sorted(runs.glob("*/" + SETTINGS))}
+    found = [run_id for run_id in known if run_id.startswith(name)]
+    if len(found) != 1:
+        what = "no run of that id" if not found else f"{len(found)} runs begin with it"
+        raise ConfigError(f"{name}: {what} in {runs}{nearest(name, known)}")
+    run: Run = config.from_yaml(known[found[0]].read_text("utf-8"))
+    return config.replace(run, paths=config.replace(run.paths, runs=str(runs)))  # type: ignore[no-any-return]
+
+
+def load_folder(folder: Path) -> PreTrainedModel:
+    """Load a saved model from its folder: a modular one, or any supported decoder.
+
+    Raises:
+        ConfigError: It is not a whole model, or not a supported one.
+    """
+    try:
+        kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{folder / 'config.json'}: not readable as JSON settings") from error
+    if kind != "mode":
+        return load_model(Backbone(name=folder.name, path=str(folder))).eval()
+    from safetensors import SafetensorError
+
+    from mode.model import MoDEForCausalLM
+
+    try:
+        model: PreTrainedModel = MoDEForCausalLM.from_pretrained(folder).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{folder}: cannot load this model: {reason}") from error
+    return model
+
+
+def recall(name: str, runs: Path) -> Recalled:
+    """Load a run's model by the run's id, or a saved model by its folder.
+
+    Raises:
+        ConfigError: There is neither, or its weights are not here.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "config.json").exists():
+        return Recalled(load_folder(folder), load_tokenizer(Backbone(name=folder.name, path=str(folder))), None)
+    if folder.is_dir() and name not in {path.name for path in runs.glob("*")}:
+        raise ConfigError(f"{name}: a folder without a config.json, so not a model")
+    run = recall_run(name, runs)
+    model: PreTrainedModel = restore(prepare_run(run))
+    return Recalled(model.eval(), load_tokenizer(run.backbone), run)
+
+
+def branches(recalled: Recalled) -> tuple[str, ...]:
+    """Return the names of a modular model's branches, the backbone's first; none for another model."""
+    experts = getattr(recalled.model.config, "experts", None)
+    return ("backbone", *experts) if experts else ()
