@@ -181,24 +181,30 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
             raise ConfigError("out of memory: raise train.accumulate, or lower train.batch_size") from error
         raise
     tracker.finish({f"{run.evaluate.split}/{name}/accuracy": value.accuracy for name, value in scores.items()})
-    happened = {
-        "steps": trained.steps,
-        "tokens": trained.tokens,
-        "seconds": round(trained.seconds, 2),
+    happened = told(run, trained, scores) | {
         "evaluation_seconds": round(time.monotonic() - begin, 2),
-        "tokens_per_second": round(trained.tokens / trained.seconds, 1) if trained.seconds else None,
-        "lr": run.lr if trained.steps else None,
         "parameters": sizes,
         "peak_memory_bytes": peak_memory(device),
-        "split": run.evaluate.split,
-        "scores": {name: asdict(value) for name, value in scores.items()},
-        "curve": list(trained.curve),
     }
     if probe is not None:
         happened["gates"] = probe.result()
     if trainable(model):
         save(prepared, model, happened)
     return settle(prepared, Record(SCHEMA, prepared.id, prepared.asked, happened, sky), again=again)
+
+
+def told(run: Run, trained: Trained, scores: Mapping[str, Score]) -> dict[str, Any]:
+    """Return what a record says of a run's training and scores."""
+    return {
+        "steps": trained.steps,
+        "tokens": trained.tokens,
+        "seconds": round(trained.seconds, 2),
+        "tokens_per_second": round(trained.tokens / trained.seconds, 1) if trained.seconds else None,
+        "lr": run.lr if trained.steps else None,
+        "split": run.evaluate.split,
+        "scores": {name: asdict(value) for name, value in scores.items()},
+        "curve": list(trained.curve),
+    }
 
 
 def check_context(model: nn.Module, run: Run) -> None:
