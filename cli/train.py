@@ -94,7 +94,10 @@ def backbone(
 def compose(
     domains: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[DOMAIN]... [KEY=VALUE]...", help="Experts to compose, then settings."),
+        typer.Argument(
+            metavar="[EXPERT]... [KEY=VALUE]...",
+            help="Experts to compose: a domain, a run's id, or an expert's folder; then settings.",
+        ),
     ] = None,
     frozen: Annotated[bool, typer.Option("--frozen", help="Train the gates alone.")] = False,
     uninitialized: Annotated[bool, typer.Option("--uninitialized", help="Train fresh experts on the mix.")] = False,
@@ -105,16 +108,16 @@ def compose(
 ) -> None:
     """Stage 2 of MoDE: compose one expert per domain into one model and fine-tune it on the mix.
 
-    Without names, the experts of the configured target domains. Experts not trained yet are trained first.
+    Without names, the experts of the configured target domains. A domain's expert is trained first if it is not yet.
 
-    Example: mode compose code math
+    Example: mode compose code math; mode compose code ~/experts/law
     """
     with told():
         from mode.settings import ConfigError
 
         names = [text for text in domains or [] if "=" not in text]
-        given = with_domains([text for text in domains or [] if "=" in text], ",".join(names) or None)
-        given = with_method(given, "mode", "mode compose", conf)
+        names, given = with_experts(names, [text for text in domains or [] if "=" in text], conf)
+        given = with_method(with_domains(given, ",".join(names) or None), "mode", "mode compose", conf)
         if frozen and uninitialized:
             raise ConfigError("--frozen trains gates alone, so it needs trained experts: not with --uninitialized")
         if frozen:
@@ -123,6 +126,23 @@ def compose(
             fixed = {"method.start": "fresh"} | ({"method.num_experts": str(len(names))} if names else {})
             given = with_fixed(given, fixed, "mode compose --uninitialized")
         launch(given, again=again, sweep=sweep, print_config=print_config, conf=conf)
+
+
+def with_experts(names: Sequence[str], overrides: Sequence[str], conf: Path | None) -> tuple[list[str], list[str]]:
+    """Turn names of experts into the domains they are for, with an override for those that are at hand."""
+    from mode import config
+
+    known = config.choices("domain", conf)
+    if all(name in known for name in names):
+        return list(names), list(overrides)
+    from mode.expert import describe
+    from mode.recall import expert_folder
+
+    runs = Path(config.compose(overrides, conf).paths.runs).expanduser()
+    folders = {name: expert_folder(name, runs, known) for name in names if name not in known}
+    domains = [str(describe(folders[name])["domain"]) if name in folders else name for name in names]
+    given = ", ".join(config.quote(str(folder)) for folder in folders.values())
+    return domains, [*overrides, f"method.experts=[{given}]"]
 
 
 def launch(

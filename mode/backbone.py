@@ -239,10 +239,6 @@ def save_backbone(model: PreTrainedModel, tokenizer: BackboneTokenizer, folder: 
 
 def fingerprint(model: nn.Module) -> str:
     """Return a digest of a model's weights: names, shapes and bytes."""
-    import torch
+    from mode.checkpoint import digest
 
-    total = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()[:16]
+    return digest(model.state_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -44,6 +45,15 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
         raise ConfigError(f"{path}: no such file") from error
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a digest of named tensors: names, shapes, kinds and bytes."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]
 
 
 def save_checkpoint(

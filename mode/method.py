@@ -81,6 +81,14 @@ class Method(MethodSettings):
         """Return the number of parameters of the weights that the run starts from."""
         return num_parameters(run.backbone)
 
+    def artefacts(self, run: Run) -> dict[str, str]:
+        """Return the digests of the files that the run stands on besides data and backbone; part of its identity.
+
+        Raises:
+            ConfigError: A file is missing, damaged, or made for something else.
+        """
+        return {}
+
     def mixture(self, run: Run) -> dict[str, int]:
         """Return the rows that each domain gives in a cycle of the training mix: equal counts of every target."""
         return dict.fromkeys(run.targets, 1)

@@ -40,6 +40,7 @@ class MoDE(Method):
         gate_lr_scale: Learning rate of gates as a factor on that of experts.
         train_experts: Whether stage 2 trains the experts too, or gates alone.
         gate: How gates choose; the paper's way by default.
+        experts: Folders of experts that are at hand; the other targets' experts are stage-1 runs.
     """
 
     compose_lr: Annotated[float, Field(gt=0.0)]
@@ -54,8 +55,11 @@ class MoDE(Method):
     gate_lr_scale: Annotated[float, Field(gt=0.0)]
     train_experts: bool
     gate: GateSettings = GateSettings()
+    experts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.experts and self.start == "fresh":
+            raise ValueError("experts are composed, so they go with start=experts")
         if self.start == "fresh" and not self.train_experts:
             raise ValueError("train_experts=false leaves fresh experts untrained; it goes with start=experts")
 
@@ -68,21 +72,68 @@ class MoDE(Method):
     def unused(self) -> tuple[str, ...]:
         """Stage 1 has no use for what belongs to stage 2, and stage 2 counts its experts by its targets."""
         if self.start == "fresh":
-            return ("compose_lr", "gates_lr", "handover")
-        return ("num_experts", "gates_lr" if self.train_experts else "compose_lr")
+            return ("compose_lr", "gates_lr", "handover", "experts")
+        return ("num_experts", "gates_lr" if self.train_experts else "compose_lr", "experts")  # experts: by digest
 
     def needs(self, run: Run) -> tuple[Run, ...]:
-        """Return one stage-1 run per target when the experts are to be composed."""
-        if self.start == "fresh":
+        """Return one stage-1 run per target when experts are to be composed that are not at hand."""
+        missing = self.missing(run)
+        if not missing:
             return ()
-        stages = len(run.targets) + 1
+        stages = len(missing) + 1
         steps = run.train.steps if run.budget.policy == "paper" else run.train.steps // stages
-        stage = replace(self, start="fresh", num_experts=1, train_experts=True)
+        stage = replace(self, start="fresh", num_experts=1, train_experts=True, experts=())
         train = replace(run.train, steps=steps, lr=None)
         budget = replace(run.budget, policy="paper")
-        return tuple(
-            replace(run, targets=(domain,), method=stage, train=train, budget=budget) for domain in run.targets
-        )
+        return tuple(replace(run, targets=(domain,), method=stage, train=train, budget=budget) for domain in missing)
+
+    def at_hand(self) -> dict[str, Path]:
+        """Return the folders of the experts that are at hand, by domain.
+
+        Raises:
+            ConfigError: A folder is not an expert's, or two are for one domain.
+        """
+        if not self.experts:
+            return {}
+        from mode.expert import describe
+
+        found: dict[str, Path] = {}
+        for folder in map(Path, self.experts):
+            domain = str(describe(folder.expanduser())["domain"])
+            if domain in found:
+                raise ConfigError(f"method.experts: {found[domain]} and {folder} are both for {domain}")
+            found[domain] = folder.expanduser()
+        return found
+
+    def missing(self, run: Run) -> tuple[str, ...]:
+        """Return the targets whose experts have to be trained first."""
+        found = self.at_hand()
+        return () if self.start == "fresh" else tuple(name for name in run.targets if name not in found)
+
+    def artefacts(self, run: Run) -> dict[str, str]:
+        """Return the weights' digests of the experts that are at hand, checked against the run's backbone and blocks.
+
+        Raises:
+            ConfigError: An expert is damaged, made for another model, or for no target.
+        """
+        if not self.experts:
+            return {}
+        from mode.expert import check_fits, load_expert
+
+        wanted = {
+            "backbone": run.backbone.name,
+            "backbone_fingerprint": self.backbone_fingerprint(run),
+            "num_blocks": self.num_blocks,
+            "expert_layers": self.expert_layers,
+        }
+        found = {}
+        for domain, folder in self.at_hand().items():
+            if domain not in run.targets:
+                raise ConfigError(f"{folder}: an expert for {domain}, which is not one of targets={list(run.targets)}")
+            about = load_expert(folder).about
+            check_fits(about, wanted, folder)
+            found[domain] = str(about["weights"])
+        return found
 
     def lr_scales(self) -> Mapping[str, float]:
         """Scale the learning rate of gates when experts train beside them."""
@@ -123,11 +174,10 @@ class MoDE(Method):
             source=material.source,
         )
         if composing:
-            experts = [load_expert(folder / "expert") for folder in material.needs]
-            for expert, domain in zip(experts, run.targets, strict=True):
-                if expert.about["domain"] != domain:
-                    raise ConfigError(f"expert for {expert.about['domain']} found where {domain} was asked for")
-            compose_experts(model, [expert.tensors for expert in experts], self.handover)
+            trained = dict(zip(self.missing(run), (folder / "expert" for folder in material.needs), strict=True))
+            folders = trained | self.at_hand()
+            experts = [load_expert(folders[domain]).tensors for domain in run.targets]
+            compose_experts(model, experts, self.handover)
         if not self.train_experts:
             for block in blocks_of(model):
                 block.experts.requires_grad_(False)

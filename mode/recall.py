@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mode import config
 from mode.backbone import BackboneTokenizer, load_model, load_tokenizer
+from mode.expert import ABOUT
 from mode.files import SETTINGS
 from mode.runner import prepare_run, restore
 from mode.settings import Backbone, ConfigError, Run, nearest
@@ -87,6 +89,29 @@ def recall(name: str, runs: Path) -> Recalled:
     run = recall_run(name, runs)
     model: PreTrainedModel = restore(prepare_run(run))
     return Recalled(model.eval(), load_tokenizer(run.backbone), run)
+
+
+def expert_folder(name: str, runs: Path, domains: Collection[str]) -> Path:
+    """Return the folder of an expert, by that folder, by its run's folder, or by its run's id or the start of it.
+
+    Args:
+        name: What the expert is called.
+        runs: Folder of runs.
+        domains: Names that a domain could have meant, for the answer to a mistake.
+
+    Raises:
+        ConfigError: There is no expert of that name.
+    """
+    here = Path(name).expanduser()
+    places = [here, here / "expert", *sorted(path / "expert" for path in runs.glob("*") if path.name.startswith(name))]
+    found = [place for place in places if (place / ABOUT).exists()]
+    if found and (len(found) == 1 or found[0] in places[:2]):
+        return found[0]
+    if found:
+        raise ConfigError(f"{name}: {len(found)} runs begin with it")
+    raise ConfigError(
+        f"{name}: neither a domain, nor a run in {runs}, nor a folder with an expert{nearest(name, domains)}"
+    )
 
 
 def branches(recalled: Recalled) -> tuple[str, ...]:

@@ -85,6 +85,8 @@ def prepare_run(run: Run) -> Prepared:
         packed[name] = _prepared[key] = _prepared.get(key) or prepare(name, domain, tokenizer, cache)
     asked = config.asked(run)
     asked["backbone"] = {"name": run.backbone.name}
+    if artefacts := method.artefacts(run):
+        asked["artefacts"] = artefacts
     backbone = method.backbone_fingerprint(run)
     fingerprints = {name: data.fingerprint for name, data in packed.items()} | {"backbone": backbone}
     return Prepared(run, method, packed, backbone, asked, config.digest(asked, fingerprints))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -205,23 +204,3 @@ def test_bf16_autocast_is_close_to_fp32(world: World) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         low = logits(model).float()
     assert (low - logits(model)).abs().max() < 0.1 * logits(model).abs().max()
-
-
-def test_expert_folder_round_trip_and_damage(world: World, tmp_path: Path) -> None:
-    from mode.expert import load_expert, save_expert
-
-    model = modular(world, num_experts=1)
-    about = dict.fromkeys(
-        ("domain", "backbone", "backbone_fingerprint", "num_blocks", "expert_layers", "steps", "tokens", "seed"), 1
-    )
-    save_expert(model, tmp_path / "expert", about)
-    expert = load_expert(tmp_path / "expert")
-    assert expert.about == about
-    for name, value in expert_state(model, 0).items():
-        assert torch.equal(expert.tensors[name], value)
-    file = tmp_path / "expert" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ConfigError, match="not a whole safetensors file"):
-        load_expert(tmp_path / "expert")
-    with pytest.raises(ConfigError, match=r"no readable expert\.json"):
-        load_expert(tmp_path / "nowhere")
