@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
@@ -59,6 +59,18 @@ class LoRA(Method):
         )
         adapted: nn.Module = inject_adapter_in_model(config, model)
         return adapted
+
+    def plain(self, model: Any) -> PreTrainedModel:
+        """Return the backbone with the adapters added to its weights: W0 + (alpha / r) B A."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+        for name, module in adapted:
+            module.merge()
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, module.get_base_layer())
+        plain: PreTrainedModel = model
+        return plain
 
 
 def attention(model: PreTrainedModel) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import typer
 
-from cli import data, generate, reporting, show, train
+from cli import analyze, data, expert, generate, reporting, show, train
 
 app = typer.Typer(
     name="mode",
@@ -26,6 +26,9 @@ app.command("eval")(reporting.evaluate)
 app.command("report")(reporting.report)
 app.command("reproduce")(reporting.reproduce)
 app.command("generate")(generate.generate)
+app.command("export")(expert.export)
+app.add_typer(expert.app, name="expert")
+app.add_typer(analyze.app, name="analyze")
 app.add_typer(show.app, name="show")
 app.add_typer(data.app, name="data")
 

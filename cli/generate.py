@@ -39,7 +39,7 @@ def generate(
 
         settings = config.compose(overrides or [], conf)
         from mode.files import write_atomic
-        from mode.generate import Sampling, to_html
+        from mode.generate import Sampling, Section, to_html
         from mode.generate import generate as stream
         from mode.recall import branches, recall
 
@@ -60,7 +60,7 @@ def generate(
             for name, share in shares(pieces, names).items():
                 print(f"  {name:<12} {100 * share:5.1f} % of the weight")
         if html is not None:
-            write_atomic(html, to_html(f"mode generate {run}", prompt, pieces, names).encode())
+            write_atomic(html, to_html(f"mode generate {run}", [Section("Text", prompt, pieces)], names).encode())
             print(f"wrote {html}", file=sys.stderr)
 
 

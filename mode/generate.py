@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mode.backbone import BackboneTokenizer
-from mode.gates import watched
+from mode.gates import token_gates, watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,11 +75,27 @@ def generate(model: PreTrainedModel, tokenizer: BackboneTokenizer, prompt: str, 
             if token == tokenizer.eos_id:
                 return
             made.append(token)
-            text = tokenizer.decode(made)
-            fresh = "" if text.endswith("\N{REPLACEMENT CHARACTER}") else text[len(shown) :]
+            fresh = addition(tokenizer, made, shown)
             shown += fresh
             yield Piece(fresh, tuple(tuple(weights[0, -1].tolist()) for weights in latest))
             step = torch.tensor([[token]], device=device)
+
+
+def addition(tokenizer: BackboneTokenizer, ids: Sequence[int], shown: str) -> str:
+    """Return what the last token adds to the text shown so far; nothing while a character is not whole yet."""
+    text = tokenizer.decode(list(ids))
+    return "" if text.endswith("\N{REPLACEMENT CHARACTER}") else text[len(shown) :]
+
+
+def read(model: PreTrainedModel, tokenizer: BackboneTokenizer, ids: Sequence[int]) -> list[Piece]:
+    """Return the tokens of a text with the weights that predicted each; the first was predicted by none."""
+    pieces, shown = [], ""
+    gates = [(), *token_gates(model, list(ids)).tolist()]
+    for number, weights in enumerate(gates):
+        fresh = addition(tokenizer, ids[: number + 1], shown)
+        shown += fresh
+        pieces.append(Piece(fresh, tuple(tuple(row) for row in weights)))
+    return pieces
 
 
 def context(model: PreTrainedModel) -> int:
@@ -105,31 +121,47 @@ COLOURS = ("#d9d9d9", "#8dd3c7", "#fdb462", "#bebada", "#fb8072", "#80b1d3", "#b
 """One per branch, the backbone's first; they repeat after the last."""
 
 
-def to_html(title: str, prompt: str, pieces: Sequence[Piece], branches: Sequence[str]) -> str:
-    """Render a text as a self-contained page that colours every token by the branch with the largest weight.
+@dataclass(frozen=True)
+class Section:
+    """A text on a page: a heading, what comes before the tokens, and the tokens."""
+
+    heading: str
+    prompt: str
+    pieces: Sequence[Piece]
+
+
+def to_html(title: str, sections: Sequence[Section], branches: Sequence[str]) -> str:
+    """Render texts as a self-contained page that colours every token by the branch with the largest weight.
 
     Args:
         title: Title of the page.
-        prompt: Text before the tokens.
-        pieces: Tokens with their weights, which show when a token is pointed at.
+        sections: Texts; a token's weights show when it is pointed at.
         branches: Names of the branches, the backbone's first.
     """
-    spans = []
-    for piece in pieces:
-        rows = ["block " + str(number) + ": " + told(weights, branches) for number, weights in enumerate(piece.gates)]
-        colour = COLOURS[piece.branch % len(COLOURS)]
-        weights_told, text = html.escape(chr(10).join(rows)), html.escape(piece.text)
-        spans.append(f'<span style="background:{colour}" title="{weights_told}">{text}</span>')
     legend = " ".join(
         f'<span style="background:{COLOURS[index % len(COLOURS)]}">&nbsp;{html.escape(name)}&nbsp;</span>'
         for index, name in enumerate(branches)
     )
+    texts = [
+        f'<h2>{html.escape(section.heading)}</h2>\n<pre style="white-space:pre-wrap">{html.escape(section.prompt)}'
+        f"{''.join(span(piece, branches) for piece in section.pieces)}</pre>\n"
+        for section in sections
+    ]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title></head>\n'
         f'<body style="font-family:sans-serif;max-width:60em;margin:2em auto"><h1>{html.escape(title)}</h1>\n'
-        f'<p>{legend}</p>\n<pre style="white-space:pre-wrap">{html.escape(prompt)}{"".join(spans)}</pre>\n'
-        "</body></html>\n"
+        f"<p>{legend}</p>\n{''.join(texts)}</body></html>\n"
     )
+
+
+def span(piece: Piece, branches: Sequence[str]) -> str:
+    """Render a token."""
+    text = html.escape(piece.text)
+    if not piece.gates:
+        return text
+    rows = [f"block {number}: {told(weights, branches)}" for number, weights in enumerate(piece.gates)]
+    colour = COLOURS[piece.branch % len(COLOURS)]
+    return f'<span style="background:{colour}" title="{html.escape(chr(10).join(rows))}">{text}</span>'
 
 
 def told(weights: Sequence[float], branches: Sequence[str]) -> str:

@@ -117,6 +117,11 @@ class Method(MethodSettings):
         """Return the model to train: a causal LM whose trainable parameters require a gradient."""
         raise NotImplementedError
 
+    def plain(self, model: Any) -> PreTrainedModel:
+        """Return a finished model as one that its library saves and loads without this method."""
+        plain: PreTrainedModel = model
+        return plain
+
     def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
         """Write what people may keep of a finished run, beside the trained parameters that are always kept."""
 

@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
 from mode.backbone import load_model, weights_fingerprint
-from mode.modular import insert_blocks, layers_per_block, slots, with_slots
+from mode.modular import compose_experts, insert_blocks, layers_per_block, slots, with_slots
 from mode.settings import Backbone, ConfigError, GateSettings
 
 
@@ -269,6 +269,49 @@ def make_modular(
         backbone=source,
     )
     return MoDEForCausalLM(config, backbone, init, backbone_bias)
+
+
+def backbone_of(model: MoDEForCausalLM) -> PreTrainedModel:
+    """Take the backbone out of a modular model, which is no model any more after this."""
+    trunk: Any = model.base_model
+    blocks: Any = model.blocks
+    layers = nn.ModuleList(layer for block in blocks for layer in block.backbone)
+    name = next(name for name, child in trunk.named_children() if isinstance(child, nn.ModuleList))
+    setattr(trunk, name, layers)
+    backbone: PreTrainedModel = model.backbone
+    backbone.config = trunk.config = model.config.decoder
+    return backbone
+
+
+def with_experts(model: MoDEForCausalLM, experts: Mapping[str, Mapping[str, Tensor]]) -> MoDEForCausalLM:
+    """Return a modular model on the same backbone with other experts, without training; consumes the one given.
+
+    Every gate keeps each expert's odds against the backbone. So an expert that joins changes no odds of the others,
+    and one that leaves neither; with one left, the model is what that expert was on its own.
+
+    Args:
+        model: A modular model.
+        experts: Tensors of every expert (`expert_state`) by name, in order.
+
+    Raises:
+        ConfigError: An expert's tensors are not those of this model's blocks.
+    """
+    config = model.config
+    kept = {name: dict(state) for name, state in experts.items()}
+    training = model.training
+    made = make_modular(
+        backbone_of(model),
+        experts=list(kept),
+        num_blocks=config.num_blocks,
+        expert_layers=config.expert_layers,
+        gate=config.gates,
+        source=config.backbone,
+        init="random",
+    )
+    compose_experts(made, list(kept.values()), "odds")
+    made.config.embedded = config.embedded
+    made.train(training)
+    return made
 
 
 AutoConfig.register("mode", MoDEConfig)

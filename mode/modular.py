@@ -249,6 +249,9 @@ def compose_experts(model: nn.Module, states: Sequence[dict[str, Tensor]], hando
         model: A modular model with len(states) experts.
         states: Experts, as `expert_state` returns them.
         handover: `odds` or `fresh`.
+
+    Raises:
+        ConfigError: An expert's layers are not those of the model's blocks.
     """
     for number, block in enumerate(blocks_of(model)):
         if handover == "odds":
@@ -257,7 +260,11 @@ def compose_experts(model: nn.Module, states: Sequence[dict[str, Tensor]], hando
         for index, state in enumerate(states):
             prefix = f"{number}.layers."
             layers = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            block.experts[index].load_state_dict(layers)
+            try:
+                block.experts[index].load_state_dict(layers)
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()[-1].strip()
+                raise ConfigError(f"expert {index} does not fit block {number}: {reason}") from error
             if handover == "odds":
                 weight, bias = state[f"{number}.gate.weight"], state[f"{number}.gate.bias"]
                 block.gate.weight[index + 1] = weight[1] - weight[0]

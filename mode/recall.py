@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mode import config
-from mode.backbone import BackboneTokenizer, load_model, load_tokenizer
+from mode.backbone import BackboneTokenizer, load_model, load_tokenizer, locate
 from mode.expert import ABOUT
 from mode.files import SETTINGS
 from mode.runner import prepare_run, restore
@@ -26,11 +26,13 @@ class Recalled:
     Attributes:
         model: The model, on the CPU, not training.
         tokenizer: Its tokenizer.
+        place: Folder of the tokenizer's files.
         run: The run that made it; None for a folder.
     """
 
     model: PreTrainedModel
     tokenizer: BackboneTokenizer
+    place: Path
     run: Run | None
 
 
@@ -83,12 +85,13 @@ def recall(name: str, runs: Path) -> Recalled:
     """
     folder = Path(name).expanduser()
     if (folder / "config.json").exists():
-        return Recalled(load_folder(folder), load_tokenizer(Backbone(name=folder.name, path=str(folder))), None)
+        return Recalled(load_folder(folder), load_tokenizer(Backbone(name=folder.name, path=str(folder))), folder, None)
     if folder.is_dir() and name not in {path.name for path in runs.glob("*")}:
         raise ConfigError(f"{name}: a folder without a config.json, so not a model")
     run = recall_run(name, runs)
-    model: PreTrainedModel = restore(prepare_run(run))
-    return Recalled(model.eval(), load_tokenizer(run.backbone), run)
+    prepared = prepare_run(run)
+    model = prepared.method.plain(restore(prepared))
+    return Recalled(model.eval(), load_tokenizer(run.backbone), locate(run.backbone), run)
 
 
 def expert_folder(name: str, runs: Path, domains: Collection[str]) -> Path:

@@ -33,6 +33,11 @@ FLAGS = {
     "data show": ["--conf", "--domain"],
     "eval": ["--conf", "--retention"],
     "generate": ["--conf", "--gates", "--html", "--max-tokens", "--seed", "--temperature", "--top-p"],
+    "analyze gates": ["--conf", "--html", "--split", "--tokens"],
+    "expert add": ["--conf", "--embed"],
+    "expert remove": ["--conf", "--embed"],
+    "expert show": ["--conf"],
+    "export": ["--conf", "--experts", "--precision"],
     "report": ["--check", "--conf"],
     "reproduce": ["--conf", "--jobs"],
     "show backbones": ["--conf"],
@@ -45,7 +50,19 @@ FLAGS = {
     "train baseline": TRAIN_FLAGS,
     "train expert": TRAIN_FLAGS,
 }
-COMMANDS = ["compose", "eval", "report", "reproduce", "generate", "train", "show", "data"]
+COMMANDS = [
+    "compose",
+    "eval",
+    "report",
+    "reproduce",
+    "generate",
+    "export",
+    "train",
+    "expert",
+    "analyze",
+    "show",
+    "data",
+]
 
 MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown setting": ((*LORA, "train.lrr=1"), ("train.lrr: no such setting", "did you mean train.lr?")),

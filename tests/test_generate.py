@@ -10,7 +10,7 @@ import torch
 
 from mode import config
 from mode.gates import token_gates
-from mode.generate import Piece, Sampling, choose, generate, to_html
+from mode.generate import Piece, Sampling, Section, choose, generate, to_html
 from mode.modular import blocks_of
 from mode.recall import Recalled, branches, recall, recall_run
 from mode.runner import execute, prepare_run
@@ -97,7 +97,7 @@ def test_sampling_is_a_function_of_its_seed_and_top_p_narrows_it() -> None:
 
 def test_html_shows_every_token_and_escapes_what_is_not_text(tmp_path: Path) -> None:
     pieces = [Piece("<b>", ((0.1, 0.9),)), Piece("x", ((0.8, 0.2),))]
-    page = to_html("t", "a < b", pieces, ("backbone", "code"))
+    page = to_html("t", [Section("h", "a < b", pieces)], ("backbone", "code"))
     assert "&lt;b&gt;" in page
     assert "a &lt; b" in page
     assert "<b>" not in page

@@ -1,0 +1,58 @@
+"""mode analyze gates."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cli.options import ConfOption, Overrides, told
+
+app = typer.Typer(help="Look inside a finished run.", no_args_is_help=True)
+
+
+@app.command("gates")
+def gates(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A MoDE run's id or the start of it.")],
+    overrides: Overrides = None,
+    split: Annotated[Literal["validation", "test"], typer.Option(help="Split to look at.")] = "validation",
+    html: Annotated[Path | None, typer.Option(help="Write a text of every domain, token by token, to a file.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each domain in the HTML file.")] = 400,
+    conf: ConfOption = None,
+) -> None:
+    """Show the mean weight of every branch, by domain and block, and the gates' entropy in nats.
+
+    Example: mode analyze gates 3f2a90c1d2e4 --html gates.html
+    """
+    with told():
+        from cli.expert import runs_folder
+        from mode.export import states
+        from mode.files import write_atomic
+        from mode.gates import GateMeter, watched
+        from mode.generate import Section, read, to_html
+        from mode.recall import branches, recall
+        from mode.runner import prepare_run, score
+        from mode.settings import ConfigError
+
+        if html is not None and not html.parent.is_dir():
+            raise ConfigError(f"--html {html}: no folder {html.parent}")
+        recalled = recall(run, runs_folder(overrides, conf))
+        states(recalled)  # refuses a model without experts
+        if recalled.run is None:
+            raise ConfigError(f"{run}: a folder says nothing of its domains; name the run that made it")
+        prepared = prepare_run(recalled.run)
+        with watched(recalled.model) as latest:
+            meter = GateMeter(latest)
+            score(prepared, recalled.model, split, probe=meter)
+        names = branches(recalled)
+        print(f"{'domain':<12} {'block':>5}" + "".join(f"{name:>12}" for name in names) + f"{'entropy':>12}")
+        for domain, told_of in meter.result().items():
+            for number, (means, entropy) in enumerate(zip(told_of["mean"], told_of["entropy"], strict=True)):
+                print(f"{domain:<12} {number:>5}" + "".join(f"{mean:>12.3f}" for mean in means) + f"{entropy:>12.3f}")
+        if html is not None:
+            starts = {name: data.split(split).tokens[:tokens].tolist() for name, data in prepared.packed.items()}
+            texts = [Section(name, "", read(recalled.model, recalled.tokenizer, ids)) for name, ids in starts.items()]
+            write_atomic(html, to_html(f"Gates of run {run}", texts, names).encode())
+            print(f"wrote {html}", file=sys.stderr)

@@ -1,0 +1,144 @@
+"""mode expert show, add, remove; mode export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from cli.options import ConfOption, Overrides, told
+
+if TYPE_CHECKING:
+    from mode.recall import Recalled
+
+app = typer.Typer(help="Look at experts, put them into a composed model, take them out.", no_args_is_help=True)
+
+Model = Annotated[str, typer.Argument(metavar="RUN", help="A run's id or the start of it, or a model's folder.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder to write.")]
+EmbedOption = Annotated[bool, typer.Option("--embed", help="Put the backbone's weights into the folder too.")]
+
+
+@app.command("show")
+def show(
+    name: Annotated[str, typer.Argument(metavar="EXPERT", help="An expert's folder, or a run's id or folder.")],
+    overrides: Overrides = None,
+    conf: ConfOption = None,
+) -> None:
+    """Show what an expert is, and whether its weights are whole; or the experts of a composed model.
+
+    Example: mode expert show runs/3f2a90c1d2e4/expert
+    """
+    with told():
+        from mode.expert import load_expert
+        from mode.recall import branches, expert_folder, recall
+        from mode.settings import ConfigError
+
+        runs = runs_folder(overrides, conf)
+        try:
+            folder = expert_folder(name, runs, ())
+        except ConfigError:
+            recalled = recall(name, runs)
+            config = recalled.model.config
+            if not branches(recalled):
+                raise ConfigError(f"{name}: neither an expert nor a model with experts") from None
+            print(f"a modular model on {config.backbone.get('name', 'an unnamed backbone')}: ", end="")
+            print(f"{config.num_blocks} blocks, {config.expert_layers} layers per expert and block")
+            print("\n".join(f"  {expert}" for expert in config.experts))
+            return
+        about = load_expert(folder).about
+        print(f"expert for {about['domain']}: {folder}")
+        for key in sorted(about):
+            if key != "domain":
+                print(f"  {key:<22} {about[key]}")
+
+
+@app.command("add")
+def add(
+    run: Model,
+    expert: Annotated[str, typer.Argument(metavar="EXPERT", help="An expert's folder, or a run's id or folder.")],
+    folder: Folder,
+    overrides: Overrides = None,
+    embed: EmbedOption = False,
+    conf: ConfOption = None,
+) -> None:
+    """Put one more expert into a composed model, without training: the others keep their odds.
+
+    Example: mode expert add 3f2a90c1d2e4 ~/experts/law with-law
+    """
+    with told():
+        from mode.export import check_vacant, joined
+        from mode.recall import expert_folder, recall
+
+        runs = runs_folder(overrides, conf)
+        check_vacant(folder)
+        place = expert_folder(expert, runs, ())
+        recalled = recall(run, runs)
+        write(joined(recalled, place), recalled, folder, embed=embed)
+
+
+@app.command("remove")
+def remove(
+    run: Model,
+    domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="Expert to take out.")],
+    folder: Folder,
+    overrides: Overrides = None,
+    embed: EmbedOption = False,
+    conf: ConfOption = None,
+) -> None:
+    """Take an expert out of a composed model, without training: the others keep their odds.
+
+    Example: mode expert remove 3f2a90c1d2e4 math code-alone
+    """
+    with told():
+        from mode.export import check_vacant, only, states
+        from mode.recall import recall
+        from mode.settings import ConfigError, nearest
+
+        check_vacant(folder)
+        recalled = recall(run, runs_folder(overrides, conf))
+        names = list(states(recalled))
+        if domain not in names:
+            raise ConfigError(f"{domain}: not one of the experts {', '.join(names)}{nearest(domain, names)}")
+        write(only(recalled, [name for name in names if name != domain]), recalled, folder, embed=embed)
+
+
+def export(
+    run: Model,
+    folder: Folder,
+    overrides: Overrides = None,
+    experts: Annotated[str | None, typer.Option(help="Experts to keep, by comma; all by default.")] = None,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the weights.")] = "fp32",
+    conf: ConfOption = None,
+) -> None:
+    """Write a run as a self-contained folder: backbone, experts, gates, tokenizer.
+
+    Example: mode export 3f2a90c1d2e4 code-model --experts code --precision bf16
+    """
+    with told():
+        from mode.export import check_vacant, only
+        from mode.recall import recall
+
+        check_vacant(folder)
+        recalled = recall(run, runs_folder(overrides, conf))
+        model = recalled.model
+        if experts is not None:
+            model = only(recalled, [name.strip() for name in experts.split(",") if name.strip()])
+        write(model, recalled, folder, embed=True, precision=precision)
+
+
+def write(model: object, recalled: Recalled, folder: Path, *, embed: bool, precision: str = "fp32") -> None:
+    """Write a model and say where."""
+    from mode.export import write_model
+
+    title = recalled.run.track.name or type(recalled.run.method).__name__ if recalled.run else folder.name
+    write_model(model, recalled.place, folder, embed=embed, precision=precision, title=title)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"wrote {folder}: {size / 1e6:.1f} MB")
+
+
+def runs_folder(overrides: list[str] | None, conf: Path | None) -> Path:
+    """Return the folder of runs that the settings name."""
+    from mode import config
+
+    return Path(config.compose(overrides or [], conf).paths.runs).expanduser()

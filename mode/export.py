@@ -1,0 +1,150 @@
+"""Write a model as a folder that transformers and this package load: whole, or on a backbone that is elsewhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mode.expert import load_expert
+from mode.files import write_atomic
+from mode.modular import expert_state
+from mode.recall import Recalled, branches
+from mode.settings import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "*.model")
+"""Files of a tokenizer, as the libraries name them."""
+PRECISIONS = ("fp32", "bf16")
+
+CARD = """# {title}
+
+{what}
+
+```python
+from mode.model import MoDEForCausalLM  # registers the model with the Auto classes
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+"""
+
+
+def states(recalled: Recalled) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of every expert of a modular model, by name.
+
+    Raises:
+        ConfigError: The model has no experts.
+    """
+    names = branches(recalled)[1:]
+    if not names:
+        raise ConfigError("this model has no experts; that is for MoDE models")
+    return {name: expert_state(recalled.model, index) for index, name in enumerate(names)}
+
+
+def only(recalled: Recalled, names: Sequence[str]) -> PreTrainedModel:
+    """Return a modular model with some of its experts alone; consumes the one given.
+
+    Raises:
+        ConfigError: It has no such expert, or none would be left.
+    """
+    from mode.model import with_experts
+
+    found = states(recalled)
+    for name in names:
+        if name not in found:
+            raise ConfigError(f"{name}: not one of the experts {', '.join(found)}{nearest(name, found)}")
+    if not names:
+        raise ConfigError("without experts the bare backbone is left")
+    model: Any = recalled.model
+    return with_experts(model, {name: found[name] for name in names})
+
+
+def joined(recalled: Recalled, folder: Path) -> PreTrainedModel:
+    """Return a modular model with one more expert, from its folder; consumes the one given.
+
+    Raises:
+        ConfigError: The expert is damaged, made for another backbone or other blocks, or its name is taken.
+    """
+    from mode.expert import check_fits
+    from mode.model import with_experts
+
+    expert, found = load_expert(folder), states(recalled)
+    model: Any = recalled.model
+    source = model.config.backbone
+    wanted = {
+        "backbone": source.get("name"),
+        "backbone_fingerprint": source.get("fingerprint"),
+        "num_blocks": model.config.num_blocks,
+        "expert_layers": model.config.expert_layers,
+    }
+    check_fits(expert.about, wanted, folder)
+    if expert.about["domain"] in found:
+        raise ConfigError(f"{folder}: the model has an expert for {expert.about['domain']} already; remove that first")
+    return with_experts(model, found | {expert.about["domain"]: expert.tensors})
+
+
+def write_model(
+    model: Any, place: Path, folder: Path, *, embed: bool, precision: str = "fp32", title: str = "Model"
+) -> None:
+    """Write a model, its tokenizer and a card; the folder appears whole or not at all.
+
+    Args:
+        model: The model; cast in place.
+        place: Folder of the tokenizer's files.
+        folder: Folder to write; it must not exist, or be empty.
+        embed: Whether a modular model's folder holds its backbone's weights too.
+        precision: `fp32` or `bf16`.
+        title: Heading of the card.
+
+    Raises:
+        ConfigError: There is something in the folder, or no folder to put it in.
+    """
+    import torch
+
+    check_vacant(folder)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    modular = model.config.model_type == "mode"
+    try:
+        partial.mkdir()
+        for pattern in TOKENIZER:
+            for path in place.glob(pattern):
+                shutil.copyfile(path, partial / path.name)
+        model.save_pretrained(partial, **({"embed": embed} if modular else {}))
+        text = CARD.format(title=title, what=described(model, embed=embed), folder=folder.name)
+        write_atomic(partial / "README.md", text.encode())
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_vacant(folder: Path) -> None:
+    """Refuse a folder that holds something, or has no parent."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ConfigError(f"{folder}: there is something already; choose a new folder")
+    if not folder.absolute().parent.is_dir():
+        raise ConfigError(f"{folder}: no folder {folder.absolute().parent}")
+
+
+def described(model: Any, *, embed: bool) -> str:
+    """Say in a card what a model is."""
+    if model.config.model_type != "mode":
+        return f"A causal LM of the {model.config.model_type} family."
+    source = model.config.backbone
+    origin = f"`{source['name']}` (weights {source['fingerprint']})" if source else "an unnamed backbone"
+    where = "are in this folder" if embed else f"are not in this folder: they load from `{source.get('path')}`"
+    shape = f"{model.config.expert_layers} layers in each of {model.config.num_blocks} blocks"
+    return (
+        f"A modular model (MoDE): the backbone {origin} with experts for {', '.join(model.config.experts)}, {shape}. "
+        f"The backbone's weights {where}."
+    )
