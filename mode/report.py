@@ -132,15 +132,15 @@ def overlap_note(domains: Sequence[str]) -> str:
 
 
 def chosen_settings(compiled: Compiled) -> list[str]:
-    """Say for each method which of its rows `method@setting` has the best mean accuracy on the target domains."""
+    """Say for each method which of its rows `method@setting` has the best average accuracy."""
     best: dict[str, tuple[float, str]] = {}
     for line in compiled.lines:
         method, at, setting = line.name.partition("@")
-        value = line.cell("target")
+        value = line.cell("average")
         if at and value is not None:
             best[method] = max(best.get(method, (-math.inf, "")), (value.mean, setting))
     return [
-        "Chosen by the mean accuracy on the target domains: "
+        "Chosen by the average over all domains: "
         + "; ".join(f"{method} {setting} ({value:.2f})" for method, (value, setting) in best.items())
         + "."
     ]

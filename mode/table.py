@@ -46,7 +46,7 @@ class Table:
         seeds: Seeds to run when none are asked for.
         experiments: Experiments that the table is also rendered for.
         differences: Pairs of rows whose difference is printed.
-        choose: Whether to say which of the rows `method@setting` has the best target accuracy for each method.
+        choose: Whether to say which of the rows `method@setting` has the best average accuracy for each method.
         published: The paper's own values.
     """
 
