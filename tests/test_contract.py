@@ -117,7 +117,7 @@ def parameter_formula(name: str, world: World) -> int:
     width, layers = config_.hidden_size, config_.num_hidden_layers
     kv = config_.num_key_value_heads * (width // config_.num_attention_heads)
     layer = 2 * width * width + 2 * width * kv + 3 * width * config_.intermediate_size + 2 * width
-    blocks = 3
+    blocks = getattr(run_of(world, name).method, "num_blocks", 0)
     if name == "backbone":
         return 0
     if name == "sft":

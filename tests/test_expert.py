@@ -111,7 +111,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "no domain": (say(domain=None), "does not say its domain"),
     "another schema": (say(schema=2), "schema 2; this version reads 1"),
     "another backbone": (say(backbone_fingerprint="0123"), "made for backbone pico with weights 0123; here it is pico"),
-    "other blocks": (say(num_blocks=6), "made with method.num_blocks=6; here num_blocks=3"),
+    "other blocks": (say(num_blocks=3), "made with method.num_blocks=3; here num_blocks=6"),
     "other layers": (say(expert_layers=2), "made with method.expert_layers=2; here expert_layers=1"),
     "unknown domain": (say(domain="law"), "domain law: not one of"),
 }

@@ -151,13 +151,13 @@ def test_looking_at_experts_and_gates(world: World) -> None:
     shown = call(world, "expert", "show", str(folder)).stdout
     assert shown.startswith("expert for py")
     assert py.id in shown
-    assert "3 blocks, 1 layers per expert and block\n  py\n  sums" in call(world, "expert", "show", record.id).stdout
+    assert "6 blocks, 1 layers per expert and block\n  py\n  sums" in call(world, "expert", "show", record.id).stdout
     page = world.root / "gates.html"
     result = call(world, "analyze", "gates", record.id, "--html", str(page), "--tokens", "20")
     assert result.exit_code == 0, result.output
     head, *rows = result.stdout.splitlines()
     assert head.split() == ["domain", "block", "backbone", "py", "sums", "entropy"]
-    assert len(rows) == 3 * 3
+    assert len(rows) == 3 * 6
     assert page.read_text("utf-8").count("<h2>") == 3
     test = call(world, "analyze", "gates", record.id, "--split", "test").stdout.splitlines()[1].split()
     assert [float(x) for x in test[2:5]] == [round(x, 3) for x in record.happened["gates"]["sums"]["mean"][0]]

@@ -57,7 +57,7 @@ def test_gates_of_the_pieces_are_those_that_predicted_them(world: World) -> None
     ids = recalled.tokenizer.encode([prompt])[0]
     continued = recalled.model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False, eos_token_id=None)
     weights = token_gates(recalled.model, continued[0].tolist())
-    assert weights.shape == (len(ids) + 4, 3, 3)
+    assert weights.shape == (len(ids) + 4, 6, 3)
     for piece, expected in zip(made, weights[-5:], strict=True):
         torch.testing.assert_close(torch.tensor(piece.gates), expected)
 
@@ -68,7 +68,7 @@ def test_records_tell_the_mean_gates_of_every_domain(world: World) -> None:
     assert list(gates) == ["sums", "py", "prose"]
     recalled = recall(record.id, world.root / "runs")
     split = prepare_run(recall_run(record.id, world.root / "runs")).packed["py"].split("test")
-    length, sums, count = 32, torch.zeros(3, 3, dtype=torch.float64), 0
+    length, sums, count = 32, torch.zeros(6, 3, dtype=torch.float64), 0
     for start in range(0, len(split.tokens) - 1, length):  # every row by itself, its tokens alone
         row = [int(token) for token in split.tokens[start : start + length + 1]]
         sums += token_gates(recalled.model, row).double().sum(0)
@@ -76,7 +76,7 @@ def test_records_tell_the_mean_gates_of_every_domain(world: World) -> None:
     assert count == record.happened["scores"]["py"]["tokens"]
     torch.testing.assert_close(torch.tensor(gates["py"]["mean"], dtype=torch.float64), sums / count, atol=2e-6, rtol=0)
     for domain in gates.values():
-        assert [pytest.approx(1.0, abs=1e-5)] * 3 == [sum(block) for block in domain["mean"]]
+        assert [pytest.approx(1.0, abs=1e-5)] * 6 == [sum(block) for block in domain["mean"]]
         assert all(0 < value <= 1.0987 for value in domain["entropy"])  # ln 3
     assert "gates" not in execute(config.compose([*world.overrides, "method=sft"], world.conf)).happened
 

@@ -25,7 +25,8 @@ from tests.conftest import World
 
 GOLDEN = Path(__file__).parent / "golden.json"
 GOLDEN_SETTINGS = ("train.steps=20", "train.log_every=1", "train.checkpoint_every=20", "train.lr=1e-3")
-LOSSES = {"sft": ["method=sft"], "lora": ["method=lora"], "mode": ["method=mode", "method.start=fresh"]}
+MODE = ("method=mode", "method.start=fresh", "method.num_blocks=3", "method.backbone_bias=0")  # whatever the defaults
+LOSSES = {"sft": ["method=sft"], "lora": ["method=lora"], "mode": [*MODE]}
 
 
 class CrashError(Exception):
