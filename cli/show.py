@@ -29,11 +29,10 @@ def methods(conf: ConfOption = None) -> None:
         from mode import config
 
         for name in config.choices("method", conf):
-            node = config.read_group("method", name, conf)
-            method = config.build_method(node)
+            method = config.compose([f"method={name}"], conf).method
             about = (type(method).__doc__ or "").strip().splitlines()[0]
             print(f"{name:<16} {about}")
-            settings = ", ".join(f"{key}={value}" for key, value in node.items() if key != "_target_")
+            settings = ", ".join(f"{key}={value}" for key, value in config.flat(method).items())
             print(f"{'':<16} {settings}")
 
 

@@ -326,6 +326,18 @@ def plain_settings(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def flat(settings: Any) -> dict[str, Any]:
+    """Return the settings of a dataclass as plain data, nested ones by their dotted names."""
+    plain = asdict(settings)
+    values = {}
+    for name in flatten(plain):
+        node = plain
+        for part in name.split("."):
+            node = node[part]
+        values[name] = node
+    return values
+
+
 RECIPE = 1
 """Part of every run's identity; raised with the golden losses, when the mathematics of the loop changes."""
 NO_EFFECT = ("log_every", "checkpoint_every", "validate_every")

