@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mode.record import Record
@@ -49,12 +49,16 @@ class Line:
         label: What people read.
         quality: Per seed: accuracy of every domain, `average` and `retention`, in per cent and points.
         cost: Parameters in millions, steps, tokens in millions and seconds over all stages, n.
+        gates: By domain, every block's mean gate weights over seeds, the backbone's first; empty without gates.
+        branches: Names of the branches.
     """
 
     name: str
     label: str
     quality: Mapping[int, Mapping[str, float]]
     cost: Mapping[str, float]
+    gates: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    branches: tuple[str, ...] = ()
 
     def cell(self, column: str) -> Cell | None:
         """Return a column's mean and deviation over seeds."""
@@ -124,7 +128,34 @@ def make_line(
         cost["steps"] = sum(stage["steps"] for stage in costs[0])
         cost["tokens"] = sum(stage["tokens"] for stage in costs[0]) / 1e6
         cost["seconds"] = statistics.fmean(sum(stage["seconds"] for stage in stages) for stages in costs)
-    return Line(name=name, label=label, quality=quality, cost=cost)
+    return Line(
+        name=name, label=label, quality=quality, cost=cost, gates=mean_gates(records), branches=branches(records)
+    )
+
+
+def mean_gates(records: Sequence[Record]) -> dict[str, list[list[float]]]:
+    """Return, by domain, the mean over records of every block's gate weights; empty where a record has none."""
+    found = [record.happened.get("gates") for record in records]
+    if not records or not all(found):
+        return {}
+    return {
+        domain: [
+            [statistics.fmean(seeds) for seeds in zip(*branches, strict=True)]
+            for branches in zip(*(gates[domain]["mean"] for gates in found if gates), strict=True)
+        ]
+        for domain in found[0] or {}
+    }
+
+
+def branches(records: Sequence[Record]) -> tuple[str, ...]:
+    """Return the names of a row's branches: composed experts have their domain's, others a number."""
+    gates = records[0].happened.get("gates") if records else None
+    if not gates:
+        return ()
+    asked = records[0].asked
+    count = len(next(iter(gates.values()))["mean"][0]) - 1
+    composed = asked["method"].get("start") == "experts"
+    return ("backbone", *(asked["targets"] if composed else [f"expert {number + 1}" for number in range(count)]))
 
 
 def qualities(record: Record, bare: Record | None) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The figure beside a table: target accuracy against retention, one point per row."""
+"""The figures beside a table: target accuracy against retention, and what the gates of its modular rows chose."""
 
 from __future__ import annotations
 
@@ -50,3 +50,46 @@ def draw(compiled: Compiled, path: Path) -> None:
         axes.legend(fontsize=8, loc="best")
     figure.savefig(path, dpi=150, metadata={"Software": None})
     pyplot.close(figure)
+
+
+def draw_gates(compiled: Compiled, path: Path) -> bool:
+    """Draw a heat map of the mean gate weights for every row that has gates: branches by domain over blocks.
+
+    Args:
+        compiled: The compiled table.
+        path: PNG file to write.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    lines = [line for line in compiled.lines if line.gates]
+    if not lines:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    height = sum(len(line.branches) for line in lines) * len(compiled.domains)
+    figure, grid = pyplot.subplots(
+        len(lines),
+        1,
+        figsize=(6.5, 0.22 * height + 0.8 * len(lines)),
+        layout="constrained",
+        squeeze=False,
+        height_ratios=[len(line.branches) for line in lines],
+    )
+    for axes, line in zip(grid[:, 0], lines, strict=True):
+        rows = [(domain, index, name) for domain in line.gates for index, name in enumerate(line.branches)]
+        values = [[weights[index] for weights in line.gates[domain]] for domain, index, _ in rows]
+        axes.imshow(values, vmin=0.0, vmax=1.0, cmap="Blues", aspect="auto")
+        axes.set_yticks(range(len(rows)), [f"{domain}: {name}" for domain, _, name in rows], fontsize=7)
+        axes.set_xticks(range(len(values[0])), [f"block {number}" for number in range(len(values[0]))], fontsize=7)
+        axes.set_title(line.label, fontsize=9)
+        for row, weights in enumerate(values):
+            for column, weight in enumerate(weights):
+                colour = "white" if weight > 0.6 else "black"
+                axes.text(column, row, f"{weight:.2f}", ha="center", va="center", fontsize=6, color=colour)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    pyplot.close(figure)
+    return True

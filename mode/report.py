@@ -213,7 +213,7 @@ def report(
     Raises:
         ConfigError: There is no record that belongs to the table.
     """
-    from mode.figure import draw
+    from mode.figure import draw, draw_gates
 
     table = load_table(name, extra)
     compiled = compile_table(table, read_records(results), overrides, extra)
@@ -225,6 +225,8 @@ def report(
     for suffix, text in render(compiled).items():
         base.with_suffix(f".{suffix}").write_text(text, encoding="utf-8")
     draw(compiled, base.with_suffix(".png"))
+    if not table.choose:
+        draw_gates(compiled, base.with_name(f"{base.name}-gates.png"))
     return markdown(compiled), base.with_suffix(".md")
 
 

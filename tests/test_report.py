@@ -465,3 +465,34 @@ def test_a_changed_or_lost_record_fails_the_check(conf: Path, results: Path) -> 
 
 def test_a_table_that_was_never_rendered_fails_the_check(conf: Path, results: Path) -> None:
     assert len(check_tables(results, ["tiny"], conf)) == 3
+
+
+# --- gates
+
+
+def gated(conf: Path, seed: int, share: float) -> Record:
+    """Return a composed run's record whose gates give `share` to the first expert, everywhere."""
+    weights = [[1.0 - share, share, 0.0]] * 2
+    gates = {name: {"mean": weights, "entropy": [0.5, 0.5]} for name in ("sums", "py", "prose")}
+    return made(conf, "tiny", "mode-2x", seed, (0.5, 0.5, 0.5), gates=gates)
+
+
+def test_gates_are_averaged_over_seeds_and_drawn_beside_the_table(conf: Path, tmp_path: Path) -> None:
+    records = [gated(conf, 0, 0.2), gated(conf, 1, 0.6), made(conf, "tiny", "sft", 0, (0.5, 0.5, 0.5))]
+    compiled = compile_table(load_table("tiny", conf), records, [], conf)
+    line = compiled.line("mode-2x")
+    assert line.branches[0] == "backbone"
+    assert len(line.branches) == 3
+    assert list(line.gates) == ["sums", "py", "prose"]
+    for blocks in line.gates.values():
+        assert blocks == [[pytest.approx(0.6), pytest.approx(0.4), 0.0]] * 2
+    assert compiled.line("sft").gates == {}
+    for record in records:
+        write_record(record, tmp_path / "records")
+    report("tiny", tmp_path, extra=conf)
+    assert (tmp_path / "tiny-gates.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_gates_no_heat_map_is_drawn(conf: Path, results: Path) -> None:
+    report("tiny", results, extra=conf)
+    assert not (results / "tiny-gates.png").exists()
