@@ -56,6 +56,16 @@ def test_agrees_with_slow_reference(world: World, num_experts: int, num_blocks: 
     assert (logits(model)[0].double() - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_agrees_with_slow_reference_on_other_families(family: str) -> None:
+    from tests.test_families import IDS as FAMILY_IDS
+    from tests.test_families import modular as of_family
+
+    model = of_family(family)
+    expected = mode_logits(model, FAMILY_IDS[0].tolist())
+    assert (logits(model, FAMILY_IDS)[0].double() - expected).abs().max() < 1e-5
+
+
 def test_gate_on_backbone_gives_the_backbone(world: World) -> None:
     model = modular(world)
     force(model, 0)
