@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mode import reproduce
+from mode import config, reproduce
 from mode.record import read_records
 from mode.reproduce import Node, describe, plan, ready, run_all, table_runs
 from mode.runner import WEIGHTS, execute, only_one, prepare_run
@@ -300,3 +300,15 @@ def test_an_interrupted_table_leaves_no_process_behind(own: World) -> None:
     for process in multiprocessing.active_children():
         process.join(10)
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_table_one_on_a_real_model_runs_dry(world: World) -> None:
+    experiment = "experiment=table1_smollm2"
+    assert config.compose([experiment]).backbone.name == "smollm2-135m"
+    small = ["train.steps=3", "train.sequence_length=16", "train.log_every=1", "train.checkpoint_every=1"]
+    runs = table_runs("table1", [0], [experiment, *world.overrides, *small], world.conf)
+    records = [execute(run, weights=True) for run in runs]
+    assert [record.asked["train"]["batch_size"] for record in records] == [2] * len(runs)
+    assert {record.asked["train"]["warmup"] for record in records} == {0.03}
+    assert len({record.id for record in records}) == 8
