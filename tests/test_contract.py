@@ -23,6 +23,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "mode-2x-data": ("method=mode", "budget=data", "train.steps=6"),
     **{name: (f"method={name}",) for name in config.choices("method") if name != "pretrain"},
 }
+QUICK = ("mode", "sft", "lora", "backbone")
+ALL = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
+"""Every variant; those of the quick round stand for the others."""
 IDENTITY_AT_START = ("sft", "lora", "backbone")
 """Methods that start as the backbone; MoDE does not unless its experts copy whole blocks."""
 
@@ -53,14 +56,14 @@ def test_starts_as_the_backbone(world: World, name: str) -> None:
     assert (logits(built(world, name)) - logits(bare)).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ALL)
 def test_nothing_looks_ahead(world: World, name: str) -> None:
     model, changed = built(world, name), IDS.clone()
     changed[:, 5:] = (changed[:, 5:] + 11) % 256
     assert torch.equal(logits(model)[:, :5], logits(model, changed)[:, :5])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ALL)
 def test_exactly_what_is_declared_trains_and_the_rest_stays_bit_identical(world: World, name: str) -> None:
     model = built(world, name).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -85,7 +88,7 @@ def test_exactly_what_is_declared_trains_and_the_rest_stays_bit_identical(world:
     assert {key for key in names if not key.endswith(("q_proj.weight", "k_proj.weight"))} <= moved
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ALL)
 def test_trained_weights_restore_to_the_scores_of_the_record(world: World, name: str) -> None:
     from mode.runner import score
 
@@ -98,7 +101,7 @@ def test_trained_weights_restore_to_the_scores_of_the_record(world: World, name:
         assert value.loss == record.happened["scores"][domain]["loss"]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ALL)
 def test_runs_under_bf16(world: World, name: str) -> None:
     model = built(world, name)
     with torch.autocast("cpu", torch.bfloat16):

@@ -117,6 +117,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_or_foreign_expert_is_refused_in_one_line_and_nothing_is_written(
     world: World, handed: Path, name: str
@@ -130,6 +131,7 @@ def test_a_damaged_or_foreign_expert_is_refused_in_one_line_and_nothing_is_writt
     assert_nothing_ran(world)
 
 
+@pytest.mark.slow
 def test_composing_from_a_folder_equals_composing_from_the_run(world: World, handed: Path) -> None:
     composed = call(world, "compose", str(handed), "sums")
     assert composed.exit_code == 0, composed.output
@@ -147,6 +149,7 @@ def test_composing_from_a_folder_equals_composing_from_the_run(world: World, han
     assert f"run {from_folder.id} is done" in again.stdout
 
 
+@pytest.mark.slow
 def test_experts_are_named_by_run_too(world: World) -> None:
     py, _ = stage_one(world, "py")
     sums, folder = stage_one(world, "sums")
@@ -157,6 +160,7 @@ def test_experts_are_named_by_run_too(world: World) -> None:
     assert len(records(world)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

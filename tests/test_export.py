@@ -46,6 +46,7 @@ def test_taking_out_all_experts_but_one_leaves_exactly_its_stage_one_model(world
     assert alone.config.experts == ["py"]
 
 
+@pytest.mark.slow
 def test_an_expert_that_leaves_and_joins_again_changes_nothing(world: World) -> None:
     _, folder = stage_one(world, "py")
     _, other = stage_one(world, "sums")
@@ -58,6 +59,7 @@ def test_an_expert_that_leaves_and_joins_again_changes_nothing(world: World) -> 
     assert sum(parameter.numel() for parameter in again.parameters()) == record.happened["parameters"]["total"]
 
 
+@pytest.mark.slow
 def test_a_trained_composition_keeps_the_odds_of_those_that_stay(world: World) -> None:
     from mode.gates import token_gates
 
@@ -87,6 +89,7 @@ def test_the_commands_write_models_that_load(world: World) -> None:
     assert call(world, "generate", str(whole), "def f", "--max-tokens", "3").exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_model_on_its_backbone_holds_experts_alone_and_checks_the_backbone(world: World) -> None:
     record, recalled = composed(world)
     expected = logits(recalled.model)
@@ -102,6 +105,7 @@ def test_a_model_on_its_backbone_holds_experts_alone_and_checks_the_backbone(wor
         recall(str(part), world.root / "runs")
 
 
+@pytest.mark.slow
 def test_half_precision_halves_the_size_and_hardly_moves_the_logits(world: World) -> None:
     record, recalled = composed(world)
     expected = logits(recalled.model)
@@ -113,6 +117,7 @@ def test_half_precision_halves_the_size_and_hardly_moves_the_logits(world: World
     assert (low - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "lora"])
 def test_other_methods_export_as_plain_models(world: World, method: str) -> None:
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -128,6 +133,7 @@ def test_other_methods_export_as_plain_models(world: World, method: str) -> None
     assert record.happened["scores"] != bare.happened["scores"]
 
 
+@pytest.mark.slow
 def test_an_export_loads_in_a_process_that_knows_only_the_auto_classes(world: World) -> None:
     record, recalled = composed(world)
     assert call(world, "export", record.id, str(world.root / "whole")).exit_code == 0
@@ -145,6 +151,7 @@ def test_an_export_loads_in_a_process_that_knows_only_the_auto_classes(world: Wo
     assert float(done.stdout) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_looking_at_experts_and_gates(world: World) -> None:
     record, _ = composed(world)
     py, folder = stage_one(world, "py")
@@ -163,6 +170,7 @@ def test_looking_at_experts_and_gates(world: World) -> None:
     assert [float(x) for x in test[2:5]] == [round(x, 3) for x in record.happened["gates"]["sums"]["mean"][0]]
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_in_one_line_and_write_nothing(world: World) -> None:
     record, _ = composed(world)
     bare = execute(config.compose([*world.overrides, "method=sft"], world.conf), weights=True)
@@ -195,6 +203,7 @@ def test_mistakes_are_told_in_one_line_and_write_nothing(world: World) -> None:
     assert [path.name for path in world.root.iterdir() if path.name.endswith(".partial")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in DAMAGES if name != "unknown domain"])
 def test_a_damaged_or_foreign_expert_does_not_join(world: World, handed: Path, name: str) -> None:  # noqa: F811
     record, _ = composed(world, "targets=[sums]", "method.experts=[]", "method.start=experts")
@@ -207,6 +216,7 @@ def test_a_damaged_or_foreign_expert_does_not_join(world: World, handed: Path, n
     assert not (world.root / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_model_folder_is_refused_in_one_line(world: World) -> None:
     record, _ = composed(world)
     whole = world.root / "whole"

@@ -18,7 +18,7 @@ from tests.families import FAMILIES, HIDDEN, LAYERS, VOCABULARY, make_model
 
 IDS = torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
 
-QUICK = ("llama", "gemma2", "gpt2")
+QUICK = ("llama", "gemma2")
 pytestmark = pytest.mark.parametrize(
     "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 )

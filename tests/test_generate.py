@@ -62,6 +62,7 @@ def test_gates_of_the_pieces_are_those_that_predicted_them(world: World) -> None
         torch.testing.assert_close(torch.tensor(piece.gates), expected)
 
 
+@pytest.mark.slow
 def test_records_tell_the_mean_gates_of_every_domain(world: World) -> None:
     record = execute(config.compose([*world.overrides, "method=mode"], world.conf))
     gates = record.happened["gates"]
@@ -105,6 +106,7 @@ def test_html_shows_every_token_and_escapes_what_is_not_text(tmp_path: Path) -> 
     assert [piece.branch for piece in pieces] == [1, 0]
 
 
+@pytest.mark.slow
 def test_the_command_prints_text_and_shares_and_writes_html(world: World) -> None:
     run_id, _ = trained(world, "mode")
     page = world.root / "page.html"
