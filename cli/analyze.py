@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cli.options import ConfOption, Overrides, told
+from cli.options import ConfOption, Overrides, runs_folder, told
 
 app = typer.Typer(help="Look inside a finished run.", no_args_is_help=True)
 
@@ -27,7 +27,6 @@ def gates(
     Example: mode analyze gates 3f2a90c1d2e4 --html gates.html
     """
     with told():
-        from cli.expert import runs_folder
         from mode.export import states
         from mode.files import write_atomic
         from mode.gates import GateMeter, watched

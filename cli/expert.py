@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cli.options import ConfOption, Overrides, told
+from cli.options import ConfOption, Overrides, runs_folder, told
 
 if TYPE_CHECKING:
     from mode.recall import Recalled
@@ -91,16 +91,12 @@ def remove(
     Example: mode expert remove 3f2a90c1d2e4 math code-alone
     """
     with told():
-        from mode.export import check_vacant, only, states
+        from mode.export import check_vacant, without
         from mode.recall import recall
-        from mode.settings import ConfigError, nearest
 
         check_vacant(folder)
         recalled = recall(run, runs_folder(overrides, conf))
-        names = list(states(recalled))
-        if domain not in names:
-            raise ConfigError(f"{domain}: not one of the experts {', '.join(names)}{nearest(domain, names)}")
-        write(only(recalled, [name for name in names if name != domain]), recalled, folder, embed=embed)
+        write(without(recalled, domain), recalled, folder, embed=embed)
 
 
 def export(
@@ -135,10 +131,3 @@ def write(model: object, recalled: Recalled, folder: Path, *, embed: bool, preci
     write_model(model, recalled.place, folder, embed=embed, precision=precision, title=title)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"wrote {folder}: {size / 1e6:.1f} MB")
-
-
-def runs_folder(overrides: list[str] | None, conf: Path | None) -> Path:
-    """Return the folder of runs that the settings name."""
-    from mode import config
-
-    return Path(config.compose(overrides or [], conf).paths.runs).expanduser()

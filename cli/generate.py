@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import ConfOption, Overrides, told
+from cli.options import ConfOption, Overrides, runs_folder, told
 
 if TYPE_CHECKING:
     from mode.generate import Piece
@@ -34,16 +34,13 @@ def generate(
     Example: mode generate 3f2a "def main():" --gates
     """
     with told():
-        from mode import config
-        from mode.settings import ConfigError
-
-        settings = config.compose(overrides or [], conf)
         from mode.files import write_atomic
         from mode.generate import Sampling, Section, to_html
         from mode.generate import generate as stream
         from mode.recall import branches, recall
+        from mode.settings import ConfigError
 
-        recalled = recall(run, Path(settings.paths.runs).expanduser())
+        recalled = recall(run, runs_folder(overrides, conf))
         names = branches(recalled)
         if not names and (gates or html):
             raise ConfigError(f"{run}: has no gates to show; that is for MoDE models")

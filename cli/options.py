@@ -171,3 +171,10 @@ def show_config(run: Run) -> None:
     from mode.config import to_yaml
 
     print(to_yaml(run), end="")
+
+
+def runs_folder(overrides: Sequence[str] | None, conf: Path | None) -> Path:
+    """Return the folder of runs that the settings name."""
+    from mode import config
+
+    return Path(config.compose(overrides or [], conf).paths.runs).expanduser()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -94,31 +94,20 @@ def print_retention(records: Sequence[Record], zero: Record) -> None:
 
 def distinctions(records: Sequence[Record]) -> dict[str, str]:
     """Say, by run id, which settings tell a record apart from the others of its method and targets."""
+    from mode import config
+
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(f"{record.asked['method']['_target_']} {record.asked['targets']}", []).append(record)
     told: dict[str, str] = {}
     for members in groups.values():
-        flat = {record.id: flatten_settings(record.asked) for record in members}
+        flat = {record.id: config.flat(record.asked) for record in members}
         keys = dict.fromkeys(key for settings in flat.values() for key in settings)
         differing = [key for key in keys if len({str(settings.get(key)) for settings in flat.values()}) > 1]
         for run_id, settings in flat.items():
             shown = [key for key in differing if key in settings and key != "seed"]
             told[run_id] = " ".join(f"{key.rpartition('.')[2]}={settings[key]}" for key in shown)
     return told
-
-
-def flatten_settings(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by their dotted names.
-
-    >>> flatten_settings({"train": {"lr": 1}, "seed": 0})
-    {'train.lr': 1, 'seed': 0}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        nested = isinstance(value, Mapping)
-        flat |= flatten_settings(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
 
 
 def comparable(record: Record, zero: Record) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import typer
@@ -32,7 +33,7 @@ def methods(conf: ConfOption = None) -> None:
             method = config.compose([f"method={name}"], conf).method
             about = (type(method).__doc__ or "").strip().splitlines()[0]
             print(f"{name:<16} {about}")
-            settings = ", ".join(f"{key}={value}" for key, value in config.flat(method).items())
+            settings = ", ".join(f"{key}={value}" for key, value in config.flat(asdict(method)).items())
             print(f"{'':<16} {settings}")
 
 

@@ -17,6 +17,7 @@ from cli.options import (
     PrintOption,
     SweepOption,
     complete,
+    runs_folder,
     show_config,
     told,
     with_domains,
@@ -138,7 +139,7 @@ def with_experts(names: Sequence[str], overrides: Sequence[str], conf: Path | No
     from mode.expert import describe
     from mode.recall import expert_folder
 
-    runs = Path(config.compose(overrides, conf).paths.runs).expanduser()
+    runs = runs_folder(overrides, conf)
     folders = {name: expert_folder(name, runs, known) for name in names if name not in known}
     domains = [str(describe(folders[name])["domain"]) if name in folders else name for name in names]
     given = ", ".join(config.quote(str(folder)) for folder in folders.values())

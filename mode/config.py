@@ -7,7 +7,7 @@ import importlib
 import json
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -191,20 +191,7 @@ def check_overrides(overrides: Sequence[str], extra: Path | None) -> None:
 @lru_cache
 def known_settings(selected: tuple[str, ...], extra: Path | None) -> tuple[str, ...]:
     """Return the names of all settings under a choice of group members."""
-    return tuple(flatten(compose_plain(selected, extra)))
-
-
-def flatten(node: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of all settings.
-
-    >>> list(flatten({"train": {"lr": 1}, "seed": 0}))
-    ['train.lr', 'seed']
-    """
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix
+    return tuple(flat(compose_plain(selected, extra)))
 
 
 def check(plain: dict[str, Any], extra: Path | None = None) -> Run:
@@ -326,15 +313,16 @@ def plain_settings(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def flat(settings: Any) -> dict[str, Any]:
-    """Return the settings of a dataclass as plain data, nested ones by their dotted names."""
-    plain = asdict(settings)
-    values = {}
-    for name in flatten(plain):
-        node = plain
-        for part in name.split("."):
-            node = node[part]
-        values[name] = node
+def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their dotted names.
+
+    >>> flat({"train": {"lr": 1}, "seed": 0})
+    {'train.lr': 1, 'seed': 0}
+    """
+    values: dict[str, Any] = {}
+    for key, value in node.items():
+        nested = isinstance(value, Mapping)
+        values |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return values
 
 

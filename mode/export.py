@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "*.model")
 """Files of a tokenizer, as the libraries name them."""
-PRECISIONS = ("fp32", "bf16")
 
 CARD = """# {title}
 
@@ -57,13 +56,29 @@ def only(recalled: Recalled, names: Sequence[str]) -> PreTrainedModel:
     from mode.model import with_experts
 
     found = states(recalled)
-    for name in names:
-        if name not in found:
-            raise ConfigError(f"{name}: not one of the experts {', '.join(found)}{nearest(name, found)}")
+    check_known(names, found)
     if not names:
         raise ConfigError("without experts the bare backbone is left")
     model: Any = recalled.model
     return with_experts(model, {name: found[name] for name in names})
+
+
+def without(recalled: Recalled, name: str) -> PreTrainedModel:
+    """Return a modular model with one expert less; consumes the one given.
+
+    Raises:
+        ConfigError: It has no such expert, or none would be left.
+    """
+    names = branches(recalled)[1:]
+    check_known([name], states(recalled))
+    return only(recalled, [other for other in names if other != name])
+
+
+def check_known(names: Sequence[str], found: Collection[str]) -> None:
+    """Refuse a name that no expert has."""
+    for name in names:
+        if name not in found:
+            raise ConfigError(f"{name}: not one of the experts {', '.join(found)}{nearest(name, found)}")
 
 
 def joined(recalled: Recalled, folder: Path) -> PreTrainedModel:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -291,7 +292,7 @@ def test_show_lists_the_projects_and_ones_own(own: World, group: str) -> None:
 def test_show_methods_names_every_setting() -> None:
     text = CliRunner().invoke(app, ["show", "methods"]).stdout
     for name in config.choices("method"):
-        for key, value in config.flat(config.compose([f"method={name}"]).method).items():
+        for key, value in config.flat(asdict(config.compose([f"method={name}"]).method)).items():
             assert f"{key}={value}" in text, (name, key)
 
 

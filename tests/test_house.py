@@ -120,7 +120,7 @@ def test_every_experiment_changes_what_it_says(name: str) -> None:
     node = config.read_group("experiment", name)
     said = {key: value for key, value in node.items() if key != "defaults"}
     assert said
-    for key in config.flatten(said):
+    for key in config.flat(said):
         expected, found = said, plain
         for part in key.split("."):
             expected, found = expected[part], found[part]
