@@ -10,6 +10,8 @@ import typer
 from cli.options import ConfOption, Overrides, runs_folder, told
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from mode.recall import Recalled
 
 app = typer.Typer(help="Look at experts, put them into a composed model, take them out.", no_args_is_help=True)
@@ -30,27 +32,26 @@ def show(
     Example: mode expert show runs/3f2a90c1d2e4/expert
     """
     with told():
-        from mode.expert import load_expert
+        from mode.expert import load_experts
         from mode.recall import branches, expert_folder, recall
         from mode.settings import ConfigError
 
         runs = runs_folder(overrides, conf)
-        try:
-            folder = expert_folder(name, runs, ())
-        except ConfigError:
+        if any(path.name.startswith(name) and not (path / "expert").exists() for path in runs.glob("*")):
             recalled = recall(name, runs)
             config = recalled.model.config
             if not branches(recalled):
-                raise ConfigError(f"{name}: neither an expert nor a model with experts") from None
+                raise ConfigError(f"{name}: neither an expert nor a model with experts")
             print(f"a modular model on {config.backbone.get('name', 'an unnamed backbone')}: ", end="")
             print(f"{config.num_blocks} blocks, {config.expert_layers} layers per expert and block")
             print("\n".join(f"  {expert}" for expert in config.experts))
             return
-        about = load_expert(folder).about
-        print(f"expert for {about['domain']}: {folder}")
-        for key in sorted(about):
-            if key != "domain":
-                print(f"  {key:<22} {about[key]}")
+        folder = expert_folder(name, runs, ())
+        for domain, expert in load_experts(folder).items():
+            print(f"expert for {domain}: {folder}")
+            for key in sorted(expert.about):
+                if key != "domain":
+                    print(f"  {key:<22} {expert.about[key]}")
 
 
 @app.command("add")
@@ -105,9 +106,13 @@ def export(
     overrides: Overrides = None,
     experts: Annotated[str | None, typer.Option(help="Experts to keep, by comma; all by default.")] = None,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the weights.")] = "fp32",
+    merge: Annotated[bool, typer.Option("--merge", help="Average one expert into the backbone: no gates.")] = False,
     conf: ConfOption = None,
 ) -> None:
     """Write a run as a self-contained folder: backbone, experts, gates, tokenizer.
+
+    With --merge the one expert that is kept is averaged into the backbone's layers by its mean gate on validation text:
+    a model of the backbone's size and speed, and an approximation, whose validation accuracy is told.
 
     Example: mode export 3f2a90c1d2e4 code-model --experts code --precision bf16
     """
@@ -120,7 +125,33 @@ def export(
         model = recalled.model
         if experts is not None:
             model = only(recalled, [name.strip() for name in experts.split(",") if name.strip()])
+        if merge:
+            model = merge_measured(model, recalled)
         write(model, recalled, folder, embed=True, precision=precision)
+
+
+def merge_measured(model: PreTrainedModel, recalled: Recalled) -> PreTrainedModel:
+    """Merge a model's only expert by its mean gates, and say what that costs; both on its domain's validation split."""
+    from mode.export import check_mergeable, merged, states
+    from mode.gates import GateMeter, watched
+    from mode.runner import prepare_run, score
+    from mode.settings import ConfigError
+
+    states(recalled)  # refuses a model without experts
+    check_mergeable(model)
+    (name,) = model.config.experts
+    if recalled.run is None or name not in recalled.run.domains:
+        raise ConfigError(f"--merge measures the gates on the text of {name}: name the run that trained on it")
+    prepared = prepare_run(recalled.run)
+    with watched(model) as latest:
+        meter = GateMeter(latest)
+        before = score(prepared, model, "validation", (name,), probe=meter)[name]
+    plain = merged(model, [means[1] for means in meter.result()[name]["mean"]])
+    after = score(prepared, plain, "validation", (name,))[name]
+    print(
+        f"validation accuracy on {name}: {100 * before.accuracy:.2f} % with gates, {100 * after.accuracy:.2f} % merged"
+    )
+    return plain
 
 
 def write(model: object, recalled: Recalled, folder: Path, *, embed: bool, precision: str = "fp32") -> None:

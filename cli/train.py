@@ -97,7 +97,7 @@ def compose(
         list[str] | None,
         typer.Argument(
             metavar="[EXPERT]... [KEY=VALUE]...",
-            help="Experts to compose: a domain, a run's id, or an expert's folder; then settings.",
+            help="Experts to compose: a domain, a run's id, the folder of an expert or of a model; then settings.",
         ),
     ] = None,
     frozen: Annotated[bool, typer.Option("--frozen", help="Train the gates alone.")] = False,
@@ -109,7 +109,8 @@ def compose(
 ) -> None:
     """Stage 2 of MoDE: compose one expert per domain into one model and fine-tune it on the mix.
 
-    Without names, the experts of the configured target domains. A domain's expert is trained first if it is not yet.
+    Without names, the experts of the configured target domains. A domain's expert is trained first if it is not yet. A
+    model's folder stands for all its experts, so that what `mode expert add` wrote can be fine-tuned.
 
     Example: mode compose code math; mode compose code ~/experts/law
     """
@@ -141,7 +142,7 @@ def with_experts(names: Sequence[str], overrides: Sequence[str], conf: Path | No
 
     runs = runs_folder(overrides, conf)
     folders = {name: expert_folder(name, runs, known) for name in names if name not in known}
-    domains = [str(describe(folders[name])["domain"]) if name in folders else name for name in names]
+    domains = [domain for name in names for domain in (describe(folders[name]) if name in folders else [name])]
     given = ", ".join(config.quote(str(folder)) for folder in folders.values())
     return domains, [*overrides, f"method.experts=[{given}]"]
 

@@ -10,12 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mode.checkpoint import digest, load_tensors, save_tensors
 from mode.files import write_atomic
 from mode.modular import expert_state
-from mode.settings import ConfigError
+from mode.settings import ConfigError, GateSettings
 
 SCHEMA = 1
 ABOUT, TENSORS = "expert.json", "model.safetensors"
@@ -64,8 +65,49 @@ def save_expert(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> Non
     write_atomic(folder / ABOUT, json.dumps(whole, indent=1, sort_keys=True).encode())
 
 
-def describe(folder: Path) -> dict[str, Any]:
-    """Read what an expert says of itself, without its weights.
+def describe(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read what a folder says of its experts, by domain, without their weights.
+
+    An expert's own folder holds that one; a saved modular model's folder holds all of the model's, in order.
+
+    Raises:
+        ConfigError: It is neither, or does not say what it must.
+    """
+    if not (folder / ABOUT).exists() and (folder / "config.json").exists():
+        return describe_model(folder)
+    about = describe_alone(folder)
+    return {str(about["domain"]): about}
+
+
+def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read what a saved modular model says of its experts, by domain."""
+    from mode.model import MoDEConfig
+
+    try:
+        settings = json.loads((folder / "config.json").read_text("utf-8"))
+        if settings.get("model_type") != MoDEConfig.model_type:
+            raise ConfigError(f"{folder}: a model without experts")
+        config = MoDEConfig.from_dict(settings)
+        gate = config.gates
+    except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{folder / 'config.json'}: not a readable description of a modular model") from error
+    shape = {"num_blocks": config.num_blocks, "expert_layers": config.expert_layers}
+    source = {"backbone": config.backbone.get("name"), "backbone_fingerprint": config.backbone.get("fingerprint")}
+    return {
+        name: {"domain": name, **source, **shape, **gate_reads(gate), "number": number}
+        for number, name in enumerate(config.experts)
+    }
+
+
+def gate_reads(gate: GateSettings) -> dict[str, Any]:
+    """Return what an expert's gates were trained to see; the other settings may change afterwards."""
+    return {"gate_scope": gate.scope, "gate_norm": gate.norm}
+
+
+def describe_alone(folder: Path) -> dict[str, Any]:
+    """Read what an expert in a folder of its own says of itself.
 
     Raises:
         ConfigError: There is no expert.json, or it does not say what it must.
@@ -83,17 +125,49 @@ def describe(folder: Path) -> dict[str, Any]:
     return dict(about)
 
 
-def load_expert(folder: Path) -> Expert:
-    """Read an expert.
+def load_experts(folder: Path) -> dict[str, Expert]:
+    """Read a folder's experts, by domain.
 
     Raises:
-        ConfigError: A file is missing or damaged, or the weights are not those that expert.json describes.
+        ConfigError: A file is missing or damaged, or the weights are not those that the folder describes.
     """
-    about = describe(folder)
+    abouts = describe(folder)
+    if not (folder / ABOUT).exists():
+        tensors = load_model_tensors(folder)
+        return {name: expert_of_model(folder, tensors, about) for name, about in abouts.items()}
+    ((name, about),) = abouts.items()
     tensors, _ = load_tensors(folder / TENSORS)
     if digest(tensors) != about["weights"]:
         raise ConfigError(f"{folder / TENSORS}: its weights changed since {ABOUT} was written")
-    return Expert(tensors=tensors, about=about)
+    return {name: Expert(tensors=tensors, about=about)}
+
+
+def load_model_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of a saved model's blocks, in fp32."""
+    tensors: dict[str, Tensor] = {}
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                names = [name for name in file.keys() if name.startswith("blocks.")]  # noqa: SIM118
+                tensors |= {name: file.get_tensor(name).float() for name in names}
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path}: not a whole safetensors file") from error
+    return tensors
+
+
+def expert_of_model(folder: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Expert:
+    """Pick one expert out of a saved model's tensors, named as `expert_state` names them."""
+    state: dict[str, Tensor] = {}
+    for block in range(about["num_blocks"]):
+        prefix = f"blocks.{block}.experts.{about['number']}."
+        layers = {name: value for name, value in tensors.items() if name.startswith(prefix)}
+        gate = {part: tensors.get(f"blocks.{block}.gate.{part}") for part in ("weight", "bias")}
+        if not layers or any(value is None or len(value) <= about["number"] + 1 for value in gate.values()):
+            raise ConfigError(f"{folder}: its weights are not those of the experts that config.json describes")
+        state |= {f"{block}.layers.{name.removeprefix(prefix)}": value for name, value in layers.items()}
+        rows = [0, about["number"] + 1]
+        state |= {f"{block}.gate.{part}": value[rows] for part, value in gate.items() if value is not None}
+    return Expert(tensors=state, about={**about, "weights": digest(state)})
 
 
 def check_fits(about: Mapping[str, Any], wanted: Mapping[str, Any], where: object) -> None:
@@ -101,12 +175,13 @@ def check_fits(about: Mapping[str, Any], wanted: Mapping[str, Any], where: objec
 
     Args:
         about: What the expert says of itself.
-        wanted: What it has to say: backbone, backbone_fingerprint, num_blocks, expert_layers.
+        wanted: What it has to say: backbone, backbone_fingerprint, num_blocks, expert_layers, gate_scope, gate_norm.
         where: What to call the expert.
 
     Raises:
         ConfigError: Something differs; the message says what.
     """
+    about = gate_reads(GateSettings()) | dict(about)  # experts of earlier versions do not say what their gates see
     differing = [key for key in wanted if key != "backbone" and about[key] != wanted[key]]
     if not differing:
         return
@@ -115,6 +190,6 @@ def check_fits(about: Mapping[str, Any], wanted: Mapping[str, Any], where: objec
             f"{where}: made for backbone {about['backbone']} with weights {about['backbone_fingerprint']}; "
             f"here it is {wanted['backbone']} with weights {wanted['backbone_fingerprint']}"
         )
-    told = ", ".join(f"method.{key}={about[key]}" for key in differing)
-    asked = ", ".join(f"{key}={wanted[key]}" for key in differing)
+    told = ", ".join(f"method.{key.replace('gate_', 'gate.')}={about[key]}" for key in differing)
+    asked = ", ".join(f"{key.replace('gate_', 'gate.')}={wanted[key]}" for key in differing)
     raise ConfigError(f"{where}: made with {told}; here {asked}")

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mode.expert import load_expert
+from mode.expert import check_fits, gate_reads, load_experts
 from mode.files import write_atomic
 from mode.modular import expert_state
 from mode.recall import Recalled, branches
@@ -82,27 +82,69 @@ def check_known(names: Sequence[str], found: Collection[str]) -> None:
 
 
 def joined(recalled: Recalled, folder: Path) -> PreTrainedModel:
-    """Return a modular model with one more expert, from its folder; consumes the one given.
+    """Return a modular model with the experts of a folder beside its own; consumes the one given.
 
     Raises:
-        ConfigError: The expert is damaged, made for another backbone or other blocks, or its name is taken.
+        ConfigError: An expert is damaged, made for another backbone or other blocks, or its name is taken.
     """
-    from mode.expert import check_fits
     from mode.model import with_experts
 
-    expert, found = load_expert(folder), states(recalled)
-    model: Any = recalled.model
-    source = model.config.backbone
+    found, model = states(recalled), recalled.model
+    config: Any = model.config
     wanted = {
-        "backbone": source.get("name"),
-        "backbone_fingerprint": source.get("fingerprint"),
-        "num_blocks": model.config.num_blocks,
-        "expert_layers": model.config.expert_layers,
+        "backbone": config.backbone.get("name"),
+        "backbone_fingerprint": config.backbone.get("fingerprint"),
+        "num_blocks": config.num_blocks,
+        "expert_layers": config.expert_layers,
+        **gate_reads(config.gates),
     }
-    check_fits(expert.about, wanted, folder)
-    if expert.about["domain"] in found:
-        raise ConfigError(f"{folder}: the model has an expert for {expert.about['domain']} already; remove that first")
-    return with_experts(model, found | {expert.about["domain"]: expert.tensors})
+    for name, expert in load_experts(folder).items():
+        check_fits(expert.about, wanted, folder)
+        if name in found:
+            raise ConfigError(f"{folder}: the model has an expert for {name} already; remove that first")
+        found[name] = expert.tensors
+    return with_experts(model, found)
+
+
+def check_mergeable(model: PreTrainedModel) -> None:
+    """Refuse a model whose layers have no partners to merge with.
+
+    Raises:
+        ConfigError: It has more than one expert, or an expert does not have as many layers as a block.
+    """
+    config: Any = model.config
+    per_block = config.decoder.num_hidden_layers // config.num_blocks
+    if len(config.experts) != 1:
+        raise ConfigError(f"only one expert can be merged: keep one of {', '.join(config.experts)} with --experts")
+    if config.expert_layers != per_block:
+        raise ConfigError(
+            f"only experts with as many layers as their block can be merged: {config.expert_layers} here, "
+            f"beside {per_block} of the backbone"
+        )
+
+
+def merged(model: Any, shares: Sequence[float]) -> PreTrainedModel:
+    """Merge a modular model's only expert into its backbone: a decoder without gates; consumes the model.
+
+    A layer becomes (1 - share) of the backbone's and share of the expert's weights. That is exact where a share is 0
+    or 1, or where the two are equal; elsewhere it is an approximation, since the mean of two layers' outputs is not the
+    output of their mean.
+
+    Args:
+        model: A modular model with one expert, for which `check_mergeable` has nothing to say.
+        shares: Weight of the expert in every block, such as its mean gate on validation text.
+    """
+    import torch
+
+    from mode.model import backbone_of
+    from mode.modular import blocks_of
+
+    with torch.no_grad():
+        for block, share in zip(blocks_of(model), shares, strict=True):
+            pairs = zip(block.backbone.parameters(), block.experts[0].parameters(), strict=True)
+            for ours, theirs in pairs:
+                ours.lerp_(theirs, share)
+    return backbone_of(model)
 
 
 def write_model(

@@ -40,7 +40,8 @@ class MoDE(Method):
         gate_lr_scale: Learning rate of gates as a factor on that of experts.
         train_experts: Whether stage 2 trains the experts too, or gates alone.
         gate: How gates choose; the paper's way by default.
-        experts: Folders of experts that are at hand; the other targets' experts are stage-1 runs.
+        experts: Folders of experts that are at hand, or of saved models whose experts are; the other targets' experts
+            are stage-1 runs.
     """
 
     compose_lr: Annotated[float, Field(gt=0.0)]
@@ -91,7 +92,7 @@ class MoDE(Method):
         """Return the folders of the experts that are at hand, by domain.
 
         Raises:
-            ConfigError: A folder is not an expert's, or two are for one domain.
+            ConfigError: A folder holds no expert, or two are for one domain.
         """
         if not self.experts:
             return {}
@@ -99,10 +100,10 @@ class MoDE(Method):
 
         found: dict[str, Path] = {}
         for folder in map(Path, self.experts):
-            domain = str(describe(folder.expanduser())["domain"])
-            if domain in found:
-                raise ConfigError(f"method.experts: {found[domain]} and {folder} are both for {domain}")
-            found[domain] = folder.expanduser()
+            for domain in describe(folder.expanduser()):
+                if domain in found:
+                    raise ConfigError(f"method.experts: {found[domain]} and {folder} are both for {domain}")
+                found[domain] = folder.expanduser()
         return found
 
     def missing(self, run: Run) -> tuple[str, ...]:
@@ -118,19 +119,20 @@ class MoDE(Method):
         """
         if not self.experts:
             return {}
-        from mode.expert import check_fits, load_expert
+        from mode.expert import check_fits, gate_reads, load_experts
 
         wanted = {
             "backbone": run.backbone.name,
             "backbone_fingerprint": self.backbone_fingerprint(run),
             "num_blocks": self.num_blocks,
             "expert_layers": self.expert_layers,
+            **gate_reads(self.gate),
         }
         found = {}
         for domain, folder in self.at_hand().items():
             if domain not in run.targets:
                 raise ConfigError(f"{folder}: an expert for {domain}, which is not one of targets={list(run.targets)}")
-            about = load_expert(folder).about
+            about = load_experts(folder)[domain].about
             check_fits(about, wanted, folder)
             found[domain] = str(about["weights"])
         return found
@@ -157,7 +159,7 @@ class MoDE(Method):
         """Return the modular model, with fresh experts or with those of the stage-1 runs."""
         import torch
 
-        from mode.expert import load_expert
+        from mode.expert import load_experts
         from mode.model import make_modular
         from mode.modular import blocks_of, compose_experts
 
@@ -176,7 +178,7 @@ class MoDE(Method):
         if composing:
             trained = dict(zip(self.missing(run), (folder / "expert" for folder in material.needs), strict=True))
             folders = trained | self.at_hand()
-            experts = [load_expert(folders[domain]).tensors for domain in run.targets]
+            experts = [load_experts(folders[domain])[domain].tensors for domain in run.targets]
             compose_experts(model, experts, self.handover)
         if not self.train_experts:
             for block in blocks_of(model):
@@ -192,7 +194,7 @@ class MoDE(Method):
     def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
         """Write a single-domain run's expert as an artefact of its own."""
         if self.start == "fresh" and self.num_experts == 1 and len(run.targets) == 1:
-            from mode.expert import save_expert
+            from mode.expert import gate_reads, save_expert
 
-            shape = {"num_blocks": self.num_blocks, "expert_layers": self.expert_layers}
+            shape = {"num_blocks": self.num_blocks, "expert_layers": self.expert_layers, **gate_reads(self.gate)}
             save_expert(model, folder / "expert", {"domain": run.targets[0], **shape, **about})

@@ -95,7 +95,7 @@ def recall(name: str, runs: Path) -> Recalled:
 
 
 def expert_folder(name: str, runs: Path, domains: Collection[str]) -> Path:
-    """Return the folder of an expert, by that folder, by its run's folder, or by its run's id or the start of it.
+    """Return the folder of experts: one expert's, a saved model's, its run's, or by its run's id or the start of it.
 
     Args:
         name: What the expert is called.
@@ -108,6 +108,8 @@ def expert_folder(name: str, runs: Path, domains: Collection[str]) -> Path:
     here = Path(name).expanduser()
     places = [here, here / "expert", *sorted(path / "expert" for path in runs.glob("*") if path.name.startswith(name))]
     found = [place for place in places if (place / ABOUT).exists()]
+    if not found and (here / "config.json").exists():
+        return here
     if found and (len(found) == 1 or found[0] in places[:2]):
         return found[0]
     if found:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from mode import config
 from mode.checkpoint import load_tensors, save_tensors
-from mode.expert import describe, load_expert, save_expert
+from mode.expert import describe, load_experts, save_expert
 from mode.modular import expert_state
 from mode.record import Record
 from mode.runner import execute
@@ -59,7 +59,7 @@ def handed(world: World, tmp_path: Path) -> Path:
 def test_an_expert_comes_back_as_it_was_saved(world: World, tmp_path: Path) -> None:
     model = modular(world, num_experts=1)
     save_expert(model, tmp_path / "expert", ABOUT)
-    expert = load_expert(tmp_path / "expert")
+    expert = load_experts(tmp_path / "expert")["py"]
     assert {key: expert.about[key] for key in ABOUT} == ABOUT
     assert expert.about["parameters"] == sum(value.numel() for value in expert.tensors.values())
     for name, value in expert_state(model, 0).items():
@@ -137,7 +137,7 @@ def test_composing_from_a_folder_equals_composing_from_the_run(world: World, han
     assert composed.exit_code == 0, composed.output
     made = {record.id: record for record in records(world)}
     (from_folder,) = [record for record in made.values() if "artefacts" in record.asked]
-    assert from_folder.asked["artefacts"] == {"py": describe(handed)["weights"]}
+    assert from_folder.asked["artefacts"] == {"py": describe(handed)["py"]["weights"]}
     assert str(handed) not in json.dumps(from_folder.asked)
     assert len(made) == 2  # the expert for sums, and the composition
     from_run = execute(config.compose([*world.overrides, "method=mode"], world.conf))
@@ -190,4 +190,4 @@ def test_an_expert_of_one_domain_takes_its_own_share_of_equal_tokens(world: Worl
 
 def test_nowhere_is_no_expert(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no readable expert\.json"):
-        load_expert(tmp_path / "nowhere")
+        load_experts(tmp_path / "nowhere")

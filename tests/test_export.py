@@ -19,8 +19,8 @@ from mode.record import Record
 from mode.runner import execute
 from mode.settings import ConfigError
 from tests.conftest import World
-from tests.test_cli import call
-from tests.test_expert import DAMAGES, handed, stage_one  # noqa: F401  (handed is a fixture)
+from tests.test_cli import call, records
+from tests.test_expert import DAMAGES, handed, stage_one, untargeted  # noqa: F401  (handed is a fixture)
 
 IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64]])
 
@@ -103,6 +103,99 @@ def test_a_model_on_its_backbone_holds_experts_alone_and_checks_the_backbone(wor
     (part / "config.json").write_text(json.dumps(about), "utf-8")
     with pytest.raises(ConfigError, match="made for backbone pico with weights 0123"):
         recall(str(part), world.root / "runs")
+
+
+def test_merging_is_exact_at_the_ends_and_for_an_untrained_copy(world: World) -> None:
+    from mode.export import merged
+    from tests.test_modular import force, modular, pico
+
+    bare = pico(world)
+    expected = logits(bare)
+    one = logits(
+        merged(modular(world, num_experts=1, num_blocks=6, init="copy"), [0.3] * 6)
+    )  # the expert is its block's copy
+    assert (one - expected).abs().max() < 1e-5
+    for share in (0.0, 1.0):
+        model = modular(world, num_experts=1, num_blocks=6, init="random")
+        force(model, int(share))
+        wanted = logits(model)
+        assert torch.equal(wanted, expected) is (share == 0.0)
+        assert (logits(merged(model, [share] * 6)) - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+def test_a_merged_export_is_a_plain_decoder_of_the_backbones_size(world: World) -> None:
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    record, _ = stage_one(world, "py", "train.lr=0.02")
+    result = call(world, "export", record.id, str(world.root / "merged"), "--merge")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("validation accuracy on py: ")
+    loaded = AutoModelForCausalLM.from_pretrained(world.root / "merged")
+    assert type(loaded) is LlamaForCausalLM
+    size = record.happened["parameters"]
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == size["total"] - size["added"]
+    assert call(world, "generate", str(world.root / "merged"), "def f", "--max-tokens", "3").exit_code == 0
+    # A folder says nothing of its data, and a thinner expert has no partner for every layer.
+    assert call(world, "export", record.id, str(world.root / "whole")).exit_code == 0
+    for words, message in {
+        (str(world.root / "whole"),): "measures the gates on the text of py",
+        (stage_one(world, "py", "method.num_blocks=3")[0].id,): "1 here, beside 2 of the backbone",
+    }.items():
+        refused = call(world, "export", *words, str(world.root / "new"), "--merge")
+        assert refused.exit_code == 2, refused.output
+        (line,) = refused.stderr.splitlines()
+        assert message in line
+        assert not (world.root / "new").exists()
+
+
+@pytest.mark.slow
+def test_a_model_folder_is_composed_and_fine_tuned(world: World) -> None:
+    _, recalled = composed(world, "train.lr=0.02")
+    expected = logits(recalled.model)
+    for name, embed in (("whole", True), ("part", False)):
+        write_model(recalled.model, recalled.place, world.root / name, embed=embed)
+        assert call(untargeted(world), "compose", str(world.root / name), "train.steps=0").exit_code == 0
+    assert len({each.id for each in records(world)}) == 4  # two experts, the composition, and this, from either folder
+    (fresh,) = [each for each in records(world) if "artefacts" in each.asked]
+    assert (logits(recall(fresh.id, world.root / "runs").model) - expected).abs().max() < 1e-5
+    tuned = call(untargeted(world), "compose", str(world.root / "whole"), "train.lr=0.02")
+    assert tuned.exit_code == 0, tuned.output
+    assert "expert for py" in call(world, "expert", "show", str(world.root / "whole")).stdout
+    scores = [each.happened["scores"] for each in records(world) if "artefacts" in each.asked]
+    assert scores[0] != scores[1]
+
+
+@pytest.mark.slow
+def test_a_model_folder_that_cannot_be_composed_is_refused_in_one_line(world: World) -> None:
+    _, recalled = composed(world)
+    whole = world.root / "whole"
+    write_model(recalled.model, recalled.place, whole, embed=True)
+    content, about = (whole / "model.safetensors").read_bytes(), (whole / "config.json").read_text("utf-8")
+    before = len(records(world))
+
+    def say(**changes: Any) -> None:
+        (whole / "config.json").write_text(json.dumps(json.loads(about) | changes), "utf-8")
+
+    backbone = json.loads(about)["backbone"]
+    for damage, message in {
+        lambda: (whole / "model.safetensors").write_bytes(content[:-50]): "not a whole safetensors file",
+        lambda: (whole / "config.json").write_text("[]", "utf-8"): "not a readable description of a modular model",
+        lambda: say(model_type="llama"): "a model without experts",
+        lambda: say(backbone=backbone | {"fingerprint": "0123"}): "made for backbone pico with weights 0123",
+        lambda: say(backbone={}): "made for backbone None with weights None",
+        lambda: say(gate={"norm": True}): "made with method.gate.norm=True; here gate.norm=False",
+        lambda: say(experts=["py", "sums", "more"]): "domain more: not one of",
+        lambda: say(num_blocks=3): "made with method.num_blocks=3; here num_blocks=6",
+    }.items():
+        damage()
+        result = call(untargeted(world), "compose", str(whole))
+        assert result.exit_code == 2, result.output
+        (line,) = result.stderr.splitlines()
+        assert message in line, line
+        assert len(records(world)) == before
+        (whole / "model.safetensors").write_bytes(content)
+        (whole / "config.json").write_text(about, "utf-8")
 
 
 @pytest.mark.slow
@@ -189,7 +282,9 @@ def test_mistakes_are_told_in_one_line_and_write_nothing(world: World) -> None:
         ("expert", "remove", bare.id, "py", new): "has no experts",
         ("expert", "add", record.id, str(folder), new): "has an expert for py already",
         ("expert", "add", record.id, "nothing", new): "nor a folder with an expert",
-        ("expert", "show", "nothing"): "no run of that id",
+        ("expert", "show", "nothing"): "nor a folder with an expert",
+        ("export", record.id, new, "--merge"): "only one expert can be merged: keep one of py, sums",
+        ("export", bare.id, new, "--merge"): "has no experts",
         ("expert", "show", bare.id): "neither an expert nor a model with experts",
         ("analyze", "gates", bare.id): "has no experts",
     }
