@@ -10,8 +10,6 @@ import typer
 from cli.options import ConfOption, Overrides, runs_folder, told
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from mode.recall import Recalled
 
 app = typer.Typer(help="Look at experts, put them into a composed model, take them out.", no_args_is_help=True)
@@ -117,7 +115,7 @@ def export(
     Example: mode export 3f2a90c1d2e4 code-model --experts code --precision bf16
     """
     with told():
-        from mode.export import check_vacant, only
+        from mode.export import check_vacant, merge_measured, only
         from mode.recall import recall
 
         check_vacant(folder)
@@ -126,32 +124,10 @@ def export(
         if experts is not None:
             model = only(recalled, [name.strip() for name in experts.split(",") if name.strip()])
         if merge:
-            model = merge_measured(model, recalled)
+            model, before, after = merge_measured(model, recalled)
+            gated, plain = 100 * before.accuracy, 100 * after.accuracy
+            print(f"validation accuracy: {gated:.2f} % with gates, {plain:.2f} % merged")
         write(model, recalled, folder, embed=True, precision=precision)
-
-
-def merge_measured(model: PreTrainedModel, recalled: Recalled) -> PreTrainedModel:
-    """Merge a model's only expert by its mean gates, and say what that costs; both on its domain's validation split."""
-    from mode.export import check_mergeable, merged, states
-    from mode.gates import GateMeter, watched
-    from mode.runner import prepare_run, score
-    from mode.settings import ConfigError
-
-    states(recalled)  # refuses a model without experts
-    check_mergeable(model)
-    (name,) = model.config.experts
-    if recalled.run is None or name not in recalled.run.domains:
-        raise ConfigError(f"--merge measures the gates on the text of {name}: name the run that trained on it")
-    prepared = prepare_run(recalled.run)
-    with watched(model) as latest:
-        meter = GateMeter(latest)
-        before = score(prepared, model, "validation", (name,), probe=meter)[name]
-    plain = merged(model, [means[1] for means in meter.result()[name]["mean"]])
-    after = score(prepared, plain, "validation", (name,))[name]
-    print(
-        f"validation accuracy on {name}: {100 * before.accuracy:.2f} % with gates, {100 * after.accuracy:.2f} % merged"
-    )
-    return plain
 
 
 def write(model: object, recalled: Recalled, folder: Path, *, embed: bool, precision: str = "fp32") -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from mode.evaluate import Score
+
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "*.model")
 """Files of a tokenizer, as the libraries name them."""
 
@@ -145,6 +147,37 @@ def merged(model: Any, shares: Sequence[float]) -> PreTrainedModel:
             for ours, theirs in pairs:
                 ours.lerp_(theirs, share)
     return backbone_of(model)
+
+
+def merge_measured(model: PreTrainedModel, recalled: Recalled) -> tuple[PreTrainedModel, Score, Score]:
+    """Merge a model's only expert by its mean gates on its domain's validation split; consumes the model.
+
+    Args:
+        model: A modular model with one expert.
+        recalled: Where it comes from.
+
+    Returns:
+        The merged model, and the scores on that split of the model with gates and of the merged one.
+
+    Raises:
+        ConfigError: The model cannot be merged, or nothing says what text its expert trained on.
+    """
+    from mode.gates import GateMeter, watched
+    from mode.runner import prepare_run, score
+
+    if not branches(recalled):
+        raise ConfigError("this model has no experts; that is for MoDE models")
+    check_mergeable(model)
+    config: Any = model.config
+    (name,) = config.experts
+    if recalled.run is None or name not in recalled.run.domains:
+        raise ConfigError(f"merging measures the gates on the text of {name}: name the run that trained on it")
+    prepared = prepare_run(recalled.run)
+    with watched(model) as latest:
+        meter = GateMeter(latest)
+        before = score(prepared, model, "validation", (name,), probe=meter)[name]
+    plain = merged(model, [means[1] for means in meter.result()[name]["mean"]])
+    return plain, before, score(prepared, plain, "validation", (name,))[name]
 
 
 def write_model(

@@ -38,7 +38,7 @@ FLAGS = {
     "expert add": ["--conf", "--embed"],
     "expert remove": ["--conf", "--embed"],
     "expert show": ["--conf"],
-    "export": ["--conf", "--experts", "--precision"],
+    "export": ["--conf", "--experts", "--merge", "--precision"],
     "report": ["--check", "--conf"],
     "reproduce": ["--conf", "--jobs"],
     "show backbones": ["--conf"],

@@ -130,7 +130,7 @@ def test_a_merged_export_is_a_plain_decoder_of_the_backbones_size(world: World) 
     record, _ = stage_one(world, "py", "train.lr=0.02")
     result = call(world, "export", record.id, str(world.root / "merged"), "--merge")
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("validation accuracy on py: ")
+    assert result.stdout.startswith("validation accuracy: ")
     loaded = AutoModelForCausalLM.from_pretrained(world.root / "merged")
     assert type(loaded) is LlamaForCausalLM
     size = record.happened["parameters"]
