@@ -27,7 +27,7 @@ def gates(
     Example: mode analyze gates 3f2a90c1d2e4 --html gates.html
     """
     with told():
-        from mode.export import states
+        from mode.export import experts_of
         from mode.files import write_atomic
         from mode.gates import GateMeter, watched
         from mode.generate import Section, read, to_html
@@ -38,7 +38,7 @@ def gates(
         if html is not None and not html.parent.is_dir():
             raise ConfigError(f"--html {html}: no folder {html.parent}")
         recalled = recall(run, runs_folder(overrides, conf))
-        states(recalled)  # refuses a model without experts
+        experts_of(recalled)  # refuses a model without experts
         if recalled.run is None:
             raise ConfigError(f"{run}: a folder says nothing of its domains; name the run that made it")
         prepared = prepare_run(recalled.run)

@@ -37,8 +37,8 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 """
 
 
-def states(recalled: Recalled) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of every expert of a modular model, by name.
+def experts_of(recalled: Recalled) -> tuple[str, ...]:
+    """Return the names of a modular model's experts.
 
     Raises:
         ConfigError: The model has no experts.
@@ -46,7 +46,16 @@ def states(recalled: Recalled) -> dict[str, dict[str, Tensor]]:
     names = branches(recalled)[1:]
     if not names:
         raise ConfigError("this model has no experts; that is for MoDE models")
-    return {name: expert_state(recalled.model, index) for index, name in enumerate(names)}
+    return names
+
+
+def states(recalled: Recalled) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of every expert of a modular model, by name.
+
+    Raises:
+        ConfigError: The model has no experts.
+    """
+    return {name: expert_state(recalled.model, index) for index, name in enumerate(experts_of(recalled))}
 
 
 def only(recalled: Recalled, names: Sequence[str]) -> PreTrainedModel:
@@ -71,8 +80,8 @@ def without(recalled: Recalled, name: str) -> PreTrainedModel:
     Raises:
         ConfigError: It has no such expert, or none would be left.
     """
-    names = branches(recalled)[1:]
-    check_known([name], states(recalled))
+    names = experts_of(recalled)
+    check_known([name], names)
     return only(recalled, [other for other in names if other != name])
 
 
@@ -165,8 +174,7 @@ def merge_measured(model: PreTrainedModel, recalled: Recalled) -> tuple[PreTrain
     from mode.gates import GateMeter, watched
     from mode.runner import prepare_run, score
 
-    if not branches(recalled):
-        raise ConfigError("this model has no experts; that is for MoDE models")
+    experts_of(recalled)
     check_mergeable(model)
     config: Any = model.config
     (name,) = config.experts

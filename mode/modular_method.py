@@ -17,6 +17,8 @@ from mode.settings import STRICT, ConfigError, GateSettings, Run
 if TYPE_CHECKING:
     from torch import nn
 
+    from mode.expert import Expert
+
 
 @settings(frozen=True, kw_only=True, config=STRICT)
 class MoDE(Method):
@@ -128,13 +130,15 @@ class MoDE(Method):
             "expert_layers": self.expert_layers,
             **gate_reads(self.gate),
         }
-        found = {}
-        for domain, folder in self.at_hand().items():
+        folders = self.at_hand()
+        for domain, folder in folders.items():
             if domain not in run.targets:
                 raise ConfigError(f"{folder}: an expert for {domain}, which is not one of targets={list(run.targets)}")
-            about = load_experts(folder)[domain].about
-            check_fits(about, wanted, folder)
-            found[domain] = str(about["weights"])
+        found = {}
+        for folder in dict.fromkeys(folders.values()):  # a model's folder is read once for all its experts
+            for domain, expert in load_experts(folder).items():
+                check_fits(expert.about, wanted, folder)
+                found[domain] = str(expert.about["weights"])
         return found
 
     def lr_scales(self) -> Mapping[str, float]:
@@ -177,9 +181,10 @@ class MoDE(Method):
         )
         if composing:
             trained = dict(zip(self.missing(run), (folder / "expert" for folder in material.needs), strict=True))
-            folders = trained | self.at_hand()
-            experts = [load_experts(folders[domain])[domain].tensors for domain in run.targets]
-            compose_experts(model, experts, self.handover)
+            experts: dict[str, Expert] = {}
+            for folder in dict.fromkeys((trained | self.at_hand()).values()):
+                experts |= load_experts(folder)
+            compose_experts(model, [experts[domain].tensors for domain in run.targets], self.handover)
         if not self.train_experts:
             for block in blocks_of(model):
                 block.experts.requires_grad_(False)
