@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mode.reproduce import Outcome
     from mode.settings import Run
 
+BENCH = "bench"
+"""What `mode report` calls the benchmarks, which come from a folder of their own and not from a table's YAML."""
 PUBLISHED = Path(__file__).parent.parent / "results"
 
 
@@ -121,7 +123,9 @@ def comparable(record: Record, zero: Record) -> bool:
 
 
 def report(
-    table: Annotated[str | None, typer.Argument(help="Table to render.", autocompletion=complete("table"))] = None,
+    table: Annotated[
+        str | None, typer.Argument(help="Table to render, or bench.", autocompletion=complete("table"))
+    ] = None,
     overrides: Overrides = None,
     check: Annotated[
         bool, typer.Option("--check", help="Fail if a published table no longer follows from its records.")
@@ -134,31 +138,39 @@ def report(
     """
     with told():
         from mode import config
+        from mode.settings import ConfigError, nearest
 
         if table is not None and "=" in table:
             overrides, table = [table, *(overrides or [])], None
         given = list(overrides or [])
-        names = config.choices("table", conf)
-        if table is not None:
-            config.read_group("table", table, conf)
+        names = [*config.choices("table", conf), BENCH]
+        if table is not None and table not in names:
+            raise ConfigError(f"table {table}: not one of {', '.join(names)}{nearest(table, names)}")
         results = results_folder(given, conf)
         if check:
             chosen = results if any(text.startswith("paths.results=") for text in given) else PUBLISHED
             check_published(chosen, [table] if table else names, conf)
             return
-        published = not (results / "records").is_dir() and (PUBLISHED / "records").is_dir()
+        published = not has_records(results) and has_records(PUBLISHED)
         if published:
             print(f"no records in {results}; these are the published ones", file=sys.stderr)
         chosen = PUBLISHED if published else results
         render_tables([table] if table else names, chosen, given, conf, write=not published)
 
 
+def has_records(results: Path) -> bool:
+    """Say whether a folder of results holds anything to render."""
+    return (results / "records").is_dir() or (results / BENCH).is_dir()
+
+
 def check_published(results: Path, names: Sequence[str], conf: Path | None) -> None:
     """Compare the tables of a results folder with those that follow from its records."""
+    from mode.bench import stale_benchmarks
     from mode.report import check_tables
     from mode.settings import ConfigError
 
-    stale = check_tables(results, names, conf)
+    stale = check_tables(results, [name for name in names if name != BENCH], conf)
+    stale += stale_benchmarks(results) if BENCH in names else []
     if stale:
         raise ConfigError(f"{stale[0]} does not follow from the records beside it: `mode report` makes it anew")
     print(f"every table in {results} follows from its records")
@@ -166,15 +178,23 @@ def check_published(results: Path, names: Sequence[str], conf: Path | None) -> N
 
 def render_tables(names: Sequence[str], results: Path, given: Sequence[str], conf: Path | None, *, write: bool) -> None:
     """Render every table that there are records for, and each under the experiments that it knows."""
+    from mode.bench import report_benchmarks
     from mode.report import report as render_report
     from mode.settings import ConfigError
 
     shown = 0
     for name in names:
-        experiments = [] if any(text.startswith("experiment=") for text in given) else known_experiments(name, conf)
+        experiments = (
+            []
+            if name == BENCH or any(text.startswith("experiment=") for text in given)
+            else known_experiments(name, conf)
+        )
         for each in [given, *([f"experiment={experiment}", *given] for experiment in experiments)]:
             try:
-                text, path = render_report(name, results, each, conf, write=write)
+                if name == BENCH:
+                    text, path = report_benchmarks(results, write=write)
+                else:
+                    text, path = render_report(name, results, each, conf, write=write)
             except ConfigError:
                 if len(names) == 1 and not experiments:
                     raise

@@ -18,8 +18,8 @@ from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
 from mode.backbone import load_model, weights_fingerprint
-from mode.modular import compose_experts, insert_blocks, layers_per_block, slots, with_slots
-from mode.settings import Backbone, ConfigError, GateSettings
+from mode.modular import blocks_of, compose_experts, insert_blocks, layers_per_block, put_expert, slots, with_slots
+from mode.settings import Backbone, ConfigError, GateSettings, nearest
 
 
 class MoDEConfig(PreTrainedConfig):  # type: ignore[misc]  # the library is untyped
@@ -312,6 +312,47 @@ def with_experts(model: MoDEForCausalLM, experts: Mapping[str, Mapping[str, Tens
     made.config.embedded = config.embedded
     made.train(training)
     return made
+
+
+def swap_expert(model: MoDEForCausalLM, leaves: str, comes: str, tensors: Mapping[str, Tensor]) -> None:
+    """Put one expert in the place of another in a model at work; nothing else of the model changes.
+
+    Args:
+        model: A modular model.
+        leaves: Expert that goes.
+        comes: Name of the one that takes its place.
+        tensors: Its tensors (`expert_state`).
+
+    Raises:
+        ConfigError: There is no such expert to go, the name is taken, or the tensors are not those of an expert of this
+            model's blocks; the model is as it was then.
+    """
+    names = model.config.experts
+    if leaves not in names:
+        raise ConfigError(f"{leaves}: not one of the experts {', '.join(names)}{nearest(leaves, names)}")
+    if comes != leaves and comes in names:
+        raise ConfigError(f"{comes}: the model has an expert of that name already")
+    index = names.index(leaves)
+    check_shapes(model, index, tensors)
+    put_expert(model, index, tensors)
+    names[index] = comes
+
+
+def check_shapes(model: MoDEForCausalLM, index: int, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not those of an expert of this model's blocks, before any is copied."""
+    expected: dict[str, Any] = {}
+    for number, block in enumerate(blocks_of(model)):
+        layers = block.experts[index].state_dict()
+        expected |= {f"{number}.layers.{name}": value.shape for name, value in layers.items()}
+        width = block.gate.weight.shape[1]
+        expected |= {f"{number}.gate.weight": torch.Size((2, width)), f"{number}.gate.bias": torch.Size((2,))}
+    found = {name: value.shape for name, value in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            told = [tuple(shapes[name]) if name in shapes else "nothing" for shapes in (found, expected)]
+            raise ConfigError(
+                f"not an expert for this model's blocks: {name} is {told[0]}, where {told[1]} is expected"
+            )
 
 
 AutoConfig.register("mode", MoDEConfig)

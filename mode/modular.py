@@ -17,7 +17,7 @@ layer has a cache slot of its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -238,7 +238,7 @@ def expert_state(model: nn.Module, index: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def compose_experts(model: nn.Module, states: Sequence[dict[str, Tensor]], handover: str) -> None:
+def compose_experts(model: nn.Module, states: Sequence[Mapping[str, Tensor]], handover: str) -> None:
     """Put trained experts into a modular model with as many slots.
 
     With `handover="odds"` the gates keep each expert's odds against the backbone as learned in stage 1: the backbone's
@@ -253,19 +253,40 @@ def compose_experts(model: nn.Module, states: Sequence[dict[str, Tensor]], hando
     Raises:
         ConfigError: An expert's layers are not those of the model's blocks.
     """
-    for number, block in enumerate(blocks_of(model)):
-        if handover == "odds":
+    if handover == "odds":
+        for block in blocks_of(model):
             block.gate.weight.zero_()
             block.gate.bias.zero_()
-        for index, state in enumerate(states):
-            prefix = f"{number}.layers."
-            layers = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            try:
-                block.experts[index].load_state_dict(layers)
-            except RuntimeError as error:
-                reason = str(error).strip().splitlines()[-1].strip()
-                raise ConfigError(f"expert {index} does not fit block {number}: {reason}") from error
-            if handover == "odds":
-                weight, bias = state[f"{number}.gate.weight"], state[f"{number}.gate.bias"]
-                block.gate.weight[index + 1] = weight[1] - weight[0]
-                block.gate.bias[index + 1] = bias[1] - bias[0]
+    for index, state in enumerate(states):
+        put_expert(model, index, state, handover)
+
+
+@torch.no_grad()
+def put_expert(model: nn.Module, index: int, state: Mapping[str, Tensor], handover: str = "odds") -> None:
+    """Copy a trained expert over one of a modular model's, in place; the other experts keep their odds.
+
+    Args:
+        model: A modular model.
+        index: Which of its experts.
+        state: The expert that takes its place, as `expert_state` returns it.
+        handover: `odds`: its rows of the gates keep its odds against the backbone; `fresh`: the gates stay as they are.
+
+    Raises:
+        ConfigError: The expert's layers are not those of the model's blocks.
+    """
+    for number, block in enumerate(blocks_of(model)):
+        prefix = f"{number}.layers."
+        layers = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        try:
+            block.experts[index].load_state_dict(layers)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise ConfigError(f"expert {index} does not fit block {number}: {reason}") from error
+        if handover == "odds":
+            for gate, rows in zip((block.gate.weight, block.gate.bias), gate_rows(state, number), strict=True):
+                gate[index + 1] = gate[0] + (rows[1] - rows[0])
+
+
+def gate_rows(state: Mapping[str, Tensor], number: int) -> tuple[Tensor, Tensor]:
+    """Return an expert's gate in one block, weight and bias: the backbone's row and its own."""
+    return state[f"{number}.gate.weight"], state[f"{number}.gate.bias"]

@@ -72,11 +72,14 @@ def write_record(record: Record, folder: Path) -> Path:
     """Write a record, atomically, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / record.filename
-    text = json.dumps(asdict(record), indent=1)
-    # Long lists of numbers stay on one line, so that records can be read and compared.
-    text = re.sub(r"\[[\s\d.,eE+\-]+\]", lambda match: " ".join(match[0].split()), text)
-    write_atomic(path, (text + "\n").encode())
+    write_atomic(path, legible(asdict(record)).encode())
     return path
+
+
+def legible(plain: Mapping[str, Any]) -> str:
+    """Render JSON in which long lists of numbers stay on one line, so that it can be read and compared."""
+    text = json.dumps(plain, indent=1)
+    return re.sub(r"\[[\s\d.,eE+\-]+\]", lambda match: " ".join(match[0].split()), text) + "\n"
 
 
 def read_record(path: Path) -> Record:
@@ -119,18 +122,25 @@ def provenance(
     precision: str,
 ) -> dict[str, Any]:
     """Describe the sky a run is made under; asked for at its start, since the code may change before its end."""
-    commit, dirty = git_state()
     return {
         "data": dict(data),
         "backbone": backbone,
         "pretraining_data": dict(pretraining),
         "needs": list(needs),
         "precision": precision,
+        **surroundings(device, run.train.threads),
+    }
+
+
+def surroundings(device: str, threads: int) -> dict[str, Any]:
+    """Describe the code, the packages and the machine that something is measured with."""
+    commit, dirty = git_state()
+    return {
         "commit": commit,
         "dirty": dirty,
         "versions": {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}},
         "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system(), "device": device},
-        "threads": run.train.threads,
+        "threads": threads,
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
 

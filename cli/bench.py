@@ -1,0 +1,34 @@
+"""mode bench."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from cli.options import ConfOption, Overrides, told, with_method
+
+
+def bench(
+    suite: Annotated[str, typer.Argument(metavar="SUITE", help="edge: size, loading, speed, exchange of experts.")],
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that everything is measured, in turn.")] = 9,
+    conf: ConfOption = None,
+) -> None:
+    """Measure speed and size as ratios of variants that are timed in turn, and keep the figures.
+
+    Example: mode bench edge backbone=smollm2-135m
+    """
+    with told():
+        from mode import config
+        from mode.bench import measure, section
+
+        run = config.compose(with_method(overrides or [], "mode", "mode bench", conf), conf)
+
+        def done(number: int) -> None:
+            print(f"round {number} of {rounds}" if number else "warmed up", file=sys.stderr)
+
+        benchmark, path = measure(suite, run, rounds, done)
+        print(section(benchmark), end="")
+        print(f"written to {path}; `mode report bench` renders all", file=sys.stderr)

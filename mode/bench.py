@@ -1,0 +1,200 @@
+"""Run a benchmark suite, keep what it measured, and render that: speed as ratios of what was timed in turn."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mode.backbone import weights_fingerprint
+from mode.device import device_name, set_up
+from mode.edge import edge
+from mode.files import write_atomic
+from mode.modular_method import MoDE
+from mode.record import legible, surroundings
+from mode.settings import ConfigError, Run, nearest
+from mode.timing import Case, interleave, ratio
+
+SCHEMA = 1
+SUITES: dict[str, Callable[[Run, MoDE, torch.device, Path], tuple[list[Case], dict[str, int]]]] = {"edge": edge}
+FOLDER = "bench"
+"""Folder of benchmarks in a folder of results; their table lies beside it."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a suite leaves.
+
+    Attributes:
+        schema: Version of this layout.
+        id: Identity: what was asked, on which machine; measuring the same again replaces it.
+        asked: suite, backbone, shape, threads, precision.
+        happened: cases (job, variant, tokens, seconds by round) and bytes.
+        provenance: Fingerprint of the backbone, commit, versions, machine, date.
+    """
+
+    schema: int
+    id: str
+    asked: dict[str, Any]
+    happened: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @property
+    def filename(self) -> str:
+        """Name of its file, for people; the id alone decides."""
+        return f"{self.asked['suite']}-{self.asked['backbone']}-{self.id}.json"
+
+
+def measure(
+    name: str, run: Run, rounds: int, done: Callable[[int], None] = lambda number: None
+) -> tuple[Benchmark, Path]:
+    """Run a suite and write what it measured into the run's folder of results, atomically.
+
+    Args:
+        name: Name of the suite.
+        run: Names backbone, shape, threads and device; its method has to be MoDE.
+        rounds: Rounds that count.
+        done: Told the number of every round that is over.
+
+    Returns:
+        The benchmark, and the path of its file.
+
+    Raises:
+        ConfigError: There is no such suite, or the settings do not fit it.
+    """
+    if name not in SUITES:
+        raise ConfigError(f"{name}: not one of the suites {', '.join(SUITES)}{nearest(name, SUITES)}")
+    if not isinstance(run.method, MoDE):
+        raise ConfigError("a benchmark measures a model with experts: it goes with method=mode")
+    results = Path(run.paths.results).expanduser() / FOLDER
+    results.mkdir(parents=True, exist_ok=True)  # now, so that a place where nothing can be written costs no time
+    device = set_up(run)
+    seen = surroundings(device_name(device), run.train.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        cases, sizes = SUITES[name](run, run.method, device, Path(folder))
+        seconds = interleave(cases, rounds, done)
+    asked = {
+        "suite": name,
+        "backbone": run.backbone.name,
+        "num_blocks": run.method.num_blocks,
+        "expert_layers": run.method.expert_layers,
+        "gate": asdict(run.method.gate),
+        "threads": run.train.threads,
+        "precision": "fp32",
+    }
+    told = [
+        {"job": case.job, "variant": case.variant, "tokens": case.tokens, "seconds": [round(one, 6) for one in times]}
+        for case, times in zip(cases, seconds, strict=True)
+    ]
+    fingerprint = weights_fingerprint(run.backbone)
+    identity = json.dumps([asked, fingerprint, seen["machine"]], sort_keys=True)
+    benchmark = Benchmark(
+        schema=SCHEMA,
+        id=hashlib.sha256(identity.encode()).hexdigest()[:12],
+        asked=asked,
+        happened={"rounds": rounds, "bytes": sizes, "cases": told},
+        provenance={"backbone": fingerprint, **seen},
+    )
+    path = results / benchmark.filename
+    write_atomic(path, legible(asdict(benchmark)).encode())
+    return benchmark, path
+
+
+def read_benchmarks(results: Path) -> list[Benchmark]:
+    """Read every benchmark of a folder of results, in the order of their file names.
+
+    Raises:
+        ConfigError: A file is not a whole benchmark of a known schema.
+    """
+    return [read_benchmark(path) for path in sorted((results / FOLDER).glob("*.json"))]
+
+
+def read_benchmark(path: Path) -> Benchmark:
+    """Read one benchmark."""
+    try:
+        plain = json.loads(path.read_text("utf-8"))
+        if isinstance(plain, dict) and plain.get("schema", SCHEMA) != SCHEMA:
+            raise ConfigError(f"{path}: benchmark schema {plain['schema']}; this version reads schema {SCHEMA}")
+        benchmark = Benchmark(**plain)
+        section(benchmark)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: not a benchmark that mode wrote ({error})") from error
+    return benchmark
+
+
+def render(benchmarks: Sequence[Benchmark]) -> str:
+    """Render benchmarks in Markdown."""
+    intro = (
+        "Every variant is timed once a round, in an order that is reversed from round to round, in one process. "
+        "Ratios are to the first variant of the same job: of tokens per second (more is better) where tokens are "
+        "counted, else of time or size (less is better); median and quartiles of the rounds' paired ratios. "
+        "Absolute figures are medians, and hold for the machine they were taken on."
+    )
+    return "\n".join(["# Benchmarks", "", intro, *(f"\n{section(each)}" for each in benchmarks)])
+
+
+def report_benchmarks(results: Path, *, write: bool = True) -> tuple[str, Path]:
+    """Render the benchmarks of a folder of results and, with `write`, put the text beside them.
+
+    Returns:
+        The Markdown, and the path of its file.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    found = read_benchmarks(results)
+    if not found:
+        raise ConfigError(f"no benchmark in {results / FOLDER}: make one with `mode bench {next(iter(SUITES))}`")
+    text, path = render(found), results / f"{FOLDER}.md"
+    if write:
+        path.write_text(text, encoding="utf-8")
+    return text, path
+
+
+def stale_benchmarks(results: Path) -> list[Path]:
+    """Return the committed text of the benchmarks if it no longer follows from them."""
+    path, found = results / f"{FOLDER}.md", read_benchmarks(results)
+    text = path.read_text("utf-8") if path.exists() else None
+    return [path] if text != (render(found) if found else None) else []
+
+
+def section(benchmark: Benchmark) -> str:
+    """Render one benchmark."""
+    asked, happened, seen = benchmark.asked, benchmark.happened, benchmark.provenance
+    machine = seen["machine"]
+    lines = [
+        f"## {asked['suite']}: {asked['backbone']}",
+        "",
+        f"{asked['num_blocks']} blocks, {asked['expert_layers']} layers per expert and block, {asked['precision']}; "
+        f"{machine['device']} of {machine['processor']}, {asked['threads']} of {machine['cores']} threads; "
+        f"torch {seen['versions']['torch']}; {happened['rounds']} rounds, {seen['date'][:10]}.",
+        "",
+        "| Job | Variant | Median | Ratio | Quartiles |",
+        "|:----|:--------|-------:|------:|----------:|",
+        *(row(case, happened["cases"]) for case in happened["cases"]),
+    ]
+    (_, first), *_ = happened["bytes"].items()
+    lines += [
+        f"| size | {name} | {size / 1e6:.2f} MB | {size / first:.3f} | |" for name, size in happened["bytes"].items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def row(case: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> str:
+    """Render one case beside the first of its job."""
+    base = next(other for other in cases if other["job"] == case["job"])
+    median = statistics.median(case["seconds"])
+    shown = f"{case['tokens'] / median:,.1f} tokens/s" if case["tokens"] else f"{1000 * median:,.1f} ms"
+    first, second = (base, case) if case["tokens"] else (case, base)
+    paired = ratio(first["seconds"], second["seconds"])
+    spread = "" if base is case else f"{paired.low:.3f} – {paired.high:.3f}"
+    return f"| {case['job']} | {case['variant']} | {shown} | {paired.median:.3f} | {spread} |"

@@ -1,0 +1,130 @@
+"""The suite `edge`: what a model with one expert, and with two, costs on a small device beside its backbone alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+
+from mode.backbone import load_model, locate, weights_fingerprint
+from mode.expert import gate_reads, load_experts, save_expert
+from mode.export import write_model
+from mode.model import MoDEForCausalLM, make_modular, swap_expert
+from mode.recall import load_folder
+from mode.timing import Case
+
+if TYPE_CHECKING:
+    from mode.modular_method import MoDE
+    from mode.settings import Run
+
+PROMPT, NEW, LONG = 32, 32, 256
+"""Tokens of the prompt that is continued, of its continuation, and of the text that is read at once."""
+
+
+def edge(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Write the models to a folder and return what to time, and the bytes of every folder's weights.
+
+    Experts have fresh weights: neither size nor speed depends on what they learned.
+
+    Args:
+        run: Names the backbone.
+        method: Shape of blocks, experts and gates.
+        device: Where the models are used.
+        folder: A folder to write to.
+    """
+    names = {"backbone": 0, "backbone + 1 expert": 1, "backbone + 2 experts": 2}
+    places = {name: folder / str(number) for name, number in names.items()}
+    for name, number in names.items():
+        experts = ["one", "two"][:number]
+        model = modular(run, method, experts) if experts else load_model(run.backbone)
+        write_model(model, locate(run.backbone), places[name], embed=True)
+    for name in ("two", "three"):
+        save_expert(modular(run, method, [name]), folder / name, about(run, method, name))
+    live = {name: load_folder(place).to(device) for name, place in places.items()}
+    load = {name: partial(load_to, place, device) for name, place in places.items()}
+    cases = [Case("load", name, action) for name, action in load.items()]
+    for job, use, tokens in (("read", read, LONG), ("generate", write, NEW)):
+        cases += [Case(job, name, partial(use, model), tokens) for name, model in live.items()]
+    whole = places["backbone"]
+    cases += [
+        Case("exchange", "fine-tuned model, loaded anew", load["backbone"]),
+        Case("exchange", "fine-tuned model, read over the live one", partial(overwrite, live["backbone"], whole)),
+        Case("exchange", "one expert for another in the live model", swap(live["backbone + 2 experts"], folder)),
+    ]
+    sizes = {name: weight_bytes(place) for name, place in places.items()}
+    return cases, {**sizes, "one expert": weight_bytes(folder / "two")}
+
+
+def modular(run: Run, method: MoDE, experts: list[str]) -> MoDEForCausalLM:
+    """Build a model with fresh experts."""
+    return make_modular(
+        load_model(run.backbone),
+        experts=experts,
+        num_blocks=method.num_blocks,
+        expert_layers=method.expert_layers,
+        init="random",
+        gate=method.gate,
+    )
+
+
+def about(run: Run, method: MoDE, name: str) -> dict[str, Any]:
+    """Describe a fresh expert as a trained one is described."""
+    return {
+        "domain": name,
+        "backbone": run.backbone.name,
+        "backbone_fingerprint": weights_fingerprint(run.backbone),
+        "num_blocks": method.num_blocks,
+        "expert_layers": method.expert_layers,
+        **gate_reads(method.gate),
+        **dict.fromkeys(("steps", "tokens", "seed"), 0),
+    }
+
+
+def load_to(place: Path, device: torch.device) -> Any:
+    """Load a model from its folder to a device."""
+    return load_folder(place).to(device)
+
+
+def ids(model: Any, count: int) -> torch.Tensor:
+    """Return as many tokens, (1, count); the same every time."""
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return torch.arange(count, device=model.device)[None] * 7919 % vocabulary
+
+
+@torch.no_grad()
+def read(model: Any) -> None:
+    """Read a text at once, for the token after it."""
+    model(input_ids=ids(model, LONG), logits_to_keep=1)
+
+
+def write(model: Any) -> None:
+    """Continue a prompt greedily by as many tokens as asked, whatever they are."""
+    prompt = ids(model, PROMPT)
+    model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
+    )
+
+
+def overwrite(model: Any, place: Path) -> None:
+    """Read a folder's weights over those of a model of the same shape."""
+    for path in place.glob("*.safetensors"):
+        model.load_state_dict(load_file(path), strict=False)  # a tied head is not in the file
+
+
+def swap(model: MoDEForCausalLM, folder: Path) -> Callable[[], None]:
+    """Return an action that reads an expert from its folder, checks it, and puts it in the place of another."""
+
+    def action() -> None:
+        leaves, comes = ("two", "three") if "two" in model.config.experts else ("three", "two")
+        swap_expert(model, leaves, comes, load_experts(folder / comes)[comes].tensors)
+
+    return action
+
+
+def weight_bytes(folder: Path) -> int:
+    """Return the size of a folder's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

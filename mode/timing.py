@@ -1,0 +1,84 @@
+"""Variants of a job timed in turn, in one process: a noisy machine slows all of them alike, so their ratios hold."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One variant of a job.
+
+    Attributes:
+        job: What is done; a job's first case is what its others are compared with.
+        variant: How it is done.
+        action: Does it once.
+        tokens: Tokens that it handles; 0 where time itself is what counts.
+    """
+
+    job: str
+    variant: str
+    action: Callable[[], object]
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median and quartiles of the paired ratios of two variants."""
+
+    median: float
+    low: float
+    high: float
+
+
+def interleave(
+    cases: Sequence[Case], rounds: int, done: Callable[[int], None] = lambda number: None
+) -> list[list[float]]:
+    """Time every case once a round, in an order that is reversed from round to round, after a round that warms up.
+
+    Args:
+        cases: What to time.
+        rounds: Rounds that count.
+        done: Told the number of every round that is over; the warm-up's is 0.
+
+    Returns:
+        Seconds by case and round.
+    """
+    seconds: list[list[float]] = [[] for _ in cases]
+    for number in range(rounds + 1):
+        order = range(len(cases)) if number % 2 else reversed(range(len(cases)))
+        for index in order:
+            gc.collect()  # garbage of one case is not to be another's time
+            wait()
+            start = time.perf_counter()
+            cases[index].action()
+            wait()
+            if number:
+                seconds[index].append(time.perf_counter() - start)
+        done(number)
+    return seconds
+
+
+def wait() -> None:
+    """Wait until an accelerator has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """Return the ratio of two series that were measured in the same rounds.
+
+    >>> ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
+    Ratio(median=2.0, low=2.0, high=2.5)
+    """
+    paired = [one / other for one, other in zip(ours, theirs, strict=True)]
+    if len(paired) == 1:
+        return Ratio(paired[0], paired[0], paired[0])
+    low, median, high = statistics.quantiles(paired, n=4, method="inclusive")
+    return Ratio(median, low, high)

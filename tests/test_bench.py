@@ -1,0 +1,128 @@
+"""Benchmarks: what is timed, in what order, what becomes of it; and the exchange of an expert that they measure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mode import config
+from mode.bench import measure, read_benchmarks, section, stale_benchmarks
+from mode.edge import modular
+from mode.model import MoDEForCausalLM, swap_expert, with_experts
+from mode.modular import expert_state
+from mode.modular_method import MoDE
+from mode.settings import ConfigError
+from mode.timing import Case, interleave, ratio
+from tests.conftest import World
+from tests.test_cli import call
+from tests.test_export import logits
+
+
+def fresh(world: World, *experts: str, seed: int = 0, **settings: int) -> MoDEForCausalLM:
+    """Build a model with random experts and gates."""
+    run = config.compose([*world.overrides, "method=mode"], world.conf)
+    assert isinstance(run.method, MoDE)
+    torch.manual_seed(seed)
+    model = modular(run, config.replace(run.method, **settings), list(experts)).eval()
+    for name, parameter in model.named_parameters():
+        if ".gate." in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def test_the_order_is_reversed_from_round_to_round_and_the_first_round_does_not_count() -> None:
+    seen: list[str] = []
+    cases = [Case("job", name, lambda name=name: seen.append(name)) for name in "abc"]
+    finished: list[int] = []
+    seconds = interleave(cases, 2, finished.append)
+    assert "".join(seen) == "cba" + "abc" + "cba"
+    assert [len(times) for times in seconds] == [2, 2, 2]
+    assert finished == [0, 1, 2]
+
+
+def test_ratios_are_paired_by_round() -> None:
+    # The machine is ten times slower in the second round; the ratio is not.
+    assert ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]).high == 2.0
+    assert ratio([3.0], [1.5]).low == 2.0
+
+
+def test_a_swapped_expert_is_as_if_it_had_been_composed(world: World) -> None:
+    model, other = fresh(world, "one", "two"), fresh(world, "three", seed=1)
+    kept, comes = expert_state(model, 0), expert_state(other, 0)
+    expected = logits(with_experts(fresh(world, "any", seed=2), {"one": kept, "three": comes}))
+    before = logits(model)
+    swap_expert(model, "two", "three", comes)
+    assert model.config.experts == ["one", "three"]
+    assert (logits(model) - expected).abs().max() < 1e-5
+    assert (logits(model) - before).abs().max() > 1e-3
+    swap_expert(model, "three", "two", expert_state(fresh(world, "one", "two"), 1))
+    assert (logits(model) - before).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("leaves", "comes", "settings", "told"),
+    [
+        ("tow", "three", {}, "not one of the experts one, two; did you mean two?"),
+        ("two", "one", {}, "has an expert of that name already"),
+        ("two", "three", {"expert_layers": 2}, "where nothing is expected"),
+        ("two", "three", {"num_blocks": 2}, "is nothing, where"),
+    ],
+)
+def test_an_expert_that_does_not_fit_leaves_the_model_as_it_was(
+    world: World, leaves: str, comes: str, settings: dict[str, int], told: str
+) -> None:
+    model = fresh(world, "one", "two")
+    before = logits(model)
+    with pytest.raises(ConfigError, match=told):
+        swap_expert(model, leaves, comes, expert_state(fresh(world, comes, seed=1, **settings), 0))
+    assert torch.equal(logits(model), before)
+    assert model.config.experts == ["one", "two"]
+
+
+@pytest.mark.slow
+def test_the_edge_suite_leaves_a_record_that_the_report_follows_from(world: World) -> None:
+    results = world.root / "results"
+    result = call(world, "bench", "edge", "--rounds", "2")
+    assert result.exit_code == 0, result.output
+    (benchmark,) = read_benchmarks(results)
+    assert section(benchmark) in result.stdout
+    sizes = benchmark.happened["bytes"]
+    backbone, alone = sizes["backbone"], sizes["one expert"]
+    for number, name in enumerate(("backbone + 1 expert", "backbone + 2 experts"), 1):
+        assert sizes[name] == pytest.approx(backbone + number * alone, rel=0.1)  # headers of files
+    jobs = [(case["job"], case["variant"]) for case in benchmark.happened["cases"]]
+    assert len(jobs) == len(set(jobs)) == 12
+    assert all(len(case["seconds"]) == 2 for case in benchmark.happened["cases"])
+    assert stale_benchmarks(results) == [results / "bench.md"]
+    assert call(world, "report", "bench").exit_code == 0
+    assert stale_benchmarks(results) == []
+    (path,) = (results / "bench").glob("*.json")
+    plain = json.loads(path.read_text("utf-8"))
+    plain["happened"]["cases"][1]["seconds"] = [99.0, 99.0]
+    path.write_text(json.dumps(plain), "utf-8")
+    assert stale_benchmarks(results) == [results / "bench.md"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 2}', '{"schema": 1}'])
+def test_a_file_that_is_no_benchmark_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "edge.json").write_text(text, "utf-8")
+    with pytest.raises(ConfigError, match=r"edge\.json"):
+        read_benchmarks(tmp_path)
+
+
+def test_a_place_where_nothing_can_be_written_is_told_before_anything_is_measured(world: World) -> None:
+    (world.root / "results").write_text("a file", "utf-8")
+    result = call(world, "bench", "edge")
+    assert result.exit_code == 2
+    assert "results" in result.output
+    assert "warmed up" not in result.output
+
+
+def test_a_benchmark_needs_experts(world: World) -> None:
+    run = config.compose([*world.overrides, "method=sft"], world.conf)
+    with pytest.raises(ConfigError, match="method=mode"):
+        measure("edge", run, 1)
