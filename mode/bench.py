@@ -137,6 +137,7 @@ def render(benchmarks: Sequence[Benchmark]) -> str:
         "Every variant is timed once a round, in an order that is reversed from round to round, in one process. "
         "Ratios are to the first variant of the same job: of tokens per second (more is better) where tokens are "
         "counted, else of time or size (less is better); median and quartiles of the rounds' paired ratios. "
+        "Loading and exchange end with the first token, since weights that are mapped are read when they are used. "
         "Absolute figures are medians, and hold for the machine they were taken on."
     )
     return "\n".join(["# Benchmarks", "", intro, *(f"\n{section(each)}" for each in benchmarks)])

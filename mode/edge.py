@@ -45,13 +45,12 @@ def edge(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[li
     for name in ("two", "three"):
         save_expert(modular(run, method, [name]), folder / name, about(run, method, name))
     live = {name: load_folder(place).to(device) for name, place in places.items()}
-    load = {name: partial(load_to, place, device) for name, place in places.items()}
-    cases = [Case("load", name, action) for name, action in load.items()]
+    cases = [Case("load", name, partial(start, place, device)) for name, place in places.items()]
     for job, use, tokens in (("read", read, LONG), ("generate", write, NEW)):
         cases += [Case(job, name, partial(use, model), tokens) for name, model in live.items()]
     whole = places["backbone"]
     cases += [
-        Case("exchange", "fine-tuned model, loaded anew", load["backbone"]),
+        Case("exchange", "fine-tuned model, loaded anew", partial(start, whole, device)),
         Case("exchange", "fine-tuned model, read over the live one", partial(overwrite, live["backbone"], whole)),
         Case("exchange", "one expert for another in the live model", swap(live["backbone + 2 experts"], folder)),
     ]
@@ -84,9 +83,9 @@ def about(run: Run, method: MoDE, name: str) -> dict[str, Any]:
     }
 
 
-def load_to(place: Path, device: torch.device) -> Any:
-    """Load a model from its folder to a device."""
-    return load_folder(place).to(device)
+def start(place: Path, device: torch.device) -> None:
+    """Load a model from its folder to a device and use it once: weights that are mapped are read when they are used."""
+    read(load_folder(place).to(device), 1)
 
 
 def ids(model: Any, count: int) -> torch.Tensor:
@@ -96,9 +95,9 @@ def ids(model: Any, count: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def read(model: Any) -> None:
+def read(model: Any, count: int = LONG) -> None:
     """Read a text at once, for the token after it."""
-    model(input_ids=ids(model, LONG), logits_to_keep=1)
+    model(input_ids=ids(model, count), logits_to_keep=1)
 
 
 def write(model: Any) -> None:
@@ -110,17 +109,19 @@ def write(model: Any) -> None:
 
 
 def overwrite(model: Any, place: Path) -> None:
-    """Read a folder's weights over those of a model of the same shape."""
+    """Read a folder's weights over those of a model of the same shape, and use it once."""
     for path in place.glob("*.safetensors"):
         model.load_state_dict(load_file(path), strict=False)  # a tied head is not in the file
+    read(model, 1)
 
 
 def swap(model: MoDEForCausalLM, folder: Path) -> Callable[[], None]:
-    """Return an action that reads an expert from its folder, checks it, and puts it in the place of another."""
+    """Return an action that reads an expert from its folder, checks it, puts it in another's place, and uses it once."""
 
     def action() -> None:
         leaves, comes = ("two", "three") if "two" in model.config.experts else ("three", "two")
         swap_expert(model, leaves, comes, load_experts(folder / comes)[comes].tensors)
+        read(model, 1)
 
     return action
 
