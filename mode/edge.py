@@ -116,7 +116,7 @@ def overwrite(model: Any, place: Path) -> None:
 
 
 def swap(model: MoDEForCausalLM, folder: Path) -> Callable[[], None]:
-    """Return an action that reads an expert from its folder, checks it, puts it in another's place, and uses it once."""
+    """Return an action that reads and checks an expert, puts it in another's place, and uses it once."""
 
     def action() -> None:
         leaves, comes = ("two", "three") if "two" in model.config.experts else ("three", "two")
