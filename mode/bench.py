@@ -80,15 +80,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         cases, sizes = SUITES[name](run, run.method, device, Path(folder))
         seconds = interleave(cases, rounds, done)
-    asked = {
-        "suite": name,
-        "backbone": run.backbone.name,
-        "num_blocks": run.method.num_blocks,
-        "expert_layers": run.method.expert_layers,
-        "gate": asdict(run.method.gate),
-        "threads": run.train.threads,
-        "precision": "fp32",
-    }
+    asked = describe(name, run, run.method)
     told = [
         {"job": case.job, "variant": case.variant, "tokens": case.tokens, "seconds": [round(one, 6) for one in times]}
         for case, times in zip(cases, seconds, strict=True)
@@ -105,6 +97,19 @@ def measure(
     path = results / benchmark.filename
     write_atomic(path, legible(asdict(benchmark)).encode())
     return benchmark, path
+
+
+def describe(name: str, run: Run, method: MoDE) -> dict[str, Any]:
+    """Return what a benchmark is asked to measure."""
+    return {
+        "suite": name,
+        "backbone": run.backbone.name,
+        "num_blocks": method.num_blocks,
+        "expert_layers": method.expert_layers,
+        "gate": asdict(method.gate),
+        "threads": run.train.threads,
+        "precision": "fp32",
+    }
 
 
 def read_benchmarks(results: Path) -> list[Benchmark]:

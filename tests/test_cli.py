@@ -364,6 +364,7 @@ def test_an_expert_is_kept_as_an_artefact(world: World) -> None:
     assert about["domain"] == "py"
 
 
+@pytest.mark.slow
 def test_compose_trains_the_experts_once_and_composes_them_in_each_way(world: World) -> None:
     assert call(world, "compose", "py", "sums", "targets=[py,sums]").exit_code == 0
     stages = {tuple(record.asked["targets"]): record for record in records(world)}
@@ -432,6 +433,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(world: World, monkeypatch: pytest.Monk
     assert records(whole)[0].happened["scores"] == records(world)[0].happened["scores"]
 
 
+@pytest.mark.slow
 def test_show_runs_lists_the_records(world: World) -> None:
     assert "no run in" in call(world, "show", "runs").stdout
     call(world, *LORA)

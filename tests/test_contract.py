@@ -145,6 +145,7 @@ def test_zero_steps_of_fine_tuning_are_the_backbone(world: World) -> None:
     assert still.happened["scores"] == bare.happened["scores"]
 
 
+@pytest.mark.slow
 def test_fine_tuning_overfits_a_single_document(world: World) -> None:
     model = built(world, "sft").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -35,6 +35,7 @@ def logits(model: Any) -> torch.Tensor:
     return model(input_ids=IDS).logits
 
 
+@pytest.mark.slow
 def test_taking_out_all_experts_but_one_leaves_exactly_its_stage_one_model(world: World) -> None:
     # Stage 2 trained nothing, so the composed gates are those of stage 1.
     given = ("train.steps=0",)
@@ -69,6 +70,7 @@ def test_a_trained_composition_keeps_the_odds_of_those_that_stay(world: World) -
     torch.testing.assert_close(after[:, 1] / after[:, 0], before[:, 2] / before[:, 0])
 
 
+@pytest.mark.slow
 def test_the_commands_write_models_that_load(world: World) -> None:
     record, recalled = composed(world)
     expected = logits(recalled.model)

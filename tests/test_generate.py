@@ -46,6 +46,7 @@ def test_greedy_text_is_the_argmax_of_full_forwards(world: World, name: str) -> 
     )
 
 
+@pytest.mark.slow
 def test_gates_of_the_pieces_are_those_that_predicted_them(world: World) -> None:
     _, recalled = trained(world, "mode")
     assert branches(recalled) == ("backbone", "py", "sums")

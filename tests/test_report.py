@@ -422,6 +422,7 @@ def test_a_table_without_a_record_is_refused_with_the_command_that_makes_them(co
         report("tiny", tmp_path, extra=conf)
 
 
+@pytest.mark.slow
 def test_an_experiment_has_files_of_its_own(conf: Path, results: Path) -> None:
     assert check_tables(results, ["both"], conf) == [results / f"both.{suffix}" for suffix in ("md", "tex", "csv")]
     report("both", results, extra=conf)

@@ -91,6 +91,7 @@ def test_a_plan_has_every_stage_once_and_knows_who_waits_for_it(own: World) -> N
     assert plan([*runs, *runs])[0].keys() == nodes.keys()
 
 
+@pytest.mark.slow
 def test_a_plan_leaves_out_what_is_done_and_trains_a_stage_anew_only_for_those_that_need_its_weights(
     own: World,
 ) -> None:
