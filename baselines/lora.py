@@ -8,8 +8,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from mode.backbone import stack
+from mode.cost import Cost, Layer, Shape, adapted, add, beside, shape_of
 from mode.method import Material, Method
-from mode.settings import STRICT, ConfigError, Run
+from mode.settings import STRICT, Budget, ConfigError, Run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,16 +50,54 @@ class LoRA(Method):
         if unknown:
             known = ", ".join(sorted(linears))
             raise ConfigError(f"method.target_modules: {unknown[0]} is not one of the backbone's {known}")
+        rank = self.rank_for(run)
         torch.manual_seed(run.seed)
         config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            r=rank,
+            lora_alpha=self.alpha * rank / self.rank,  # type: ignore[arg-type]
             target_modules=list(names),
             use_rslora=self.rank_stabilized,
             fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in linears.values()),
         )
         adapted: nn.Module = inject_adapter_in_model(config, model)
         return adapted
+
+    def effective(self, run: Run) -> Budget:
+        """Return the budget that identifies a run: one of parameters decides the rank."""
+        return run.budget if run.budget.policy == "params" else super().effective(run)
+
+    def rank_for(self, run: Run) -> int:
+        """Return the rank: as set, or the one with which adapters have as many parameters as a budget's model.
+
+        A rank that is raised keeps alpha / r, and so the scale of what the adapters add.
+        """
+        budget = run.budget
+        if budget.num_blocks is None or budget.expert_layers is None:
+            return self.rank
+        shape = shape_of(run.backbone)
+        wanted = sum(beside(shape, len(run.targets), budget.num_blocks, budget.expert_layers))
+        return max(1, round(wanted / self.size(shape)))
+
+    def size(self, shape: Shape) -> int:
+        """Return the parameters of adapters of rank 1: inputs and outputs of every matrix that has one."""
+        return sum(sum(layer.matrices[path]) for layer in shape.layers for path in self.targets(layer))
+
+    def cost(self, run: Run) -> Cost:
+        """Return what the adapters take beside a frozen backbone."""
+        shape, rank, length = shape_of(run.backbone), self.rank_for(run), run.train.sequence_length
+        parts = [shape.head(trains=False)]
+        for number, layer in enumerate(shape.layers):
+            ranks = dict.fromkeys(self.targets(layer), rank)
+            parts.append(adapted(layer, length, ranks, upstream=number > 0))
+        added = rank * self.size(shape)
+        total = shape.parameters + added
+        return Cost(flops=add(parts), total=total, trainable=added, added=added, active=total)
+
+    def targets(self, layer: Layer) -> list[str]:
+        """Return the paths of a layer's matrices that get an adapter."""
+        if self.target_modules == "attention":
+            return [path for stage in layer.stages[:2] for path in stage]
+        return [path for path in layer.matrices if any(is_named(path, name) for name in self.target_modules)]
 
     def plain(self, model: Any) -> PreTrainedModel:
         """Return the backbone with the adapters added to its weights: W0 + (alpha / r) B A."""
@@ -71,6 +110,15 @@ class LoRA(Method):
             setattr(model.get_submodule(parent), last, module.get_base_layer())
         plain: PreTrainedModel = model
         return plain
+
+
+def is_named(path: str, name: str) -> bool:
+    """Say whether PEFT takes a module for one of that name: its whole path, or the end of it.
+
+    >>> is_named("self_attn.q_proj", "q_proj"), is_named("self_attn.q_proj", "proj")
+    (True, False)
+    """
+    return path == name or path.endswith(f".{name}")
 
 
 def attention(model: PreTrainedModel) -> tuple[str, ...]:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass as settings
 
+from mode.cost import Cost, full, shape_of
 from mode.method import Material, Method
-from mode.settings import STRICT, Run
+from mode.settings import STRICT, Budget, Run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
 @settings(frozen=True, kw_only=True, config=STRICT)
 class SFT(Method):
     """Full fine-tuning (supervised, all parameters)."""
+
+    def effective(self, run: Run) -> Budget:
+        """Return the plainest budget: all of them measure by full fine-tuning, and give it `train.steps`."""
+        return Budget(policy="paper")
+
+    def cost(self, run: Run) -> Cost:
+        """Return what full training takes."""
+        return full(shape_of(run.backbone), run.train.sequence_length)
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the backbone with every parameter trainable."""

@@ -177,26 +177,22 @@ def check_published(results: Path, names: Sequence[str], conf: Path | None) -> N
 
 
 def render_tables(names: Sequence[str], results: Path, given: Sequence[str], conf: Path | None, *, write: bool) -> None:
-    """Render every table that there are records for, and each under the experiments that it knows."""
+    """Render every table that there are records for, and each under the experiments and budgets that it knows."""
     from mode.bench import report_benchmarks
     from mode.report import report as render_report
     from mode.settings import ConfigError
 
     shown = 0
     for name in names:
-        experiments = (
-            []
-            if name == BENCH or any(text.startswith("experiment=") for text in given)
-            else known_experiments(name, conf)
-        )
-        for each in [given, *([f"experiment={experiment}", *given] for experiment in experiments)]:
+        variants = known_variants(name, given, conf)
+        for each in variants:
             try:
                 if name == BENCH:
                     text, path = report_benchmarks(results, write=write)
                 else:
                     text, path = render_report(name, results, each, conf, write=write)
             except ConfigError:
-                if len(names) == 1 and not experiments:
+                if len(names) == len(variants) == 1:
                     raise
                 continue
             print(text)
@@ -207,11 +203,13 @@ def render_tables(names: Sequence[str], results: Path, given: Sequence[str], con
         raise ConfigError(f"no record of {names[0]} in {results / 'records'}: `mode reproduce {names[0]}` makes them")
 
 
-def known_experiments(table: str, conf: Path | None) -> tuple[str, ...]:
-    """Return the experiments that a table is also rendered for."""
+def known_variants(table: str, given: Sequence[str], conf: Path | None) -> list[list[str]]:
+    """Return the overrides to render a table under: those given alone if they choose, else each that it knows."""
     from mode.table import load_table
 
-    return load_table(table, conf).experiments
+    if table == BENCH or any(text.startswith(("experiment=", "budget=")) for text in given):
+        return [list(given)]
+    return [[*variant, *given] for variant in load_table(table, conf).variants]
 
 
 def results_folder(overrides: Sequence[str], conf: Path | None) -> Path:

@@ -1,14 +1,18 @@
-"""mode show methods, domains, backbones, tables, runs, config."""
+"""mode show methods, domains, backbones, tables, budget, runs, config."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import ConfOption, DomainOption, Overrides, show_config, told, with_domains
+from cli.options import ConfOption, DomainOption, Overrides, complete, show_config, told, with_domains
+
+if TYPE_CHECKING:
+    from mode.forecast import Forecast
 
 app = typer.Typer(help="List what there is.", no_args_is_help=True)
 
@@ -78,6 +82,54 @@ def runs(overrides: Overrides = None, conf: ConfOption = None) -> None:
             print(f"{name:<48} interrupted; the command that started it goes on from its checkpoint")
         if not records and not unfinished:
             print(f"no run in {run.paths.results} or {run.paths.runs} yet")
+
+
+@app.command("budget")
+def budget(
+    table: Annotated[str, typer.Argument(help="Table.", autocompletion=complete("table"))] = "table1",
+    overrides: Overrides = None,
+    conf: ConfOption = None,
+) -> None:
+    """Forecast what every row of a table trains and takes, before anything runs.
+
+    Example: mode show budget table1 budget=compute
+    """
+    with told():
+        from mode import config
+        from mode.device import matrix_rate, set_up
+        from mode.reproduce import forecasts
+
+        if "=" in table:
+            table, overrides = "table1", [table, *(overrides or [])]
+        given = list(overrides or [])
+        rows = forecasts(table, given, conf)
+        rate = matrix_rate(set_up(config.compose(given, conf)))
+        heads = ("steps", "tokens M", "TFLOPs", "trained M", "added M", "active M", "minutes", "GB")
+        print(f"{'row':<34}" + "".join(f"{head:>11}" for head in heads))
+        for label, stages in rows.items():
+            print(f"{label:<34}" + "".join(f"{cell:>11}" for cell in forecast_cells(stages, rate)))
+        print(
+            f"minutes: the operations at half of {rate / 1e9:,.0f} GFLOP/s, a product of matrices' rate here now; "
+            "scoring comes on top.\n"
+            "GB: weights, gradients and moments of the largest stage; activations come on top."
+        )
+
+
+def forecast_cells(stages: Sequence[Forecast] | None, rate: float) -> list[str]:
+    """Render what the stages of a row are to take."""
+    if stages is None:
+        return ["–"] * 8
+    last, flops = stages[-1], sum(stage.flops for stage in stages)
+    return [
+        f"{sum(stage.steps for stage in stages):,}",
+        f"{sum(stage.tokens for stage in stages) / 1e6:,.2f}",
+        f"{flops / 1e12:,.2f}",
+        f"{max(stage.trainable for stage in stages) / 1e6:,.3f}",
+        f"{last.added / 1e6:,.3f}",
+        f"{last.active / 1e6:,.3f}",
+        f"{flops / (rate / 2) / 60:,.1f}",
+        f"{max(stage.memory for stage in stages) / 1e9:,.2f}",
+    ]
 
 
 def resumable(folder: Path) -> Sequence[str]:

@@ -7,9 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mode.record import Record
-from mode.table import Table, select, with_needs
+from mode.table import Table, distinct, select, with_needs
 
 QUALITY_DECIMALS = 2
 
@@ -51,6 +52,7 @@ class Line:
         cost: Parameters in millions, steps, tokens in millions and seconds over all stages, n.
         gates: By domain, every block's mean gate weights over seeds, the backbone's first; empty without gates.
         branches: Names of the branches.
+        astray: Whether a stage trained on, or took, something else than its forecast.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Line:
     cost: Mapping[str, float]
     gates: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     branches: tuple[str, ...] = ()
+    astray: bool = False
 
     def cell(self, column: str) -> Cell | None:
         """Return a column's mean and deviation over seeds."""
@@ -95,6 +98,7 @@ class Compiled:
 
 def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[str], extra: Path | None) -> Compiled:
     """Compile a table from records."""
+    table = distinct(table, overrides, extra)
     chosen, left_out = select(table, records, overrides, extra)
     by_id = {record.id: record for record in records}
     first = next((record for found in chosen.values() for record in found), None)
@@ -127,10 +131,30 @@ def make_line(
         cost |= {"total": sizes["total"] / 1e6, "trainable": max(s["parameters"]["trainable"] for s in costs[0]) / 1e6}
         cost["steps"] = sum(stage["steps"] for stage in costs[0])
         cost["tokens"] = sum(stage["tokens"] for stage in costs[0]) / 1e6
+        if all("flops" in stage for stages in costs for stage in stages):  # records of earlier versions do not say
+            cost["flops"] = sum(stage["flops"] for stage in costs[0]) / 1e12
         cost["seconds"] = statistics.fmean(sum(stage["seconds"] for stage in stages) for stages in costs)
     return Line(
-        name=name, label=label, quality=quality, cost=cost, gates=mean_gates(records), branches=branches(records)
+        name=name,
+        label=label,
+        quality=quality,
+        cost=cost,
+        gates=mean_gates(records),
+        branches=branches(records),
+        astray=any(astray(stage) for stages in costs for stage in stages),
     )
+
+
+def astray(happened: Mapping[str, Any]) -> bool:
+    """Say whether what a run trained on, or took, differs from its forecast by more than one per cent.
+
+    >>> astray({"tokens": 100, "flops": 1.03e6, "forecast": {"tokens": 100, "flops": 1e6}}), astray({"tokens": 100})
+    (True, False)
+    """
+    expected = happened.get("forecast")
+    if expected is None:
+        return False
+    return any(abs(happened[key] - expected[key]) > 0.01 * expected[key] for key in ("tokens", "flops"))
 
 
 def mean_gates(records: Sequence[Record]) -> dict[str, list[list[float]]]:

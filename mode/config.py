@@ -298,6 +298,7 @@ def asked(run: Run) -> dict[str, Any]:
         method.pop(name, None)
     for name in NO_EFFECT:
         plain["train"].pop(name)
+    plain["budget"] = plain_settings(run.method.effective(run))
     plain["method"] = {"_target_": f"{type(run.method).__module__}.{type(run.method).__qualname__}", **method}
     return plain
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 
 import torch
 
@@ -35,3 +36,15 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def matrix_rate(device: torch.device, size: int = 1024) -> float:
+    """Measure how many floating-point operations a second this device does on a product of matrices, in fp32."""
+    left, right = torch.randn(2, size, size, device=device)
+    best = float("inf")
+    for _ in range(5):
+        begin = time.perf_counter()
+        product = left @ right
+        float(product[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - begin)
+    return float(2 * size**3 / best)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from pydantic.dataclasses import dataclass as settings
 
 from mode.backbone import BackboneTokenizer, load_tokenizer, num_parameters, pretraining_data, weights_fingerprint
-from mode.settings import STRICT, MethodSettings, Run, Split
+from mode.cost import Cost, full, shape_of, untouched
+from mode.settings import STRICT, Budget, ConfigError, MethodSettings, Run, Split
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,10 +61,27 @@ class Method(MethodSettings):
         return ()
 
     def steps(self, run: Run) -> int:
-        """Return the optimizer steps of this run's own stage, given the row's budget."""
-        if run.budget.policy == "data":
+        """Return the optimizer steps of this run's own stage, given the row's budget.
+
+        Raises:
+            ConfigError: The budget is one of operations, and the method does not say what it takes.
+        """
+        if run.budget.shares_steps:
             return run.train.steps - sum(stage.train.steps for stage in self.needs(run))
+        if run.budget.policy == "compute":
+            spent = sum(stage.train.steps * per_token(stage) for stage in self.needs(run))
+            return max(1, round((allowance(run) - spent) / per_token(run)))
         return run.train.steps
+
+    def effective(self, run: Run) -> Budget:
+        """Return the plainest budget under which this run is the same: sharing steps is nothing for a single stage."""
+        if run.budget.shares_steps:
+            return Budget(policy="data" if self.needs(run) else "paper")
+        return run.budget
+
+    def cost(self, run: Run) -> Cost | None:
+        """Return what this run's own stage takes, by closed form, or None where the method does not say."""
+        return None
 
     def tokenizer(self, run: Run) -> BackboneTokenizer:
         """Return the tokenizer that the run's data are prepared with: the backbone's own."""
@@ -126,6 +144,24 @@ class Method(MethodSettings):
         """Write what people may keep of a finished run, beside the trained parameters that are always kept."""
 
 
+def per_token(run: Run) -> float:
+    """Return the floating-point operations per token of a run's training, by closed form.
+
+    Raises:
+        ConfigError: The method does not say.
+    """
+    cost = run.method.cost(run) if isinstance(run.method, Method) else None
+    if cost is None:
+        name = type(run.method).__name__
+        raise ConfigError(f"budget=compute: {name} does not say what it takes (`cost`), so its steps cannot be planned")
+    return cost.flops.total
+
+
+def allowance(run: Run) -> float:
+    """Return what full fine-tuning takes in `train.steps` steps, in operations per token of a step."""
+    return run.train.steps * full(shape_of(run.backbone), run.train.sequence_length).flops.total
+
+
 @settings(frozen=True, kw_only=True, config=STRICT)
 class Untouched(Method):
     """The bare backbone: the zero point of retention, scored before anything wraps it."""
@@ -133,6 +169,14 @@ class Untouched(Method):
     def steps(self, run: Run) -> int:
         """Return 0: nothing trains."""
         return 0
+
+    def effective(self, run: Run) -> Budget:
+        """Return the plainest budget: without training they are all the same."""
+        return Budget(policy="paper")
+
+    def cost(self, run: Run) -> Cost:
+        """Return what a forward pass takes; nothing trains."""
+        return untouched(shape_of(run.backbone), run.train.sequence_length)
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the backbone as it is."""

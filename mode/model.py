@@ -18,7 +18,8 @@ from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
 from mode.backbone import load_model, weights_fingerprint
-from mode.modular import blocks_of, compose_experts, insert_blocks, layers_per_block, put_expert, slots, with_slots
+from mode.cost import layers_per_block
+from mode.modular import blocks_of, compose_experts, insert_blocks, put_expert, slots, with_slots
 from mode.settings import Backbone, ConfigError, GateSettings, nearest
 
 

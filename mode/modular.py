@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mode.backbone import stack
+from mode.cost import layers_per_block
 from mode.gate import PLAIN, Gate
 from mode.settings import ConfigError, GateSettings
 
@@ -154,19 +155,6 @@ def insert_blocks(
     model.config = trunk.config = with_slots(model.config, templates)
     setattr(trunk, name, nn.ModuleList(Turn(block, place) for block in blocks for place in range(per_block)))
     return nn.ModuleList(blocks)
-
-
-def layers_per_block(num_layers: int, num_blocks: int) -> int:
-    """Return L / B.
-
-    Raises:
-        ConfigError: B does not divide L.
-    """
-    per_block, rest = divmod(num_layers, num_blocks)
-    if rest:
-        valid = [number for number in range(1, num_layers + 1) if num_layers % number == 0]
-        raise ConfigError(f"method.num_blocks={num_blocks}: {num_layers} layers divide into {valid} blocks")
-    return per_block
 
 
 def slots(num_layers: int, num_blocks: int, num_experts: int, expert_layers: int, gate: GateSettings) -> list[int]:

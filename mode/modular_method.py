@@ -11,8 +11,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from mode.config import replace
-from mode.method import Material, Method, Probe
-from mode.settings import STRICT, ConfigError, GateSettings, Run
+from mode.cost import Cost, Flops, add, beside, blocks, shape_of
+from mode.method import Material, Method, Probe, allowance, per_token
+from mode.settings import STRICT, Budget, ConfigError, GateSettings, Run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,11 +85,42 @@ class MoDE(Method):
         if not missing:
             return ()
         stages = len(missing) + 1
-        steps = run.train.steps if run.budget.policy == "paper" else run.train.steps // stages
         stage = replace(self, start="fresh", num_experts=1, train_experts=True, experts=())
-        train = replace(run.train, steps=steps, lr=None)
-        budget = replace(run.budget, policy="paper")
-        return tuple(replace(run, targets=(domain,), method=stage, train=train, budget=budget) for domain in missing)
+        budget = Budget(policy="paper")
+        alone = replace(run, targets=missing[:1], method=stage, budget=budget, train=replace(run.train, lr=None))
+        steps = run.train.steps
+        if run.budget.shares_steps:
+            steps //= stages
+        elif run.budget.policy == "compute":
+            steps = max(1, round(allowance(run) / stages / per_token(alone)))
+        train = replace(alone.train, steps=steps)
+        return tuple(replace(alone, targets=(domain,), train=train) for domain in missing)
+
+    def cost(self, run: Run) -> Cost:
+        """Return what this stage takes; in block 1 no gradient goes through what is frozen."""
+        shape, count, length = shape_of(run.backbone), self.count(run), run.train.sequence_length
+        parts, idle = [shape.head(trains=False)], 0
+        for number, (block, expert) in enumerate(blocks(shape, self.num_blocks, self.expert_layers)):
+            later = number > 0
+            parts += [layer.flops(length, trains=False, upstream=later) for layer in block]
+            parts += [layer.flops(length, trains=self.train_experts, upstream=later) for layer in expert * count]
+            gate = 2.0 * shape.hidden * (count + 1)
+            parts.append(Flops(gate, gate * (1 + later)))
+            sizes = [sum(layer.parameters for layer in stack) for stack in (block, *[expert] * count)]
+            idle += sum(sorted(sizes)[: -self.gate.top_k]) if self.gate.top_k else 0
+        experts, gates = beside(shape, count, self.num_blocks, self.expert_layers)
+        total = shape.parameters + experts + gates
+        return Cost(
+            flops=add(parts),
+            total=total,
+            trainable=gates + (experts if self.train_experts else 0),
+            added=experts + gates,
+            active=total - idle,
+        )
+
+    def count(self, run: Run) -> int:
+        """Return N, the experts of this stage's model."""
+        return self.num_experts if self.start == "fresh" else len(run.targets)
 
     def at_hand(self) -> dict[str, Path]:
         """Return the folders of the experts that are at hand, by domain.

@@ -23,6 +23,7 @@ COLUMNS = {
     "trainable": "Trained M",
     "steps": "Steps",
     "tokens": "Tokens M",
+    "flops": "TFLOPs",
     "seconds": "Seconds",
     "n": "n",
 }
@@ -36,7 +37,7 @@ def render(compiled: Compiled) -> dict[str, str]:
 def frame(compiled: Compiled, *, strong: str = "{}") -> pd.DataFrame:
     """Return the table as people read it; the best mean of each quality column is set in `strong`."""
     best = {column: best_mean(compiled, column) for column in compiled.columns}
-    rows = []
+    shown, rows = cost_columns(compiled), []
     for line in compiled.lines:
         row: dict[str, str] = {"Method": line.label}
         for column in compiled.columns:
@@ -44,10 +45,16 @@ def frame(compiled: Compiled, *, strong: str = "{}") -> pd.DataFrame:
             text = value.text(signed=column == "retention") if value else "–"
             wins = value is not None and value.mean == best[column] and competes(line, column)
             row[heading(column)] = strong.format(text) if wins else text
-        rows.append(row | costs(line))
+        rows.append(row | costs(line, shown))
     for left, right in compiled.table.differences:
-        rows.append(difference(compiled, left, right))
+        rows.append(difference(compiled, left, right, shown))
     return pd.DataFrame(rows)
+
+
+def cost_columns(compiled: Compiled) -> list[str]:
+    """Return the cost columns: the operations only where some record says them."""
+    names = ("total", "trainable", "steps", "tokens", "flops", "seconds", "n")
+    return [name for name in names if name != "flops" or any(name in line.cost for line in compiled.lines)]
 
 
 def best_mean(compiled: Compiled, column: str) -> float | None:
@@ -66,22 +73,22 @@ def heading(column: str) -> str:
     return COLUMNS.get(column, column.capitalize())
 
 
-def costs(line: Line) -> dict[str, str]:
+def costs(line: Line, names: Sequence[str]) -> dict[str, str]:
     """Render the cost columns of a line."""
-    formats = {"total": ".3f", "trainable": ".3f", "steps": ",.0f", "tokens": ",.2f", "seconds": ",.0f", "n": ".0f"}
+    formats = {"steps": ",.0f", "tokens": ",.2f", "flops": ",.2f", "seconds": ",.0f", "n": ".0f"}
     return {
-        COLUMNS[name]: format(line.cost[name], spec) if name in line.cost else "–" for name, spec in formats.items()
+        COLUMNS[name]: format(line.cost[name], formats.get(name, ".3f")) if name in line.cost else "–" for name in names
     }
 
 
-def difference(compiled: Compiled, left: str, right: str) -> dict[str, str]:
+def difference(compiled: Compiled, left: str, right: str, names: Sequence[str]) -> dict[str, str]:
     """Render the row of paired differences between two lines."""
     one, other = compiled.line(left), compiled.line(right)
     row = {"Method": f"{one.label} − {other.label}"}
     for column in compiled.columns:
         value = one.minus(other, column)
         row[heading(column)] = value.text(signed=True) if value else "–"
-    empty = dict.fromkeys(COLUMNS.values(), "")
+    empty = {COLUMNS[name]: "" for name in names}
     both = [seed for seed in one.quality if seed in other.quality]
     return row | {name: value for name, value in empty.items() if name not in row} | {"n": str(len(both))}
 
@@ -113,6 +120,11 @@ def notes(compiled: Compiled) -> list[str]:
     ]
     if compiled.table.choose:
         lines += ["", *chosen_settings(compiled)]
+    if any("flops" in line.cost for line in compiled.lines):
+        lines[0] += " TFLOPs: floating-point operations of training, counted on one row of the model, times its tokens."
+    astray = [line.name for line in compiled.lines if line.astray]
+    if astray:
+        lines += ["", f"Tokens or operations more than 1 % off the forecast: {', '.join(astray)}."]
     missing = [line.name for line in compiled.lines if not line.quality]
     if missing:
         lines += ["", f"Missing (–): {', '.join(missing)}. `mode reproduce` with this table's name fills them."]
@@ -242,8 +254,7 @@ def check_tables(results: Path, names: Sequence[str], extra: Path | None = None)
     stale: list[Path] = []
     for name in names:
         table = load_table(name, extra)
-        for experiment in (None, *table.experiments):
-            overrides = [f"experiment={experiment}"] if experiment else []
+        for overrides in table.variants:
             compiled = compile_table(table, records, overrides, extra)
             base = results / stem(name, overrides, table.overrides)
             expected = render(compiled) if any(line.quality for line in compiled.lines) else {}

@@ -13,9 +13,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
 
+from mode.forecast import Forecast, forecast
+from mode.method import Method
 from mode.runner import Prepared, execute, finished, has_weights, prepare_run
 from mode.settings import ConfigError, Run
-from mode.table import load_table, row_run
+from mode.table import distinct, load_table, row_run
 
 
 class Display(Protocol):
@@ -53,6 +55,27 @@ def table_runs(name: str, seeds: Sequence[int] | None, overrides: Sequence[str],
     """Compose the runs of a table, seed by seed, so that a whole table stands as early as possible."""
     table = load_table(name, extra)
     return [row_run(table, row, seed, overrides, extra) for seed in (seeds or table.seeds) for row in table.rows]
+
+
+def forecasts(name: str, overrides: Sequence[str], extra: Path | None) -> dict[str, tuple[Forecast, ...] | None]:
+    """Return what every stage of every row of a table is to take, by the row's label; None where a method cannot say.
+
+    Raises:
+        ConfigError: There is no such table, or its settings do not fit.
+    """
+    table = distinct(load_table(name, extra), overrides, extra)
+    found: dict[str, tuple[Forecast, ...] | None] = {}
+    for row in table.rows:
+        stages = [forecast(run) for run in stages_of(row_run(table, row, 0, overrides, extra))]
+        told = tuple(stage for stage in stages if stage is not None)
+        found[row.label] = told if len(told) == len(stages) else None
+    return found
+
+
+def stages_of(run: Run) -> list[Run]:
+    """Return a run after those that it stands on."""
+    needs = run.method.needs(run) if isinstance(run.method, Method) else ()
+    return [*(stage for need in needs for stage in stages_of(need)), run]
 
 
 def plan(runs: Sequence[Run]) -> tuple[dict[str, Node], int]:

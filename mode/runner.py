@@ -153,6 +153,7 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
     """Train, evaluate and record one run whose needs are met."""
     from mode.checkpoint import trainable
     from mode.device import device_name, peak_memory, set_up
+    from mode.forecast import count, forecast
     from mode.train import precision_of
 
     run = prepared.run
@@ -169,7 +170,7 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
     model = build(prepared, needs).to(device)
     check_context(model, run)
     write_atomic(prepared.folder / SETTINGS, config.to_yaml(run).encode())
-    sizes = parameters(prepared, model)
+    sizes, expected = parameters(prepared, model), forecast(run)
     tracker = track(prepared)
     try:
         trained = fit(prepared, model, tracker, observe)
@@ -184,6 +185,8 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
         raise
     tracker.finish({f"{run.evaluate.split}/{name}/accuracy": value.accuracy for name, value in scores.items()})
     happened = told(run, trained, scores) | {
+        "flops": count(run, model, trained.tokens),
+        "forecast": None if expected is None else asdict(expected),
         "evaluation_seconds": round(time.monotonic() - begin, 2),
         "parameters": sizes,
         "peak_memory_bytes": peak_memory(device),

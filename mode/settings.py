@@ -201,6 +201,10 @@ class MethodSettings:
         """Return the peak learning rate of the stage that these settings describe."""
         return self.lr
 
+    def effective(self, run: Run) -> Budget:
+        """Return the plainest budget under which this run is the same: it identifies the run."""
+        return run.budget
+
     def unused(self) -> tuple[str, ...]:
         """Name the settings that make no difference as the others stand, and so do not identify a run."""
         return ()
@@ -240,11 +244,26 @@ class Budget:
     """How much training a row gets in all.
 
     Attributes:
-        policy: `paper`: every stage gets `train.steps`, as published; `data`: the stages of a row share `train.steps`,
-            so that every row sees the same number of tokens.
+        policy: `paper`: every stage gets `train.steps`, as published; `data`: the stages of a row share them, so that
+            all rows see the same number of tokens; `compute`: every row gets the floating-point operations of
+            `train.steps` steps of full fine-tuning, its stages in equal parts; `params`: as `data`, and adapters get
+            the rank with which they train as many parameters as MoDE.
+        num_blocks: Of `params`: B of the MoDE model that is matched, which has one expert per target.
+        expert_layers: Of `params`: its l.
     """
 
-    policy: Literal["paper", "data"]
+    policy: Literal["paper", "data", "compute", "params"]
+    num_blocks: Annotated[int, Field(gt=0)] | None = None
+    expert_layers: Annotated[int, Field(gt=0)] | None = None
+
+    def __post_init__(self) -> None:
+        if {self.policy == "params"} != {self.num_blocks is not None, self.expert_layers is not None}:
+            raise ValueError("num_blocks and expert_layers go with policy=params, which needs them")
+
+    @property
+    def shares_steps(self) -> bool:
+        """Whether the stages of a row share `train.steps`."""
+        return self.policy in ("data", "params")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

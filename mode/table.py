@@ -45,6 +45,7 @@ class Table:
         overrides: Settings of every row.
         seeds: Seeds to run when none are asked for.
         experiments: Experiments that the table is also rendered for.
+        budgets: Budgets that it is also rendered for.
         differences: Pairs of rows whose difference is printed.
         choose: Whether to say which of the rows `method@setting` has the best average accuracy for each method.
         published: The paper's own values.
@@ -55,9 +56,16 @@ class Table:
     overrides: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     experiments: tuple[str, ...] = ()
+    budgets: tuple[Name, ...] = ()
     differences: tuple[tuple[Name, Name], ...] = ()
     choose: bool = False
     published: Published | None = None
+
+    @property
+    def variants(self) -> list[list[str]]:
+        """The overrides under which the table is rendered: none, and each experiment and budget that it knows."""
+        experiments = [[f"experiment={name}"] for name in self.experiments]
+        return [[], *experiments, *([f"budget={name}"] for name in self.budgets)]
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
@@ -92,6 +100,17 @@ def row_run(table: Table, row: Row, seed: int, overrides: Sequence[str], extra: 
     return named
 
 
+def distinct(table: Table, overrides: Sequence[str], extra: Path | None = None) -> Table:
+    """Return a table without the rows that ask for the same run as one before them, as rows may under some budgets."""
+    kept: dict[str, Row] = {}
+    for row in table.rows:
+        kept.setdefault(str(config.asked(row_run(table, row, 0, overrides, extra))), row)
+    names = [row.name for row in kept.values()]
+    pairs = tuple(pair for pair in table.differences if set(pair) <= set(names))
+    shorter: Table = config.replace(table, rows=tuple(kept.values()), differences=pairs)
+    return shorter
+
+
 def refuse_fixed(overrides: Sequence[str]) -> None:
     """Refuse overrides that the rows would beat in silence.
 
@@ -107,21 +126,30 @@ def refuse_fixed(overrides: Sequence[str]) -> None:
 
 
 def stem(name: str, overrides: Sequence[str], own: Sequence[str] = ()) -> str:
-    """Return the file name, without suffix, of a table under an experiment.
+    """Return the file name, without suffix, of a table under an experiment and a budget.
 
     Any other setting that the table does not have of its own adds a short digest, so that the table of other runs
     never replaces the usual one.
 
-    >>> stem("table1", ["experiment=table1_long"]), stem("table1", []), stem("table1", ["train.steps=20"])
-    ('table1_long', 'table1', 'table1-f7c525')
+    >>> stem("table1", ["experiment=table1_long"]), stem("table1", ["budget=data"]), stem("table1", ["train.steps=20"])
+    ('table1_long', 'table1-data', 'table1-f7c525')
     """
-    free = ("experiment=", "paths.", "track")
+    free = ("experiment=", "budget=", "paths.", "track")
     others = [text for text in overrides if text not in own and not text.startswith(free)]
     digest = f"-{hashlib.sha256(' '.join(sorted(others)).encode()).hexdigest()[:6]}" if others else ""
-    chosen = [text.partition("=")[2] for text in overrides if text.startswith("experiment=")]
-    if not chosen or chosen[-1] in (name, "null"):
+    budget = last(overrides, "budget")
+    if budget not in (None, "paper"):
+        digest = f"-{budget}{digest}"
+    experiment = last(overrides, "experiment")
+    if experiment in (None, name, "null"):
         return name + digest
-    return (chosen[-1] if chosen[-1].startswith(name) else f"{name}-{chosen[-1]}") + digest
+    return (experiment if experiment.startswith(name) else f"{name}-{experiment}") + digest
+
+
+def last(overrides: Sequence[str], group: str) -> str | None:
+    """Return what overrides choose of a group, the last of them winning."""
+    chosen = [text.partition("=")[2] for text in overrides if text.startswith(f"{group}=")]
+    return chosen[-1] if chosen else None
 
 
 def select(

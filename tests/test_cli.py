@@ -43,6 +43,7 @@ FLAGS = {
     "report": ["--check", "--conf"],
     "reproduce": ["--conf", "--jobs"],
     "show backbones": ["--conf"],
+    "show budget": ["--conf"],
     "show config": ["--conf", "--domain"],
     "show domains": ["--conf"],
     "show methods": ["--conf"],

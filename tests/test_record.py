@@ -169,7 +169,6 @@ def test_an_id_ignores_paths_and_tracking(run: Run, tmp_path: Path) -> None:
         {"targets": ("py",)},
         {"targets": ("sums", "py")},
         {"evaluate__split": "validation"},
-        {"budget__policy": "data"},
     ],
     ids=str,
 )

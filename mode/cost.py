@@ -1,0 +1,336 @@
+"""What training costs, worked out before it begins: floating-point operations by closed form, and parameters.
+
+Per token of a row of S tokens, a layer with P weights in its matrices and attention of width a takes
+
+    forward                          2 P + A, with A = 4 S a: scores and values of all S positions, masked or not
+    backward, weights train          4 P + 2.5 A: gradients of weights and inputs; attention computes its scores again
+    backward, weights are frozen     2 P + 2.5 A: gradients of inputs alone
+    backward, nothing before trains  0
+
+Attention that is not fused (Gemma 2's, or with dropout) keeps its scores and takes 2 A backward. Where nothing before a
+layer trains that has no norm at its input (OLMo 2), its matrices into attention pass no gradient on. The head, with d
+inputs and V outputs, takes 2 d V forward, and as much again for its inputs and for its weights. Norms, embeddings and
+element-wise work are left out, as torch's own counter leaves them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache, reduce
+from typing import TYPE_CHECKING, Any
+
+from mode.backbone import locate, stack
+from mode.settings import Backbone, ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+OUTPUTS = ("o_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h")
+"""Matrices that lead out of attention or out of the feed-forward part; the others lead into it."""
+
+Matrices = Mapping[str, tuple[int, int]]
+"""Inputs and outputs of matrices, by their path in a layer."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations per token.
+
+    Attributes:
+        forward: Of the forward pass.
+        backward: Of the backward pass.
+    """
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+    def __add__(self, other: Flops) -> Flops:
+        """Add what two parts take."""
+        return Flops(self.forward + other.forward, self.backward + other.backward)
+
+    @property
+    def total(self) -> float:
+        """Of both passes."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method's model costs to train.
+
+    Attributes:
+        flops: Per token of training.
+        total: Parameters of the model.
+        trainable: Parameters that train.
+        added: Parameters beside the backbone's.
+        active: Most parameters that a token's prediction can depend on.
+    """
+
+    flops: Flops
+    total: int
+    trainable: int
+    added: int
+    active: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Shape of a decoder layer.
+
+    Attributes:
+        stages: Its matrices in the order of the data: into attention, out of it, into the feed-forward part, out of it.
+        width: Width of attention, heads times their size.
+        parameters: All its parameters.
+        parallel: Whether attention and the feed-forward part both read the layer's input.
+        fused: Whether attention computes its scores again in the backward pass.
+        normed: Whether a norm comes before attention.
+    """
+
+    stages: tuple[Matrices, Matrices, Matrices, Matrices]
+    width: int
+    parameters: int
+    parallel: bool
+    fused: bool
+    normed: bool
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """All its matrices, in the order of the data."""
+        return {path: size for stage in self.stages for path, size in stage.items()}
+
+    @property
+    def weights(self) -> int:
+        """Weights of all its matrices, P."""
+        return size(self.matrices)
+
+    def attention(self, length: int, *, passes: bool = True) -> Flops:
+        """Return what attention takes per token; `passes`: whether gradients go through it."""
+        forward = 4.0 * length * self.width
+        return Flops(forward, passes * (2.5 if self.fused else 2.0) * forward)
+
+    def flops(self, length: int, *, trains: bool, upstream: bool = True) -> Flops:
+        """Return what the layer takes per token.
+
+        Args:
+            length: Tokens of a row, S.
+            trains: Whether its weights train.
+            upstream: Whether something before the layer trains, so that gradients go on through it.
+        """
+        one = 2.0 * self.weights
+        backward = one * (2 if trains else int(upstream))
+        if trains and not upstream and not self.normed:
+            backward -= 2.0 * size(self.stages[0])
+        return Flops(one, backward) + self.attention(length, passes=trains or upstream)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Shape of a decoder.
+
+    Attributes:
+        layers: Its layers.
+        hidden: Size of a hidden state, d.
+        vocabulary: Outputs of the head, V.
+        parameters: All its parameters; tied ones count once.
+    """
+
+    layers: tuple[Layer, ...]
+    hidden: int
+    vocabulary: int
+    parameters: int
+
+    def head(self, *, trains: bool, upstream: bool = True) -> Flops:
+        """Return what the head takes per token."""
+        one = 2.0 * self.hidden * self.vocabulary
+        return Flops(one, one * (int(upstream) + int(trains)))
+
+
+def size(matrices: Matrices) -> int:
+    """Return the weights of matrices.
+
+    >>> size({"q_proj": (4, 4), "k_proj": (4, 2)})
+    24
+    """
+    return sum(inputs * outputs for inputs, outputs in matrices.values())
+
+
+def add(parts: Iterable[Flops]) -> Flops:
+    """Add up what parts take.
+
+    >>> add([Flops(1.0, 2.0), Flops(3.0, 4.0)])
+    Flops(forward=4.0, backward=6.0)
+    """
+    return reduce(Flops.__add__, parts, Flops())
+
+
+def full(shape: Shape, length: int) -> Cost:
+    """Return what it costs to train every parameter of a decoder on rows of `length` tokens."""
+    flops = add(layer.flops(length, trains=True) for layer in shape.layers) + shape.head(trains=True)
+    size = shape.parameters
+    return Cost(flops=flops, total=size, trainable=size, added=0, active=size)
+
+
+def untouched(shape: Shape, length: int) -> Cost:
+    """Return what a decoder costs that is not trained at all."""
+    flops = add(layer.flops(length, trains=False, upstream=False) for layer in shape.layers)
+    flops += shape.head(trains=False, upstream=False)
+    return Cost(flops=flops, total=shape.parameters, trainable=0, added=0, active=shape.parameters)
+
+
+def layers_per_block(num_layers: int, num_blocks: int) -> int:
+    """Return L / B.
+
+    Raises:
+        ConfigError: B does not divide L.
+    """
+    per_block, rest = divmod(num_layers, num_blocks)
+    if rest:
+        valid = [number for number in range(1, num_layers + 1) if num_layers % number == 0]
+        raise ConfigError(f"method.num_blocks={num_blocks}: {num_layers} layers divide into {valid} blocks")
+    return per_block
+
+
+def blocks(shape: Shape, num_blocks: int, expert_layers: int) -> list[tuple[list[Layer], list[Layer]]]:
+    """Return the layers of every block of a modular model: the backbone's, and those of one expert.
+
+    Raises:
+        ConfigError: B does not divide L.
+    """
+    per_block = layers_per_block(len(shape.layers), num_blocks)
+    found = []
+    for start in range(0, len(shape.layers), per_block):
+        block = list(shape.layers[start : start + per_block])
+        found.append((block, [block[number % per_block] for number in range(expert_layers)]))
+    return found
+
+
+def beside(shape: Shape, num_experts: int, num_blocks: int, expert_layers: int) -> tuple[int, int]:
+    """Return the parameters that a modular model has beside its backbone's: those of N experts, and those of its gates.
+
+    Raises:
+        ConfigError: B does not divide L.
+    """
+    expert = sum(layer.parameters for _, layers in blocks(shape, num_blocks, expert_layers) for layer in layers)
+    return num_experts * expert, num_blocks * (num_experts + 1) * (shape.hidden + 1)
+
+
+@cache
+def shape_of(backbone: Backbone) -> Shape:
+    """Return the shape of a backbone, from its configuration alone.
+
+    Raises:
+        ConfigError: The backbone cannot be had.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = AutoConfig.from_pretrained(locate(backbone), trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings)
+    trunk, name = stack(model)
+    config = model.config.get_text_config()
+    return Shape(
+        layers=tuple(layer_shape(layer, config) for layer in getattr(trunk, name)),
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def layer_shape(layer: nn.Module, config: Any) -> Layer:
+    """Return the shape of a decoder layer."""
+    stages: tuple[dict[str, tuple[int, int]], ...] = ({}, {}, {}, {})
+    for path, module in layer.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.ndim != 2:
+            continue
+        inputs, outputs = weight.shape if type(module).__name__ == "Conv1D" else reversed(weight.shape)
+        attends = "att" in path.partition(".")[0]
+        stages[2 * (not attends) + (path.rpartition(".")[2] in OUTPUTS)][path] = (inputs, outputs)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
+    return Layer(
+        stages=(stages[0], stages[1], stages[2], stages[3]),
+        width=config.num_attention_heads * width,
+        parameters=sum(parameter.numel() for parameter in layer.parameters()),
+        parallel=bool(getattr(config, "use_parallel_residual", False)),
+        fused=config._attn_implementation != "eager" and not dropout,
+        normed=any(hasattr(layer, name) for name in ("input_layernorm", "ln_1")),
+    )
+
+
+def adapted(layer: Layer, length: int, targets: Mapping[str, int], *, upstream: bool) -> Flops:
+    """Return what a frozen layer with low-rank adapters takes per token.
+
+    A matrix passes gradients on to its inputs only where something before it trains: in the first layer what leads
+    into attention has nothing before it, and attention itself runs backward only for adapters that lead into it.
+
+    Args:
+        layer: Shape of the layer.
+        length: Tokens of a row.
+        targets: Rank of the adapter of every matrix that has one, by its path.
+        upstream: Whether something before the layer trains.
+    """
+    into, out, up, down = layer.stages
+    within = upstream or any(path in targets for path in into)
+    after = upstream or (not layer.parallel and (within or any(path in targets for path in out)))
+    reached = (upstream, within, after, after or any(path in targets for path in up))
+    parts = [layer.attention(length, passes=within)]
+    for stage, passes in zip((into, out, up, down), reached, strict=True):
+        for path, (inputs, outputs) in stage.items():
+            parts.append(Flops(2 * inputs * outputs, 2 * inputs * outputs if passes else 0))
+            rank = targets.get(path, 0)
+            parts.append(Flops(2 * rank * (inputs + outputs), 2 * rank * ((1 + passes) * inputs + 2 * outputs)))
+    return add(parts)
+
+
+def counted(model: nn.Module, rows: Tensor, context: AbstractContextManager[Any]) -> Flops:
+    """Count what a step takes per token, by torch's counter, over a forward and a backward pass on a few rows.
+
+    The head is added by its formula, since the counter does not see into the loss that is fused with it. The model's
+    gradients are gone afterwards; its weights are as they were.
+
+    Args:
+        model: A causal LM, ready to train.
+        rows: Tokens, (B, S).
+        context: Context of the forward pass, such as autocast.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from mode.loss import head, hidden_states
+
+    counter = FlopCounterMode(display=False, custom_mapping=attention_on_cpu())
+    with counter:
+        with context:
+            states = hidden_states(model, rows)
+        forward = counter.get_total_flops()
+        if states.requires_grad:
+            torch.autograd.backward(states, torch.ones_like(states))
+    model.zero_grad(set_to_none=True)
+    weight, passes = head(model), states.requires_grad
+    backward = counter.get_total_flops() - forward
+    last = Flops(2.0 * weight.numel(), 2.0 * weight.numel() * (passes + (passes and weight.requires_grad)))
+    return Flops(forward / rows.numel(), backward / rows.numel()) + last
+
+
+def attention_on_cpu() -> dict[Any, Any]:
+    """Return the formulas of attention's kernels for the CPU, which torch's counter does not know."""
+    import torch
+    from torch.utils import flop_counter
+
+    formulas: Any = flop_counter
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        return formulas.sdpa_flop_count(query, key, value)
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        return formulas.sdpa_backward_flop_count(grad, query, key, value)
+
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }

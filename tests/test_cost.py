@@ -1,0 +1,177 @@
+"""What training costs: the closed forms against torch's counter and against built models, and budgets made of them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mode import config
+from mode.backbone import load_model
+from mode.cost import counted, shape_of
+from mode.forecast import forecast
+from mode.method import Material, Method
+from mode.record import Record
+from mode.reproduce import forecasts, stages_of
+from mode.runner import execute, prepare_run
+from mode.settings import ConfigError, Run
+from tests.conftest import World
+from tests.families import FAMILIES, make_model
+from tests.test_cli import call
+
+FRESH = ("method=mode", "method.start=fresh")
+METHODS: dict[str, tuple[str, ...]] = {
+    "sft": ("method=sft",),
+    "lora attention": ("method=lora",),
+    "lora q and v": ("method=lora", "method.target_modules=[q_proj,v_proj]"),
+    "lora k": ("method=lora", "method.target_modules=[k_proj]"),
+    "lora o": ("method=lora", "method.target_modules=[o_proj]"),
+    "lora feed-forward": ("method=lora", "method.target_modules=[gate_proj,up_proj,down_proj]"),
+    "lora down": ("method=lora", "method.target_modules=[down_proj]"),
+    **{f"mode {count}": (*FRESH, f"method.num_experts={count}") for count in (1, 2, 4)},
+    "mode 2 blocks, 2 layers": (*FRESH, "method.num_blocks=2", "method.expert_layers=2"),
+    "backbone": ("method=backbone",),
+}
+
+
+def run_of(world: World, *overrides: str) -> Run:
+    return config.compose([*world.overrides, *overrides], world.conf)
+
+
+def built(run: Run) -> Any:
+    assert isinstance(run.method, Method)
+    return run.method.build(run, Material(backbone=lambda: load_model(run.backbone)))
+
+
+def check(run: Run, model: Any) -> None:
+    """Compare a closed form with what torch counts, and with the model's own parameters."""
+    assert isinstance(run.method, Method)
+    cost = run.method.cost(run)
+    assert cost is not None
+    model.train()
+    found = counted(model, torch.zeros(2, run.train.sequence_length, dtype=torch.long), nullcontext())
+    assert found.forward == pytest.approx(cost.flops.forward, rel=0.01)
+    assert found.backward == pytest.approx(cost.flops.backward, rel=0.01)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    assert cost.total == sum(sizes)
+    assert cost.trainable == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert cost.added == cost.total - shape_of(run.backbone).parameters
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_closed_forms_agree_with_torchs_counter_and_the_models_parameters(world: World, name: str) -> None:
+    run = run_of(world, *METHODS[name])
+    check(run, built(run))
+
+
+def test_gates_alone_take_less_than_experts_beside_them(world: World) -> None:
+    run = run_of(world, *FRESH)
+    model = built(run)
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.requires_grad_(False)
+    check(run_of(world, "method=mode", "method.train_experts=false"), model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["sft", "lora attention", "mode 2"])
+def test_closed_forms_hold_on_every_family(world: World, tmp_path: Path, family: str, name: str) -> None:
+    make_model(family).save_pretrained(tmp_path / family)
+    run = run_of(world, *METHODS[name], f"backbone.path={tmp_path / family}", "train.sequence_length=16")
+    check(run, built(run))
+
+
+def test_the_count_leaves_the_model_as_it_was(world: World) -> None:
+    model = built(run_of(world, "method=sft"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    counted(model, torch.zeros(1, 8, dtype=torch.long), nullcontext())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_only_chosen_branches_are_active(world: World) -> None:
+    dense, sparse = (run_of(world, *FRESH, "method.num_blocks=3", f"method.gate.top_k={k}") for k in ("null", "1"))
+    assert isinstance(dense.method, Method)
+    one, other = dense.method.cost(dense), sparse.method.cost(sparse)  # type: ignore[attr-defined]
+    assert one is not None
+    assert one.active == one.total
+    layer = shape_of(dense.backbone).layers[0].parameters
+    # Of every block's backbone (two layers) and two experts (one layer each), the backbone is the largest.
+    assert one.active - other.active == 3 * 2 * layer
+
+
+ROWS = {
+    "sft": ("method=sft",),
+    "lora": ("method=lora",),
+    "mode": ("method=mode",),
+    "frozen": ("method=mode", "method.train_experts=false"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_equal_operations_are_what_full_fine_tuning_takes(world: World, name: str) -> None:
+    given = ("train.steps=200", "budget=compute")
+    whole = forecast(run_of(world, "method=sft", "train.steps=200"))
+    stages = [forecast(run) for run in stages_of(run_of(world, *ROWS[name], *given))]
+    assert whole is not None
+    assert sum(stage.flops for stage in stages if stage) == pytest.approx(whole.flops, rel=0.01)
+
+
+@pytest.mark.parametrize("policy", ["data", "params"])
+@pytest.mark.parametrize("name", ROWS)
+def test_equal_tokens_are_shared_by_the_stages(world: World, name: str, policy: str) -> None:
+    stages = [forecast(run) for run in stages_of(run_of(world, *ROWS[name], "train.steps=31", f"budget={policy}"))]
+    assert sum(stage.steps for stage in stages if stage) == 31
+
+
+def test_equal_parameters_raise_the_rank_of_adapters(world: World) -> None:
+    lora, mode = (run_of(world, f"method={name}", "budget=params") for name in ("lora", "mode"))
+    plain = run_of(world, "method=lora")
+    told = [forecast(run) for run in (lora, mode, plain)]
+    assert all(told)
+    adapters, experts, before = (each.trainable for each in told if each)
+    step = before / plain.method.rank  # type: ignore[attr-defined]
+    assert abs(adapters - experts) <= step / 2
+    model = built(lora)
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == adapters
+    (scale,) = {module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")}
+    settings: Any = lora.method
+    assert scale == pytest.approx(settings.alpha / settings.rank)
+
+
+@pytest.mark.parametrize("policy", ["data", "params", "compute"])
+def test_a_budget_that_changes_nothing_is_no_other_run(world: World, policy: str) -> None:
+    for name in ("backbone", "sft"):
+        one, same = (prepare_run(run_of(world, f"method={name}", f"budget={each}")).id for each in ("paper", policy))
+        assert one == same
+    one, same = (prepare_run(run_of(world, "method=mode", f"budget={each}")).id for each in ("paper", policy))
+    assert one != same
+
+
+def test_a_record_has_the_forecast_and_what_was_counted(world: World) -> None:
+    record: Record = execute(run_of(world, "method=sft", "train.steps=3"))
+    told = record.happened["forecast"]
+    assert told["tokens"] == record.happened["tokens"]
+    assert record.happened["flops"] == pytest.approx(told["flops"], rel=0.01)
+    sizes = record.happened["parameters"]
+    assert {name: told[name] for name in sizes} == sizes
+
+
+def test_a_method_that_does_not_say_what_it_takes_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(world, "method=sft", "budget=compute")
+    monkeypatch.setattr(type(run.method), "cost", Method.cost)
+    with pytest.raises(ConfigError, match="SFT does not say what it takes"):
+        execute(run)
+    assert execute(config.replace(run, budget=config.replace(run.budget, policy="data"))).happened["forecast"] is None
+    assert forecasts("table1", world.overrides, world.conf)["SFT"] is None
+
+
+def test_the_forecast_of_a_table_is_printed(world: World) -> None:
+    result = call(world, "show", "budget", "table1", "train.steps=60")
+    assert result.exit_code == 0, result.output
+    assert "TFLOPs" in result.stdout
+    assert call(world, "show", "budget", "tabel1").exit_code == 2
