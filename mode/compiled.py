@@ -7,12 +7,18 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from mode.noise import Interval, over_documents, over_seeds, resampled
 from mode.record import Record
-from mode.table import Table, distinct, select, with_needs
+from mode.table import Table, compose_rows, only, select, with_needs
 
 QUALITY_DECIMALS = 2
+Number = TypeVar("Number", float, NDArray[np.float64])
+"""A quality, or the same in every resample."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,26 @@ def cell(values: Sequence[float]) -> Cell | None:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """A paired difference between two rows.
+
+    Attributes:
+        cell: Its mean and deviation over seeds.
+        documents: Its interval over documents, of the mean over seeds.
+        seeds: Its interval over seeds; None with a single one.
+    """
+
+    cell: Cell
+    documents: Interval
+    seeds: Interval | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether neither the choice of documents nor, where there are several, that of seeds explains it."""
+        return self.documents.excludes_zero and (self.seeds is None or self.seeds.excludes_zero)
+
+
+@dataclass(frozen=True)
 class Line:
     """One row of a table, computed from its records.
 
@@ -49,6 +75,7 @@ class Line:
         name: Row name.
         label: What people read.
         quality: Per seed: accuracy of every domain, `average` and `retention`, in per cent and points.
+        resampled: The same in every resample of the documents.
         cost: Parameters in millions, steps, tokens in millions and seconds over all stages, n.
         gates: By domain, every block's mean gate weights over seeds, the backbone's first; empty without gates.
         branches: Names of the branches.
@@ -58,6 +85,7 @@ class Line:
     name: str
     label: str
     quality: Mapping[int, Mapping[str, float]]
+    resampled: Mapping[int, Mapping[str, NDArray[np.float64]]]
     cost: Mapping[str, float]
     gates: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     branches: tuple[str, ...] = ()
@@ -67,11 +95,17 @@ class Line:
         """Return a column's mean and deviation over seeds."""
         return cell([values[column] for values in self.quality.values() if column in values])
 
-    def minus(self, other: Line, column: str) -> Cell | None:
+    def minus(self, other: Line, column: str) -> Difference | None:
         """Return the paired difference to another row over the seeds that both have."""
-        both = [seed for seed in self.quality if seed in other.quality]
-        pairs = [(self.quality[seed], other.quality[seed]) for seed in both]
-        return cell([mine[column] - theirs[column] for mine, theirs in pairs if column in mine and column in theirs])
+        both = [
+            seed for seed, values in self.quality.items() if column in values and column in other.quality.get(seed, {})
+        ]
+        summary = cell([self.quality[seed][column] - other.quality[seed][column] for seed in both])
+        if summary is None:
+            return None
+        documents = over_documents([self.resampled[seed][column] - other.resampled[seed][column] for seed in both])
+        seeds = over_seeds([self.quality[seed][column] - other.quality[seed][column] for seed in both])
+        return Difference(summary, documents, seeds)
 
 
 @dataclass(frozen=True)
@@ -98,8 +132,9 @@ class Compiled:
 
 def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[str], extra: Path | None) -> Compiled:
     """Compile a table from records."""
-    table = distinct(table, overrides, extra)
-    chosen, left_out = select(table, records, overrides, extra)
+    runs = compose_rows(table, overrides, extra)
+    table = only(table, runs)
+    chosen, left_out = select(runs, records)
     by_id = {record.id: record for record in records}
     first = next((record for found in chosen.values() for record in found), None)
     domains = tuple(first.happened["scores"]) if first else ()
@@ -138,6 +173,7 @@ def make_line(
         name=name,
         label=label,
         quality=quality,
+        resampled={record.seed: resampled_qualities(record, bare) for record in records},
         cost=cost,
         gates=mean_gates(records),
         branches=branches(records),
@@ -184,12 +220,38 @@ def branches(records: Sequence[Record]) -> tuple[str, ...]:
 
 def qualities(record: Record, bare: Record | None) -> dict[str, float]:
     """Return accuracies in per cent, their average, and retention: points gained on the other domains."""
-    scores, targets = record.happened["scores"], record.asked["targets"]
-    values = {name: 100.0 * score["accuracy"] for name, score in scores.items()}
-    values["average"] = statistics.fmean(values.values())
-    values["target"] = statistics.fmean(values[name] for name in targets)
+    before = accuracies(bare) if bare is not None else None
+    return combined(accuracies(record), record.asked["targets"], before)
+
+
+def resampled_qualities(record: Record, bare: Record | None) -> dict[str, NDArray[np.float64]]:
+    """Return the same in every resample of the documents."""
+    before = resampled(bare.happened["scores"]) if bare is not None else None
+    return combined(resampled(record.happened["scores"]), record.asked["targets"], before)
+
+
+def accuracies(record: Record) -> dict[str, float]:
+    """Return a record's accuracies by domain."""
+    return {name: score["accuracy"] for name, score in record.happened["scores"].items()}
+
+
+def combined(
+    scores: Mapping[str, Number], targets: Sequence[str], before: Mapping[str, Number] | None
+) -> dict[str, Number]:
+    """Return accuracies in per cent, their average, the targets' average, and retention where it can be known.
+
+    >>> combined({"code": 0.5, "english": 0.25}, ["code"], {"code": 0.25, "english": 0.5})
+    {'code': 50.0, 'english': 25.0, 'average': 37.5, 'target': 50.0, 'retention': -25.0}
+    """
+    values = {name: 100.0 * score for name, score in scores.items()}
+    found = {**values, "average": mean(list(values.values())), "target": mean([values[name] for name in targets])}
     others = [name for name in scores if name not in targets]
-    if bare is not None and others:
-        before = bare.happened["scores"]
-        values["retention"] = statistics.fmean(values[name] - 100.0 * before[name]["accuracy"] for name in others)
-    return values
+    if before is not None and others:
+        found["retention"] = mean([values[name] - 100.0 * before[name] for name in others])
+    return found
+
+
+def mean(values: Sequence[Number]) -> Number:
+    """Return the mean of numbers, or of arrays element by element."""
+    total: Number = sum(values[1:], start=values[0]) / len(values)
+    return total

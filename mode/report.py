@@ -35,19 +35,18 @@ def render(compiled: Compiled) -> dict[str, str]:
 
 
 def frame(compiled: Compiled, *, strong: str = "{}") -> pd.DataFrame:
-    """Return the table as people read it; the best mean of each quality column is set in `strong`."""
-    best = {column: best_mean(compiled, column) for column in compiled.columns}
+    """Return the table as people read it; what is beyond noise is set in `strong`: winners, and differences."""
     shown, rows = cost_columns(compiled), []
+    winners = {column: winner(compiled, column) for column in compiled.columns}
     for line in compiled.lines:
         row: dict[str, str] = {"Method": line.label}
         for column in compiled.columns:
             value = line.cell(column)
             text = value.text(signed=column == "retention") if value else "–"
-            wins = value is not None and value.mean == best[column] and competes(line, column)
-            row[heading(column)] = strong.format(text) if wins else text
+            row[heading(column)] = strong.format(text) if winners[column] == line.name else text
         rows.append(row | costs(line, shown))
     for left, right in compiled.table.differences:
-        rows.append(difference(compiled, left, right, shown))
+        rows.append(difference(compiled, left, right, shown, strong))
     return pd.DataFrame(rows)
 
 
@@ -57,10 +56,15 @@ def cost_columns(compiled: Compiled) -> list[str]:
     return [name for name in names if name != "flops" or any(name in line.cost for line in compiled.lines)]
 
 
-def best_mean(compiled: Compiled, column: str) -> float | None:
-    """Return the best mean of a quality column."""
-    cells = [line.cell(column) for line in compiled.lines if competes(line, column)]
-    return max((value.mean for value in cells if value is not None), default=None)
+def winner(compiled: Compiled, column: str) -> str | None:
+    """Return the row with the best mean of a quality column, if it is better than every other beyond noise."""
+    cells = [(line, line.cell(column)) for line in compiled.lines if competes(line, column)]
+    lines = sorted(((value.mean, line.name) for line, value in cells if value is not None), reverse=True)
+    if len(lines) < 2:
+        return None
+    best = compiled.line(lines[0][1])
+    gaps = [best.minus(compiled.line(name), column) for _, name in lines[1:]]
+    return best.name if all(gap is not None and gap.holds and gap.cell.mean > 0.0 for gap in gaps) else None
 
 
 def competes(line: Line, column: str) -> bool:
@@ -81,16 +85,30 @@ def costs(line: Line, names: Sequence[str]) -> dict[str, str]:
     }
 
 
-def difference(compiled: Compiled, left: str, right: str, names: Sequence[str]) -> dict[str, str]:
+def difference(compiled: Compiled, left: str, right: str, names: Sequence[str], strong: str = "{}") -> dict[str, str]:
     """Render the row of paired differences between two lines."""
     one, other = compiled.line(left), compiled.line(right)
     row = {"Method": f"{one.label} − {other.label}"}
     for column in compiled.columns:
-        value = one.minus(other, column)
-        row[heading(column)] = value.text(signed=True) if value else "–"
+        gap = one.minus(other, column)
+        text = gap.cell.text(signed=True) if gap else "–"
+        row[heading(column)] = strong.format(text) if gap and gap.holds else text
     empty = {COLUMNS[name]: "" for name in names}
     both = [seed for seed in one.quality if seed in other.quality]
     return row | {name: value for name, value in empty.items() if name not in row} | {"n": str(len(both))}
+
+
+def intervals(compiled: Compiled) -> pd.DataFrame:
+    """Return the differences' intervals over documents."""
+    rows = []
+    for left, right in compiled.table.differences:
+        one, other = compiled.line(left), compiled.line(right)
+        row = {"Difference": f"{one.label} − {other.label}"}
+        for column in compiled.columns:
+            gap = one.minus(other, column)
+            row[heading(column)] = f"{gap.documents.low:+.2f} to {gap.documents.high:+.2f}" if gap else "–"
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def markdown(compiled: Compiled) -> str:
@@ -100,6 +118,14 @@ def markdown(compiled: Compiled) -> str:
     sides = ["left", *["right"] * (len(table.columns) - 1)]
     parts = [f"# {compiled.table.title}", "", table.to_markdown(index=False, disable_numparse=True, colalign=sides)]
     parts += ["", *notes(compiled)]
+    spread = intervals(compiled)
+    if len(spread):
+        parts += ["", "95 % intervals of the differences, from a paired bootstrap over documents:", ""]
+        parts += [
+            spread.to_markdown(
+                index=False, disable_numparse=True, colalign=["left"] + ["right"] * (spread.shape[1] - 1)
+            )
+        ]
     published = published_frame(compiled)
     if published is not None and compiled.table.published is not None:
         source = compiled.table.published
@@ -115,8 +141,8 @@ def notes(compiled: Compiled) -> list[str]:
         "n seeds. "
         "Retention: points gained or lost against the untouched backbone on the domains that are not targets. "
         "Trained: the most that any one stage trains. Steps, tokens and seconds count every stage. Differences are "
-        "paired by seed. Bold: the best mean, which need "
-        "not be a significant difference."
+        "paired by seed. Bold: beyond noise, of a difference or of the best row against every other: the 95 % interval "
+        "of a paired bootstrap over documents excludes zero, and with several seeds that of a paired t over seeds too."
     ]
     if compiled.table.choose:
         lines += ["", *chosen_settings(compiled)]
@@ -199,7 +225,10 @@ def escape(text: str) -> str:
 
 
 def csv(compiled: Compiled) -> str:
-    """Render a compiled table as CSV: one line per row and column, with mean, standard deviation and n."""
+    """Render a compiled table as CSV: one line per row and column, with mean, standard deviation and n.
+
+    Differences have the ends of their 95 % interval over documents besides.
+    """
     rows: list[dict[str, Any]] = []
     for line in compiled.lines:
         for column in compiled.columns:
@@ -209,8 +238,17 @@ def csv(compiled: Compiled) -> str:
         rows += [
             {"row": line.name, "column": name, "mean": amount} for name, amount in line.cost.items() if name != "n"
         ]
+    for left, right in compiled.table.differences:
+        for column in compiled.columns:
+            gap = compiled.line(left).minus(compiled.line(right), column)
+            if gap is not None:
+                told = {"mean": gap.cell.mean, "std": gap.cell.std, "n": gap.cell.n}
+                ends = {"low": gap.documents.low, "high": gap.documents.high}
+                rows.append({"row": f"{left} - {right}", "column": column, **told, **ends})
     return str(
-        pd.DataFrame(rows, columns=["row", "column", "mean", "std", "n"]).to_csv(index=False, float_format="%.6g")
+        pd.DataFrame(rows, columns=["row", "column", "mean", "std", "n", "low", "high"]).to_csv(
+            index=False, float_format="%.6g"
+        )
     )
 
 

@@ -17,7 +17,7 @@ from mode.forecast import Forecast, forecast
 from mode.method import Method
 from mode.runner import Prepared, execute, finished, has_weights, prepare_run
 from mode.settings import ConfigError, Run
-from mode.table import distinct, load_table, row_run
+from mode.table import compose_rows, load_table, row_run
 
 
 class Display(Protocol):
@@ -63,12 +63,13 @@ def forecasts(name: str, overrides: Sequence[str], extra: Path | None) -> dict[s
     Raises:
         ConfigError: There is no such table, or its settings do not fit.
     """
-    table = distinct(load_table(name, extra), overrides, extra)
+    table = load_table(name, extra)
+    labels = {row.name: row.label for row in table.rows}
     found: dict[str, tuple[Forecast, ...] | None] = {}
-    for row in table.rows:
-        stages = [forecast(run) for run in stages_of(row_run(table, row, 0, overrides, extra))]
+    for row, run in compose_rows(table, overrides, extra).items():
+        stages = [forecast(stage) for stage in stages_of(run)]
         told = tuple(stage for stage in stages if stage is not None)
-        found[row.label] = told if len(told) == len(stages) else None
+        found[labels[row]] = told if len(told) == len(stages) else None
     return found
 
 

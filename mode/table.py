@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,14 +100,26 @@ def row_run(table: Table, row: Row, seed: int, overrides: Sequence[str], extra: 
     return named
 
 
-def distinct(table: Table, overrides: Sequence[str], extra: Path | None = None) -> Table:
-    """Return a table without the rows that ask for the same run as one before them, as rows may under some budgets."""
-    kept: dict[str, Row] = {}
+def compose_rows(table: Table, overrides: Sequence[str], extra: Path | None = None) -> dict[str, Run]:
+    """Compose the run of every row with seed 0, by row name; of rows that ask for the same run, the first alone.
+
+    Under some budgets two rows ask for the same.
+
+    Raises:
+        ConfigError: A row's settings do not compose.
+    """
+    found: dict[str, tuple[str, Run]] = {}
     for row in table.rows:
-        kept.setdefault(str(config.asked(row_run(table, row, 0, overrides, extra))), row)
-    names = [row.name for row in kept.values()]
+        run = row_run(table, row, 0, overrides, extra)
+        found.setdefault(str(config.asked(run)), (row.name, run))
+    return dict(found.values())
+
+
+def only(table: Table, names: Collection[str]) -> Table:
+    """Return a table with some of its rows, and the differences between those."""
+    rows = tuple(row for row in table.rows if row.name in names)
     pairs = tuple(pair for pair in table.differences if set(pair) <= set(names))
-    shorter: Table = config.replace(table, rows=tuple(kept.values()), differences=pairs)
+    shorter: Table = config.replace(table, rows=rows, differences=pairs)
     return shorter
 
 
@@ -152,22 +164,23 @@ def last(overrides: Sequence[str], group: str) -> str | None:
     return chosen[-1] if chosen else None
 
 
-def select(
-    table: Table, records: Sequence[Record], overrides: Sequence[str], extra: Path | None = None
-) -> tuple[dict[str, list[Record]], int]:
+def select(runs: Mapping[str, Run], records: Sequence[Record]) -> tuple[dict[str, list[Record]], int]:
     """Find the records of every row, one per seed, all under one sky.
 
     Where records were made under several skies (other data or another backbone), the sky with the most records is
     taken, since scores under different skies cannot be compared.
 
+    Args:
+        runs: The run of every row with some seed, by row name.
+        records: All records.
+
     Returns:
         Records by row, in order of seed, and the number of matching records left out.
     """
     matching: dict[str, list[Record]] = {}
-    for row in table.rows:
-        run = row_run(table, row, 0, overrides, extra)
+    for name, run in runs.items():
         wanted = without_seed(config.asked(run) | {"backbone": {"name": run.backbone.name}})
-        matching[row.name] = [record for record in records if without_seed(record.asked) == wanted]
+        matching[name] = [record for record in records if without_seed(record.asked) == wanted]
     skies = [record.sky for found in matching.values() for record in found]
     chosen = max(sorted(set(skies)), key=skies.count) if skies else ""
     kept = {

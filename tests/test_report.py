@@ -91,6 +91,11 @@ def conf(shared_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def scored(accuracy: float) -> dict[str, Any]:
+    """Return a domain's score with the same accuracy in every document."""
+    return {"accuracy": accuracy, "document_tokens": [1000] * 8, "document_hits": [round(1000 * accuracy)] * 8}
+
+
 def made(conf: Path, table: str, row: str, seed: int, scores: tuple[float, ...], **changes: Any) -> Record:
     """Return the record that a run of a table's row would leave."""
     loaded = load_table(table, conf)
@@ -105,7 +110,7 @@ def made(conf: Path, table: str, row: str, seed: int, scores: tuple[float, ...],
         "seconds": (10.0 + seed) * trains,
         "parameters": {"total": 5_000_000, "trainable": 2_000_000 * trains, "added": 0},
         "split": run.evaluate.split,
-        "scores": {name: {"accuracy": value} for name, value in zip(run.evaluate.domains, scores, strict=True)},
+        "scores": {name: scored(value) for name, value in zip(run.evaluate.domains, scores, strict=True)},
         "curve": [],
     }
     needs = list(changes.pop("needs", ()))
@@ -182,7 +187,8 @@ def test_differences_are_paired_over_the_seeds_that_both_have(compiled: Compiled
     gap = compiled.line("mode-2x").minus(compiled.line("lora"), "prose")
     pairs = [58.0 - 55.0, 58.5 - 59.0]
     assert gap is not None
-    assert (gap.n, gap.mean, gap.std) == pytest.approx((2, statistics.fmean(pairs), statistics.stdev(pairs)))
+    told = (gap.cell.n, gap.cell.mean, gap.cell.std)
+    assert told == pytest.approx((2, statistics.fmean(pairs), statistics.stdev(pairs)))
     assert compiled.line("mode-2x-frozen").minus(compiled.line("sft"), "prose") is None
 
 
@@ -275,13 +281,13 @@ def test_a_cell_of_one_seed_keeps_its_digits_and_its_sign(conf: Path) -> None:
     one = [made(conf, "tiny", row, 0, (0.5, 0.615, 0.7 if row == "sft" else 0.6)) for row in ("backbone", "sft", "lora",
            "mode-2x", "mode-2x-frozen")]  # fmt: skip
     table = parsed(markdown(compile_table(load_table("tiny", conf), one, [], conf)))
-    assert table["SFT"]["Sums"] == "**50.00**"
+    assert table["SFT"]["Sums"] == "50.00"  # all rows are equal there
     assert table["SFT"]["Retention"] == "**+10.00**"
     assert table["LoRA & 100%_x"]["Prose"] == "60.00"
     assert table["LoRA & 100%_x"]["Retention"] == "+0.00"
     assert table["LoRA & 100%_x"]["Total M"] == "5.000"
     assert table["MoDE 2x − SFT"]["Sums"] == "+0.00"
-    assert table["MoDE 2x − SFT"]["Prose"] == "-10.00"
+    assert table["MoDE 2x − SFT"]["Prose"] == "**-10.00**"
 
 
 def test_a_column_of_nothing_but_numbers_keeps_its_digits_and_signs(conf: Path) -> None:
@@ -293,16 +299,15 @@ def test_a_column_of_nothing_but_numbers_keeps_its_digits_and_signs(conf: Path) 
     assert (row["Retention"], row["Total M"], row["Tokens M"]) == ("+0.00", "5.000", "0.00")
 
 
-def test_the_best_mean_is_bold_and_nothing_else(compiled: Compiled) -> None:
+def test_what_is_beyond_noise_is_bold_and_nothing_else(compiled: Compiled) -> None:
+    # LoRA has the best mean in most columns for its seed 3 alone, and is worse on the seeds that others have too.
     bold = {
         (label, name) for label, row in parsed(markdown(compiled)).items() for name, text in row.items() if "**" in text
     }
     assert bold == {
-        ("LoRA & 100%_x", "Sums"),
         ("MoDE 2x", "Py"),
-        ("LoRA & 100%_x", "Prose"),
-        ("LoRA & 100%_x", "Average"),
-        ("LoRA & 100%_x", "Retention"),
+        *(("MoDE 2x − SFT", name) for name in ("Py", "Prose", "Average", "Retention")),
+        *(("MoDE 2x − LoRA & 100%_x", name) for name in ("Py", "Average")),
     }
 
 
@@ -313,7 +318,7 @@ def test_the_backbone_is_bold_where_it_is_best_but_never_for_its_own_retention(
     table = parsed(markdown(compile_table(load_table("tiny", conf), worse, [], conf)))
     assert table["Backbone"]["Prose"] == "**60.00**"
     assert table["Backbone"]["Retention"] == "+0.00"
-    assert table["MoDE 2x"]["Retention"] == "**-1.50 ± 0.50**"
+    assert table["MoDE 2x"]["Retention"] == "-1.50 ± 0.50"  # against LoRA it changes its sign with the seed
 
 
 def test_published_values_stand_beside_with_average_and_differences(compiled: Compiled) -> None:
@@ -332,7 +337,8 @@ def test_latex_is_a_whole_table_with_special_characters_escaped(compiled: Compil
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len(rows) == 1 + len(ROWS) + 3
     assert all(len(re.split(r"(?<!\\)&", line)) == 12 for line in rows)
-    assert r"LoRA \& 100\%\_x & \textbf{" in text
+    assert r"LoRA \& 100\%\_x & " in text
+    assert r"MoDE 2x & 51.50 $\pm$ 1.00 & \textbf{70.00 $\pm$ 0.00}" in text
     assert r"51.00 $\pm$ 1.00" in text
     assert r"MoDE 2x $-$ SFT" in text
     assert not set("±−–") & set(text)
@@ -349,6 +355,8 @@ def test_csv_has_the_mean_deviation_and_n_of_every_cell(compiled: Compiled) -> N
     assert (found["backbone", "prose"]["std"], found["backbone", "prose"]["n"]) == ("", "1")
     assert float(found["mode-2x", "steps"]["mean"]) == 14
     assert not any(row == "mode-2x-frozen" for row, _ in found)
+    gap = found["mode-2x - sft", "prose"]
+    assert float(gap["low"]) == pytest.approx(float(gap["mean"])) == float(gap["high"])  # all documents are alike
 
 
 def test_rendering_does_not_depend_on_the_order_of_the_records(
@@ -454,7 +462,7 @@ def test_a_changed_or_lost_record_fails_the_check(conf: Path, results: Path) -> 
     report("tiny", results, extra=conf)
     path = next((results / "records").glob("sft-*-s1-*.json"))
     record = read_record(path)
-    scores = {**record.happened["scores"], "prose": {"accuracy": 0.5}}
+    scores = {**record.happened["scores"], "prose": scored(0.5)}
     write_record(dataclasses.replace(record, happened={**record.happened, "scores": scores}), path.parent)
     stale = [results / f"tiny.{suffix}" for suffix in ("md", "tex", "csv")]
     assert check_tables(results, ["tiny"], conf) == stale
