@@ -8,9 +8,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from mode.backbone import stack
+from mode.checked import STRICT, ConfigError
 from mode.cost import Cost, Layer, Shape, adapted, add, beside, shape_of
 from mode.method import Material, Method
-from mode.settings import STRICT, Budget, ConfigError, Run
+from mode.settings import Budget, Run
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass as settings
 
+from mode.checked import STRICT
 from mode.cost import Cost, full, shape_of
 from mode.method import Material, Method
-from mode.settings import STRICT, Budget, Run
+from mode.settings import Budget, Run
 
 if TYPE_CHECKING:
     from torch import nn

@@ -27,13 +27,13 @@ def gates(
     Example: mode analyze gates 3f2a90c1d2e4 --html gates.html
     """
     with told():
+        from mode.checked import ConfigError
         from mode.export import experts_of
         from mode.files import write_atomic
         from mode.gates import GateMeter, watched
         from mode.generate import Section, read, to_html
         from mode.recall import branches, recall
         from mode.runner import prepare_run, score
-        from mode.settings import ConfigError
 
         if html is not None and not html.parent.is_dir():
             raise ConfigError(f"--html {html}: no folder {html.parent}")

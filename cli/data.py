@@ -12,7 +12,7 @@ from cli.options import ConfOption, DomainOption, Overrides, told, with_domains
 
 if TYPE_CHECKING:
     from mode.data.pack import Packed
-    from mode.settings import Domain
+    from mode.domain import Domain
 
 app = typer.Typer(help="Prepare and describe the domains.", no_args_is_help=True)
 

@@ -30,9 +30,9 @@ def show(
     Example: mode expert show runs/3f2a90c1d2e4/expert
     """
     with told():
+        from mode.checked import ConfigError
         from mode.expert import load_experts
         from mode.recall import branches, expert_folder, recall
-        from mode.settings import ConfigError
 
         runs = runs_folder(overrides, conf)
         if any(path.name.startswith(name) and not (path / "expert").exists() for path in runs.glob("*")):

@@ -34,11 +34,11 @@ def generate(
     Example: mode generate 3f2a "def main():" --gates
     """
     with told():
+        from mode.checked import ConfigError
         from mode.files import write_atomic
         from mode.generate import Sampling, Section, to_html
         from mode.generate import generate as stream
         from mode.recall import branches, recall
-        from mode.settings import ConfigError
 
         recalled = recall(run, runs_folder(overrides, conf))
         names = branches(recalled)

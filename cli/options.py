@@ -49,7 +49,7 @@ ConfOption = Annotated[
 @contextmanager
 def told() -> Iterator[None]:
     """Tell a mistake in one line on stderr, exit code 2; Ctrl-C says that the run goes on where it stopped."""
-    from mode.settings import ConfigError
+    from mode.checked import ConfigError
 
     try:
         yield
@@ -74,7 +74,7 @@ def with_domains(overrides: Sequence[str], domain: str | None) -> list[str]:
     >>> with_domains(["seed=1"], "code,math")
     ['targets=[code,math]', 'seed=1']
     """
-    from mode.settings import ConfigError
+    from mode.checked import ConfigError
 
     if domain is None:
         return list(overrides)
@@ -95,8 +95,8 @@ def with_method(overrides: Sequence[str], method: str, command: str, conf: Path 
 
     A group choice on the command line silently beats an experiment's own, so the two have to agree.
     """
+    from mode.checked import ConfigError
     from mode.config import read_group
-    from mode.settings import ConfigError
 
     rest = []
     for text in overrides:
@@ -131,7 +131,7 @@ def with_fixed(overrides: Sequence[str], fixed: Mapping[str, str], command: str)
     >>> with_fixed(["seed=1"], {"method.start": "fresh"}, "mode train expert")
     ['seed=1', 'method.start=fresh']
     """
-    from mode.settings import ConfigError
+    from mode.checked import ConfigError
 
     rest = []
     for text in overrides:
@@ -149,7 +149,7 @@ def take_list(overrides: Sequence[str], key: str) -> tuple[list[str], list[int] 
     >>> take_list(["seeds=[0,1]", "train.lr=1"], "seeds")
     (['train.lr=1'], [0, 1])
     """
-    from mode.settings import ConfigError
+    from mode.checked import ConfigError
 
     rest, values = [], None
     for text in overrides:

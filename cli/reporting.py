@@ -57,9 +57,9 @@ def rescore(run: Run) -> None:
     from dataclasses import asdict
 
     from cli.train import print_scores
+    from mode.checked import ConfigError
     from mode.device import set_up
     from mode.runner import finished, prepare_run, restore, score
-    from mode.settings import ConfigError
 
     prepared = prepare_run(run)
     record = finished(prepared)
@@ -138,7 +138,7 @@ def report(
     """
     with told():
         from mode import config
-        from mode.settings import ConfigError, nearest
+        from mode.checked import ConfigError, nearest
 
         if table is not None and "=" in table:
             overrides, table = [table, *(overrides or [])], None
@@ -166,8 +166,8 @@ def has_records(results: Path) -> bool:
 def check_published(results: Path, names: Sequence[str], conf: Path | None) -> None:
     """Compare the tables of a results folder with those that follow from its records."""
     from mode.bench import stale_benchmarks
+    from mode.checked import ConfigError
     from mode.report import check_tables
-    from mode.settings import ConfigError
 
     stale = check_tables(results, [name for name in names if name != BENCH], conf)
     stale += stale_benchmarks(results) if BENCH in names else []
@@ -179,8 +179,8 @@ def check_published(results: Path, names: Sequence[str], conf: Path | None) -> N
 def render_tables(names: Sequence[str], results: Path, given: Sequence[str], conf: Path | None, *, write: bool) -> None:
     """Render every table that there are records for, and each under the experiments and budgets that it knows."""
     from mode.bench import report_benchmarks
+    from mode.checked import ConfigError
     from mode.report import report as render_report
-    from mode.settings import ConfigError
 
     shown = 0
     for name in names:
@@ -242,8 +242,8 @@ def reproduce(
 
 def finish(table: str, overrides: Sequence[str], conf: Path | None, outcome: Outcome) -> None:
     """Render the table of what succeeded, and tell what failed."""
+    from mode.checked import ConfigError
     from mode.report import report as render_report
-    from mode.settings import ConfigError
 
     print(f"{outcome.executed} runs executed, {outcome.skipped} existed, {len(outcome.failed)} failed", file=sys.stderr)
     for run_id, error in outcome.failed.items():

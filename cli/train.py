@@ -115,7 +115,7 @@ def compose(
     Example: mode compose code math; mode compose code ~/experts/law
     """
     with told():
-        from mode.settings import ConfigError
+        from mode.checked import ConfigError
 
         names = [text for text in domains or [] if "=" not in text]
         names, given = with_experts(names, [text for text in domains or [] if "=" in text], conf)
@@ -158,7 +158,7 @@ def launch(
 ) -> None:
     """Compose the runs that overrides describe, check them all, then execute them in order."""
     from mode import config
-    from mode.settings import ConfigError
+    from mode.checked import ConfigError
 
     sets = config.expand(overrides) if sweep else [list(overrides)]
     runs = [config.compose(each, conf) for each in sets]

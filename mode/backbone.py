@@ -10,7 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mode.settings import Backbone, ConfigError
+from mode.checked import ConfigError
+from mode.settings import Backbone
 
 if TYPE_CHECKING:
     from torch import nn

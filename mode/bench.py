@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from mode.backbone import weights_fingerprint
+from mode.checked import ConfigError, nearest
 from mode.device import device_name, set_up
 from mode.edge import edge
 from mode.files import write_atomic
 from mode.modular_method import MoDE
 from mode.record import legible, surroundings
-from mode.settings import ConfigError, Run, nearest
+from mode.settings import Run
 from mode.timing import Case, interleave, ratio
 
 SCHEMA = 1

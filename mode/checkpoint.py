@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mode.settings import ConfigError
+from mode.checked import ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from mode.settings import ConfigError, MethodSettings, Run, nearest
+from mode.checked import ConfigError, nearest
+from mode.settings import MethodSettings, Run
 
 TRUSTED = ("mode.", "baselines.")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -120,7 +121,7 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     [Override(key='train.lr', text='train.lr=1.0e-3')]
     >>> parse(["seed=1,2"])
     Traceback (most recent call last):
-    mode.settings.ConfigError: seed=1,2: a comma means a sweep: add --sweep, or write seed=[1,2] for a list
+    mode.checked.ConfigError: seed=1,2: a comma means a sweep: add --sweep, or write seed=[1,2] for a list
     """
     parsed = []
     for text, override in zip(overrides, hydra_parse(overrides), strict=True):
@@ -266,7 +267,7 @@ def field_names(cls: Any, path: Sequence[int | str] = ()) -> set[str]:
     """Return the names of the fields of a settings class, or of the one at a path inside it.
 
     >>> sorted(field_names(Run, ["budget"])), "licence" in field_names(Run, ["domains", "code"])
-    (['policy'], True)
+    (['expert_layers', 'num_blocks', 'policy'], True)
     """
     for part in path:
         if is_dataclass(cls):

@@ -22,7 +22,8 @@ from functools import cache, reduce
 from typing import TYPE_CHECKING, Any
 
 from mode.backbone import locate, stack
-from mode.settings import Backbone, ConfigError
+from mode.checked import ConfigError
+from mode.settings import Backbone
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -8,7 +8,8 @@ import time
 
 import torch
 
-from mode.settings import ConfigError, Run
+from mode.checked import ConfigError
+from mode.settings import Run
 
 
 def set_up(run: Run) -> torch.device:

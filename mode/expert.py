@@ -13,10 +13,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from mode.checked import ConfigError
 from mode.checkpoint import digest, load_tensors, save_tensors
 from mode.files import write_atomic
 from mode.modular import expert_state
-from mode.settings import ConfigError, GateSettings
+from mode.settings import GateSettings
 
 SCHEMA = 1
 ABOUT, TENSORS = "expert.json", "model.safetensors"

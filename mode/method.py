@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from pydantic.dataclasses import dataclass as settings
 
 from mode.backbone import BackboneTokenizer, load_tokenizer, num_parameters, pretraining_data, weights_fingerprint
+from mode.checked import STRICT, ConfigError
 from mode.cost import Cost, full, shape_of, untouched
-from mode.settings import STRICT, Budget, ConfigError, MethodSettings, Run, Split
+from mode.domain import Split
+from mode.settings import Budget, MethodSettings, Run
 
 if TYPE_CHECKING:
     from torch import nn

@@ -18,9 +18,10 @@ from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
 from mode.backbone import load_model, weights_fingerprint
+from mode.checked import ConfigError, nearest
 from mode.cost import layers_per_block
 from mode.modular import blocks_of, compose_experts, insert_blocks, put_expert, slots, with_slots
-from mode.settings import Backbone, ConfigError, GateSettings, nearest
+from mode.settings import Backbone, GateSettings
 
 
 class MoDEConfig(PreTrainedConfig):  # type: ignore[misc]  # the library is untyped

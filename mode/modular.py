@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from mode.backbone import stack
+from mode.checked import ConfigError
 from mode.cost import layers_per_block
 from mode.gate import PLAIN, Gate
-from mode.settings import ConfigError, GateSettings
+from mode.settings import GateSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
+from mode.checked import STRICT, ConfigError
 from mode.config import replace
 from mode.cost import Cost, Flops, add, beside, blocks, shape_of
 from mode.method import Material, Method, Probe, allowance, per_token
-from mode.settings import STRICT, Budget, ConfigError, GateSettings, Run
+from mode.settings import Budget, GateSettings, Run
 
 if TYPE_CHECKING:
     from torch import nn

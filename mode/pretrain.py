@@ -10,12 +10,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from mode.backbone import EOS, BackboneTokenizer, save_backbone, train_tokenizer
+from mode.checked import STRICT, ConfigError
 from mode.data.pack import state_key
 from mode.data.sources import read_documents
 from mode.data.split import divide
+from mode.domain import Split
 from mode.files import write_atomic
 from mode.method import Material, Method
-from mode.settings import STRICT, ConfigError, Run, Split
+from mode.settings import Run
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from mode import config
 from mode.backbone import BackboneTokenizer, load_model, load_tokenizer, locate
+from mode.checked import ConfigError, nearest
 from mode.expert import ABOUT
 from mode.files import SETTINGS
 from mode.runner import prepare_run, restore
-from mode.settings import Backbone, ConfigError, Run, nearest
+from mode.settings import Backbone, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,8 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mode.checked import ConfigError
 from mode.files import write_atomic
-from mode.settings import ConfigError, Run
+from mode.settings import Run
 
 SCHEMA = 1
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy", "reasoning-gym", "mwparserfromhell")

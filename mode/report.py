@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 
+from mode.checked import ConfigError
 from mode.compiled import Compiled, Line, compile_table
 from mode.record import read_records
-from mode.settings import ConfigError
 from mode.table import load_table, stem
 
 COLUMNS = {

@@ -13,10 +13,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
 
+from mode.checked import ConfigError
 from mode.forecast import Forecast, forecast
 from mode.method import Method
 from mode.runner import Prepared, execute, finished, has_weights, prepare_run
-from mode.settings import ConfigError, Run
+from mode.settings import Run
 from mode.table import compose_rows, load_table, row_run
 
 

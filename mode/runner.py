@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from mode import config
 from mode.backbone import load_model
+from mode.checked import ConfigError
 from mode.data.batches import Batches, Stream
 from mode.data.pack import Packed, prepare
 from mode.files import AGAIN, CHECKPOINT, CURVE, SETTINGS, WEIGHTS, write_atomic
 from mode.method import Material, Method, Probe
 from mode.record import SCHEMA, Record, find_record, provenance, read_record, write_record
-from mode.settings import ConfigError, Run
+from mode.settings import Run
 from mode.track import Tracker, make_tracker
 
 if TYPE_CHECKING:

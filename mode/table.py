@@ -11,8 +11,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from mode import config
+from mode.checked import STRICT, ConfigError
 from mode.record import Record
-from mode.settings import STRICT, ConfigError, Run
+from mode.settings import Run
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9@.\-]*$")]
 

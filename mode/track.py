@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from mode.settings import ConfigError, Track
+from mode.checked import ConfigError
+from mode.settings import Track
 
 
 class Tracker(Protocol):

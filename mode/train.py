@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mode.checked import ConfigError
 from mode.checkpoint import load_checkpoint, save_checkpoint, trainable
 from mode.data.batches import Batches
 from mode.files import CHECKPOINT, CURVE, write_atomic
 from mode.loss import auxiliary_loss, head, hidden_states, next_token_loss, softcap, token_scores
-from mode.settings import ConfigError, Train
+from mode.settings import Train
 
 Point = dict[str, Any]
 """One point of the training curve: step, loss, accuracy, lr, seconds, and what the method reports of its model."""

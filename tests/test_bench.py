@@ -10,11 +10,11 @@ import torch
 
 from mode import config
 from mode.bench import measure, read_benchmarks, section, stale_benchmarks
+from mode.checked import ConfigError
 from mode.edge import modular
 from mode.model import MoDEForCausalLM, swap_expert, with_experts
 from mode.modular import expert_state
 from mode.modular_method import MoDE
-from mode.settings import ConfigError
 from mode.timing import Case, interleave, ratio
 from tests.conftest import World
 from tests.test_cli import call

@@ -11,13 +11,14 @@ import torch
 
 from mode import config
 from mode.backbone import load_model
+from mode.checked import ConfigError
 from mode.cost import counted, shape_of
 from mode.forecast import forecast
 from mode.method import Material, Method
 from mode.record import Record
 from mode.reproduce import forecasts, stages_of
 from mode.runner import execute, prepare_run
-from mode.settings import ConfigError, Run
+from mode.settings import Run
 from tests.conftest import World
 from tests.families import FAMILIES, make_model
 from tests.test_cli import call

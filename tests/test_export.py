@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from mode import config
+from mode.checked import ConfigError
 from mode.export import joined, only, write_model
 from mode.model import MoDEForCausalLM
 from mode.recall import Recalled, branches, recall
 from mode.record import Record
 from mode.runner import execute
-from mode.settings import ConfigError
 from tests.conftest import World
 from tests.test_cli import call, records
 from tests.test_expert import DAMAGES, handed, stage_one, untargeted  # noqa: F401  (handed is a fixture)

@@ -34,7 +34,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic.dataclasses import dataclass as settings
 
 from mode.method import Material, Method
-from mode.settings import STRICT, Run
+from mode.checked import STRICT
+from mode.settings import Run
 
 if TYPE_CHECKING:
     from torch import nn

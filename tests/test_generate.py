@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from mode import config
+from mode.checked import ConfigError
 from mode.gates import token_gates
 from mode.generate import Piece, Sampling, Section, choose, generate, to_html
 from mode.modular import blocks_of
 from mode.recall import Recalled, branches, recall, recall_run
 from mode.runner import execute, prepare_run
-from mode.settings import ConfigError
 from tests.conftest import World
 from tests.test_cli import call
 

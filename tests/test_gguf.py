@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from mode.backbone import load_model, load_tokenizer, locate
-from mode.settings import Backbone, ConfigError, WheelModel
+from mode.checked import ConfigError
+from mode.settings import Backbone, WheelModel
 from tests.conftest import World
 
 PIN = "some-model==1.0"

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from mode.backbone import fingerprint, load_model
+from mode.checked import ConfigError
 from mode.loss import head, hidden_states, next_token_loss
 from mode.model import make_modular
 from mode.modular import Block, blocks_of, compose_experts, expert_state
-from mode.settings import Backbone, ConfigError
+from mode.settings import Backbone
 from tests.conftest import World
 from tests.reference import mode_logits
 

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mode.checked import ConfigError
 from mode.data import pack
 from mode.data.batches import Batches, Stream
 from mode.data.pack import prepare
 from mode.data.split import seen_share
-from mode.settings import ConfigError, Domain, FilesSource
+from mode.domain import Domain, FilesSource
 
 
 class Letters:

@@ -12,9 +12,10 @@ import pytest
 from pydantic.dataclasses import dataclass as settings
 
 from mode import config
+from mode.checked import STRICT, ConfigError
 from mode.record import SCHEMA, Record, find_record, provenance, read_record, read_records, write_record
 from mode.runner import prepare_run
-from mode.settings import STRICT, ConfigError, MethodSettings, Run
+from mode.settings import MethodSettings, Run
 from tests.conftest import World
 
 

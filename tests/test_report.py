@@ -18,10 +18,10 @@ import pytest
 import yaml
 
 from mode import config
+from mode.checked import ConfigError
 from mode.compiled import Compiled, compile_table
 from mode.record import SCHEMA, Record, read_record, write_record
 from mode.report import check_tables, frame, latex, markdown, render, report
-from mode.settings import ConfigError
 from mode.table import load_table, row_run
 from tests.conftest import World
 

@@ -13,10 +13,11 @@ import pytest
 import yaml
 
 from mode import config, reproduce
+from mode.checked import ConfigError
 from mode.record import read_records
 from mode.reproduce import Node, describe, plan, ready, run_all, table_runs
 from mode.runner import WEIGHTS, execute, only_one, prepare_run
-from mode.settings import ConfigError, Run
+from mode.settings import Run
 from tests.conftest import World
 
 ROWS = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from mode import config
+from mode.checked import ConfigError
 from mode.record import read_records
 from mode.runner import execute, prepare_run
-from mode.settings import ConfigError
 from tests.conftest import World
 
 

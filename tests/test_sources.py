@@ -16,9 +16,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from mode.checked import ConfigError
 from mode.data import sources
 from mode.data.sources import read_documents, read_source, source_state
-from mode.settings import ConfigError, Domain, FilesSource, GeneratorSource, HubSource, StdlibSource, WheelSource
+from mode.domain import Domain, FilesSource, GeneratorSource, HubSource, StdlibSource, WheelSource
 
 PROSE = "The quick brown fox jumps over the lazy dog while the sun goes down behind the old mill. "
 

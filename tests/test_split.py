@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mode.data.split import SHINGLE, divide, near_duplicates, seen_share, signature, split_of
-from mode.settings import SPLITS, Split
+from mode.domain import SPLITS, Split
 
 SHARES: dict[Split, float] = {"train": 0.5, "validation": 0.1, "test": 0.15, "pretrain": 0.25}
 

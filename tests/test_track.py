@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from mode import config
+from mode.checked import ConfigError
 from mode.runner import Prepared, execute, prepare_run
-from mode.settings import ConfigError, Run, Track
+from mode.settings import Run, Track
 from mode.track import NoTracker, make_tracker
 from tests.conftest import World
 

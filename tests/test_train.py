@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from mode import config
+from mode.checked import ConfigError
 from mode.checkpoint import load_tensors
 from mode.record import Record, processor
 from mode.runner import WEIGHTS, Prepared, execute, prepare_run
-from mode.settings import ConfigError
 from tests.conftest import World
 
 GOLDEN = Path(__file__).parent / "golden.json"

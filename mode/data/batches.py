@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mode.checked import ConfigError
 from mode.data.pack import Tokens
-from mode.settings import ConfigError
 
 
 @dataclass(frozen=True)

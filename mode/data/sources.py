@@ -18,18 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import assert_never
 
+from mode.checked import ConfigError, nearest
 from mode.data.readers import READERS
-from mode.settings import (
-    ConfigError,
-    Domain,
-    FilesSource,
-    GeneratorSource,
-    HubSource,
-    Source,
-    StdlibSource,
-    WheelSource,
-    nearest,
-)
+from mode.domain import Domain, FilesSource, GeneratorSource, HubSource, Source, StdlibSource, WheelSource
 
 
 def read_documents(domain: Domain, cache: Path) -> list[str]:
@@ -285,7 +276,7 @@ def checked(value: object, where: str) -> str:
 
     >>> checked(None, "row 3")
     Traceback (most recent call last):
-    mode.settings.ConfigError: row 3: NoneType where text should be
+    mode.checked.ConfigError: row 3: NoneType where text should be
     """
     if not isinstance(value, str):
         raise ConfigError(f"{where}: {type(value).__name__} where text should be")
