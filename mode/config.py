@@ -205,13 +205,16 @@ def check(plain: dict[str, Any], extra: Path | None = None) -> Run:
     plain.pop("experiment", None)
     plain["method"] = build_method(plain["method"])
     run: Run = validate(Run, plain, "")
-    wanted = dict.fromkeys([*run.targets, *run.evaluate.domains])
+    wanted = dict.fromkeys([*run.targets, *run.scored])
     for name in wanted:
         if name not in run.domains:
             known = choices("domain", extra)
             raise ConfigError(f"domain {name}: not one of {', '.join(known)}{nearest(name, known)}")
     if len(set(run.targets)) != len(run.targets):
         raise ConfigError(f"targets={list(run.targets)}: a domain is named twice")
+    for name in run.train.replay or ():
+        if name in run.targets:
+            raise ConfigError(f"train.replay: {name} is one of targets={list(run.targets)}, which share what is left")
     used: Run = replace(run, domains={name: run.domains[name] for name in wanted})
     return used
 

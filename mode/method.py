@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -110,8 +112,12 @@ class Method(MethodSettings):
         return {}
 
     def mixture(self, run: Run) -> dict[str, int]:
-        """Return the rows that each domain gives in a cycle of the training mix: equal counts of every target."""
-        return dict.fromkeys(run.targets, 1)
+        """Return the rows that each domain gives in a cycle of the training mix: targets equal ones, after replay."""
+        replay = {name: Fraction(share).limit_denominator(100) for name, share in (run.train.replay or {}).items()}
+        each = (1 - sum(replay.values(), start=Fraction())) / len(run.targets)
+        shares = dict.fromkeys(run.targets, each) | replay
+        common = math.lcm(*(share.denominator for share in shares.values()))
+        return {name: int(share * common) for name, share in shares.items()}
 
     def order(self, run: Run) -> int:
         """Return a number that, with the seed, fixes the order of the training rows.

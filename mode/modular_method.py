@@ -88,7 +88,8 @@ class MoDE(Method):
         stages = len(missing) + 1
         stage = replace(self, start="fresh", num_experts=1, train_experts=True, experts=())
         budget = Budget(policy="paper")
-        alone = replace(run, targets=missing[:1], method=stage, budget=budget, train=replace(run.train, lr=None))
+        train = replace(run.train, lr=None, examples=None, replay=None)
+        alone = replace(run, targets=missing[:1], method=stage, budget=budget, train=train)
         steps = run.train.steps
         if run.budget.shares_steps:
             steps //= stages

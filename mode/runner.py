@@ -313,6 +313,7 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
         batch_size=run.train.batch_size,
         sequence_length=run.train.sequence_length,
         order=method.order(run),
+        examples=run.train.examples,
     )
 
     def observed(point: Point) -> None:

@@ -152,6 +152,9 @@ class Train:
         log_every: Steps between two points of the training curve.
         checkpoint_every: Steps between two checkpoints.
         validate_every: Steps between two validations of the training domains; 0 validates at the end only.
+        examples: Different rows that the mix is made of, seen again and again; all by default. Earlier stages of a
+            row have all.
+        replay: Share of the mix's rows that other domains than the targets give, by domain. Earlier stages have none.
     """
 
     steps: Annotated[int, Field(ge=0)]
@@ -170,10 +173,14 @@ class Train:
     log_every: Annotated[int, Field(gt=0)]
     checkpoint_every: Annotated[int, Field(gt=0)]
     validate_every: Annotated[int, Field(ge=0)]
+    examples: Annotated[int, Field(gt=0)] | None = None
+    replay: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        if self.replay and sum(self.replay.values()) >= 1.0:
+            raise ValueError("replay: nothing is left for the targets")
         for name in ("checkpoint_every", "validate_every"):
             if getattr(self, name) % self.log_every:
                 raise ValueError(f"{name} {getattr(self, name)} is not a multiple of log_every {self.log_every}")
@@ -251,8 +258,8 @@ class Run:
 
     @property
     def scored(self) -> tuple[str, ...]:
-        """Domains that the finished model is scored on: those of the evaluation, and every target."""
-        return tuple(dict.fromkeys([*self.evaluate.domains, *self.targets]))
+        """Domains that the finished model is scored on: those of the evaluation, every target, and what is replayed."""
+        return tuple(dict.fromkeys([*self.evaluate.domains, *self.targets, *(self.train.replay or ())]))
 
     @property
     def lr(self) -> float:

@@ -285,3 +285,38 @@ def test_another_order_under_the_same_seed_draws_other_rows() -> None:
         batches = Batches(streams, seed=0, batch_size=8, sequence_length=16, order=order)
         drawn.append({int(row[0]) for step in range(3) for row in batches.batch(step)})
     assert len(drawn[0] & drawn[1]) < 8  # of 24 rows each: some windows coincide by chance, the orders do not
+
+
+@pytest.mark.parametrize("examples", [2, 3, 12, 13])
+def test_examples_are_the_first_rows_of_the_mix_and_no_others_are_ever_seen(examples: int) -> None:
+    streams = [stream("a", 205, 2), stream("b", 205, 1, first=1000)]
+    whole, few = (
+        Batches(streams, seed=3, batch_size=4, sequence_length=LENGTH, examples=limit) for limit in (None, examples + 1)
+    )
+    first = [tuple(whole.row(index)) for index in range(examples + 1)]
+    later = [tuple(few.row(index)) for index in range(30 * (examples + 1))]
+    assert later[: examples + 1] == first
+    assert set(later) == set(first)
+    assert Counter(few.domains(0)) == Counter(whole.domains(0))
+    by_domain = [[row for row in later if bool(row[0] >= 1000) is other] for other in (False, True)]
+    for rows in by_domain:
+        counts = Counter(rows).values()
+        assert max(counts) - min(counts) <= 1
+
+
+def test_more_examples_than_there_are_change_nothing() -> None:
+    whole, many = (
+        Batches([stream("a", 205)], seed=3, batch_size=4, sequence_length=LENGTH, examples=n) for n in (None, 999)
+    )
+    assert all(np.array_equal(whole.batch(step), many.batch(step)) for step in range(40))
+
+
+def test_later_epochs_of_few_examples_have_new_orders() -> None:
+    few = Batches([stream("a", 205)], seed=3, batch_size=4, sequence_length=LENGTH, examples=7)
+    epochs = {tuple(int(few.row(epoch * 7 + place)[0]) for place in range(7)) for epoch in range(5)}
+    assert len(epochs) == 5
+
+
+def test_fewer_examples_than_a_cycle_of_the_mix_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.examples=1: a cycle of this mix has 2 rows"):
+        Batches(list(two()), seed=3, batch_size=4, sequence_length=LENGTH, examples=1)
