@@ -105,9 +105,10 @@ def budget(
         rows = forecasts(table, given, conf)
         rate = matrix_rate(set_up(config.compose(given, conf)))
         heads = ("steps", "tokens M", "TFLOPs", "trained M", "added M", "active M", "minutes", "GB")
-        print(f"{'row':<34}" + "".join(f"{head:>11}" for head in heads))
+        width = max(map(len, rows)) + 1
+        print(f"{'row':<{width}}" + "".join(f"{head:>11}" for head in heads))
         for label, stages in rows.items():
-            print(f"{label:<34}" + "".join(f"{cell:>11}" for cell in forecast_cells(stages, rate)))
+            print(f"{label:<{width}}" + "".join(f"{cell:>11}" for cell in forecast_cells(stages, rate)))
         print(
             f"minutes: the operations at half of {rate / 1e9:,.0f} GFLOP/s, a product of matrices' rate here now; "
             "scoring comes on top.\n"

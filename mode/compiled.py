@@ -76,7 +76,8 @@ class Line:
         label: What people read.
         quality: Per seed: accuracy of every domain, `average` and `retention`, in per cent and points.
         resampled: The same in every resample of the documents.
-        cost: Parameters in millions, steps, tokens in millions and seconds over all stages, n.
+        cost: Parameters in millions, `train.examples`; steps, tokens in millions, 1e12 operations and seconds over all
+            stages; n.
         gates: By domain, every block's mean gate weights over seeds, the backbone's first; empty without gates.
         branches: Names of the branches.
         astray: Whether a stage trained on, or took, something else than its forecast.
@@ -163,7 +164,10 @@ def make_line(
     cost: dict[str, float] = {"n": len(records)}
     if records:
         sizes = records[0].happened["parameters"]
-        cost |= {"total": sizes["total"] / 1e6, "trainable": max(s["parameters"]["trainable"] for s in costs[0]) / 1e6}
+        cost |= {"total": sizes["total"] / 1e6, "added": sizes["added"] / 1e6}
+        if (examples := records[0].asked["train"].get("examples")) is not None:
+            cost["examples"] = examples
+        cost |= {"trainable": max(s["parameters"]["trainable"] for s in costs[0]) / 1e6}
         cost["steps"] = sum(stage["steps"] for stage in costs[0])
         cost["tokens"] = sum(stage["tokens"] for stage in costs[0]) / 1e6
         if all("flops" in stage for stages in costs for stage in stages):  # records of earlier versions do not say

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#444444", "#d55e00", "#e69f00", "#56b4e9", "#0072b2", "#009e73", "#cc79a7", "#6a3d9a", "#b15928", "#a6761d")
 MARKERS = "Xosv^DPp*h"
+AXES = {"added": "Added parameters (millions)", "examples": "Different rows in the mix"}
 
 
 def draw(compiled: Compiled, path: Path) -> None:
@@ -48,6 +49,50 @@ def draw(compiled: Compiled, path: Path) -> None:
     axes.set_title(compiled.table.title)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8, loc="best")
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def draw_curves(compiled: Compiled, path: Path) -> None:
+    """Draw the panels of a table: a quality over what its rows differ in, with standard deviations over seeds.
+
+    Args:
+        compiled: The compiled table.
+        path: PNG file to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from mode.finding import points
+
+    panels = compiled.table.curves
+    figure, grid = pyplot.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 4.2), layout="constrained", squeeze=False
+    )
+    for axes, panel in zip(grid[0], panels, strict=True):
+        for index, label in enumerate(panel.lines):
+            placed = points(compiled, panel, label)
+            cells = [row.cell(panel.column) for row in placed.values()]
+            told = [(x, cell) for x, cell in zip(placed, cells, strict=True) if cell is not None]
+            style = {"color": COLOURS[index % len(COLOURS)], "label": label}
+            if [x for x, _ in told] == [0.0]:  # nothing added: a level to compare with
+                axes.axhline(told[0][1].mean, linestyle="--", **style)
+                continue
+            axes.errorbar(
+                [x for x, _ in told],
+                [cell.mean for _, cell in told],
+                yerr=[cell.std if cell.n > 1 else 0.0 for _, cell in told],
+                marker=MARKERS[index % len(MARKERS)],
+                capsize=3,
+                **style,
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel(AXES[panel.x])
+        axes.set_ylabel(f"{panel.column.capitalize()} (%)")
+        axes.set_title(panel.title)
+        axes.legend(fontsize=8)
     figure.savefig(path, dpi=150, metadata={"Software": None})
     pyplot.close(figure)
 

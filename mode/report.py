@@ -13,9 +13,12 @@ import pandas as pd
 
 from mode.checked import ConfigError
 from mode.compiled import Compiled, Line, compile_table
+from mode.finding import findings
 from mode.record import read_records
 from mode.table import load_table, stem
 
+BACKBONE = "backbone"
+"""Row of the untouched backbone."""
 COLUMNS = {
     "average": "Average",
     "retention": "Retention",
@@ -37,17 +40,27 @@ def render(compiled: Compiled) -> dict[str, str]:
 def frame(compiled: Compiled, *, strong: str = "{}") -> pd.DataFrame:
     """Return the table as people read it; what is beyond noise is set in `strong`: winners, and differences."""
     shown, rows = cost_columns(compiled), []
-    winners = {column: winner(compiled, column) for column in compiled.columns}
+    winners = {column: None if compiled.table.relative else winner(compiled, column) for column in compiled.columns}
     for line in compiled.lines:
         row: dict[str, str] = {"Method": line.label}
         for column in compiled.columns:
-            value = line.cell(column)
-            text = value.text(signed=column == "retention") if value else "–"
-            row[heading(column)] = strong.format(text) if winners[column] == line.name else text
+            text, stands_out = shown_cell(compiled, line, column)
+            row[heading(column)] = strong.format(text) if stands_out or winners[column] == line.name else text
         rows.append(row | costs(line, shown))
     for left, right in compiled.table.differences:
         rows.append(difference(compiled, left, right, shown, strong))
     return pd.DataFrame(rows)
+
+
+def shown_cell(compiled: Compiled, line: Line, column: str) -> tuple[str, bool]:
+    """Render a cell, and say whether it is a difference beyond noise: in a relative table, to the backbone's."""
+    value = line.cell(column)
+    if value is None:
+        return "–", False
+    if compiled.table.relative and line.name != BACKBONE and column != "retention":
+        gap = line.minus(compiled.line(BACKBONE), column)
+        return (gap.cell.text(signed=True), gap.holds) if gap else ("–", False)
+    return value.text(signed=column == "retention"), False
 
 
 def cost_columns(compiled: Compiled) -> list[str]:
@@ -69,7 +82,7 @@ def winner(compiled: Compiled, column: str) -> str | None:
 
 def competes(line: Line, column: str) -> bool:
     """Say whether a line can be a column's best: the backbone's retention is zero by definition."""
-    return line.name != "backbone" or column != "retention"
+    return line.name != BACKBONE or column != "retention"
 
 
 def heading(column: str) -> str:
@@ -118,6 +131,7 @@ def markdown(compiled: Compiled) -> str:
     sides = ["left", *["right"] * (len(table.columns) - 1)]
     parts = [f"# {compiled.table.title}", "", table.to_markdown(index=False, disable_numparse=True, colalign=sides)]
     parts += ["", *notes(compiled)]
+    parts += [line for sentence in findings(compiled) for line in ("", f"- {sentence}")]
     spread = intervals(compiled)
     if len(spread):
         parts += ["", "95 % intervals of the differences, from a paired bootstrap over documents:", ""]
@@ -144,6 +158,11 @@ def notes(compiled: Compiled) -> list[str]:
         "paired by seed. Bold: beyond noise, of a difference or of the best row against every other: the 95 % interval "
         "of a paired bootstrap over documents excludes zero, and with several seeds that of a paired t over seeds too."
     ]
+    if compiled.table.relative:
+        lines += [
+            "",
+            "Accuracies are points gained or lost against the untouched backbone, whose own stand in its row.",
+        ]
     if compiled.table.choose:
         lines += ["", *chosen_settings(compiled)]
     if any("flops" in line.cost for line in compiled.lines):
@@ -203,6 +222,8 @@ def published_frame(compiled: Compiled) -> pd.DataFrame | None:
 def with_average(values: Mapping[str, float]) -> dict[str, float]:
     """Return values under their headings, with their average."""
     named = {name.capitalize(): round(value, 2) for name, value in values.items()}
+    if len(named) < 2:
+        return named
     return {**named, "Average": round(statistics.fmean(values.values()), 2)}
 
 
@@ -263,7 +284,7 @@ def report(
     Raises:
         ConfigError: There is no record that belongs to the table.
     """
-    from mode.figure import draw, draw_gates
+    from mode.figure import draw, draw_curves, draw_gates
 
     table = load_table(name, extra)
     compiled = compile_table(table, read_records(results), overrides, extra)
@@ -274,7 +295,7 @@ def report(
         return markdown(compiled), base.with_suffix(".md")
     for suffix, text in render(compiled).items():
         base.with_suffix(f".{suffix}").write_text(text, encoding="utf-8")
-    draw(compiled, base.with_suffix(".png"))
+    (draw_curves if table.curves else draw)(compiled, base.with_suffix(".png"))
     if not table.choose:
         draw_gates(compiled, base.with_name(f"{base.name}-gates.png"))
     return markdown(compiled), base.with_suffix(".md")

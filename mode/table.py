@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -37,6 +37,40 @@ class Published:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Claim:
+    """Something a publication says, that a difference between two rows can bear out or not.
+
+    Attributes:
+        text: What it says.
+        ours: The row that should be ahead.
+        theirs: The row that it should be ahead of.
+        column: In what: a domain, `average` or `retention`.
+    """
+
+    text: str
+    ours: Name
+    theirs: Name
+    column: str
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Curves:
+    """A panel of a figure: a quality over what rows differ in.
+
+    Attributes:
+        title: Heading.
+        x: `added`: parameters beside the backbone's, in millions; `examples`: `train.examples`.
+        column: The quality.
+        lines: Rows of every line, by its label, in order.
+    """
+
+    title: str
+    x: Literal["added", "examples"]
+    column: str
+    lines: dict[str, tuple[Name, ...]]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Table:
     """A table of runs.
 
@@ -48,6 +82,9 @@ class Table:
         experiments: Experiments that the table is also rendered for.
         budgets: Budgets that it is also rendered for.
         differences: Pairs of rows whose difference is printed.
+        relative: Whether accuracies are shown as differences to the backbone's.
+        claims: What its publication says, to be held against these rows.
+        curves: Panels of its figure, in the place of target accuracy over retention.
         choose: Whether to say which of the rows `method@setting` has the best average accuracy for each method.
         published: The paper's own values.
     """
@@ -59,6 +96,9 @@ class Table:
     experiments: tuple[str, ...] = ()
     budgets: tuple[Name, ...] = ()
     differences: tuple[tuple[Name, Name], ...] = ()
+    relative: bool = False
+    claims: tuple[Claim, ...] = ()
+    curves: tuple[Curves, ...] = ()
     choose: bool = False
     published: Published | None = None
 
@@ -72,9 +112,20 @@ class Table:
         names = [row.name for row in self.rows]
         if len(set(names)) != len(names):
             raise ValueError("two rows have the same name")
-        for name in [name for pair in self.differences for name in pair]:
-            if name not in names:
-                raise ValueError(f"differences name the row {name}, which the table does not have")
+        if self.relative and "backbone" not in names:
+            raise ValueError("relative needs a row named backbone")
+        for part, members in self.named().items():
+            for name in members:
+                if name not in names:
+                    raise ValueError(f"{part} name the row {name}, which the table does not have")
+
+    def named(self) -> dict[str, list[str]]:
+        """Return the rows that each part of the table names."""
+        return {
+            "differences": [name for pair in self.differences for name in pair],
+            "claims": [name for claim in self.claims for name in (claim.ours, claim.theirs)],
+            "curves": [name for panel in self.curves for rows in panel.lines.values() for name in rows],
+        }
 
 
 def load_table(name: str, extra: Path | None = None) -> Table:
@@ -120,8 +171,18 @@ def only(table: Table, names: Collection[str]) -> Table:
     """Return a table with some of its rows, and the differences between those."""
     rows = tuple(row for row in table.rows if row.name in names)
     pairs = tuple(pair for pair in table.differences if set(pair) <= set(names))
-    shorter: Table = config.replace(table, rows=rows, differences=pairs)
+    claims = tuple(claim for claim in table.claims if {claim.ours, claim.theirs} <= set(names))
+    shorter: Table = config.replace(table, rows=rows, differences=pairs, claims=claims, curves=kept(table, names))
     return shorter
+
+
+def kept(table: Table, names: Collection[str]) -> tuple[Curves, ...]:
+    """Return a table's panels with some of its rows."""
+    found = []
+    for panel in table.curves:
+        lines = {label: tuple(name for name in rows if name in names) for label, rows in panel.lines.items()}
+        found.append(config.replace(panel, lines=lines))
+    return tuple(found)
 
 
 def refuse_fixed(overrides: Sequence[str]) -> None:
