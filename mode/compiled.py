@@ -76,8 +76,8 @@ class Line:
         label: What people read.
         quality: Per seed: accuracy of every domain, `average` and `retention`, in per cent and points.
         resampled: The same in every resample of the documents.
-        cost: Parameters in millions, `train.examples`; steps, tokens in millions, 1e12 operations and seconds over all
-            stages; n.
+        cost: Parameters in millions, `train.examples`; steps, tokens in millions, 1e12 operations, seconds and tokens a
+            second over all stages; peak memory in GB, MB that one domain adds on disk; n.
         gates: By domain, every block's mean gate weights over seeds, the backbone's first; empty without gates.
         branches: Names of the branches.
         astray: Whether a stage trained on, or took, something else than its forecast.
@@ -161,28 +161,44 @@ def make_line(
     """Compute one line. Cost counts every stage a row stands on, since whoever starts from nothing pays for all."""
     quality = {record.seed: qualities(record, bare) for record in records}
     costs = [[stage.happened for stage in with_needs(record, by_id)] for record in records]
-    cost: dict[str, float] = {"n": len(records)}
-    if records:
-        sizes = records[0].happened["parameters"]
-        cost |= {"total": sizes["total"] / 1e6, "added": sizes["added"] / 1e6}
-        if (examples := records[0].asked["train"].get("examples")) is not None:
-            cost["examples"] = examples
-        cost |= {"trainable": max(s["parameters"]["trainable"] for s in costs[0]) / 1e6}
-        cost["steps"] = sum(stage["steps"] for stage in costs[0])
-        cost["tokens"] = sum(stage["tokens"] for stage in costs[0]) / 1e6
-        if all("flops" in stage for stages in costs for stage in stages):  # records of earlier versions do not say
-            cost["flops"] = sum(stage["flops"] for stage in costs[0]) / 1e12
-        cost["seconds"] = statistics.fmean(sum(stage["seconds"] for stage in stages) for stages in costs)
     return Line(
         name=name,
         label=label,
         quality=quality,
         resampled={record.seed: resampled_qualities(record, bare) for record in records},
-        cost=cost,
+        cost={"n": len(records), **(row_cost(records[0], costs) if records else {})},
         gates=mean_gates(records),
         branches=branches(records),
         astray=any(astray(stage) for stages in costs for stage in stages),
     )
+
+
+def row_cost(record: Record, costs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, float]:
+    """Return what a row costs; records of earlier versions do not say all of it.
+
+    Args:
+        record: The record of one seed.
+        costs: By seed, what happened in every stage; the row's own stage first.
+    """
+    sizes, stages = record.happened["parameters"], costs[0]
+    cost: dict[str, float] = {"total": sizes["total"] / 1e6, "added": sizes["added"] / 1e6}
+    cost["trainable"] = max(stage["parameters"]["trainable"] for stage in stages) / 1e6
+    if forecast := record.happened.get("forecast"):
+        cost["active"] = forecast["active"] / 1e6
+    if (examples := record.asked["train"].get("examples")) is not None:
+        cost["examples"] = examples
+    cost["steps"] = sum(stage["steps"] for stage in stages)
+    cost["tokens"] = sum(stage["tokens"] for stage in stages) / 1e6
+    if all("flops" in stage for stage in stages):
+        cost["flops"] = sum(stage["flops"] for stage in stages) / 1e12
+    cost["seconds"] = statistics.fmean(sum(stage["seconds"] for stage in each) for each in costs)
+    if cost["seconds"]:
+        cost["rate"] = 1e6 * cost["tokens"] / cost["seconds"]
+    if all("peak_memory_bytes" in stage for each in costs for stage in each):
+        cost["memory"] = max(stage["peak_memory_bytes"] for each in costs for stage in each) / 1e9
+    if "kept_bytes" in stages[-1]:  # an earlier stage is one domain's, where there is one
+        cost["domain"] = stages[-1]["kept_bytes"] / 1e6
+    return cost
 
 
 def astray(happened: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from mode.backbone import BackboneTokenizer, load_tokenizer, num_parameters, pre
 from mode.checked import STRICT, ConfigError
 from mode.cost import Cost, full, shape_of, untouched
 from mode.domain import Split
+from mode.files import WEIGHTS
 from mode.settings import Budget, MethodSettings, Run
 
 if TYPE_CHECKING:
@@ -150,6 +151,10 @@ class Method(MethodSettings):
 
     def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
         """Write what people may keep of a finished run, beside the trained parameters that are always kept."""
+
+    def kept(self, folder: Path) -> Path:
+        """Return the file that a finished run's domain needs beside the backbone: here all that was trained."""
+        return folder / WEIGHTS
 
 
 def per_token(run: Run) -> float:

@@ -237,3 +237,10 @@ class MoDE(Method):
 
             shape = {"num_blocks": self.num_blocks, "expert_layers": self.expert_layers, **gate_reads(self.gate)}
             save_expert(model, folder / "expert", {"domain": run.targets[0], **shape, **about})
+
+    def kept(self, folder: Path) -> Path:
+        """Return the expert's weights where there is one for a single domain."""
+        from mode.expert import TENSORS
+
+        expert = folder / "expert" / TENSORS
+        return expert if expert.exists() else super().kept(folder)

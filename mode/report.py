@@ -26,10 +26,32 @@ COLUMNS = {
     "trainable": "Trained M",
     "steps": "Steps",
     "tokens": "Tokens M",
-    "flops": "TFLOPs",
     "seconds": "Seconds",
     "n": "n",
 }
+COST_COLUMNS = {name: label for name, label in COLUMNS.items() if name not in ("average", "retention")}
+COSTS = {
+    "added": "Added M",
+    "active": "Active M",
+    "flops": "TFLOPs",
+    "rate": "Tokens/s",
+    "memory": "Peak GB",
+    "domain": "Domain MB",
+}
+"""What else a row costs, in a table of its own."""
+FORMATS = {
+    **dict.fromkeys(("total", "trainable", "added", "active"), ".3f"),
+    **{"steps": ",.0f", "tokens": ",.2f", "seconds": ",.0f", "n": ".0f"},
+    **{"flops": ",.2f", "rate": ",.0f", "memory": ".2f", "domain": ",.2f"},
+}
+
+
+COST_NOTE = (
+    "Added: parameters beside the backbone's; active: those that a token's prediction can depend on. TFLOPs: "
+    "operations of training over all stages, counted on one row of the model, times its tokens. Peak: of the process, "
+    "with scoring. Domain: weights to keep for one domain beside the backbone. A dash: the record is of a version that "
+    "did not say."
+)
 
 
 def render(compiled: Compiled) -> dict[str, str]:
@@ -39,16 +61,16 @@ def render(compiled: Compiled) -> dict[str, str]:
 
 def frame(compiled: Compiled, *, strong: str = "{}") -> pd.DataFrame:
     """Return the table as people read it; what is beyond noise is set in `strong`: winners, and differences."""
-    shown, rows = cost_columns(compiled), []
+    rows = []
     winners = {column: None if compiled.table.relative else winner(compiled, column) for column in compiled.columns}
     for line in compiled.lines:
         row: dict[str, str] = {"Method": line.label}
         for column in compiled.columns:
             text, stands_out = shown_cell(compiled, line, column)
             row[heading(column)] = strong.format(text) if stands_out or winners[column] == line.name else text
-        rows.append(row | costs(line, shown))
+        rows.append(row | costs(line, COST_COLUMNS))
     for left, right in compiled.table.differences:
-        rows.append(difference(compiled, left, right, shown, strong))
+        rows.append(difference(compiled, left, right, strong))
     return pd.DataFrame(rows)
 
 
@@ -63,10 +85,10 @@ def shown_cell(compiled: Compiled, line: Line, column: str) -> tuple[str, bool]:
     return value.text(signed=column == "retention"), False
 
 
-def cost_columns(compiled: Compiled) -> list[str]:
-    """Return the cost columns: the operations only where some record says them."""
-    names = ("total", "trainable", "steps", "tokens", "flops", "seconds", "n")
-    return [name for name in names if name != "flops" or any(name in line.cost for line in compiled.lines)]
+def cost_frame(compiled: Compiled) -> pd.DataFrame:
+    """Return what else the rows cost: of what is known of at least one."""
+    names = {name: label for name, label in COSTS.items() if any(name in line.cost for line in compiled.lines)}
+    return pd.DataFrame([{"Cost": line.label, **costs(line, names)} for line in compiled.lines])
 
 
 def winner(compiled: Compiled, column: str) -> str | None:
@@ -90,15 +112,14 @@ def heading(column: str) -> str:
     return COLUMNS.get(column, column.capitalize())
 
 
-def costs(line: Line, names: Sequence[str]) -> dict[str, str]:
-    """Render the cost columns of a line."""
-    formats = {"steps": ",.0f", "tokens": ",.2f", "flops": ",.2f", "seconds": ",.0f", "n": ".0f"}
+def costs(line: Line, labels: Mapping[str, str]) -> dict[str, str]:
+    """Render costs of a line under their headings."""
     return {
-        COLUMNS[name]: format(line.cost[name], formats.get(name, ".3f")) if name in line.cost else "–" for name in names
+        label: format(line.cost[name], FORMATS[name]) if name in line.cost else "–" for name, label in labels.items()
     }
 
 
-def difference(compiled: Compiled, left: str, right: str, names: Sequence[str], strong: str = "{}") -> dict[str, str]:
+def difference(compiled: Compiled, left: str, right: str, strong: str = "{}") -> dict[str, str]:
     """Render the row of paired differences between two lines."""
     one, other = compiled.line(left), compiled.line(right)
     row = {"Method": f"{one.label} − {other.label}"}
@@ -106,7 +127,7 @@ def difference(compiled: Compiled, left: str, right: str, names: Sequence[str], 
         gap = one.minus(other, column)
         text = gap.cell.text(signed=True) if gap else "–"
         row[heading(column)] = strong.format(text) if gap and gap.holds else text
-    empty = {COLUMNS[name]: "" for name in names}
+    empty = dict.fromkeys(COST_COLUMNS.values(), "")
     both = [seed for seed in one.quality if seed in other.quality]
     return row | {name: value for name, value in empty.items() if name not in row} | {"n": str(len(both))}
 
@@ -126,26 +147,26 @@ def intervals(compiled: Compiled) -> pd.DataFrame:
 
 def markdown(compiled: Compiled) -> str:
     """Render a compiled table in Markdown, with its notes and the published values."""
-    table = frame(compiled, strong="**{}**")
-    # Without numparse a cell stays the text it is: tabulate would turn 12.30 into 12.3 and +1.50 into 1.5.
-    sides = ["left", *["right"] * (len(table.columns) - 1)]
-    parts = [f"# {compiled.table.title}", "", table.to_markdown(index=False, disable_numparse=True, colalign=sides)]
+    parts = [f"# {compiled.table.title}", "", aligned(frame(compiled, strong="**{}**"))]
     parts += ["", *notes(compiled)]
     parts += [line for sentence in findings(compiled) for line in ("", f"- {sentence}")]
-    spread = intervals(compiled)
-    if len(spread):
+    if compiled.table.differences:
         parts += ["", "95 % intervals of the differences, from a paired bootstrap over documents:", ""]
-        parts += [
-            spread.to_markdown(
-                index=False, disable_numparse=True, colalign=["left"] + ["right"] * (spread.shape[1] - 1)
-            )
-        ]
+        parts += [aligned(intervals(compiled))]
+    parts += ["", COST_NOTE, "", aligned(cost_frame(compiled))]
     published = published_frame(compiled)
     if published is not None and compiled.table.published is not None:
         source = compiled.table.published
         parts += ["", f"Published: {source.source}", "", published.to_markdown(index=False, floatfmt=".2f")]
         parts += ["", source.note] if source.note else []
     return "\n".join(parts).rstrip() + "\n"
+
+
+def aligned(table: pd.DataFrame) -> str:
+    """Render a frame of texts in Markdown, its first column to the left."""
+    # Without numparse a cell stays the text it is: tabulate would turn 12.30 into 12.3 and +1.50 into 1.5.
+    sides = ["left", *["right"] * (len(table.columns) - 1)]
+    return str(table.to_markdown(index=False, disable_numparse=True, colalign=sides))
 
 
 def notes(compiled: Compiled) -> list[str]:
@@ -165,8 +186,6 @@ def notes(compiled: Compiled) -> list[str]:
         ]
     if compiled.table.choose:
         lines += ["", *chosen_settings(compiled)]
-    if any("flops" in line.cost for line in compiled.lines):
-        lines[0] += " TFLOPs: floating-point operations of training, counted on one row of the model, times its tokens."
     astray = [line.name for line in compiled.lines if line.astray]
     if astray:
         lines += ["", f"Tokens or operations more than 1 % off the forecast: {', '.join(astray)}."]

@@ -196,6 +196,7 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
         happened["gates"] = probe.result()
     if trainable(model):
         save(prepared, model, happened)
+        happened["kept_bytes"] = prepared.method.kept(prepared.folder).stat().st_size
     return settle(prepared, Record(SCHEMA, prepared.id, prepared.asked, happened, sky), again=again)
 
 

@@ -162,6 +162,20 @@ def test_a_record_has_the_forecast_and_what_was_counted(world: World) -> None:
     assert {name: told[name] for name in sizes} == sizes
 
 
+def test_a_record_has_the_bytes_to_keep_for_its_domain(world: World) -> None:
+    sizes = {}
+    for name, given in {"sft": (), "lora": (), "mode": ("method.start=fresh", "method.num_experts=1")}.items():
+        run = run_of(world, f"method={name}", "targets=[py]", "train.steps=2", *given)
+        record = execute(run)
+        assert isinstance(run.method, Method)
+        kept = run.method.kept(prepare_run(run).folder)
+        sizes[name] = record.happened["kept_bytes"]
+        assert sizes[name] == kept.stat().st_size
+        assert sizes[name] == pytest.approx(4 * record.happened["parameters"]["trainable"], rel=0.5)  # and a header
+        assert (kept.parent.name == "expert") is (name == "mode")
+    assert sizes["lora"] < sizes["mode"]
+
+
 def test_a_method_that_does_not_say_what_it_takes_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of(world, "method=sft", "budget=compute")
     monkeypatch.setattr(type(run.method), "cost", Method.cost)

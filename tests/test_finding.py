@@ -16,6 +16,7 @@ from mode.finding import crossings, findings
 from mode.report import markdown
 from mode.table import Claim, Curves, Row, Table, load_table, only
 from tests.test_noise import line
+from tests.test_report import parsed
 
 X = (10, 100, 1000)
 GAPS = (-2.0, 2.0, 4.0)
@@ -108,7 +109,7 @@ def test_the_sentences_stand_in_the_table_and_the_panels_are_drawn(tmp_path: Pat
 def test_relative_cells_are_differences_to_the_backbone() -> None:
     lines = [row("backbone", [40.0, 40.0, 40.0]), row("sft", [50.0, 50.1, 49.9]), row("lora", [40.0, 40.1, 39.9], 3.0)]
     text = markdown(compiled(lines, relative=True))
-    cells = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in text.splitlines() if "|" in line}
+    cells = {label: row["Code"] for label, row in parsed(text).items()}
     assert cells["BACKBONE"] == "40.00 ± 0.00"
     assert cells["SFT"] == "**+10.00 ± 0.10**"
     assert cells["LORA"] == "+0.00 ± 0.10"

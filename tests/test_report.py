@@ -269,6 +269,22 @@ def test_markdown_shows_every_cell(compiled: Compiled) -> None:
     assert table["MoDE 2x − LoRA & 100%_x"]["n"] == "2"
 
 
+def test_what_else_rows_cost_stands_in_a_table_of_its_own(conf: Path, compiled: Compiled) -> None:
+    block = markdown(compiled).partition("did not say.")[2].strip()
+    table = parsed(f"\n\n{block}")
+    assert list(table["SFT"]) == ["Cost", "Added M", "Tokens/s"]  # what no record says has no column
+    assert table["SFT"]["Tokens/s"] == f"{1e6 / 11:,.0f}"
+    assert table["MoDE frozen"]["Tokens/s"] == table["Backbone"]["Tokens/s"] == "–"
+    told = {"flops": 3e12, "forecast": {"tokens": 1_000_000, "flops": 3e12, "active": 4_000_000}}
+    more = made(conf, "tiny", "sft", 0, (0.5, 0.6, 0.4), peak_memory_bytes=2_500_000_000, kept_bytes=1_500_000, **told)
+    line = compile_table(load_table("tiny", conf), [more], [], conf).line("sft")
+    assert (line.cost["active"], line.cost["flops"]) == (4.0, 3.0)
+    assert (line.cost["memory"], line.cost["domain"], line.astray) == (2.5, 1.5, False)
+    astray = dataclasses.replace(more, happened={**more.happened, "flops": 3.1e12})
+    text = markdown(compile_table(load_table("tiny", conf), [astray], [], conf))
+    assert "Tokens or operations more than 1 % off the forecast: sft." in text
+
+
 def test_a_missing_row_is_a_dash_and_a_note(compiled: Compiled) -> None:
     text = markdown(compiled)
     row = parsed(text)["MoDE frozen"]
