@@ -55,7 +55,7 @@ class LoRA(Method):
         torch.manual_seed(run.seed)
         config = LoraConfig(
             r=rank,
-            lora_alpha=self.alpha * rank / self.rank,  # type: ignore[arg-type]
+            lora_alpha=self.alpha * (rank / self.rank),  # type: ignore[arg-type]
             target_modules=list(names),
             use_rslora=self.rank_stabilized,
             fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in linears.values()),

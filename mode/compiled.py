@@ -17,6 +17,8 @@ from mode.record import Record
 from mode.table import Table, compose_rows, only, select, with_needs
 
 QUALITY_DECIMALS = 2
+BACKBONE = "backbone"
+"""Row of the untouched backbone."""
 Number = TypeVar("Number", float, NDArray[np.float64])
 """A quality, or the same in every resample."""
 
@@ -126,6 +128,11 @@ class Compiled:
         return next(line for line in self.lines if line.name == name)
 
     @property
+    def says_something(self) -> bool:
+        """Whether there is a record of anything but the untouched backbone."""
+        return any(line.quality for line in self.lines if line.name != BACKBONE)
+
+    @property
     def columns(self) -> list[str]:
         """Quality columns in order."""
         return [*self.domains, "average", "retention"]
@@ -140,7 +147,7 @@ def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[s
     first = next((record for found in chosen.values() for record in found), None)
     domains = tuple(first.happened["scores"]) if first else ()
     targets = tuple(first.asked["targets"]) if first else ()
-    bare = chosen.get("backbone") or []
+    bare = chosen.get(BACKBONE) or []
     lines = tuple(
         make_line(row.name, row.label, chosen[row.name], bare[0] if bare else None, by_id) for row in table.rows
     )

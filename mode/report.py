@@ -12,13 +12,11 @@ from typing import Any
 import pandas as pd
 
 from mode.checked import ConfigError
-from mode.compiled import Compiled, Line, compile_table
+from mode.compiled import BACKBONE, Compiled, Line, compile_table
 from mode.finding import findings
 from mode.record import read_records
 from mode.table import load_table, stem
 
-BACKBONE = "backbone"
-"""Row of the untouched backbone."""
 COLUMNS = {
     "average": "Average",
     "retention": "Retention",
@@ -307,7 +305,7 @@ def report(
 
     table = load_table(name, extra)
     compiled = compile_table(table, read_records(results), overrides, extra)
-    if not any(line.quality for line in compiled.lines):
+    if not compiled.says_something:
         raise ConfigError(f"no record of {name} in {results / 'records'}: make them with `mode reproduce {name}`")
     base = results / stem(name, overrides, table.overrides)
     if not write:
@@ -335,7 +333,7 @@ def check_tables(results: Path, names: Sequence[str], extra: Path | None = None)
         for overrides in table.variants:
             compiled = compile_table(table, records, overrides, extra)
             base = results / stem(name, overrides, table.overrides)
-            expected = render(compiled) if any(line.quality for line in compiled.lines) else {}
+            expected = render(compiled) if compiled.says_something else {}
             for suffix in ("md", "tex", "csv"):
                 path = base.with_suffix(f".{suffix}")
                 found = path.read_text("utf-8") if path.exists() else None

@@ -204,7 +204,8 @@ def test_its_table_is_reproduced_and_then_only_rendered(grown: Grown) -> None:
     done = grown.mode("reproduce", "tales", "--jobs", "2", *paths)
     assert done.returncode == 0, done.stderr
     assert "3 runs executed, 0 existed, 0 failed" in done.stderr
-    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
+    table = done.stdout.split("\n\n")[1]
+    rows = [line.split("|")[1].strip() for line in table.splitlines()]
     assert rows[0] == "Method"
     assert rows[2:] == ["Backbone (untouched)", "All norms", "Last norm", "All norms − Last norm"]
     again = grown.mode("reproduce", "tales", *paths)
