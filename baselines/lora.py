@@ -77,7 +77,12 @@ class LoRA(Method):
             return self.rank
         shape = shape_of(run.backbone)
         wanted = sum(beside(shape, len(run.targets), budget.num_blocks, budget.expert_layers))
-        return max(1, round(wanted / self.size(shape)))
+        one = self.size(shape)
+        if one == 0:
+            raise ConfigError(
+                f"method.target_modules={list(self.target_modules)}: budget=params counts names within a layer"
+            )
+        return max(1, round(wanted / one))
 
     def size(self, shape: Shape) -> int:
         """Return the parameters of adapters of rank 1: inputs and outputs of every matrix that has one."""

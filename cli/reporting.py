@@ -151,16 +151,12 @@ def report(
             chosen = results if any(text.startswith("paths.results=") for text in given) else PUBLISHED
             check_published(chosen, [table] if table else names, conf)
             return
-        published = not has_records(results) and has_records(PUBLISHED)
+        folder = "records" if table != BENCH else BENCH
+        published = not any((results / folder).glob("*.json")) and any((PUBLISHED / folder).glob("*.json"))
         if published:
             print(f"no records in {results}; these are the published ones", file=sys.stderr)
         chosen = PUBLISHED if published else results
         render_tables([table] if table else names, chosen, given, conf, write=not published)
-
-
-def has_records(results: Path) -> bool:
-    """Say whether a folder of results holds anything to render."""
-    return (results / "records").is_dir() or (results / BENCH).is_dir()
 
 
 def check_published(results: Path, names: Sequence[str], conf: Path | None) -> None:
@@ -169,7 +165,8 @@ def check_published(results: Path, names: Sequence[str], conf: Path | None) -> N
     from mode.checked import ConfigError
     from mode.report import check_tables
 
-    stale = check_tables(results, [name for name in names if name != BENCH], conf)
+    tables = [name for name in names if name != BENCH]
+    stale = check_tables(results, tables, conf) if tables else []
     stale += stale_benchmarks(results) if BENCH in names else []
     if stale:
         raise ConfigError(f"{stale[0]} does not follow from the records beside it: `mode report` makes it anew")

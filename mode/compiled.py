@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,7 +113,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A table compiled from records: its lines, its domains in order, the split scored, and what to beware of."""
+    """A table compiled from records: its lines, its domains in order, the split scored, and what to beware of.
+
+    `targets` are those of all rows, and empty where rows have different ones.
+    """
 
     table: Table
     lines: tuple[Line, ...]
@@ -146,7 +149,10 @@ def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[s
     by_id = {record.id: record for record in records}
     first = next((record for found in chosen.values() for record in found), None)
     domains = tuple(first.happened["scores"]) if first else ()
-    targets = tuple(first.asked["targets"]) if first else ()
+    several = {tuple(record.asked["targets"]) for found in chosen.values() for record in found}
+    targets = several.pop() if len(several) == 1 else ()
+    under = [text for text in overrides if text.startswith(("budget=", "experiment=")) and not text.endswith("=null")]
+    table = replace(table, title=" ".join([table.title, *([f"({', '.join(under)})"] if under else [])]))
     bare = chosen.get(BACKBONE) or []
     lines = tuple(
         make_line(row.name, row.label, chosen[row.name], bare[0] if bare else None, by_id) for row in table.rows

@@ -42,10 +42,12 @@ def draw(compiled: Compiled, path: Path) -> None:
             capsize=3,
             label=line.label,
         )
+    named = [name.capitalize() for name in compiled.targets]
     others = [name.capitalize() for name in compiled.domains if name not in compiled.targets]
+    kept = " and ".join(others) if named else "the other domains'"
     axes.axvline(0, color="#bbbbbb", linewidth=1, zorder=0)
-    axes.set_xlabel(f"Retention: change of {' and '.join(others)} accuracy against the backbone (points)")
-    axes.set_ylabel(f"Target accuracy: mean of {' and '.join(name.capitalize() for name in compiled.targets)} (%)")
+    axes.set_xlabel(f"Retention: change of {kept} accuracy against the backbone (points)")
+    axes.set_ylabel(f"Target accuracy: mean of {' and '.join(named) or 'what a row is adapted to'} (%)")
     axes.set_title(compiled.table.title)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8, loc="best")

@@ -60,8 +60,9 @@ def crossed(compiled: Compiled, panel: Curves, first: str, second: str) -> str:
     if len(gaps) < 2:
         return ""
     shown = [f"{gap.cell.mean:+.2f} at {x:g}{'' if gap.holds else ' (noise)'}" for x, gap in gaps.items()]
-    where = crossings([(x, gap.cell.mean) for x, gap in gaps.items()])
-    meet = f"they cross at about {' and '.join(f'{x:.2g}' for x in where)}" if where else "they do not cross"
+    sure = [(x, gap.cell.mean) for x, gap in gaps.items() if gap.holds]
+    where = crossings(sure)
+    meet = f"they cross at about {' and '.join(f'{x:.3g}' for x in where)}" if where else "no crossing is beyond noise"
     return f"{panel.title}: {first} − {second} on {panel.column.capitalize()}: {', '.join(shown)}; {meet}."
 
 

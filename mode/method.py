@@ -73,7 +73,7 @@ class Method(MethodSettings):
         """
         if run.budget.shares_steps:
             return run.train.steps - sum(stage.train.steps for stage in self.needs(run))
-        if run.budget.policy == "compute":
+        if run.budget.policy == "compute" and run.train.steps:
             spent = sum(stage.train.steps * per_token(stage) for stage in self.needs(run))
             return max(1, round((allowance(run) - spent) / per_token(run)))
         return run.train.steps

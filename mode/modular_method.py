@@ -93,7 +93,7 @@ class MoDE(Method):
         steps = run.train.steps
         if run.budget.shares_steps:
             steps //= stages
-        elif run.budget.policy == "compute":
+        elif run.budget.policy == "compute" and steps:
             steps = max(1, round(allowance(run) / stages / per_token(alone)))
         train = replace(alone.train, steps=steps)
         return tuple(replace(alone, targets=(domain,), train=train) for domain in missing)

@@ -47,8 +47,8 @@ FORMATS = {
 COST_NOTE = (
     "Added: parameters beside the backbone's; active: those that a token's prediction can depend on. TFLOPs: "
     "operations of training over all stages, counted on one row of the model, times its tokens. Peak: of the process, "
-    "with scoring. Domain: weights to keep for one domain beside the backbone. A dash: the record is of a version that "
-    "did not say."
+    "with scoring. Domain: weights on disk of a stage on one domain, or else of all that the row trained. A dash: "
+    "nothing was trained, or the record does not say."
 )
 
 
@@ -155,7 +155,7 @@ def markdown(compiled: Compiled) -> str:
     published = published_frame(compiled)
     if published is not None and compiled.table.published is not None:
         source = compiled.table.published
-        parts += ["", f"Published: {source.source}", "", published.to_markdown(index=False, floatfmt=".2f")]
+        parts += ["", f"Published: {source.source}", "", aligned(published)]
         parts += ["", source.note] if source.note else []
     return "\n".join(parts).rstrip() + "\n"
 
@@ -231,9 +231,19 @@ def published_frame(compiled: Compiled) -> pd.DataFrame | None:
         rows.append({"Method": labels.get(name, name), **with_average(values)})
     for left, right in compiled.table.differences:
         if left in source.rows and right in source.rows:
-            gap = {key: source.rows[left][key] - source.rows[right][key] for key in source.rows[left]}
+            both = [key for key in source.rows[left] if key in source.rows[right]]
+            gap = {key: source.rows[left][key] - source.rows[right][key] for key in both}
             rows.append({"Method": f"{labels[left]} − {labels[right]}", **with_average(gap)})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).map(lambda value: value if isinstance(value, str) else dashed(value))
+
+
+def dashed(value: float) -> str:
+    """Render a published value, or a dash where there is none.
+
+    >>> dashed(76.1), dashed(math.nan)
+    ('76.10', '–')
+    """
+    return "–" if math.isnan(value) else f"{value:.2f}"
 
 
 def with_average(values: Mapping[str, float]) -> dict[str, float]:

@@ -93,6 +93,7 @@ def plan(runs: Sequence[Run]) -> tuple[dict[str, Node], int]:
         prepared = prepare_run(run)
         if prepared.id in nodes:
             return prepared.id
+        prepared.method.steps(run)  # what cannot be planned is told before anything runs
         complete = finished(prepared) is not None and (has_weights(prepared) or not weights)
         waits = [visit(stage, weights=not complete) for stage in prepared.method.needs(run)]
         if complete:

@@ -185,10 +185,11 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
             raise ConfigError("out of memory: raise train.accumulate, or lower train.batch_size") from error
         raise
     tracker.finish({f"{run.evaluate.split}/{name}/accuracy": value.accuracy for name, value in scores.items()})
+    seconds = round(time.monotonic() - begin, 2)
     happened = told(run, trained, scores) | {
         "flops": count(run, model, trained.tokens),
         "forecast": None if expected is None else asdict(expected),
-        "evaluation_seconds": round(time.monotonic() - begin, 2),
+        "evaluation_seconds": seconds,
         "parameters": sizes,
         "peak_memory_bytes": peak_memory(device),
     }

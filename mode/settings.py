@@ -179,8 +179,12 @@ class Train:
     def __post_init__(self) -> None:
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        # In order of name, and None for nothing: the same mix is the same run however it is written.
+        object.__setattr__(self, "replay", dict(sorted((self.replay or {}).items())) or None)
         if self.replay and sum(self.replay.values()) >= 1.0:
             raise ValueError("replay: nothing is left for the targets")
+        if self.replay and any(abs(100 * share - round(100 * share)) > 1e-9 for share in self.replay.values()):
+            raise ValueError("replay: shares are whole hundredths")
         for name in ("checkpoint_every", "validate_every"):
             if getattr(self, name) % self.log_every:
                 raise ValueError(f"{name} {getattr(self, name)} is not a multiple of log_every {self.log_every}")

@@ -48,7 +48,7 @@ def curves(spread: float = 0.0) -> Compiled:
 
 def test_curves_are_compared_point_by_point_and_cross_where_the_sign_changes() -> None:
     claim, crossing = findings(curves())
-    assert crossing == ("Rows: MoDE − LoRA on Code: -2.00 at 10, +2.00 at 100, +4.00 at 1000; they cross at about 32.")
+    assert crossing == ("Rows: MoDE − LoRA on Code: -2.00 at 10, +2.00 at 100, +4.00 at 1000; they cross at about 31.6.")
     assert claim == (
         "Published: MoDE is ahead. Here: MODE@N1000 − LORA@N1000 on Code +4.00 (+4.00 to +4.00, n 3): it holds here."
     )
@@ -56,7 +56,7 @@ def test_curves_are_compared_point_by_point_and_cross_where_the_sign_changes() -
 
 def test_noise_is_called_noise() -> None:
     claim, crossing = findings(curves(spread=3.0))
-    assert "-2.00 at 10 (noise), +2.00 at 100 (noise), +4.00 at 1000;" in crossing
+    assert "-2.00 at 10 (noise), +2.00 at 100 (noise), +4.00 at 1000; no crossing is beyond noise." in crossing
     assert "it holds here" in claim
     assert "not told from noise" in findings(curves(spread=9.0))[0]
 

@@ -9,7 +9,7 @@ import pytest
 from mode import config
 from mode.checked import ConfigError
 from mode.method import Method
-from mode.runner import execute
+from mode.runner import execute, prepare_run
 from tests.conftest import World
 
 
@@ -26,7 +26,6 @@ def mixture(world: World, *overrides: str) -> dict[str, int]:
         (("train.replay={prose: 0.2}",), {"py": 2, "sums": 2, "prose": 1}),
         (("train.replay={prose: 0.5}",), {"py": 1, "sums": 1, "prose": 2}),
         (("targets=[py]", "train.replay={prose: 0.25, sums: 0.25}"), {"py": 2, "prose": 1, "sums": 1}),
-        (("train.replay={prose: 0.3333}",), {"py": 1, "sums": 1, "prose": 1}),
     ],
 )
 def test_targets_share_equally_what_replay_leaves(
@@ -44,6 +43,7 @@ def test_targets_share_equally_what_replay_leaves(
         (("train.replay={porse: 0.2}",), "domain porse: not one of .*; did you mean prose?"),
         (("train.replay={prose: 1.0}",), "less than 1"),
         (("train.replay={prose: 0.6, py: 0.5}", "targets=[sums]"), "nothing is left for the targets"),
+        (("train.replay={prose: 0.005}",), "whole hundredths"),
         (("train.examples=0",), "greater than 0"),
     ],
 )
@@ -64,3 +64,15 @@ def test_replay_is_scored_and_belongs_to_the_mix_alone(world: World) -> None:
     assert "prose" in record.happened["scores"]
     assert record.asked["train"]["replay"] == {"prose": 0.2}
     assert record.asked["targets"] == ["py", "sums"]
+
+
+def test_the_order_in_which_replay_is_written_makes_no_other_run(world: World) -> None:
+    given = ("targets=[py]", "method=sft")
+    one, other = (
+        config.compose([*world.overrides, *given, f"train.replay={text}"], world.conf)
+        for text in ("{prose: 0.2, sums: 0.1}", "{sums: 0.1, prose: 0.2}")
+    )
+    assert prepare_run(one).id == prepare_run(other).id
+    assert list(mixture(world, *given, "train.replay={prose: 0.2, sums: 0.1}")) == ["py", "prose", "sums"]
+    none, empty = (config.compose([*world.overrides, f"train.replay={text}"], world.conf) for text in ("null", "{}"))
+    assert none == empty

@@ -270,7 +270,7 @@ def test_markdown_shows_every_cell(compiled: Compiled) -> None:
 
 
 def test_what_else_rows_cost_stands_in_a_table_of_its_own(conf: Path, compiled: Compiled) -> None:
-    block = markdown(compiled).partition("did not say.")[2].strip()
+    block = markdown(compiled).partition("does not say.")[2].strip()
     table = parsed(f"\n\n{block}")
     assert list(table["SFT"]) == ["Cost", "Added M", "Tokens/s"]  # what no record says has no column
     assert table["SFT"]["Tokens/s"] == f"{1e6 / 11:,.0f}"

@@ -106,9 +106,10 @@ class Batches:
 
     def permuted(self, which: int, epoch: int, num_windows: int, num_rows: int) -> tuple[NDArray[np.int64], int]:
         """Return the order of a stream's windows in an epoch, and how far their boundaries are shifted."""
-        first = self.random(which, 0 if num_rows < num_windows else epoch)
+        fixed = self.examples is not None and self.share(which) <= num_windows
+        first = self.random(which, 0 if fixed else epoch)
         order, shift = first.permutation(num_windows), int(first.integers(self.sequence_length))
-        if num_rows == num_windows or epoch == 0:
+        if not fixed or epoch == 0:
             return order, shift
         return self.random(which, epoch).permutation(order[:num_rows]), shift
 
