@@ -155,7 +155,8 @@ def markdown(compiled: Compiled) -> str:
     published = published_frame(compiled)
     if published is not None and compiled.table.published is not None:
         source = compiled.table.published
-        parts += ["", f"Published: {source.source}", "", aligned(published)]
+        parts += ["", f"Published: {source.source}"]
+        parts += ["", aligned(published)] if len(published) else []  # values of a figure stand in the note
         parts += ["", source.note] if source.note else []
     return "\n".join(parts).rstrip() + "\n"
 
