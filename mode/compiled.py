@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mode.noise import Interval, over_documents, over_seeds, resampled
+from mode.noise import Interval, effective, over_documents, over_seeds, resampled
 from mode.record import Record
 from mode.table import Table, compose_rows, only, select, with_needs
 
@@ -78,6 +78,7 @@ class Line:
         label: What people read.
         quality: Per seed: accuracy of every domain, `average` and `retention`, in per cent and points.
         resampled: The same in every resample of the documents.
+        documents: Effective documents of every column; what rests on several domains counts as the one with the fewest.
         cost: Parameters in millions, `train.examples`; steps, tokens in millions, 1e12 operations, seconds and tokens a
             second over all stages; peak memory in GB, MB that one domain adds on disk; n.
         gates: By domain, every block's mean gate weights over seeds, the backbone's first; empty without gates.
@@ -89,6 +90,7 @@ class Line:
     label: str
     quality: Mapping[int, Mapping[str, float]]
     resampled: Mapping[int, Mapping[str, NDArray[np.float64]]]
+    documents: Mapping[str, float]
     cost: Mapping[str, float]
     gates: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     branches: tuple[str, ...] = ()
@@ -106,7 +108,8 @@ class Line:
         summary = cell([self.quality[seed][column] - other.quality[seed][column] for seed in both])
         if summary is None:
             return None
-        documents = over_documents([self.resampled[seed][column] - other.resampled[seed][column] for seed in both])
+        resamples = [self.resampled[seed][column] - other.resampled[seed][column] for seed in both]
+        documents = over_documents(summary.mean, resamples, self.documents[column])
         seeds = over_seeds([self.quality[seed][column] - other.quality[seed][column] for seed in both])
         return Difference(summary, documents, seeds)
 
@@ -179,6 +182,7 @@ def make_line(
         label=label,
         quality=quality,
         resampled={record.seed: resampled_qualities(record, bare) for record in records},
+        documents=effective_documents(records[0]) if records else {},
         cost={"n": len(records), **(row_cost(records[0], costs) if records else {})},
         gates=mean_gates(records),
         branches=branches(records),
@@ -261,6 +265,15 @@ def resampled_qualities(record: Record, bare: Record | None) -> dict[str, NDArra
     """Return the same in every resample of the documents."""
     before = resampled(bare.happened["scores"]) if bare is not None else None
     return combined(resampled(record.happened["scores"]), record.asked["targets"], before)
+
+
+def effective_documents(record: Record) -> dict[str, float]:
+    """Return the effective documents that each quality rests on: of its domains, those of the one with the fewest."""
+    scores, targets = record.happened["scores"], record.asked["targets"]
+    counts = {name: effective(score["document_tokens"]) for name, score in scores.items()}
+    others = [count for name, count in counts.items() if name not in targets]
+    fewest = {"average": min(counts.values()), "target": min(counts[name] for name in targets)}
+    return counts | fewest | ({"retention": min(others)} if others else {})
 
 
 def accuracies(record: Record) -> dict[str, float]:

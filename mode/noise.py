@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 2000
-CRITICAL = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t for two-sided 95 % by degrees of freedom, from 1; with more than nine the last is a little wide."""
+CRITICAL = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+"""Student's t for two-sided 95 % by degrees of freedom, from 1."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,38 @@ def resampled(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, NDArray[np.f
     return found
 
 
-def over_documents(differences: Sequence[NDArray[np.float64]]) -> Interval:
-    """Return the bootstrap's interval of a mean over seeds.
+def critical(freedom: float) -> float:
+    """Return Student's t for two-sided 95 %, rounding degrees of freedom down; beyond the table a close upper bound.
+
+    >>> critical(1.0), critical(2.9), round(critical(60.0), 2)
+    (12.706, 4.303, 2.0)
+    """
+    whole = max(1, int(freedom))
+    return CRITICAL[whole - 1] if whole <= len(CRITICAL) else 1.96 + 2.6 / whole
+
+
+def effective(tokens: Sequence[int]) -> float:
+    """Return how many documents of one length would vary as much as these: (sum n)^2 / sum n^2.
+
+    >>> effective([5, 5, 5, 5]), effective([100, 0, 0])
+    (4.0, 1.0)
+    """
+    sizes = np.asarray(tokens, np.float64)
+    return float(sizes.sum() ** 2 / (sizes**2).sum())
+
+
+def over_documents(difference: float, resamples: Sequence[NDArray[np.float64]], documents: float) -> Interval:
+    """Return the interval of a mean over seeds: Student's t on the bootstrap's standard error.
+
+    Quantiles of the resamples alone are too narrow for a few documents of unlike lengths.
 
     Args:
-        differences: By seed: the difference in every resample, (RESAMPLES,).
+        difference: The mean over seeds.
+        resamples: By seed: the difference in every resample, (RESAMPLES,).
+        documents: Effective documents that it rests on.
     """
-    low, high = np.quantile(np.mean(differences, axis=0), [0.025, 0.975])
-    return Interval(float(low), float(high))
+    reach = critical(documents - 1.0) * float(np.std(np.mean(resamples, axis=0), ddof=1))
+    return Interval(difference - reach, difference + reach)
 
 
 def over_seeds(differences: Sequence[float]) -> Interval | None:
@@ -75,5 +99,5 @@ def over_seeds(differences: Sequence[float]) -> Interval | None:
         return None
     mean = sum(differences) / count
     error = math.sqrt(sum((one - mean) ** 2 for one in differences) / (count - 1) / count)
-    reach = CRITICAL[min(count - 1, len(CRITICAL)) - 1] * error
+    reach = critical(count - 1) * error
     return Interval(mean - reach, mean + reach)

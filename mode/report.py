@@ -149,7 +149,7 @@ def markdown(compiled: Compiled) -> str:
     parts += ["", *notes(compiled)]
     parts += [line for sentence in findings(compiled) for line in ("", f"- {sentence}")]
     if compiled.table.differences:
-        parts += ["", "95 % intervals of the differences, from a paired bootstrap over documents:", ""]
+        parts += ["", "95 % intervals of the differences over documents:", ""]
         parts += [aligned(intervals(compiled))]
     parts += ["", COST_NOTE, "", aligned(cost_frame(compiled))]
     published = published_frame(compiled)
@@ -176,7 +176,9 @@ def notes(compiled: Compiled) -> list[str]:
         "Retention: points gained or lost against the untouched backbone on the domains that are not targets. "
         "Trained: the most that any one stage trains. Steps, tokens and seconds count every stage. Differences are "
         "paired by seed. Bold: beyond noise, of a difference or of the best row against every other: the 95 % interval "
-        "of a paired bootstrap over documents excludes zero, and with several seeds that of a paired t over seeds too."
+        "over documents excludes zero (t on a paired bootstrap's error, with few documents counted as few), and with "
+        "several seeds that of a paired t over seeds too. Effective documents: "
+        f"{', '.join(f'{name} {count:.0f}' for name, count in documents(compiled).items())}."
     ]
     if compiled.table.relative:
         lines += [
@@ -196,6 +198,12 @@ def notes(compiled: Compiled) -> list[str]:
     if compiled.left_out:
         lines += ["", f"{compiled.left_out} matching records on other data or another backbone are left out."]
     return lines
+
+
+def documents(compiled: Compiled) -> dict[str, float]:
+    """Return the effective documents of every domain."""
+    found = next((line.documents for line in compiled.lines if line.documents), {})
+    return {name: found[name] for name in compiled.domains if name in found}
 
 
 def overlap_note(domains: Sequence[str]) -> str:
