@@ -67,10 +67,15 @@ def forecast(run: Run) -> Forecast | None:
     )
 
 
-def count(run: Run, model: nn.Module, tokens: int) -> float:
-    """Return the operations that training on as many tokens took, counted by torch on one row of this model."""
-    if tokens == 0:
-        return 0.0
+def count(run: Run, model: nn.Module) -> float:
+    """Return the operations that training takes per token, counted by torch on one row of the model as it trains.
+
+    The state of random numbers is as it was afterwards.
+    """
     device = next(model.parameters()).device
     row = torch.zeros(1, run.train.sequence_length, dtype=torch.long, device=device)
-    return tokens * counted(model, row, autocast(run.train, device)).total
+    was_training = model.training
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws
+        found = counted(model.train(), row, autocast(run.train, device)).total
+    model.train(was_training)
+    return found

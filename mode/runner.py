@@ -171,7 +171,8 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
     model = build(prepared, needs).to(device)
     check_context(model, run)
     write_atomic(prepared.folder / SETTINGS, config.to_yaml(run).encode())
-    sizes, expected = parameters(prepared, model), forecast(run)
+    # The count comes before training, so that a model that it cannot cope with costs nothing.
+    sizes, expected, taken = parameters(prepared, model), forecast(run), count(run, model)
     tracker = track(prepared)
     try:
         trained = fit(prepared, model, tracker, observe)
@@ -187,7 +188,7 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
     tracker.finish({f"{run.evaluate.split}/{name}/accuracy": value.accuracy for name, value in scores.items()})
     seconds = round(time.monotonic() - begin, 2)
     happened = told(run, trained, scores) | {
-        "flops": count(run, model, trained.tokens),
+        "flops": trained.tokens * taken,
         "forecast": None if expected is None else asdict(expected),
         "evaluation_seconds": seconds,
         "parameters": sizes,
