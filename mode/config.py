@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import json
@@ -75,18 +76,23 @@ def compose(overrides: Sequence[str], extra: Path | None = None) -> Run:
 
 
 def compose_plain(overrides: Sequence[str], extra: Path | None = None) -> dict[str, Any]:
-    """Compose the YAML of a run into plain data, with every domain under `domains`."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
+    """Compose the YAML of a run into plain data, with every domain under `domains`.
+
+    What Hydra reads and merges depends on the chosen members of groups alone, and is kept: values are set on a copy.
+    """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    domains = [f"+domain@domains.{name}={name}" for name in choices("domain", extra)]
-    search = [f"hydra.searchpath=[{quote(f'file://{extra.resolve()}')}]"] if extra else []
+    parsed = hydra_parse(overrides)
+    chosen = tuple(item.input_line for item in parsed if is_choice(item))
+    values = [item for item in parsed if not is_choice(item)]
+    files_of_user = sorted(extra.glob("*/*.yaml")) if extra else []
+    written = tuple((path, path.stat().st_mtime_ns) for path in files_of_user)
     try:
-        with initialize_config_module("conf", version_base="1.3"):
-            config = hydra_compose("run", overrides=[*domains, *search, *overrides])
+        config = copy.deepcopy(compose_groups(chosen, extra, written))
+        ConfigLoaderImpl._apply_overrides_to_config(values, config)
         plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error) or str(error.__cause__)
@@ -94,6 +100,24 @@ def compose_plain(overrides: Sequence[str], extra: Path | None = None) -> dict[s
     except yaml.YAMLError as error:
         raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from error
     return plain
+
+
+def is_choice(override: Any) -> bool:
+    """Say whether an override chooses a member of a group, or is about Hydra itself, rather than sets a value."""
+    key = override.key_or_group
+    return bool(override.package) or key in (*GROUPS, "domain", "table") or key.startswith("hydra")
+
+
+@lru_cache
+def compose_groups(chosen: tuple[str, ...], extra: Path | None, written: tuple[tuple[Path, int], ...]) -> Any:
+    """Compose the chosen members of groups; `written` makes it anew when a user's file has changed meanwhile."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+
+    domains = [f"+domain@domains.{name}={name}" for name in choices("domain", extra)]
+    search = [f"hydra.searchpath=[{quote(f'file://{extra.resolve()}')}]"] if extra else []
+    with initialize_config_module("conf", version_base="1.3"):
+        return hydra_compose("run", overrides=[*domains, *search, *chosen])
 
 
 def quote(text: str) -> str:
@@ -182,17 +206,11 @@ def check_overrides(overrides: Sequence[str], extra: Path | None) -> None:
                 raise ConfigError(f"{item.text}: not one of {', '.join(members)}{nearest(value, members)}")
         elif item.key == "domain":
             raise ConfigError(f"{item.text}: the domains to adapt to are chosen with targets=[{value}]")
-    known = known_settings(tuple(selected), extra)
+    known = flat(compose_plain(selected, extra))
     groups = {name.rpartition(".")[0] for name in known}
     for item in parsed:
         if item.key not in known and item.key not in GROUPS and item.key not in groups and "=" in item.text:
             raise ConfigError(f"{item.key}: no such setting{nearest(item.key, known)}")
-
-
-@lru_cache
-def known_settings(selected: tuple[str, ...], extra: Path | None) -> tuple[str, ...]:
-    """Return the names of all settings under a choice of group members."""
-    return tuple(flat(compose_plain(selected, extra)))
 
 
 def check(plain: dict[str, Any], extra: Path | None = None) -> Run:

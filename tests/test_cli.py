@@ -385,6 +385,7 @@ def test_compose_trains_the_experts_once_and_composes_them_in_each_way(world: Wo
     assert fresh.provenance["needs"] == []
 
 
+@pytest.mark.slow
 def test_eval_scores_a_run_from_its_weights_and_compares(world: World) -> None:
     call(world, *LORA)
     (record,) = records(world)

@@ -101,6 +101,7 @@ def test_trained_weights_restore_to_the_scores_of_the_record(world: World, name:
         assert value.loss == record.happened["scores"][domain]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_runs_under_bf16(world: World, name: str) -> None:
     model = built(world, name)

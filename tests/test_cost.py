@@ -162,6 +162,7 @@ def test_a_record_has_the_forecast_and_what_was_counted(world: World) -> None:
     assert {name: told[name] for name in sizes} == sizes
 
 
+@pytest.mark.slow
 def test_a_record_has_the_bytes_to_keep_for_its_domain(world: World) -> None:
     sizes = {}
     for name, given in {"sft": (), "lora": (), "mode": ("method.start=fresh", "method.num_experts=1")}.items():

@@ -91,6 +91,7 @@ def test_crossings_lie_between_neighbours(gaps: list[tuple[float, float]], expec
     assert crossings(gaps) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_the_sentences_stand_in_the_table_and_the_panels_are_drawn(tmp_path: Path) -> None:
     given = curves()
     given = dataclasses.replace(given, lines=(*given.lines, row("sft", [52.0, 52.1, 51.9], added=0.0)))

@@ -31,6 +31,7 @@ def trained(world: World, name: str) -> tuple[str, Recalled]:
     return record.id, recall(record.id, world.root / "runs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_greedy_text_is_the_argmax_of_full_forwards(world: World, name: str) -> None:
     _, recalled = trained(world, name)

@@ -44,6 +44,7 @@ def pretrain(world: World) -> Any:
     return config.compose([*SHORT, *paths], world.conf)
 
 
+@pytest.mark.slow
 def test_pretraining_twice_gives_the_same_bits(world: World, shared_world: World, tmp_path: Path) -> None:
     other = shared_world.at(tmp_path / "other")
     runs = [pretrain(each) for each in (world, other)]
@@ -56,6 +57,7 @@ def test_pretraining_twice_gives_the_same_bits(world: World, shared_world: World
     assert [point["step"] for point in curve if "validation/prose/accuracy" in point] == [4, 6]
 
 
+@pytest.mark.slow
 def test_a_pretrained_backbone_is_adapted_like_any_other(world: World) -> None:
     run = pretrain(world)
     made = execute(run)

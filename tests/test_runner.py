@@ -40,6 +40,7 @@ def test_a_stage_found_through_any_row_is_the_run_that_is_trained_on_its_own(wor
     assert prepare_run(stage).id == prepare_run(config.compose([*alone, "method=mode"], world.conf)).id
 
 
+@pytest.mark.slow
 def test_a_record_stays_as_it_is_when_its_weights_are_made_anew(world: World) -> None:
     run = config.compose([*world.overrides, "method=sft"], world.conf)
     record = execute(run)
@@ -59,6 +60,7 @@ def test_how_often_is_logged_makes_no_other_run(world: World) -> None:
     assert len({prepare_run(run).id for run in runs}) == 1
 
 
+@pytest.mark.slow
 def test_a_truncated_expert_is_told_and_nothing_is_written(world: World) -> None:
     run = config.compose([*world.overrides, "method=mode"], world.conf)
     stage = prepare_run(prepare_run(run).method.needs(run)[0])

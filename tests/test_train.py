@@ -56,6 +56,7 @@ def test_losses_are_golden(world: World, name: str) -> None:
     assert losses == (expected if same_sky else pytest.approx(expected, rel=1e-4))
 
 
+@pytest.mark.slow
 def test_same_configuration_gives_the_same_bits(world: World, shared_world: World, tmp_path: Path) -> None:
     other = shared_world.at(tmp_path / "other")
     first, second = (execute(run_of(each, "method=sft")) for each in (world, other))
