@@ -24,7 +24,7 @@ def prepare(overrides: Overrides = None, domain: DomainOption = None, conf: Conf
     Example: mode data prepare --domain code
     """
     with told():
-        for packed, _ in packed_domains(overrides or [], domain, conf):
+        for packed, _ in packed_domains(overrides or [], domain, conf)[0]:
             print(f"{packed.name}: {packed.fingerprint} in {packed.folder}")
 
 
@@ -35,7 +35,11 @@ def show(overrides: Overrides = None, domain: DomainOption = None, conf: ConfOpt
     Example: mode data show
     """
     with told():
-        for packed, settings in packed_domains(overrides or [], domain, conf):
+        from mode.data.contamination import contamination
+
+        domains, pretraining = packed_domains(overrides or [], domain, conf)
+        seen = contamination({packed.name: packed for packed, _ in domains}, "test", pretraining)
+        for packed, settings in domains:
             meta = packed.meta
             print(f"{packed.name}: {settings.description}")
             print(f"  licence      {settings.licence}")
@@ -44,15 +48,27 @@ def show(overrides: Overrides = None, domain: DomainOption = None, conf: ConfOpt
                 f"  duplicates   {meta['exact_duplicates_dropped']:,} exact and "
                 f"{meta['near_duplicates_dropped']:,} near ones across splits dropped"
             )
-            print(f"  seen         {100 * packed.seen:.1f} % of the test split's 13-token n-grams occur in train")
+            shares = [f"{name} {percent(value)}" for name, value in seen[packed.name].items()]
+            print(f"  seen         of the test split's 13-token n-grams in training: {', '.join(shares)}")
             print(f"  {'split':<12} {'documents':>10} {'tokens':>12} {'bytes':>12} {'bytes/token':>12}")
             for name, split in meta["splits"].items():
                 documents, tokens, size = split["documents"], split["tokens"], split["bytes"]
                 print(f"  {name:<12} {documents:>10,} {tokens:>12,} {size:>12,} {size / tokens:>12.2f}")
 
 
-def packed_domains(overrides: Sequence[str], domain: str | None, conf: Path | None) -> list[tuple[Packed, Domain]]:
-    """Prepare the domains named by --domain, or all that the configuration uses."""
+def percent(share: float | None) -> str:
+    """Render a share.
+
+    >>> percent(0.1234), percent(None)
+    ('12.3 %', 'not known')
+    """
+    return "not known" if share is None else f"{100 * share:.1f} %"
+
+
+def packed_domains(
+    overrides: Sequence[str], domain: str | None, conf: Path | None
+) -> tuple[list[tuple[Packed, Domain]], dict[str, str]]:
+    """Prepare the domains named by --domain, or all used; return them, and what the backbone was pretrained on."""
     from mode import config
     from mode.runner import prepare_run
 
@@ -60,5 +76,6 @@ def packed_domains(overrides: Sequence[str], domain: str | None, conf: Path | No
     if domain is not None:
         given.append(given[0].replace("targets", "evaluate.domains"))
     run = config.compose(given, conf)
-    packed = prepare_run(run).packed
-    return [(packed[name], run.domains[name]) for name in packed]
+    prepared = prepare_run(run)
+    domains = [(packed, run.domains[name]) for name, packed in prepared.packed.items()]
+    return domains, prepared.method.pretraining_data(run)

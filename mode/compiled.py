@@ -118,7 +118,8 @@ class Line:
 class Compiled:
     """A table compiled from records: its lines, its domains in order, the split scored, and what to beware of.
 
-    `targets` are those of all rows, and empty where rows have different ones.
+    `targets` are those of all rows, and empty where rows have different ones. `contamination` is, by domain scored, the
+    share of its n-grams by where in training they occur; empty where no record says it.
     """
 
     table: Table
@@ -128,6 +129,7 @@ class Compiled:
     split: str
     left_out: int
     overlap: tuple[str, ...]
+    contamination: Mapping[str, Mapping[str, float | None]]
 
     def line(self, name: str) -> Line:
         """Return a line by row name."""
@@ -160,11 +162,25 @@ def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[s
     lines = tuple(
         make_line(row.name, row.label, chosen[row.name], bare[0] if bare else None, by_id) for row in table.rows
     )
-    overlap = first.overlap if first else ()
-    split = first.happened["split"] if first else "test"
     return Compiled(
-        table=table, lines=lines, domains=domains, targets=targets, split=split, left_out=left_out, overlap=overlap
+        table=table,
+        lines=lines,
+        domains=domains,
+        targets=targets,
+        split=first.happened["split"] if first else "test",
+        left_out=left_out,
+        overlap=first.overlap if first else (),
+        contamination=contamination(first, records) if first else {},
     )
+
+
+def contamination(first: Record, records: Sequence[Record]) -> dict[str, dict[str, float | None]]:
+    """Return what any record under the sky of a table's says of its split; earlier records did not say it."""
+    for record in records:
+        found = record.happened.get("contamination")
+        if found and record.sky == first.sky and record.happened["split"] == first.happened["split"]:
+            return {name: dict(found[name]) for name in first.happened["scores"]}
+    return {}
 
 
 def make_line(

@@ -13,6 +13,7 @@ import pandas as pd
 
 from mode.checked import ConfigError
 from mode.compiled import BACKBONE, Compiled, Line, compile_table
+from mode.data.contamination import PRETRAINING
 from mode.finding import findings
 from mode.record import read_records
 from mode.table import load_table, stem
@@ -52,6 +53,12 @@ COST_NOTE = (
 )
 
 
+CONTAMINATION_NOTE = (
+    "Contamination: per cent of the 13-token n-grams of what is scored that also occur in each domain's training "
+    "split, and in what the backbone is known to have been pretrained on."
+)
+
+
 def render(compiled: Compiled) -> dict[str, str]:
     """Render a compiled table as text by file suffix: md, tex, csv."""
     return {"md": markdown(compiled), "tex": latex(compiled), "csv": csv(compiled)}
@@ -87,6 +94,18 @@ def cost_frame(compiled: Compiled) -> pd.DataFrame:
     """Return what else the rows cost: of what is known of at least one."""
     names = {name: label for name, label in COSTS.items() if any(name in line.cost for line in compiled.lines)}
     return pd.DataFrame([{"Cost": line.label, **costs(line, names)} for line in compiled.lines])
+
+
+def contamination_frame(compiled: Compiled) -> pd.DataFrame:
+    """Return which share of what is scored occurs where in training."""
+    rows = []
+    for name, shares in compiled.contamination.items():
+        row = {f"{compiled.split.capitalize()} split": name.capitalize()}
+        for where in [*compiled.domains, PRETRAINING]:
+            value = shares.get(where)
+            row[where.capitalize()] = "not known" if value is None else f"{100 * value:.2f}"
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def winner(compiled: Compiled, column: str) -> str | None:
@@ -152,6 +171,8 @@ def markdown(compiled: Compiled) -> str:
         parts += ["", "95 % intervals of the differences over documents:", ""]
         parts += [aligned(intervals(compiled))]
     parts += ["", COST_NOTE, "", aligned(cost_frame(compiled))]
+    if compiled.contamination:
+        parts += ["", CONTAMINATION_NOTE, "", aligned(contamination_frame(compiled))]
     published = published_frame(compiled)
     if published is not None and compiled.table.published is not None:
         source = compiled.table.published

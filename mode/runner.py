@@ -17,6 +17,7 @@ from mode import config
 from mode.backbone import load_model
 from mode.checked import ConfigError
 from mode.data.batches import Batches, Stream
+from mode.data.contamination import contamination
 from mode.data.pack import Packed, prepare
 from mode.files import AGAIN, CHECKPOINT, CURVE, SETTINGS, WEIGHTS, write_atomic
 from mode.method import Material, Method, Probe
@@ -187,7 +188,7 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
         raise
     tracker.finish({f"{run.evaluate.split}/{name}/accuracy": value.accuracy for name, value in scores.items()})
     seconds = round(time.monotonic() - begin, 2)
-    happened = told(run, trained, scores) | {
+    happened = told(prepared, trained, scores) | {
         "flops": trained.tokens * taken,
         "forecast": None if expected is None else asdict(expected),
         "evaluation_seconds": seconds,
@@ -202,8 +203,9 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
     return settle(prepared, Record(SCHEMA, prepared.id, prepared.asked, happened, sky), again=again)
 
 
-def told(run: Run, trained: Trained, scores: Mapping[str, Score]) -> dict[str, Any]:
+def told(prepared: Prepared, trained: Trained, scores: Mapping[str, Score]) -> dict[str, Any]:
     """Return what a record says of a run's training and scores."""
+    run, known = prepared.run, prepared.method.pretraining_data(prepared.run)
     return {
         "steps": trained.steps,
         "tokens": trained.tokens,
@@ -212,6 +214,7 @@ def told(run: Run, trained: Trained, scores: Mapping[str, Score]) -> dict[str, A
         "lr": run.lr if trained.steps else None,
         "split": run.evaluate.split,
         "scores": {name: asdict(value) for name, value in scores.items()},
+        "contamination": contamination(prepared.packed, run.evaluate.split, known),
         "curve": list(trained.curve),
     }
 

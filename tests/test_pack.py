@@ -15,7 +15,6 @@ from mode.checked import ConfigError
 from mode.data import pack
 from mode.data.batches import Batches, Stream
 from mode.data.pack import prepare
-from mode.data.split import seen_share
 from mode.domain import Domain, FilesSource
 
 
@@ -177,12 +176,6 @@ def test_dropped_duplicates_are_counted_in_the_description(domain: Domain, tmp_p
     packed = prepare("x", domain, Letters(), tmp_path)
     assert packed.meta["exact_duplicates_dropped"] == 1
     assert packed.meta["near_duplicates_dropped"] == 0
-
-
-def test_seen_compares_the_test_split_with_the_training_split(domain: Domain, tmp_path: Path) -> None:
-    packed = prepare("x", domain, Letters(), tmp_path)
-    assert 0.0 < packed.seen < 1.0
-    assert packed.seen == seen_share(packed.split("train").tokens, packed.split("test").tokens)
 
 
 # --- batches

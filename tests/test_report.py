@@ -285,6 +285,25 @@ def test_what_else_rows_cost_stands_in_a_table_of_its_own(conf: Path, compiled: 
     assert "Tokens or operations more than 1 % off the forecast: sft." in text
 
 
+def test_contamination_is_that_of_any_record_of_the_same_data_and_split(conf: Path) -> None:
+    shares = {"sums": {"sums": 0.5, "py": 0.0, "prose": 0.0, "pretraining": None}}
+    shares |= {"py": {"sums": 0.0, "py": 0.037, "prose": 0.0, "pretraining": 0.25}}
+    shares |= {"prose": {"sums": 0.0, "py": 0.0, "prose": 0.00004, "pretraining": 0.0}}
+    without = made(conf, "tiny", "sft", 0, (0.5, 0.6, 0.4))
+    told = made(conf, "tiny", "sft", 1, (0.5, 0.6, 0.4), contamination=shares)
+    validation = dataclasses.replace(told, happened={**told.happened, "split": "validation"})
+
+    def text(*records: Record) -> str:
+        return markdown(compile_table(load_table("tiny", conf), records, [], conf))
+
+    assert "Contamination" not in text(without, validation)
+    table = parsed("\n\n" + text(without, validation, told).partition("pretrained on.")[2].strip())
+    cells = {name: list(row.values())[1:] for name, row in table.items()}
+    assert cells["Sums"] == ["50.00", "0.00", "0.00", "not known"]
+    assert cells["Py"] == ["0.00", "3.70", "0.00", "25.00"]
+    assert cells["Prose"] == ["0.00", "0.00", "0.00", "0.00"]
+
+
 def test_a_missing_row_is_a_dash_and_a_note(compiled: Compiled) -> None:
     text = markdown(compiled)
     row = parsed(text)["MoDE frozen"]

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mode.data.split import SHINGLE, divide, near_duplicates, seen_share, signature, split_of
+from mode.data.split import SHINGLE, divide, near_duplicates, signature, split_of
 from mode.domain import SPLITS, Split
 
 SHARES: dict[Split, float] = {"train": 0.5, "validation": 0.1, "test": 0.15, "pretrain": 0.25}
@@ -141,28 +141,3 @@ def test_minhash_estimates_the_jaccard_similarity(shared: int) -> None:
 
 def test_a_signature_does_not_depend_on_spaces_and_line_breaks() -> None:
     assert np.array_equal(signature("a b c d e f"), signature("a  b\nc\td e f\n"))
-
-
-def naive_share(train: list[int], test: list[int], n: int) -> float:
-    known = {tuple(train[i : i + n]) for i in range(len(train) - n + 1)}
-    grams = [tuple(test[i : i + n]) for i in range(len(test) - n + 1)]
-    return sum(gram in known for gram in grams) / len(grams)
-
-
-@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
-@pytest.mark.parametrize("n", [2, 3, 13])
-def test_seen_share_equals_a_count_with_sets(dtype: type, n: int) -> None:
-    rng = random.Random(n)
-    train = [rng.randrange(6) for _ in range(400)]
-    test = [rng.randrange(6) for _ in range(150)] + train[100:180] + [65535] * 5
-    expected = naive_share(train, test, n)
-    assert 0.0 < expected < 1.0
-    assert seen_share(np.array(train, dtype), np.array(test, dtype), n) == pytest.approx(expected, abs=1e-12)
-
-
-def test_seen_share_uses_thirteen_tokens_and_is_zero_for_less() -> None:
-    stream = np.arange(30, dtype=np.uint16)
-    assert seen_share(stream, stream[5:18]) == 1.0
-    assert seen_share(stream, stream[5:17]) == 0.0
-    assert seen_share(stream[:12], stream) == 0.0
-    assert seen_share(stream, stream[::-1].copy()) == 0.0

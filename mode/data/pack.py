@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from mode.checked import ConfigError
 from mode.data.sources import digest, read_documents, source_state
-from mode.data.split import Divided, divide, seen_share
+from mode.data.split import Divided, divide
 from mode.domain import Domain, Split
 
 FORMAT = 1
@@ -79,11 +78,6 @@ class Packed:
         info = self.meta["splits"][name]
         tokens = np.memmap(self.folder / f"{name}.bin", dtype=info["dtype"], mode="r")
         return PackedSplit(tokens, np.load(self.folder / f"{name}.starts.npy"), info["bytes"])
-
-    @cached_property
-    def seen(self) -> float:
-        """Share of the test split's 13-token n-grams that occur in the training split."""
-        return seen_share(self.split("train").tokens, self.split("test").tokens)
 
 
 def prepare(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) -> Packed:

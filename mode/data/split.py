@@ -108,19 +108,3 @@ def signature(text: str) -> NDArray[np.uint64]:
 _generator = np.random.Generator(np.random.PCG64(20241014))
 MULTIPLIERS = _generator.integers(0, 2**63, BANDS * ROWS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 OFFSETS = _generator.integers(0, 2**63, BANDS * ROWS, dtype=np.uint64)
-
-
-def seen_share(train: NDArray[np.uint16 | np.uint32], test: NDArray[np.uint16 | np.uint32], n: int = 13) -> float:
-    """Return the share of the test split's token n-grams that also occur in the training split."""
-    if len(train) < n or len(test) < n:
-        return 0.0
-    known = np.unique(ngrams(train, n))
-    return float(np.isin(ngrams(test, n), known).mean())
-
-
-def ngrams(tokens: NDArray[np.uint16 | np.uint32], n: int) -> NDArray[np.uint64]:
-    """Return a 64-bit rolling hash of every n-gram of a token array."""
-    hashes = np.zeros(len(tokens) - n + 1, np.uint64)
-    for offset in range(n):
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + tokens[offset : offset + len(hashes)] + np.uint64(1)
-    return hashes
