@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import typer
 
-from cli import analyze, bench, data, expert, generate, reporting, show, train
+from cli import analyze, bench, data, expert, generate, reporting, show, tracking, train
 
 app = typer.Typer(
     name="mode",
@@ -26,6 +26,7 @@ app.command("eval")(reporting.evaluate)
 app.command("report")(reporting.report)
 app.command("reproduce")(reporting.reproduce)
 app.command("bench")(bench.bench)
+app.command("sync")(tracking.sync)
 app.command("generate")(generate.generate)
 app.command("export")(expert.export)
 app.add_typer(expert.app, name="expert")

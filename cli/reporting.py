@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 BENCH = "bench"
 """What `mode report` calls the benchmarks, which come from a folder of their own and not from a table's YAML."""
+Rendered = tuple[str, list[str]]
+"""A table and the overrides that it was rendered under."""
 PUBLISHED = Path(__file__).parent.parent / "results"
 
 
@@ -130,6 +132,7 @@ def report(
     check: Annotated[
         bool, typer.Option("--check", help="Fail if a published table no longer follows from its records.")
     ] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Log the tables and figures to Weights & Biases too.")] = False,
     conf: ConfOption = None,
 ) -> None:
     """Render tables and figures from records; alone, all that there are records for.
@@ -142,6 +145,8 @@ def report(
 
         if table is not None and "=" in table:
             overrides, table = [table, *(overrides or [])], None
+        if check and wandb:
+            raise ConfigError("--check compares files and --wandb publishes them: one of the two")
         given = list(overrides or [])
         names = [*config.choices("table", conf), BENCH]
         if table is not None and table not in names:
@@ -156,7 +161,24 @@ def report(
         if published:
             print(f"no records in {results}; these are the published ones", file=sys.stderr)
         chosen = PUBLISHED if published else results
-        render_tables([table] if table else names, chosen, given, conf, write=not published)
+        rendered = render_tables([table] if table else names, chosen, given, conf, write=not published)
+        if wandb:
+            publish_tables(rendered, chosen, given, conf)
+
+
+def publish_tables(rendered: Sequence[Rendered], results: Path, given: Sequence[str], conf: Path | None) -> None:
+    """Log rendered tables to Weights & Biases."""
+    from mode import config
+    from mode.checked import ConfigError
+    from mode.publish import publish
+
+    run = config.compose(given, conf)
+    tables = [item for item in rendered if item[0] != BENCH]
+    if run.track.mode == "none" or not tables:
+        raise ConfigError("--wandb with track=none logs nowhere" if tables else "--wandb: no table to log")
+    run_id = publish(tables, config.replace(run, paths=config.replace(run.paths, results=str(results))), conf)
+    where = "`mode sync` pushes it" if run.track.mode == "offline" else "pushed"
+    print(f"logged to Weights & Biases as {run_id}: {where}", file=sys.stderr)
 
 
 def check_published(results: Path, names: Sequence[str], conf: Path | None) -> None:
@@ -173,13 +195,15 @@ def check_published(results: Path, names: Sequence[str], conf: Path | None) -> N
     print(f"every table in {results} follows from its records")
 
 
-def render_tables(names: Sequence[str], results: Path, given: Sequence[str], conf: Path | None, *, write: bool) -> None:
+def render_tables(
+    names: Sequence[str], results: Path, given: Sequence[str], conf: Path | None, *, write: bool
+) -> list[Rendered]:
     """Render every table that there are records for, and each under the experiments and budgets that it knows."""
     from mode.bench import report_benchmarks
     from mode.checked import ConfigError
     from mode.report import report as render_report
 
-    shown = 0
+    rendered: list[Rendered] = []
     for name in names:
         variants = known_variants(name, given, conf)
         for each in variants:
@@ -195,9 +219,10 @@ def render_tables(names: Sequence[str], results: Path, given: Sequence[str], con
             print(text)
             if write:
                 print(f"written to {path}", file=sys.stderr)
-            shown += 1
-    if not shown:
+            rendered.append((name, each))
+    if not rendered:
         raise ConfigError(f"no record of {names[0]} in {results / 'records'}: `mode reproduce {names[0]}` makes them")
+    return rendered
 
 
 def known_variants(table: str, given: Sequence[str], conf: Path | None) -> list[list[str]]:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+import pandas as pd
 
 from mode.checked import ConfigError
 from mode.settings import Track
@@ -77,6 +83,13 @@ class WandbTracker:
         """Close without final values, because the run failed or was interrupted."""
         self.run.finish(exit_code=1)
 
+    def show(self, tables: Mapping[str, pd.DataFrame], figures: Mapping[str, Path]) -> None:
+        """Log tables and the pictures of figures."""
+        import wandb
+
+        shown = {name: wandb.Table(dataframe=table) for name, table in tables.items()}
+        self.run.log({**shown, **{name: wandb.Image(str(path)) for name, path in figures.items()}})
+
 
 def make_tracker(
     track: Track, *, run_id: str, name: str, job_type: str, config: Mapping[str, Any], folder: Path
@@ -85,3 +98,39 @@ def make_tracker(
     if track.mode == "none":
         return NoTracker()
     return WandbTracker(track, run_id=run_id, name=name, job_type=job_type, config=config, folder=folder)
+
+
+def unsynced(runs: Path) -> list[Path]:
+    """Return the offline logs under a folder of runs that Weights & Biases does not have, oldest first."""
+    found = [path.parent for path in runs.glob("*/wandb/offline-run-*/*.wandb") if not marker(path).exists()]
+    return sorted(found, key=lambda path: path.name)
+
+
+def marker(path: Path) -> Path:
+    """Return the file that Weights & Biases leaves beside a log that it has."""
+    return path.with_name(f"{path.name}.synced")
+
+
+def sync(logs: Sequence[Path]) -> None:
+    """Push offline logs to Weights & Biases.
+
+    Raises:
+        ConfigError: It cannot be reached, or refuses; what was not pushed stays and is pushed next time.
+    """
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    try:  # without this, wandb would go on trying for hours
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=20).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise ConfigError(f"{url} cannot be reached ({reason}); {len(logs)} offline runs stay as they are") from error
+    command = [sys.executable, "-m", "wandb", "sync", *map(str, logs)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stderr or ():
+            print(line, end="", file=sys.stderr)
+            lines.append(line.strip())
+    if process.returncode:
+        told = next((line for line in reversed(lines) if "rror" in line), "wandb sync failed")
+        raise ConfigError(f"Weights & Biases: {told.removeprefix('Error: ')}")

@@ -1,0 +1,26 @@
+"""mode sync."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cli.options import ConfOption, Overrides, told
+
+
+def sync(overrides: Overrides = None, conf: ConfOption = None) -> None:
+    """Push the runs that were logged offline to Weights & Biases, those it does not have yet.
+
+    Example: mode sync paths.runs=runs
+    """
+    with told():
+        from mode import config
+        from mode.track import sync as push
+        from mode.track import unsynced
+
+        runs = Path(config.compose(overrides or [], conf).paths.runs).expanduser()
+        logs = unsynced(runs)
+        if not logs:
+            print(f"nothing to push: no offline run in {runs} that was not pushed before")
+            return
+        push(logs)
+        print(f"{len(logs)} offline runs pushed")
