@@ -129,7 +129,7 @@ class Compiled:
     split: str
     left_out: int
     overlap: tuple[str, ...]
-    contamination: Mapping[str, Mapping[str, float | None]]
+    contamination: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     def line(self, name: str) -> Line:
         """Return a line by row name."""

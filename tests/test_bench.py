@@ -33,6 +33,7 @@ def fresh(world: World, *experts: str, seed: int = 0, **settings: int) -> MoDEFo
     return model
 
 
+@pytest.mark.slow
 def test_the_order_is_reversed_from_round_to_round_and_the_first_round_does_not_count() -> None:
     seen: list[str] = []
     cases = [Case("job", name, lambda name=name: seen.append(name)) for name in "abc"]

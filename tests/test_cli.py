@@ -295,6 +295,7 @@ def test_show_lists_the_projects_and_ones_own(own: World, group: str) -> None:
     assert {"method": "mine", "domain": "prose", "backbone": "pico", "table": "mine"}[group] in names
 
 
+@pytest.mark.slow
 def test_show_methods_names_every_setting() -> None:
     text = CliRunner().invoke(app, ["show", "methods"]).stdout
     for name in config.choices("method"):
@@ -446,6 +447,7 @@ def test_show_runs_lists_the_records(world: World) -> None:
     assert line.split()[:3] == [record.filename.removesuffix(".json"), "4", "steps"]
 
 
+@pytest.mark.slow
 def test_report_writes_a_table_that_check_accepts_until_it_drifts(own: World) -> None:
     (own.conf / "table" / "mine.yaml").write_text(
         "title: Mine\nrows: [{name: lora, label: LoRA, overrides: [method=lora]}]\n"

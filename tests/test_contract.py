@@ -133,7 +133,7 @@ def parameter_formula(name: str, world: World) -> int:
     return gates if "frozen" in name else experts * blocks * layer + gates
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith(KNOWN_FORMULAS)])
+@pytest.mark.parametrize("name", [param for param in ALL if str(param.values[0]).startswith(KNOWN_FORMULAS)])
 def test_trainable_parameters_follow_the_closed_form(world: World, name: str) -> None:
     assert sum(parameter.numel() for parameter in trainable(built(world, name)).values()) == parameter_formula(
         name, world

@@ -144,6 +144,7 @@ def test_equal_parameters_raise_the_rank_of_adapters(world: World) -> None:
     assert scale == pytest.approx(settings.alpha / settings.rank)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["data", "params", "compute"])
 def test_a_budget_that_changes_nothing_is_no_other_run(world: World, policy: str) -> None:
     for name in ("backbone", "sft"):

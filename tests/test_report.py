@@ -442,6 +442,7 @@ def results(tmp_path: Path, records: list[Record]) -> Path:
     return tmp_path / "results"
 
 
+@pytest.mark.slow
 def test_a_report_writes_the_table_in_three_forms_and_a_figure(conf: Path, results: Path, compiled: Compiled) -> None:
     text, path = report("tiny", results, extra=conf)
     assert path == results / "tiny.md"
