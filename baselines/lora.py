@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass as settings
 from mode.backbone import stack
 from mode.checked import STRICT, ConfigError
 from mode.cost import Cost, Layer, Shape, adapted, add, beside, shape_of
-from mode.method import Material, Method
+from mode.method import Adaptation, Material
 from mode.settings import Budget, Run
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
-class LoRA(Method):
+class LoRA(Adaptation):
     """Low-rank adapters.
 
     Attributes:

@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from mode.checked import STRICT
 from mode.cost import Cost, full, shape_of
-from mode.method import Material, Method
+from mode.method import Adaptation, Material
 from mode.settings import Budget, Run
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
-class SFT(Method):
+class SFT(Adaptation):
     """Full fine-tuning (supervised, all parameters)."""
 
     def effective(self, run: Run) -> Budget:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib
 import json
 import re
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +18,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mode.checked import ConfigError, nearest
+from mode.identity import asked
 from mode.settings import MethodSettings, Run
 
 TRUSTED = ("mode.", "baselines.")
@@ -26,8 +26,6 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 """Names of configuration files that Hydra's grammar can express."""
 GROUPS = ("backbone", "method", "budget", "track", "experiment")
 """Groups of which a run chooses one member; domains are all composed and then chosen by name."""
-NOT_IDENTITY = ("paths", "track", "domains")
-"""Settings that do not change what a run is; domains enter its identity through the fingerprints of their data."""
 
 
 def conf_dirs(extra: Path | None = None) -> list[Path]:
@@ -230,9 +228,13 @@ def check(plain: dict[str, Any], extra: Path | None = None) -> Run:
             raise ConfigError(f"domain {name}: not one of {', '.join(known)}{nearest(name, known)}")
     if len(set(run.targets)) != len(run.targets):
         raise ConfigError(f"targets={list(run.targets)}: a domain is named twice")
-    for name in run.train.replay or ():
-        if name in run.targets:
-            raise ConfigError(f"train.replay: {name} is one of targets={list(run.targets)}, which share what is left")
+    taken = list(run.targets)
+    for key, names in (("train.replay", run.train.replay or ()), ("method.anchor.source", run.method.reads())):
+        if twice := [name for name in names if name in taken]:
+            raise ConfigError(
+                f"{key}: {twice[0]} is one of targets={list(run.targets)} or replayed, so trained on already"
+            )
+        taken += names
     used: Run = replace(run, domains={name: run.domains[name] for name in wanted})
     return used
 
@@ -306,36 +308,6 @@ def replace(instance: Any, **changes: Any) -> Any:
     return type(instance)(**{**values, **changes})
 
 
-def asked(run: Run) -> dict[str, Any]:
-    """Return what identifies a run, as plain data: its configuration without paths, tracking and unused settings.
-
-    A setting that equals the default of its class is left out, so that a setting added later, off by default, does
-    not make older records unfindable. Settings in YAML without a default in the class always count.
-    """
-    plain = {
-        item.name: plain_settings(getattr(run, item.name)) for item in fields(run) if item.name not in NOT_IDENTITY
-    }
-    method = plain["method"]
-    for name in run.method.unused():
-        method.pop(name, None)
-    for name in NO_EFFECT:
-        plain["train"].pop(name)
-    plain["budget"] = plain_settings(run.method.effective(run))
-    plain["method"] = {"_target_": f"{type(run.method).__module__}.{type(run.method).__qualname__}", **method}
-    return plain
-
-
-def plain_settings(value: Any) -> Any:
-    """Turn a settings object into plain data without the fields left at their class's default."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {
-            item.name: plain_settings(getattr(value, item.name))
-            for item in fields(value)
-            if item.default is MISSING or getattr(value, item.name) != item.default
-        }
-    return list(value) if isinstance(value, tuple) else value
-
-
 def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by their dotted names.
 
@@ -347,18 +319,6 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, Mapping)
         values |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return values
-
-
-RECIPE = 1
-"""Part of every run's identity; raised with the golden losses, when the mathematics of the loop changes."""
-NO_EFFECT = ("log_every", "checkpoint_every", "validate_every")
-"""Settings of the loop that no weight depends on."""
-
-
-def digest(plain: Mapping[str, Any], fingerprints: Mapping[str, str]) -> str:
-    """Return the id of a run: a hash of what was asked and of the data and weights that it was asked of."""
-    text = json.dumps([RECIPE, plain, dict(fingerprints)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def to_yaml(run: Run) -> str:

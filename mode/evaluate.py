@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from mode.checked import ConfigError
 from mode.data.pack import PackedSplit
 from mode.loss import head, hidden_states, softcap, token_scores
 
@@ -122,3 +123,10 @@ def headline(scores: dict[str, Score]) -> dict[str, Any]:
         point[f"validation/{name}/accuracy"] = score.accuracy
         point[f"validation/{name}/loss"] = score.loss
     return point
+
+
+def check_finite(scores: Mapping[str, Score]) -> None:
+    """Refuse to record a model that diverged in its last steps."""
+    for name, value in scores.items():
+        if not math.isfinite(value.loss):
+            raise ConfigError(f"the trained model's loss on {name} is {value.loss}; try a lower train.lr")

@@ -104,7 +104,7 @@ def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
 
 def gate_reads(gate: GateSettings) -> dict[str, Any]:
     """Return what an expert's gates were trained to see; the other settings may change afterwards."""
-    return {"gate_scope": gate.scope, "gate_norm": gate.norm}
+    return {"gate_reads": gate.reads, "gate_scope": gate.scope, "gate_norm": gate.norm}
 
 
 def describe_alone(folder: Path) -> dict[str, Any]:

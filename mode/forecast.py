@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mode.cost import counted
-from mode.method import Method
+from mode.method import Method, anchoring_flops
 from mode.settings import Run
 from mode.train import autocast
 
@@ -59,7 +59,7 @@ def forecast(run: Run) -> Forecast | None:
     return Forecast(
         steps=steps,
         tokens=tokens,
-        flops=tokens * cost.flops.total,
+        flops=tokens * (cost.flops.total + anchoring_flops(run)),
         total=cost.total,
         trainable=cost.trainable,
         added=cost.added,
@@ -70,6 +70,8 @@ def forecast(run: Run) -> Forecast | None:
 def count(run: Run, model: nn.Module) -> float:
     """Return the operations that training takes per token, counted by torch on one row of the model as it trains.
 
+    What the backbone's own predictions take, where the model is held to them, is added by its formula.
+
     The state of random numbers is as it was afterwards.
     """
     device = next(model.parameters()).device
@@ -78,4 +80,4 @@ def count(run: Run, model: nn.Module) -> float:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws
         found = counted(model.train(), row, autocast(run.train, device)).total
     model.train(was_training)
-    return found
+    return found + anchoring_flops(run)

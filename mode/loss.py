@@ -66,6 +66,36 @@ def capped_loss(states: Tensor, weight: Tensor, targets: Tensor, cap: float) -> 
     return functional.cross_entropy(cap * torch.tanh(states @ weight.T / cap), targets, reduction="sum")
 
 
+def divergence(states: Tensor, weight: Tensor, known: Tensor, known_weight: Tensor, cap: float | None = None) -> Tensor:
+    """Return the mean KL divergence of a model's predictions from known ones, KL(known || model), in nats per token.
+
+    Logits are formed chunk by chunk, and again in the backward pass.
+
+    Args:
+        states: Final hidden states of the model, (B, S, d).
+        weight: Its head, (V, d).
+        known: Final hidden states of the known model, (B, S, d); no gradient goes into them.
+        known_weight: Its head, (V, d).
+        cap: Bound of both models' logits, if there is one.
+    """
+    flat, other = (part.reshape(-1, part.shape[-1]).float() for part in (states, known))
+    total = torch.zeros((), device=flat.device)
+    for piece, target in zip(torch.split(flat, CHUNK), torch.split(other, CHUNK), strict=True):
+        part = checkpoint(
+            summed_divergence, piece, weight.float(), target, known_weight.float(), cap, use_reentrant=False
+        )
+        total = total + part
+    return total / len(flat)
+
+
+def summed_divergence(states: Tensor, weight: Tensor, known: Tensor, known_weight: Tensor, cap: float | None) -> Tensor:
+    """Return the summed divergence of a chunk of tokens."""
+    logits, wanted = states @ weight.T, known.detach() @ known_weight.detach().T
+    if cap is not None:
+        logits, wanted = cap * torch.tanh(logits / cap), cap * torch.tanh(wanted / cap)
+    return functional.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="sum", log_target=True)
+
+
 def auxiliary_loss(model: nn.Module) -> Tensor | None:
     """Return the sum of what modules want minimised beside the next-token loss, or None.
 

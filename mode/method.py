@@ -18,10 +18,10 @@ from mode.checked import STRICT, ConfigError
 from mode.cost import Cost, full, shape_of, untouched
 from mode.domain import Split
 from mode.files import WEIGHTS
-from mode.settings import Budget, MethodSettings, Run
+from mode.settings import Anchor, Budget, MethodSettings, Run
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 
@@ -38,6 +38,10 @@ class Material:
     backbone: Callable[[], PreTrainedModel]
     needs: tuple[Path, ...] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
+
+
+Reference = Callable[["Tensor"], tuple["Tensor", "Tensor"]]
+"""From rows of tokens, (B, S), to a backbone's final hidden states, (B, S, d), and its head, (V, d)."""
 
 
 class Probe(Protocol):
@@ -157,6 +161,51 @@ class Method(MethodSettings):
         return folder / WEIGHTS
 
 
+@settings(frozen=True, kw_only=True, config=STRICT)
+class Adaptation(Method):
+    """A way to adapt a backbone that can be held to that backbone on some of the rows that it trains on.
+
+    Attributes:
+        anchor: Those rows; none by default, as published.
+    """
+
+    anchor: Anchor = Anchor()
+
+    def reads(self) -> tuple[str, ...]:
+        """Return the domain that gives the rows on which the model is held to its backbone."""
+        return () if self.anchor.domain is None else (self.anchor.domain,)
+
+    def mixture(self, run: Run) -> dict[str, int]:
+        """Return the rows that each source gives in a cycle of the training mix, those of the anchor last."""
+        rows = super().mixture(run)
+        if self.anchor.source == "none":
+            return rows
+        free, held = sum(rows.values()), self.anchor.part
+        shares = {name: Fraction(count, free) * (1 - held) for name, count in rows.items()}
+        shares[self.anchor.source] = held
+        common = math.lcm(*(share.denominator for share in shares.values()))
+        return {name: int(share * common) for name, share in shares.items()}
+
+    def anchoring_flops(self, run: Run) -> float:
+        """Return the operations per token of the mix that the backbone's own predictions take."""
+        if self.anchor.source == "none":
+            return 0.0
+        shape = shape_of(run.backbone)
+        return self.anchor.share * untouched(shape, run.train.sequence_length).flops.forward
+
+    def reference(self, model: nn.Module, backbone: Callable[[], PreTrainedModel]) -> Reference:
+        """Return the backbone's final hidden states and head for rows of tokens; here from a frozen copy of it.
+
+        Args:
+            model: The model that trains, as it was built.
+            backbone: Loads a fresh copy of the backbone.
+        """
+        from mode.loss import head, hidden_states
+
+        frozen = backbone().requires_grad_(False).eval().to(next(model.parameters()).device)
+        return lambda rows: (hidden_states(frozen, rows), head(frozen))
+
+
 def per_token(run: Run) -> float:
     """Return the floating-point operations per token of a run's training, by closed form.
 
@@ -167,7 +216,12 @@ def per_token(run: Run) -> float:
     if cost is None:
         name = type(run.method).__name__
         raise ConfigError(f"budget=compute: {name} does not say what it takes (`cost`), so its steps cannot be planned")
-    return cost.flops.total
+    return cost.flops.total + anchoring_flops(run)
+
+
+def anchoring_flops(run: Run) -> float:
+    """Return the operations per token that holding the model to its backbone takes besides training it."""
+    return run.method.anchoring_flops(run) if isinstance(run.method, Adaptation) else 0.0
 
 
 def allowance(run: Run) -> float:

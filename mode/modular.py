@@ -6,6 +6,8 @@ each a stack of l ordinary transformer layers. All read the block's input x and 
     [a_bb, a_e^1 ... a_e^N] = softmax(Linear(x))              (equation 1)
     y = a_bb f_bb(x) + sum_j a_e^j f_e^j(x)                   (equation 2)
 
+With `gate.reads=output` the gate is Linear(f_bb(x)) instead: the branches still need nothing but x.
+
 Embeddings, positional encoding, final norm and head are the backbone's, shared and frozen.
 
 The decoder goes on calling L layers, but finds a `Turn` in the place of each. A block's turns gather what the decoder
@@ -17,7 +19,8 @@ layer has a cache slot of its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +48,7 @@ class Block(nn.Module):
         gate: Weights of the branches.
         weights: Mean branch weights of the last forward pass, (N + 1,).
         calls: What the decoder gave to the block's layers so far in this pass.
+        alone: Whether the experts are left out, so that the block is the backbone's.
     """
 
     def __init__(self, backbone: Sequence[nn.Module], experts: Sequence[Sequence[nn.Module]], gate: Gate) -> None:
@@ -55,15 +59,21 @@ class Block(nn.Module):
         self.gate = gate
         self.weights: Tensor | None = None
         self.calls: list[Call] = []
+        self.alone = False
 
     def forward(self, hidden_states: Tensor, calls: Sequence[Call]) -> Tensor:
         """Map a block's input, (B, S, d), to its output, (B, S, d), with what is meant for each of its layers."""
-        weights = self.gate(hidden_states, cache_in(calls[0]))
+        if self.alone:
+            return run_layers(self.backbone, hidden_states, calls)
+        outputs = []
+        if self.gate.settings.reads == "output":
+            outputs.append(run_layers(self.backbone, hidden_states, calls))
+        weights = self.gate(outputs[0] if outputs else hidden_states, cache_in(calls[0]))
         self.weights = weights.detach().mean(dim=(0, 1))
         branches = [self.backbone, *self.experts]
         mixed: Tensor = torch.zeros((), device=hidden_states.device)
         for index, layers in enumerate(branches):
-            output = run_layers(layers, hidden_states, calls)
+            output = outputs[index] if index < len(outputs) else run_layers(layers, hidden_states, calls)
             mixed = mixed + weights[..., index : index + 1].to(output.dtype) * output
         return mixed
 
@@ -213,6 +223,20 @@ def gate_means(model: nn.Module) -> dict[str, float]:
 def blocks_of(model: nn.Module) -> list[Block]:
     """Return the blocks of a modular model, in order."""
     return [module for module in model.modules() if isinstance(module, Block)]
+
+
+@contextmanager
+def without_experts(model: nn.Module) -> Iterator[None]:
+    """Let a modular model be its backbone for a while, without gradients."""
+    found = blocks_of(model)
+    for block in found:
+        block.alone = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for block in found:
+            block.alone = False
 
 
 def expert_state(model: nn.Module, index: int) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,17 +13,18 @@ from pydantic.dataclasses import dataclass as settings
 from mode.checked import STRICT, ConfigError
 from mode.config import replace
 from mode.cost import Cost, Flops, add, beside, blocks, shape_of
-from mode.method import Material, Method, Probe, allowance, per_token
-from mode.settings import Budget, GateSettings, Run
+from mode.method import Adaptation, Material, Probe, Reference, allowance, per_token
+from mode.settings import Anchor, Budget, GateSettings, Run
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
     from mode.expert import Expert
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
-class MoDE(Method):
+class MoDE(Adaptation):
     """Modular Domain Experts.
 
     `start=fresh` trains new experts and gates directly: with one target and one expert this is stage 1; with several
@@ -44,6 +45,7 @@ class MoDE(Method):
         gate_lr_scale: Learning rate of gates as a factor on that of experts.
         train_experts: Whether stage 2 trains the experts too, or gates alone.
         gate: How gates choose; the paper's way by default.
+        anchor_experts: Whether an anchor holds in stage 1 too, and not in stage 2 alone.
         experts: Folders of experts that are at hand, or of saved models whose experts are; the other targets' experts
             are stage-1 runs.
     """
@@ -60,6 +62,7 @@ class MoDE(Method):
     gate_lr_scale: Annotated[float, Field(gt=0.0)]
     train_experts: bool
     gate: GateSettings = GateSettings()
+    anchor_experts: bool = False
     experts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -77,8 +80,9 @@ class MoDE(Method):
     def unused(self) -> tuple[str, ...]:
         """Stage 1 has no use for what belongs to stage 2, and stage 2 counts its experts by its targets."""
         if self.start == "fresh":
-            return ("compose_lr", "gates_lr", "handover", "experts")
-        return ("num_experts", "gates_lr" if self.train_experts else "compose_lr", "experts")  # experts: by digest
+            return ("compose_lr", "gates_lr", "handover", "experts", "anchor_experts")
+        alone = ("anchor_experts",) if self.anchor.source == "none" else ()
+        return ("num_experts", "gates_lr" if self.train_experts else "compose_lr", "experts", *alone)  # by digest
 
     def needs(self, run: Run) -> tuple[Run, ...]:
         """Return one stage-1 run per target when experts are to be composed that are not at hand."""
@@ -86,7 +90,8 @@ class MoDE(Method):
         if not missing:
             return ()
         stages = len(missing) + 1
-        stage = replace(self, start="fresh", num_experts=1, train_experts=True, experts=())
+        anchor = self.anchor if self.anchor_experts else Anchor()
+        stage = replace(self, start="fresh", num_experts=1, train_experts=True, experts=(), anchor=anchor)
         budget = Budget(policy="paper")
         train = replace(run.train, lr=None, examples=None, replay=None)
         alone = replace(run, targets=missing[:1], method=stage, budget=budget, train=train)
@@ -192,6 +197,17 @@ class MoDE(Method):
 
         with watched(model) as latest:
             yield GateMeter(latest)
+
+    def reference(self, model: nn.Module, backbone: Callable[[], PreTrainedModel]) -> Reference:
+        """Return what the backbone says: the frozen layers are in the model, so nothing is loaded."""
+        from mode.loss import head, hidden_states
+        from mode.modular import without_experts
+
+        def states(rows: Tensor) -> tuple[Tensor, Tensor]:
+            with without_experts(model):
+                return hidden_states(model, rows), head(model)
+
+        return states
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the modular model, with fresh experts or with those of the stage-1 runs."""

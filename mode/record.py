@@ -29,7 +29,7 @@ class Record:
     Attributes:
         schema: Version of this layout.
         id: Identity of the run.
-        asked: Configuration that identifies the run, as `mode.config.asked` gives it.
+        asked: Configuration that identifies the run, as `mode.identity.asked` gives it.
         happened: steps, tokens, seconds, parameters, scores per domain, training curve.
         provenance: Fingerprints of data and backbone, ids of the runs it stands on, commit, versions, machine, date.
     """

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import fcntl
-import math
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mode import config
+import numpy as np
+
+from mode import config, identity
 from mode.backbone import load_model
 from mode.checked import ConfigError
 from mode.data.batches import Batches, Stream
 from mode.data.contamination import contamination
-from mode.data.pack import Packed, prepare
+from mode.data.pack import Packed, Tokens, prepare
 from mode.files import AGAIN, CHECKPOINT, CURVE, SETTINGS, WEIGHTS, write_atomic
-from mode.method import Material, Method, Probe
+from mode.lock import only_one
+from mode.method import Adaptation, Material, Method, Probe
 from mode.record import SCHEMA, Record, find_record, provenance, read_record, write_record
-from mode.settings import Run
+from mode.settings import SELF, Run
 from mode.track import Tracker, make_tracker
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from mode.evaluate import Score
-    from mode.train import Point, Trained
+    from mode.train import Hold, Point, Trained
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,13 @@ def prepare_run(run: Run) -> Prepared:
         domain = run.domains[name]
         key = f"{name} {domain} {tokenizer.fingerprint} {cache}"
         packed[name] = _prepared[key] = _prepared.get(key) or prepare(name, domain, tokenizer, cache)
-    asked = config.asked(run)
+    asked = identity.asked(run)
     asked["backbone"] = {"name": run.backbone.name}
     if artefacts := method.artefacts(run):
         asked["artefacts"] = artefacts
     backbone = method.backbone_fingerprint(run)
     fingerprints = {name: data.fingerprint for name, data in packed.items()} | {"backbone": backbone}
-    return Prepared(run, method, packed, backbone, asked, config.digest(asked, fingerprints))
+    return Prepared(run, method, packed, backbone, asked, identity.digest(asked, fingerprints))
 
 
 def finished(prepared: Prepared) -> Record | None:
@@ -155,11 +155,11 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
     """Train, evaluate and record one run whose needs are met."""
     from mode.checkpoint import trainable
     from mode.device import device_name, peak_memory, set_up
+    from mode.evaluate import check_finite
     from mode.forecast import count, forecast
     from mode.train import precision_of
 
-    run = prepared.run
-    device = set_up(run)
+    run, device = prepared.run, set_up(prepared.run)
     sky = provenance(
         run,
         data=prepared.fingerprints,
@@ -227,13 +227,6 @@ def check_context(model: nn.Module, run: Run) -> None:
         raise ConfigError(
             f"train.sequence_length={run.train.sequence_length}: {run.backbone.name} reads {longest} at most"
         )
-
-
-def check_finite(scores: Mapping[str, Score]) -> None:
-    """Refuse to record a model that diverged in its last steps."""
-    for name, value in scores.items():
-        if not math.isfinite(value.loss):
-            raise ConfigError(f"the trained model's loss on {name} is {value.loss}; try a lower train.lr")
 
 
 def settle(prepared: Prepared, record: Record, *, again: bool) -> Record:
@@ -313,8 +306,9 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
     if steps == 0:
         return Trained(steps=0, tokens=0, seconds=0.0, curve=())
     mixture = method.mixture(run)
+    device = next(model.parameters()).device
     batches = Batches(
-        [Stream(name, prepared.packed[name].split(method.split).tokens, count) for name, count in mixture.items()],
+        [Stream(name, tokens(prepared, name, device), count) for name, count in mixture.items()],
         seed=run.seed,
         batch_size=run.train.batch_size,
         sequence_length=run.train.sequence_length,
@@ -331,12 +325,40 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
         steps=steps,
         lr=run.lr,
         folder=prepared.folder,
-        validate=lambda: headline(score(prepared, model, "validation", tuple(mixture))),
+        validate=lambda: headline(score(prepared, model, "validation", tuple(set(mixture) - {SELF}))),
         observe=observed,
         inspect=method.inspect,
         lr_scales=method.lr_scales(),
+        hold=hold(prepared, model, batches),
     )
     return train(model, batches, job)
+
+
+def tokens(prepared: Prepared, name: str, device: torch.device) -> Tokens:
+    """Return the tokens that one source of a mix trains on: a domain's, or those sampled from the backbone."""
+    run, method = prepared.run, prepared.method
+    if name in prepared.packed:
+        return prepared.packed[name].split(method.split).tokens
+    from mode.anchor import sampled
+
+    cache = Path(run.paths.cache).expanduser()
+    anchor = method.anchor  # type: ignore[attr-defined]  # else the mix had no such source
+    return sampled(anchor, run.backbone, prepared.backbone, run.train.sequence_length, cache, device)
+
+
+def hold(prepared: Prepared, model: nn.Module, batches: Batches) -> Hold | None:
+    """Return how a model is held to its backbone, if its method asks for it."""
+    from mode.train import Hold
+
+    method, run = prepared.method, prepared.run
+    if not isinstance(method, Adaptation) or method.anchor.source == "none":
+        return None
+    source = method.anchor.source
+    return Hold(
+        weight=method.anchor.weight,
+        held=lambda step: np.array([name == source for name in batches.domains(step)]),
+        reference=method.reference(model, lambda: load_model(run.backbone)),
+    )
 
 
 def score(
@@ -375,23 +397,3 @@ def save(prepared: Prepared, model: nn.Module, happened: Mapping[str, Any]) -> N
     }
     prepared.method.save(model, run, prepared.folder, about)
     save_tensors(prepared.folder / WEIGHTS, trainable(model), {"run": prepared.id})
-
-
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Hold a run's lock, so that two processes never train the same run; the lock goes with the process.
-
-    Raises:
-        ConfigError: Another process is at it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"{folder}: another process is training this run") from error
-        try:
-            yield
-        finally:
-            if all(path.name == "lock" for path in folder.iterdir()):
-                shutil.rmtree(folder, ignore_errors=True)

@@ -6,6 +6,7 @@ Hydra composes YAML, `mode.config` turns the result into these types, and nothin
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
@@ -13,6 +14,11 @@ from pydantic.dataclasses import dataclass
 
 from mode.checked import PIN, STRICT, Share
 from mode.domain import Domain
+
+SELF = "self"
+"""Source of rows that the backbone itself made up."""
+SAMPLED = ("rows", "temperature", "prompt")
+"""Settings of such rows."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -70,9 +76,53 @@ class MethodSettings:
         """Return the plainest budget under which this run is the same: it identifies the run."""
         return run.budget
 
+    def reads(self) -> tuple[str, ...]:
+        """Return the domains that training reads besides the targets and what is replayed."""
+        return ()
+
     def unused(self) -> tuple[str, ...]:
         """Name the settings that make no difference as the others stand, and so do not identify a run."""
         return ()
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Anchor:
+    """Rows of the mix on which a model is held to its backbone: by the divergence of its predictions, not by the text.
+
+    Attributes:
+        source: Where the rows come from: `self`, sampled once from the backbone; a domain, whose training split gives
+            them; or `none`.
+        share: Share of the rows of the mix.
+        weight: Factor on KL(backbone || model) of such a row, beside a cross-entropy of weight 1 of the others.
+        rows: Of `self`: rows that are sampled; they are seen again when training is longer.
+        temperature: Of `self`: divides the logits.
+        prompt: Of `self`: what a sampled row begins with: a new `document`, or a random `token`.
+    """
+
+    source: str = "none"
+    share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.125
+    weight: Annotated[float, Field(gt=0.0)] = 4.0
+    rows: Annotated[int, Field(gt=1)] = 512
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    prompt: Literal["document", "token"] = "document"
+
+    def __post_init__(self) -> None:
+        if abs(float(self.part) - self.share) > 1e-9:
+            raise ValueError(f"share {self.share} is not a fraction with a denominator up to 100, such as 0.125 or 0.1")
+        # What has no effect is as by default: the same training is the same run however it is written.
+        unused = {"none": ("share", "weight", *SAMPLED), SELF: ()}.get(self.source, SAMPLED)
+        for name in unused:
+            object.__setattr__(self, name, getattr(type(self), name))
+
+    @property
+    def part(self) -> Fraction:
+        """Share of the rows, exactly."""
+        return Fraction(self.share).limit_denominator(100)
+
+    @property
+    def domain(self) -> str | None:
+        """The domain that gives the rows, if one does."""
+        return None if self.source in ("none", SELF) else self.source
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -83,7 +133,9 @@ class GateSettings:
         top_k: Branches that a token keeps, the largest first.
         top_p: Share of weight that the branches a token keeps must hold: as few of them as can.
         renormalize: Whether the kept weights are scaled to sum to one.
-        scope: What a gate sees: its `token`, or the mean of the `prefix` up to it.
+        reads: What a gate reads: its block's `input`, or the `output` of the block's backbone layers, which has context
+            in the first block too.
+        scope: What a gate sees of it: its `token`, or the mean of the `prefix` up to it.
         norm: Whether a root-mean-square norm, without weights of its own, comes before the gate.
         temperature: Divides the logits.
         balance: Weight of the load-balance loss.
@@ -92,6 +144,7 @@ class GateSettings:
     top_k: Annotated[int, Field(gt=0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     renormalize: bool = True
+    reads: Literal["input", "output"] = "input"
     scope: Literal["token", "prefix"] = "token"
     norm: bool = False
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
@@ -262,8 +315,9 @@ class Run:
 
     @property
     def scored(self) -> tuple[str, ...]:
-        """Domains that the finished model is scored on: those of the evaluation, every target, and what is replayed."""
-        return tuple(dict.fromkeys([*self.evaluate.domains, *self.targets, *(self.train.replay or ())]))
+        """Domains that the finished model is scored on: those of the evaluation, and all that it trains on."""
+        replay = self.train.replay or ()
+        return tuple(dict.fromkeys([*self.evaluate.domains, *self.targets, *replay, *self.method.reads()]))
 
     @property
     def lr(self) -> float:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from mode import config
+from mode import config, identity
 from mode.checked import STRICT, ConfigError
 from mode.record import Record
 from mode.settings import Run
@@ -163,7 +163,7 @@ def compose_rows(table: Table, overrides: Sequence[str], extra: Path | None = No
     found: dict[str, tuple[str, Run]] = {}
     for row in table.rows:
         run = row_run(table, row, 0, overrides, extra)
-        found.setdefault(str(config.asked(run)), (row.name, run))
+        found.setdefault(str(identity.asked(run)), (row.name, run))
     return dict(found.values())
 
 
@@ -241,7 +241,7 @@ def select(runs: Mapping[str, Run], records: Sequence[Record]) -> tuple[dict[str
     """
     matching: dict[str, list[Record]] = {}
     for name, run in runs.items():
-        wanted = without_seed(config.asked(run) | {"backbone": {"name": run.backbone.name}})
+        wanted = without_seed(identity.asked(run) | {"backbone": {"name": run.backbone.name}})
         matching[name] = [record for record in records if without_seed(record.asked) == wanted]
     skies = [record.sky for found in matching.values() for record in found]
     chosen = max(sorted(set(skies)), key=skies.count) if skies else ""

@@ -10,18 +10,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mode.checked import ConfigError
 from mode.checkpoint import load_checkpoint, save_checkpoint, trainable
 from mode.data.batches import Batches
 from mode.files import CHECKPOINT, CURVE, write_atomic
-from mode.loss import auxiliary_loss, head, hidden_states, next_token_loss, softcap, token_scores
+from mode.loss import auxiliary_loss, divergence, head, hidden_states, next_token_loss, softcap, token_scores
 from mode.settings import Train
 
 Point = dict[str, Any]
 """One point of the training curve: step, loss, accuracy, lr, seconds, and what the method reports of its model."""
+
+
+@dataclass(frozen=True)
+class Hold:
+    """How a model is held to its backbone on some rows.
+
+    Attributes:
+        weight: Factor on KL(backbone || model) beside the cross-entropy of the other rows.
+        held: Which rows of a step are such rows, (B,).
+        reference: What the backbone says of rows of tokens: its final hidden states, and its head.
+    """
+
+    weight: float
+    held: Callable[[int], NDArray[np.bool_]]
+    reference: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,7 @@ class Job:
         observe: Called with every new point of the curve.
         inspect: What the method reports of its model at every point.
         lr_scales: Factor on the learning rate for parameters whose name contains the key.
+        hold: How the model is held to its backbone; None where it is not.
     """
 
     settings: Train
@@ -47,6 +65,7 @@ class Job:
     observe: Callable[[Point], None] = lambda point: None
     inspect: Callable[[nn.Module], Point] = lambda model: {}
     lr_scales: Mapping[str, float] = field(default_factory=dict)
+    hold: Hold | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -93,7 +112,8 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, job.steps, settings)
         rows = torch.from_numpy(batches.batch(step)).to(device)
-        loss, states = accumulate(model, rows, settings, device)
+        held = torch.from_numpy(job.hold.held(step)).to(device) if job.hold else None
+        loss, states = accumulate(model, rows, held, job, device)
         torch.nn.utils.clip_grad_norm_(trainable(model).values(), settings.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -114,22 +134,52 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
     return Trained(steps=job.steps, tokens=tokens, seconds=seconds, curve=curve)
 
 
-def accumulate(model: nn.Module, rows: Tensor, settings: Train, device: torch.device) -> tuple[Tensor, Tensor]:
+def accumulate(
+    model: nn.Module, rows: Tensor, held: Tensor | None, job: Job, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Run forward and backward over the micro-batches of a step.
 
     Returns:
         The mean loss of the step, and the last micro-batch's hidden states, (B / accumulate, S, d).
     """
-    loss = torch.zeros((), device=device)
+    settings, loss = job.settings, torch.zeros((), device=device)
     states = loss
-    for micro in rows.chunk(settings.accumulate):
+    for number, micro in enumerate(rows.chunk(settings.accumulate)):
         with autocast(settings, device):
             states = hidden_states(model, micro[:, :-1])
-        part = next_token_loss(states, head(model), micro[:, 1:], softcap(model)) / settings.accumulate
+        if job.hold is None or held is None:
+            part = next_token_loss(states, head(model), micro[:, 1:], softcap(model)) / settings.accumulate
+        else:
+            chosen = held.chunk(settings.accumulate)[number]
+            part = held_loss(model, states, micro, chosen, job, device) / settings.accumulate
         loss += part.detach()
         extra = auxiliary_loss(model)
         torch.autograd.backward(part if extra is None else part + extra / settings.accumulate)
     return loss, states.detach()
+
+
+def held_loss(model: nn.Module, states: Tensor, rows: Tensor, held: Tensor, job: Job, device: torch.device) -> Tensor:
+    """Return the mean over a micro-batch's tokens: cross-entropy of free rows, weighted divergence of held ones.
+
+    Args:
+        model: The model that trains.
+        states: Its final hidden states, (B, S, d).
+        rows: Tokens, (B, S + 1).
+        held: Which rows are held to the backbone, (B,).
+        job: What the loop is asked to do.
+        device: Where the model is.
+    """
+    assert job.hold is not None
+    loss, cap = torch.zeros((), device=device), softcap(model)
+    free, count = ~held, len(rows)
+    if free.any():
+        loss = loss + next_token_loss(states[free], head(model), rows[free, 1:], cap) * (free.sum() / count)
+    if held.any():
+        with torch.no_grad(), autocast(job.settings, device):
+            reference = job.hold.reference(rows[held, :-1])
+        apart = divergence(states[held], head(model), *reference, cap)
+        loss = loss + job.hold.weight * apart * (held.sum() / count)
+    return loss
 
 
 def autocast(settings: Train, device: torch.device) -> torch.autocast:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mode import config
+from mode import config, identity
 from mode.table import load_table, row_run
 
 ROOT = Path(__file__).parent.parent
@@ -134,7 +134,7 @@ def test_every_row_of_every_table_is_a_run_of_its_own(name: str) -> None:
     table = load_table(name)
     for overrides in [variant for variant in table.variants if not any(text.startswith("budget=") for text in variant)]:
         runs = [row_run(table, row, table.seeds[0], overrides) for row in table.rows]
-        asked = [str(config.asked(run)) for run in runs]
+        asked = [str(identity.asked(run)) for run in runs]
         assert len(set(asked)) == len(asked), "two rows ask for the same run"
     published = table.published.rows if table.published else {}
     assert published.keys() <= {row.name for row in table.rows}

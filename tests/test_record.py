@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic.dataclasses import dataclass as settings
 
-from mode import config
+from mode import config, identity
 from mode.checked import STRICT, ConfigError
 from mode.record import SCHEMA, Record, find_record, provenance, read_record, read_records, write_record
 from mode.runner import prepare_run
@@ -180,9 +180,9 @@ def test_an_id_changes_with_what_is_asked(run: Run, changes: dict[str, Any]) -> 
 def test_an_id_changes_with_the_data_and_the_weights_but_not_with_a_domains_words(run: Run) -> None:
     this = prepare_run(run)
     fingerprints = this.fingerprints | {"backbone": this.backbone}
-    assert config.digest(this.asked, fingerprints) == this.id
+    assert identity.digest(this.asked, fingerprints) == this.id
     for name in fingerprints:
-        assert config.digest(this.asked, {**fingerprints, name: "other"}) != this.id
+        assert identity.digest(this.asked, {**fingerprints, name: "other"}) != this.id
     assert "licence" not in json.dumps(this.asked)
     assert run.paths.cache not in json.dumps(this.asked)
 
@@ -204,7 +204,7 @@ class After(Before):
 
 def test_a_setting_added_later_and_left_at_its_default_changes_no_id(run: Run) -> None:
     def asked(method: MethodSettings) -> dict[str, Any]:
-        plain = config.asked(config.replace(run, method=method))
+        plain = identity.asked(config.replace(run, method=method))
         plain["method"].pop("_target_")
         return plain
 
@@ -214,7 +214,7 @@ def test_a_setting_added_later_and_left_at_its_default_changes_no_id(run: Run) -
 
 
 def test_a_setting_without_a_default_always_counts(run: Run) -> None:
-    plain = config.asked(run)
+    plain = identity.asked(run)
     assert plain["train"]["lr"] is None
     assert plain["method"]["rank"] == 16
     assert "rank_stabilized" not in plain["method"]
@@ -222,7 +222,7 @@ def test_a_setting_without_a_default_always_counts(run: Run) -> None:
 
 def test_what_was_asked_is_equal_after_the_disk(run: Run, world: World) -> None:
     composed = config.compose([*world.overrides, "method=mode"], world.conf)
-    for plain in map(config.asked, (run, composed, composed.method.needs(composed)[0])):  # type: ignore[attr-defined]
+    for plain in map(identity.asked, (run, composed, composed.method.needs(composed)[0])):  # type: ignore[attr-defined]
         assert json.loads(json.dumps(plain)) == plain
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mode import config
+from mode import config, identity
 from mode.checked import ConfigError
 from mode.compiled import Compiled, compile_table
 from mode.record import SCHEMA, Record, read_record, write_record
@@ -101,7 +101,7 @@ def made(conf: Path, table: str, row: str, seed: int, scores: tuple[float, ...],
     loaded = load_table(table, conf)
     chosen = next(item for item in loaded.rows if item.name == row)
     run = row_run(loaded, chosen, seed, [], conf)
-    asked = config.asked(run) | {"backbone": {"name": run.backbone.name}}
+    asked = identity.asked(run) | {"backbone": {"name": run.backbone.name}}
     sky = {"data": {name: f"data of {name}" for name in run.domains}, "backbone": changes.pop("backbone", "weights")}
     trains = row != "backbone"
     happened = {
@@ -116,7 +116,7 @@ def made(conf: Path, table: str, row: str, seed: int, scores: tuple[float, ...],
     needs = list(changes.pop("needs", ()))
     return Record(
         schema=SCHEMA,
-        id=config.digest(asked, {**sky["data"], "backbone": sky["backbone"]}),
+        id=identity.digest(asked, {**sky["data"], "backbone": sky["backbone"]}),
         asked=json.loads(json.dumps(asked)),
         happened=happened | changes,
         provenance={**sky, "precision": "fp32", "needs": needs},

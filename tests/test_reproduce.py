@@ -14,9 +14,10 @@ import yaml
 
 from mode import config, reproduce
 from mode.checked import ConfigError
+from mode.lock import only_one
 from mode.record import read_records
 from mode.reproduce import Node, describe, plan, ready, run_all, table_runs
-from mode.runner import WEIGHTS, execute, only_one, prepare_run
+from mode.runner import WEIGHTS, execute, prepare_run
 from mode.settings import Run
 from tests.conftest import World
 
