@@ -1,7 +1,8 @@
-"""The figures beside a table: target accuracy against retention, and what the gates of its modular rows chose."""
+"""The figures beside a table: target accuracy against retention and cost, and what the gates of its modular rows chose."""
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ AXES = {"added": "Added parameters (millions)", "examples": "Different rows in t
 
 
 def draw(compiled: Compiled, path: Path) -> None:
-    """Draw every row that has both a target accuracy and a retention, with standard deviations over seeds.
+    """Draw target accuracy over retention with standard deviations over seeds, cost as area, and the Pareto front.
 
     Args:
         compiled: The compiled table.
@@ -25,32 +26,35 @@ def draw(compiled: Compiled, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
-    for index, line in enumerate(compiled.lines):
-        retention, target = line.cell("retention"), line.cell("target")
-        if retention is None or target is None:
-            continue
-        several = target.n > 1
+    from mode.pareto import axis_titles, tradeoff
+
+    seen = tradeoff(compiled)
+    figure, axes = pyplot.subplots(figsize=(7.5, 5.2), layout="constrained")
+    for place in seen.places:
+        several, colour = place.target.n > 1, COLOURS[place.index % len(COLOURS)]
         axes.errorbar(
-            retention.mean,
-            target.mean,
-            xerr=retention.std if several else None,
-            yerr=target.std if several else None,
-            fmt=MARKERS[index % len(MARKERS)],
-            color=COLOURS[index % len(COLOURS)],
-            markersize=8,
+            place.retention.mean,
+            place.target.mean,
+            xerr=place.retention.std if several else None,
+            yerr=place.target.std if several else None,
+            fmt=MARKERS[place.index % len(MARKERS)],
+            color=colour,
+            markerfacecolor=colour if place.best else "white",
+            markersize=5 + 6 * seen.size(place),
             capsize=3,
-            label=line.label,
+            label=place.line.label,
         )
-    named = [name.capitalize() for name in compiled.targets]
-    others = [name.capitalize() for name in compiled.domains if name not in compiled.targets]
-    kept = " and ".join(others) if named else "the other domains'"
     axes.axvline(0, color="#bbbbbb", linewidth=1, zorder=0)
-    axes.set_xlabel(f"Retention: change of {kept} accuracy against the backbone (points)")
-    axes.set_ylabel(f"Target accuracy: mean of {' and '.join(named) or 'what a row is adapted to'} (%)")
+    axes.plot(
+        *zip(*seen.front, strict=True), color="#888888", linewidth=1, dashes=(4, 3), drawstyle="steps-pre", zorder=1
+    )
+    across, up = axis_titles(compiled)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
     axes.set_title(compiled.table.title)
-    if axes.get_legend_handles_labels()[0]:
+    if seen.places:
         axes.legend(fontsize=8, loc="best")
+        figure.supxlabel(textwrap.fill(seen.legend, 125), fontsize=7, color="#555555")
     figure.savefig(path, dpi=150, metadata={"Software": None})
     pyplot.close(figure)
 
