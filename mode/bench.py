@@ -27,6 +27,14 @@ SCHEMA = 1
 SUITES: dict[str, Callable[[Run, MoDE, torch.device, Path], tuple[list[Case], dict[str, int]]]] = {"edge": edge}
 FOLDER = "bench"
 """Folder of benchmarks in a folder of results; their table lies beside it."""
+HEADS = ("Job", "Variant", "Median", "Ratio", "Quartiles")
+INTRODUCTION = (
+    "Every variant is timed once a round, in an order that is reversed from round to round, in one process. "
+    "Ratios are to the first variant of the same job: of tokens per second (more is better) where tokens are "
+    "counted, else of time or size (less is better); median and quartiles of the rounds' paired ratios. "
+    "Loading and exchange end with the first token, since weights that are mapped are read when they are used. "
+    "Absolute figures are medians, and hold for the machine they were taken on."
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,11 @@ class Benchmark:
     asked: dict[str, Any]
     happened: dict[str, Any]
     provenance: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """Suite and backbone."""
+        return f"{self.asked['suite']}: {self.asked['backbone']}"
 
     @property
     def filename(self) -> str:
@@ -139,14 +152,7 @@ def read_benchmark(path: Path) -> Benchmark:
 
 def render(benchmarks: Sequence[Benchmark]) -> str:
     """Render benchmarks in Markdown."""
-    intro = (
-        "Every variant is timed once a round, in an order that is reversed from round to round, in one process. "
-        "Ratios are to the first variant of the same job: of tokens per second (more is better) where tokens are "
-        "counted, else of time or size (less is better); median and quartiles of the rounds' paired ratios. "
-        "Loading and exchange end with the first token, since weights that are mapped are read when they are used. "
-        "Absolute figures are medians, and hold for the machine they were taken on."
-    )
-    return "\n".join(["# Benchmarks", "", intro, *(f"\n{section(each)}" for each in benchmarks)])
+    return "\n".join(["# Benchmarks", "", INTRODUCTION, *(f"\n{section(each)}" for each in benchmarks)])
 
 
 def report_benchmarks(results: Path, *, write: bool = True) -> tuple[str, Path]:
@@ -176,27 +182,44 @@ def stale_benchmarks(results: Path) -> list[Path]:
 
 def section(benchmark: Benchmark) -> str:
     """Render one benchmark."""
-    asked, happened, seen = benchmark.asked, benchmark.happened, benchmark.provenance
-    machine = seen["machine"]
     lines = [
-        f"## {asked['suite']}: {asked['backbone']}",
+        f"## {benchmark.title}",
         "",
-        f"{asked['num_blocks']} blocks, {asked['expert_layers']} layers per expert and block, {asked['precision']}; "
-        f"{machine['device']} of {machine['processor']}, {asked['threads']} of {machine['cores']} threads; "
-        f"torch {seen['versions']['torch']}; {happened['rounds']} rounds, {seen['date'][:10]}.",
+        conditions(benchmark),
         "",
-        "| Job | Variant | Median | Ratio | Quartiles |",
+        f"| {' | '.join(HEADS)} |",
         "|:----|:--------|-------:|------:|----------:|",
-        *(row(case, happened["cases"]) for case in happened["cases"]),
-    ]
-    (_, first), *_ = happened["bytes"].items()
-    lines += [
-        f"| size | {name} | {size / 1e6:.2f} MB | {size / first:.3f} | |" for name, size in happened["bytes"].items()
+        *(f"| {' | '.join(cells)} |" for cells in timings(benchmark)),
+        *(f"| {' | '.join(cells)} | |" for cells in sizes(benchmark)),
     ]
     return "\n".join(lines) + "\n"
 
 
-def row(case: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> str:
+def conditions(benchmark: Benchmark) -> str:
+    """Say what was measured, on what, and when."""
+    asked, seen = benchmark.asked, benchmark.provenance
+    machine = seen["machine"]
+    return (
+        f"{asked['num_blocks']} blocks, {asked['expert_layers']} layers per expert and block, {asked['precision']}; "
+        f"{machine['device']} of {machine['processor']}, {asked['threads']} of {machine['cores']} threads; "
+        f"torch {seen['versions']['torch']}; {benchmark.happened['rounds']} rounds, {seen['date'][:10]}."
+    )
+
+
+def timings(benchmark: Benchmark) -> list[tuple[str, ...]]:
+    """Return job, variant, median, ratio and quartiles of everything timed, as texts."""
+    cases = benchmark.happened["cases"]
+    return [row(case, cases) for case in cases]
+
+
+def sizes(benchmark: Benchmark) -> list[tuple[str, ...]]:
+    """Return `size`, variant, megabytes and ratio of everything weighed, as texts."""
+    found = benchmark.happened["bytes"]
+    first, *_ = found.values()
+    return [("size", name, f"{size / 1e6:.2f} MB", f"{size / first:.3f}") for name, size in found.items()]
+
+
+def row(case: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """Render one case beside the first of its job."""
     base = next(other for other in cases if other["job"] == case["job"])
     median = statistics.median(case["seconds"])
@@ -204,4 +227,4 @@ def row(case: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> str:
     first, second = (base, case) if case["tokens"] else (case, base)
     paired = ratio(first["seconds"], second["seconds"])
     spread = "" if base is case else f"{paired.low:.3f} – {paired.high:.3f}"
-    return f"| {case['job']} | {case['variant']} | {shown} | {paired.median:.3f} | {spread} |"
+    return case["job"], case["variant"], shown, f"{paired.median:.3f}", spread

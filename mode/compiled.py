@@ -84,6 +84,7 @@ class Line:
         gates: By domain, every block's mean gate weights over seeds, the backbone's first; empty without gates.
         branches: Names of the branches.
         astray: Whether a stage trained on, or took, something else than its forecast.
+        runs: Id of every seed's run.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Line:
     gates: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     branches: tuple[str, ...] = ()
     astray: bool = False
+    runs: Mapping[int, str] = field(default_factory=dict)
 
     def cell(self, column: str) -> Cell | None:
         """Return a column's mean and deviation over seeds."""
@@ -203,6 +205,7 @@ def make_line(
         gates=mean_gates(records),
         branches=branches(records),
         astray=any(astray(stage) for stages in costs for stage in stages),
+        runs={record.seed: record.id for record in records},
     )
 
 

@@ -1,4 +1,4 @@
-"""The figures beside a table: target accuracy against retention and cost, and what the gates of its modular rows chose."""
+"""The figures beside a table: target accuracy, retention and cost, and what the gates of its modular rows chose."""
 
 from __future__ import annotations
 

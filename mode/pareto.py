@@ -60,8 +60,8 @@ class Tradeoff:
     def legend(self) -> str:
         """What the marks mean, in words."""
         return (
-            f"Size: {MEASURES[self.measure]}. Filled: no other row is as good in accuracy, retention and cost and better "
-            "in one, by the means. Dashed: the best of accuracy and retention at any cost."
+            f"Size: {MEASURES[self.measure]}. Filled: no other row is as good in accuracy, retention and cost and "
+            "better in one, by the means. Dashed: the best of accuracy and retention at any cost."
         )
 
 

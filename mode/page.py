@@ -1,0 +1,289 @@
+"""The report as one page: tables that sort, figures, and every run with its settings, curve, record and command.
+
+Like every rendering it is a function of the records and the tables' YAML alone, and the file needs no other to be read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
+
+from mode import bench, chart
+from mode.checked import ConfigError
+from mode.compiled import Compiled, compile_table
+from mode.dossier import Dossier, average_curve, dossiers
+from mode.files import write_atomic
+from mode.finding import findings
+from mode.record import Record, read_records
+from mode.report import (
+    CONTAMINATION_NOTE,
+    COST_NOTE,
+    contamination_frame,
+    cost_frame,
+    frame,
+    intervals,
+    notes,
+    published_frame,
+)
+from mode.table import load_table, stem, with_needs
+
+PAGE = "report.html"
+ASSETS = files("mode") / "assets"
+STRONG = Markup("<strong>{}</strong>")
+BACKTICKS = re.compile(r"`([^`]+)`")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table as the page shows it: its cells, of which the first is its heading, and where they lead."""
+
+    cells: tuple[str, ...]
+    link: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as the page shows it; rows are sorted within their group."""
+
+    caption: str
+    heads: tuple[str, ...]
+    groups: tuple[tuple[Row, ...], ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a row was made from: its runs by seed, or those of the rows it is a difference of; or what would make it."""
+
+    anchor: str
+    label: str
+    runs: tuple[tuple[int, str], ...]
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with everything about it."""
+
+    anchor: str
+    title: str
+    grid: Grid
+    notes: tuple[str, ...]
+    findings: tuple[str, ...]
+    figures: tuple[Markup, ...]
+    curves: tuple[Markup, ...]
+    gates: tuple[Markup, ...]
+    extras: tuple[tuple[str, Grid], ...]
+    origins: tuple[Origin, ...]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark as the page shows it."""
+
+    anchor: str
+    title: str
+    about: str
+    grid: Grid
+    file: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything on a page."""
+
+    sections: tuple[Section, ...]
+    benches: tuple[Bench, ...]
+    runs: tuple[Dossier, ...]
+    known: frozenset[str] = field(default_factory=frozenset)
+
+
+def write_page(tables: Sequence[tuple[str, Sequence[str]]], results: Path, out: Path, extra: Path | None = None) -> Path:
+    """Write the page of some tables.
+
+    Args:
+        tables: Names of tables, with the overrides to render each under; `bench` stands for the benchmarks. With a
+            single one, the page has its runs alone; else all runs.
+        results: Folder of the records.
+        out: Folder to write the page into.
+        extra: A folder of the user's own configuration.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        ConfigError: There is no record of any of the tables.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / PAGE
+    write_atomic(path, render(contents(tables, results, os.path.relpath(results, out), extra)).encode())
+    return path
+
+
+def contents(
+    tables: Sequence[tuple[str, Sequence[str]]], results: Path, way: str, extra: Path | None = None
+) -> Contents:
+    """Collect what a page shows.
+
+    Args:
+        tables: As for `write_page`.
+        results: Folder of the records.
+        way: The path to it from the page.
+        extra: A folder of the user's own configuration.
+    """
+    records = read_records(results)
+    names = dict.fromkeys(name for name, _ in tables)
+    compiled = [
+        (stem(name, overrides, load_table(name, extra).overrides), name, found)
+        for name, overrides in tables
+        if name != bench.FOLDER and (found := compile_or_none(name, records, overrides, extra)) is not None
+    ]
+    benches = tuple(made_bench(each, way) for each in bench.read_benchmarks(results)) if bench.FOLDER in names else ()
+    if not compiled and not benches:
+        raise ConfigError(f"no record of {next(iter(names))} in {results / 'records'}")
+    if len(names) == 1:
+        records = used([each for _, _, each in compiled], records)
+    by_id = {record.id: record for record in records}
+    sections = tuple(section(anchor, name, each, by_id) for anchor, name, each in sorted(compiled, key=order))
+    return Contents(sections, benches, tuple(dossiers(records, places(sections), way, extra)), frozenset(by_id))
+
+
+def compile_or_none(
+    name: str, records: Sequence[Record], overrides: Sequence[str], extra: Path | None
+) -> Compiled | None:
+    """Compile a table; None if it has nothing to say, or not all the records that it stands on are here."""
+    try:
+        compiled = compile_table(load_table(name, extra), records, overrides, extra)
+    except ConfigError:
+        return None
+    return compiled if compiled.says_something else None
+
+
+def order(item: tuple[str, str, Compiled]) -> tuple[bool, bool, bool, str]:
+    """Order tables: results before choices of settings, tables before curves, whole ones before those with gaps."""
+    anchor, _, compiled = item
+    return (
+        compiled.table.choose,
+        bool(compiled.table.curves),
+        not all(line.runs for line in compiled.lines),
+        anchor,
+    )
+
+
+def used(tables: Iterable[Compiled], records: Sequence[Record]) -> list[Record]:
+    """Return the records that some tables are made of, with those they stand on, in the order given."""
+    by_id = {record.id: record for record in records}
+    ids = {run for compiled in tables for line in compiled.lines for run in line.runs.values()}
+    wanted = {stage.id for run in ids for stage in with_needs(by_id[run], by_id)}
+    return [record for record in records if record.id in wanted]
+
+
+def places(sections: Iterable[Section]) -> dict[str, list[tuple[str, str, str]]]:
+    """Return, by run id, the rows that a run is part of: anchor, table and label; differences aside."""
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for each in sections:
+        for origin in each.origins[: len(each.grid.groups[0])]:
+            for _, run in origin.runs:
+                found.setdefault(run, []).append((origin.anchor, each.title, origin.label))
+    return found
+
+
+def section(anchor: str, name: str, compiled: Compiled, records: Mapping[str, Record]) -> Section:
+    """Make the section of one table."""
+    lines, pairs = compiled.lines, compiled.table.differences
+    row_links = [f"#{anchor}--{line.name}" for line in lines]
+    pair_links = [f"#{anchor}--{left}--{right}" for left, right in pairs]
+    panels = [chart.draw_panel(compiled, panel) for panel in compiled.table.curves]
+    told, *others = notes(compiled)
+    return Section(
+        anchor=anchor,
+        title=compiled.table.title,
+        grid=grid(compiled.table.title, frame(compiled, strong=STRONG), row_links, pair_links),
+        notes=(told, *(text for text in others if text)),
+        findings=tuple(findings(compiled)),
+        figures=tuple(picture for picture in [*panels, chart.draw_tradeoff(compiled)] if picture),
+        curves=(learning(compiled, records),),
+        gates=tuple(chart.draw_gates(line) for line in lines if line.gates and not compiled.table.choose),
+        extras=tuple(extras(compiled, row_links, pair_links)),
+        origins=tuple(origins(anchor, name, compiled)),
+    )
+
+
+def grid(caption: str, table: pd.DataFrame, links: Sequence[str] = (), more: Sequence[str] = ()) -> Grid:
+    """Turn a frame into a table of the page; the rows that `more` leads from are a group of their own."""
+    plain = [tuple(row) for row in table.itertuples(index=False, name=None)]
+    every = [*links, *more] or [""] * len(plain)
+    rows = [Row(cells, link) for cells, link in zip(plain, every, strict=True)]
+    cut = len(rows) - len(more) if links else len(rows)
+    groups = tuple(tuple(group) for group in (rows[:cut], rows[cut:]) if group)
+    return Grid(caption, tuple(map(str, table.columns)), groups)
+
+
+def extras(compiled: Compiled, rows: Sequence[str], pairs: Sequence[str]) -> Iterable[tuple[str, Grid]]:
+    """Return the other tables of a table, each with a note."""
+    if pairs:
+        yield "", grid("95 % intervals of the differences over documents", intervals(compiled), pairs)
+    yield COST_NOTE, grid("Cost", cost_frame(compiled), rows)
+    if compiled.contamination:
+        yield CONTAMINATION_NOTE, grid("Contamination", contamination_frame(compiled))
+    published = published_frame(compiled)
+    source = compiled.table.published
+    if source is not None and published is not None and len(published):
+        yield f"{source.source}. {source.note}", grid("Published values", published)
+
+
+def origins(anchor: str, name: str, compiled: Compiled) -> Iterable[Origin]:
+    """Say what every row, and then every difference, was made from."""
+    for line in compiled.lines:
+        missing = "" if line.runs else f"mode reproduce {name}"
+        yield Origin(f"{anchor}--{line.name}", line.label, tuple(line.runs.items()), missing)
+    for left, right in compiled.table.differences:
+        one, other = compiled.line(left), compiled.line(right)
+        both = [seed for seed in one.runs if seed in other.runs]
+        runs = tuple((seed, line.runs[seed]) for seed in both for line in (one, other))
+        yield Origin(f"{anchor}--{left}--{right}", f"{one.label} − {other.label}", runs)
+
+
+def learning(compiled: Compiled, records: Mapping[str, Record]) -> Markup:
+    """Draw the training loss of every row's last stage, the mean over seeds."""
+    series = []
+    for line in compiled.lines:
+        curves = [records[run].happened["curve"] for run in line.runs.values()]
+        if points := average_curve(curves, "loss"):
+            series.append(chart.Series(line.label, points, marked=False))
+    return chart.draw_lines(f"{compiled.table.title}: training loss", series, "Steps", "Training loss (nats per token)")
+
+
+def made_bench(benchmark: bench.Benchmark, way: str) -> Bench:
+    """Make the section of one benchmark."""
+    rows = [*bench.timings(benchmark), *((*cells, "") for cells in bench.sizes(benchmark))]
+    table = pd.DataFrame(rows, columns=list(bench.HEADS))
+    file = f"{way}/{bench.FOLDER}/{benchmark.filename}"
+    return Bench(f"bench-{benchmark.id}", benchmark.title, bench.conditions(benchmark), grid(benchmark.title, table), file)
+
+
+def prose(text: str) -> Markup:
+    """Set a sentence, with what stands in backticks as code.
+
+    >>> prose("`mode report` & co")
+    Markup('<code>mode report</code> &amp; co')
+    """
+    return Markup(BACKTICKS.sub(r"<code>\1</code>", str(escape(text))))
+
+
+def render(shown: Contents) -> str:
+    """Render a page."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["prose"] = prose
+    template = environment.from_string((ASSETS / "page.html.j2").read_text("utf-8"))
+    style, script = ((ASSETS / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    return template.render(
+        page=shown, shapes=chart.shapes(), style=Markup(style), script=Markup(script), introduction=bench.INTRODUCTION
+    )
