@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -133,11 +133,14 @@ def report(
         bool, typer.Option("--check", help="Fail if a published table no longer follows from its records.")
     ] = False,
     wandb: Annotated[bool, typer.Option("--wandb", help="Log the tables and figures to Weights & Biases too.")] = False,
+    html: Annotated[
+        bool, typer.Option("--html", help="Write tables, figures and every run as one page, report.html.")
+    ] = False,
     conf: ConfOption = None,
 ) -> None:
     """Render tables and figures from records; alone, all that there are records for.
 
-    Examples: mode report table1; mode report --check
+    Examples: mode report table1; mode report --check; mode report --html
     """
     with told():
         from mode import config
@@ -145,8 +148,7 @@ def report(
 
         if table is not None and "=" in table:
             overrides, table = [table, *(overrides or [])], None
-        if check and wandb:
-            raise ConfigError("--check compares files and --wandb publishes them: one of the two")
+        refuse_both({"--check": check, "--wandb": wandb, "--html": html})
         given = list(overrides or [])
         names = [*config.choices("table", conf), BENCH]
         if table is not None and table not in names:
@@ -161,9 +163,31 @@ def report(
         if published:
             print(f"no records in {results}; these are the published ones", file=sys.stderr)
         chosen = PUBLISHED if published else results
-        rendered = render_tables([table] if table else names, chosen, given, conf, write=not published)
+        shown = [table] if table else names
+        if html:
+            print_page(shown, chosen, results, given, conf)
+            return
+        rendered = render_tables(shown, chosen, given, conf, write=not published)
         if wandb:
             publish_tables(rendered, chosen, given, conf)
+
+
+def refuse_both(flags: Mapping[str, bool]) -> None:
+    """Refuse two flags that each do something else with what was rendered."""
+    from mode.checked import ConfigError
+
+    given = [name for name, chosen in flags.items() if chosen]
+    if len(given) > 1:
+        does = {"--check": "compares files", "--wandb": "logs tables", "--html": "writes a page"}
+        raise ConfigError(f"{' and '.join(f'{name} {does[name]}' for name in given)}: one of the two")
+
+
+def print_page(names: Sequence[str], records: Path, results: Path, given: Sequence[str], conf: Path | None) -> None:
+    """Write the page of some tables into the folder of results, wherever its records lie, and print where it is."""
+    from mode.page import write_page
+
+    tables = [(name, each) for name in names for each in known_variants(name, given, conf)]
+    print(write_page(tables, records, results, conf))
 
 
 def publish_tables(rendered: Sequence[Rendered], results: Path, given: Sequence[str], conf: Path | None) -> None:

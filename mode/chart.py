@@ -1,4 +1,4 @@
-"""Figures as SVG inside a page: text stays text, colours are the page's, and a shape or dash says the same as a colour."""
+"""Figures as SVG inside a page: text stays text, colours are the page's, and a shape or dash says the same."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from markupsafe import Markup
 from mode.compiled import Compiled, Line
 from mode.figure import AXES
 from mode.finding import points
-from mode.pareto import MEASURES, Place, axis_titles, tradeoff
+from mode.pareto import MEASURES, Place, sides, tradeoff
 from mode.table import Curves
 
-COLOURS = 8
+COLOURS = 7
 """Colours that the page's style sheet defines, as classes c0, c1 and so on."""
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 5")
 WIDTH, HEIGHT = 640.0, 400.0
@@ -156,7 +156,9 @@ def draw_tradeoff(compiled: Compiled) -> Markup:
     kept = [place.retention.mean + sign * errors[place.index][0] for place in seen.places for sign in (-1, 1)]
     target = [place.target.mean + sign * errors[place.index][1] for place in seen.places for sign in (-1, 1)]
     x, y = fit([*kept, 0.0], LEFT, RIGHT), fit(target, BOTTOM, TOP)
-    across, up = axis_titles(compiled)
+    others, adapted = sides(compiled)
+    across = f"Retention: change on {others or 'the other domains'} (points)"
+    up = f"Target accuracy: {adapted or 'what a row is adapted to'} (%)"
     parts = [*frame(x, y, across, up), tag("line", x1=x(0.0), x2=x(0.0), y1=TOP, y2=BOTTOM, class_="zero")]
     (left, height), *rest = seen.front
     steps = "".join(f"V{y(accuracy)}H{x(retention)}" for retention, accuracy in rest)
@@ -304,5 +306,6 @@ SHAPES: Mapping[str, str] = {
 
 def shapes() -> Markup:
     """Return the definitions of the marks, once for a page."""
-    paths = [tag("path", id=f"mark{number}", d=path) for number, path in enumerate(SHAPES.values())]
+    thin = {"vector_effect": "non-scaling-stroke"}  # the line around a mark does not grow with it
+    paths = [tag("path", id=f"mark{number}", d=path, **thin) for number, path in enumerate(SHAPES.values())]
     return tag("svg", tag("defs", *paths), width=0, height=0, class_="shapes", aria_hidden="true")

@@ -29,7 +29,7 @@ class Dossier:
         about: Targets, seed, backbone and split, in a line.
         rows: Rows that it is part of: anchor, table and label.
         settings: What was asked, as `key=value`.
-        scores: By domain: name, whether it is a target, accuracy and its error in per cent, loss, bits per byte, tokens.
+        scores: By domain: name, target or retention, accuracy and its error in per cent, loss, bits per byte, tokens.
         costs: What training and scoring took.
         origin: Commit, versions, machine, date and fingerprints.
         needs: Ids of the runs that it stands on.
@@ -73,7 +73,7 @@ def dossiers(
         text, runs = told[record.id]
         yield Dossier(
             id=record.id,
-            title=rows[0][2] if rows else method,
+            title=title(method, [label for _, _, label in rows]),
             about=f"{targets} · seed {record.seed} · {record.asked['backbone']['name']} · {record.happened['split']}",
             rows=rows,
             settings=tuple(f"{name}={shown(value)}" for name, value in config.flat(record.asked).items()),
@@ -86,6 +86,16 @@ def dossiers(
             command=text,
             runs=runs,
         )
+
+
+def title(method: str, labels: Sequence[str]) -> str:
+    """Return what to call a run: a row's label that stands by itself, or the method with what is known besides.
+
+    >>> title("MoDE", ["... B 2", "MoDE, B 2"]), title("MoDE", ["... B 2"]), title("MoDE", [])
+    ('MoDE, B 2', 'MoDE ... B 2', 'MoDE')
+    """
+    whole = [label for label in labels if not label.startswith("...")]
+    return next(iter(whole), " ".join([method, *labels[:1]]))
 
 
 def shown(value: Any) -> str:

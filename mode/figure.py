@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#444444", "#d55e00", "#e69f00", "#56b4e9", "#0072b2", "#009e73", "#cc79a7", "#6a3d9a", "#b15928", "#a6761d")
 MARKERS = "Xosv^DPp*h"
+OTHERS = "the other domains'"
 AXES = {"added": "Added parameters (millions)", "examples": "Different rows in the mix"}
 
 
@@ -26,7 +27,7 @@ def draw(compiled: Compiled, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from mode.pareto import axis_titles, tradeoff
+    from mode.pareto import sides, tradeoff
 
     seen = tradeoff(compiled)
     figure, axes = pyplot.subplots(figsize=(7.5, 5.2), layout="constrained")
@@ -48,9 +49,9 @@ def draw(compiled: Compiled, path: Path) -> None:
     axes.plot(
         *zip(*seen.front, strict=True), color="#888888", linewidth=1, dashes=(4, 3), drawstyle="steps-pre", zorder=1
     )
-    across, up = axis_titles(compiled)
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
+    kept, adapted = sides(compiled)
+    axes.set_xlabel(f"Retention: change of {kept or OTHERS} accuracy against the backbone (points)")
+    axes.set_ylabel(f"Target accuracy: mean of {adapted or 'what a row is adapted to'} (%)")
     axes.set_title(compiled.table.title)
     if seen.places:
         axes.legend(fontsize=8, loc="best")

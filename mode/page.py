@@ -37,7 +37,8 @@ from mode.table import load_table, stem, with_needs
 
 PAGE = "report.html"
 ASSETS = files("mode") / "assets"
-STRONG = Markup("<strong>{}</strong>")
+STRONG = "**{}**"
+"""What is beyond noise, in a frame of plain texts."""
 BACKTICKS = re.compile(r"`([^`]+)`")
 
 
@@ -105,7 +106,9 @@ class Contents:
     known: frozenset[str] = field(default_factory=frozenset)
 
 
-def write_page(tables: Sequence[tuple[str, Sequence[str]]], results: Path, out: Path, extra: Path | None = None) -> Path:
+def write_page(
+    tables: Sequence[tuple[str, Sequence[str]]], results: Path, out: Path, extra: Path | None = None
+) -> Path:
     """Write the page of some tables.
 
     Args:
@@ -121,10 +124,10 @@ def write_page(tables: Sequence[tuple[str, Sequence[str]]], results: Path, out: 
     Raises:
         ConfigError: There is no record of any of the tables.
     """
+    text = render(contents(tables, results, os.path.relpath(results, out), extra))
     out.mkdir(parents=True, exist_ok=True)
-    path = out / PAGE
-    write_atomic(path, render(contents(tables, results, os.path.relpath(results, out), extra)).encode())
-    return path
+    write_atomic(out / PAGE, text.encode())
+    return out / PAGE
 
 
 def contents(
@@ -147,7 +150,9 @@ def contents(
     ]
     benches = tuple(made_bench(each, way) for each in bench.read_benchmarks(results)) if bench.FOLDER in names else ()
     if not compiled and not benches:
-        raise ConfigError(f"no record of {next(iter(names))} in {results / 'records'}")
+        name = next(iter(names))
+        makes = f"mode bench {next(iter(bench.SUITES))}" if name == bench.FOLDER else f"mode reproduce {name}"
+        raise ConfigError(f"no record of {name} in {results}: `{makes}` makes them")
     if len(names) == 1:
         records = used([each for _, _, each in compiled], records)
     by_id = {record.id: record for record in records}
@@ -220,10 +225,20 @@ def grid(caption: str, table: pd.DataFrame, links: Sequence[str] = (), more: Seq
     """Turn a frame into a table of the page; the rows that `more` leads from are a group of their own."""
     plain = [tuple(row) for row in table.itertuples(index=False, name=None)]
     every = [*links, *more] or [""] * len(plain)
-    rows = [Row(cells, link) for cells, link in zip(plain, every, strict=True)]
+    rows = [Row((head, *map(strong, cells)), link) for (head, *cells), link in zip(plain, every, strict=True)]
     cut = len(rows) - len(more) if links else len(rows)
     groups = tuple(tuple(group) for group in (rows[:cut], rows[cut:]) if group)
     return Grid(caption, tuple(map(str, table.columns)), groups)
+
+
+def strong(text: str) -> str:
+    """Return a cell as it is, or in bold if it was marked so.
+
+    >>> strong("1.00"), strong("**1.00**")
+    ('1.00', Markup('<strong>1.00</strong>'))
+    """
+    inner = text.removeprefix("**").removesuffix("**")
+    return text if inner == text else Markup("<strong>{}</strong>").format(inner)
 
 
 def extras(compiled: Compiled, rows: Sequence[str], pairs: Sequence[str]) -> Iterable[tuple[str, Grid]]:
@@ -266,7 +281,9 @@ def made_bench(benchmark: bench.Benchmark, way: str) -> Bench:
     rows = [*bench.timings(benchmark), *((*cells, "") for cells in bench.sizes(benchmark))]
     table = pd.DataFrame(rows, columns=list(bench.HEADS))
     file = f"{way}/{bench.FOLDER}/{benchmark.filename}"
-    return Bench(f"bench-{benchmark.id}", benchmark.title, bench.conditions(benchmark), grid(benchmark.title, table), file)
+    return Bench(
+        f"bench-{benchmark.id}", benchmark.title, bench.conditions(benchmark), grid(benchmark.title, table), file
+    )
 
 
 def prose(text: str) -> Markup:

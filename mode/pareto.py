@@ -93,12 +93,8 @@ def beats(one: Sequence[float], other: Sequence[float]) -> bool:
     return all(a >= b for a, b in zip(one, other, strict=True)) and any(a > b for a, b in zip(one, other, strict=True))
 
 
-def axis_titles(compiled: Compiled) -> tuple[str, str]:
-    """Return what the axes of retention and of target accuracy are called."""
+def sides(compiled: Compiled) -> tuple[str, str]:
+    """Name the domains of retention and those adapted to; both empty where they differ from row to row."""
     named = [name.capitalize() for name in compiled.targets]
     others = [name.capitalize() for name in compiled.domains if name not in compiled.targets]
-    kept = " and ".join(others) if named else "the other domains'"
-    return (
-        f"Retention: change of {kept} accuracy against the backbone (points)",
-        f"Target accuracy: mean of {' and '.join(named) or 'what a row is adapted to'} (%)",
-    )
+    return (" and ".join(others), " and ".join(named)) if named else ("", "")
