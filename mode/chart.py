@@ -276,7 +276,7 @@ def heat(weight: float, x: float, y: float) -> Markup:
     """Draw one cell of a heat map."""
     wide, high = CELL
     box = tag("rect", x=x, y=y, width=wide - 1, height=high - 1, class_="heat", fill_opacity=f"{weight:.3f}")
-    style = "value strong" if weight > 0.55 else "value"
+    style = "value strong" if weight > 0.65 else "value"
     return box + tag("text", f"{weight:.2f}", x=x + wide / 2, y=y + 15, class_=style, text_anchor="middle")
 
 
