@@ -45,6 +45,14 @@ FORMATS = {
 }
 
 
+WORDED = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+}
+"""Characters that LaTeX has no escape for, but a name."""
 COST_NOTE = (
     "Added: parameters beside the backbone's; active: those that a token's prediction can depend on. TFLOPs: "
     "operations of training over all stages, counted on one row of the model, times its tokens. Peak: of the process, "
@@ -296,10 +304,10 @@ def latex(compiled: Compiled) -> str:
 def escape(text: str) -> str:
     r"""Escape what LaTeX would take for a command.
 
-    >>> escape("100% of A & B_1")
-    '100\\% of A \\& B\\_1'
+    >>> escape("100% of A & B_1"), escape("a^b")
+    ('100\\% of A \\& B\\_1', 'a\\textasciicircum{}b')
     """
-    return re.sub(r"([&%$#_{}])", r"\\\1", text)
+    return re.sub(r"[&%$#_{}\\~^<>]", lambda found: WORDED.get(found[0], rf"\{found[0]}"), text)
 
 
 def csv(compiled: Compiled) -> str:
