@@ -136,11 +136,9 @@ def load_table(name: str, extra: Path | None = None) -> Table:
     """
     table: Table = config.validate(Table, config.read_group("table", name, extra), f"table/{name}")
     known = ["average", "retention", *config.choices("domain", extra)]
-    for part in (*table.claims, *table.curves):
-        if part.column not in known:
-            raise ConfigError(
-                f"table/{name}: column {part.column}: not one of {', '.join(known)}{nearest(part.column, known)}"
-            )
+    for column in [*(claim.column for claim in table.claims), *(panel.column for panel in table.curves)]:
+        if column not in known:
+            raise ConfigError(f"table/{name}: column {column}: not one of {', '.join(known)}{nearest(column, known)}")
     return table
 
 
