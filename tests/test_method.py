@@ -9,7 +9,8 @@ import pytest
 from mode import config
 from mode.checked import ConfigError
 from mode.method import Method
-from mode.runner import execute, prepare_run
+from mode.prepared import prepare_run
+from mode.runner import execute
 from tests.conftest import World
 
 
