@@ -32,8 +32,9 @@ def gates(
         from mode.files import write_atomic
         from mode.gates import GateMeter, watched
         from mode.generate import Section, read, to_html
+        from mode.prepared import prepare_run
         from mode.recall import branches, recall
-        from mode.runner import prepare_run, score
+        from mode.stage import score
 
         if html is not None and not html.parent.is_dir():
             raise ConfigError(f"--html {html}: no folder {html.parent}")

@@ -11,7 +11,9 @@ from cli.options import ConfOption, Overrides, told, with_method
 
 
 def bench(
-    suite: Annotated[str, typer.Argument(metavar="SUITE", help="edge: size, loading, speed, exchange of experts.")],
+    suite: Annotated[
+        str, typer.Argument(metavar="SUITE", help="edge: size, loading, speed, exchange of experts; step: training.")
+    ],
     overrides: Overrides = None,
     rounds: Annotated[int, typer.Option(min=1, help="Times that everything is measured, in turn.")] = 9,
     conf: ConfOption = None,

@@ -70,7 +70,7 @@ def packed_domains(
 ) -> tuple[list[tuple[Packed, Domain]], dict[str, str]]:
     """Prepare the domains named by --domain, or all used; return them, and what the backbone was pretrained on."""
     from mode import config
-    from mode.runner import prepare_run
+    from mode.prepared import prepare_run
 
     given = with_domains(overrides, domain)
     if domain is not None:

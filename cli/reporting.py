@@ -61,7 +61,9 @@ def rescore(run: Run) -> None:
     from cli.train import print_scores
     from mode.checked import ConfigError
     from mode.device import set_up
-    from mode.runner import finished, prepare_run, restore, score
+    from mode.prepared import finished, prepare_run
+    from mode.runner import restore
+    from mode.stage import score
 
     prepared = prepare_run(run)
     record = finished(prepared)

@@ -26,8 +26,8 @@ from cli.options import (
 )
 
 if TYPE_CHECKING:
+    from mode.prepared import Prepared
     from mode.record import Record
-    from mode.runner import Prepared
     from mode.settings import Run
     from mode.train import Point
 
@@ -184,8 +184,8 @@ def launch(
 def execute_all(runs: Sequence[Run]) -> None:
     """Execute several runs in order, one process each, going on after a failure, and print a summary."""
     from cli.progress import make_display
+    from mode.prepared import finished, prepare_run
     from mode.reproduce import run_all
-    from mode.runner import finished, prepare_run
 
     with make_display() as display:
         outcome = run_all(runs, jobs=1, display=display)
@@ -204,9 +204,9 @@ def execute_all(runs: Sequence[Run]) -> None:
 def execute(run: Run, *, again: bool) -> None:
     """Execute one run with a progress display and print its scores."""
     from cli.progress import make_display
+    from mode.prepared import finished, has_weights, prepare_run
     from mode.reproduce import describe
     from mode.runner import execute as execute_run
-    from mode.runner import finished, has_weights, prepare_run
 
     prepared = prepare_run(run)
     record = finished(prepared)

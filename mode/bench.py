@@ -21,10 +21,15 @@ from mode.files import write_atomic
 from mode.modular_method import MoDE
 from mode.record import legible, surroundings
 from mode.settings import Run
+from mode.steps import steps
 from mode.timing import Case, interleave, ratio
+from mode.train import precision_of
 
 SCHEMA = 1
-SUITES: dict[str, Callable[[Run, MoDE, torch.device, Path], tuple[list[Case], dict[str, int]]]] = {"edge": edge}
+SUITES: dict[str, Callable[[Run, MoDE, torch.device, Path], tuple[list[Case], dict[str, int]]]] = {
+    "edge": edge,
+    "step": steps,
+}
 FOLDER = "bench"
 """Folder of benchmarks in a folder of results; their table lies beside it."""
 HEADS = ("Job", "Variant", "Median", "Ratio", "Quartiles")
@@ -94,7 +99,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         cases, sizes = SUITES[name](run, run.method, device, Path(folder))
         seconds = interleave(cases, rounds, done)
-    asked = describe(name, run, run.method)
+    asked = describe(name, run, run.method, device)
     told = [
         {"job": case.job, "variant": case.variant, "tokens": case.tokens, "seconds": [round(one, 6) for one in times]}
         for case, times in zip(cases, seconds, strict=True)
@@ -113,7 +118,7 @@ def measure(
     return benchmark, path
 
 
-def describe(name: str, run: Run, method: MoDE) -> dict[str, Any]:
+def describe(name: str, run: Run, method: MoDE, device: torch.device) -> dict[str, Any]:
     """Return what a benchmark is asked to measure."""
     return {
         "suite": name,
@@ -122,7 +127,8 @@ def describe(name: str, run: Run, method: MoDE) -> dict[str, Any]:
         "expert_layers": method.expert_layers,
         "gate": asdict(method.gate),
         "threads": run.train.threads,
-        "precision": "fp32",
+        "precision": precision_of(run.train, device) if name == "step" else "fp32",
+        **({"rows": [run.train.batch_size, run.train.sequence_length]} if name == "step" else {}),
     }
 
 
@@ -200,7 +206,8 @@ def conditions(benchmark: Benchmark) -> str:
     asked, seen = benchmark.asked, benchmark.provenance
     machine = seen["machine"]
     return (
-        f"{asked['num_blocks']} blocks, {asked['expert_layers']} layers per expert and block, {asked['precision']}; "
+        f"{asked['num_blocks']} blocks, {asked['expert_layers']} layers per expert and block, {asked['precision']}"
+        f"{'; {} rows of {} tokens'.format(*asked['rows']) if 'rows' in asked else ''}; "
         f"{machine['device']} of {machine['processor']}, {asked['threads']} of {machine['cores']} threads; "
         f"torch {seen['versions']['torch']}; {benchmark.happened['rounds']} rounds, {seen['date'][:10]}."
     )

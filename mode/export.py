@@ -172,7 +172,8 @@ def merge_measured(model: PreTrainedModel, recalled: Recalled) -> tuple[PreTrain
         ConfigError: The model cannot be merged, or nothing says what text its expert trained on.
     """
     from mode.gates import GateMeter, watched
-    from mode.runner import prepare_run, score
+    from mode.prepared import prepare_run
+    from mode.stage import score
 
     experts_of(recalled)
     check_mergeable(model)

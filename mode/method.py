@@ -18,7 +18,7 @@ from mode.checked import STRICT, ConfigError
 from mode.cost import Cost, full, shape_of, untouched
 from mode.domain import Split
 from mode.files import WEIGHTS
-from mode.settings import Anchor, Budget, MethodSettings, Run
+from mode.settings import Anchor, Budget, MethodSettings, Run, exact
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -118,7 +118,7 @@ class Method(MethodSettings):
 
     def mixture(self, run: Run) -> dict[str, int]:
         """Return the rows that each domain gives in a cycle of the training mix: targets equal ones, after replay."""
-        replay = {name: Fraction(share).limit_denominator(100) for name, share in (run.train.replay or {}).items()}
+        replay = {name: exact(share) for name, share in (run.train.replay or {}).items()}
         each = (1 - sum(replay.values(), start=Fraction())) / len(run.targets)
         shares = dict.fromkeys(run.targets, each) | replay
         common = math.lcm(*(share.denominator for share in shares.values()))
@@ -180,7 +180,7 @@ class Adaptation(Method):
         rows = super().mixture(run)
         if self.anchor.source == "none":
             return rows
-        free, held = sum(rows.values()), self.anchor.part
+        free, held = sum(rows.values()), exact(self.anchor.share)
         shares = {name: Fraction(count, free) * (1 - held) for name, count in rows.items()}
         shares[self.anchor.source] = held
         common = math.lcm(*(share.denominator for share in shares.values()))

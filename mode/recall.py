@@ -13,7 +13,8 @@ from mode.backbone import BackboneTokenizer, load_model, load_tokenizer, locate
 from mode.checked import ConfigError, nearest
 from mode.expert import ABOUT
 from mode.files import SETTINGS
-from mode.runner import prepare_run, restore
+from mode.prepared import prepare_run
+from mode.runner import restore
 from mode.settings import Backbone, Run
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 from mode.checked import ConfigError
 from mode.forecast import Forecast, forecast
 from mode.method import Method
-from mode.runner import Prepared, execute, finished, has_weights, prepare_run
+from mode.prepared import Prepared, finished, has_weights, prepare_run
+from mode.runner import execute
 from mode.settings import Run
 from mode.table import compose_rows, load_table, row_run
 

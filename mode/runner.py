@@ -3,105 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from mode import config, identity
+from mode import config
 from mode.backbone import load_model
 from mode.checked import ConfigError
-from mode.data.batches import Batches, Stream
 from mode.data.contamination import contamination
-from mode.data.pack import Packed, Tokens, prepare
 from mode.files import AGAIN, CHECKPOINT, CURVE, SETTINGS, WEIGHTS, write_atomic
 from mode.lock import only_one
-from mode.method import Adaptation, Material, Method, Probe
-from mode.record import SCHEMA, Record, find_record, provenance, read_record, write_record
-from mode.settings import SELF, Run
+from mode.method import Material
+from mode.prepared import Prepared, finished, has_weights, prepare_run
+from mode.record import SCHEMA, Record, provenance, read_record, write_record
+from mode.settings import Run
+from mode.stage import Observer, fit, own_rows_fingerprint, score
 from mode.track import Tracker, make_tracker
 
 if TYPE_CHECKING:
-    import torch
+    from pathlib import Path
+
     from torch import nn
 
     from mode.evaluate import Score
-    from mode.train import Hold, Point, Trained
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run with its data at hand and its identity known.
-
-    Attributes:
-        run: Configuration.
-        method: The run's method.
-        packed: Prepared domains.
-        backbone: Fingerprint of the weights that the run starts from.
-        asked: What identifies the run, but for data and weights.
-        id: Identity of the run.
-    """
-
-    run: Run
-    method: Method
-    packed: Mapping[str, Packed]
-    backbone: str
-    asked: dict[str, Any]
-    id: str
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """Fingerprint of every domain's data."""
-        return {name: packed.fingerprint for name, packed in self.packed.items()}
-
-    @property
-    def folder(self) -> Path:
-        """Work folder: checkpoint, curve, weights."""
-        return Path(self.run.paths.runs).expanduser() / self.id
-
-    @property
-    def results(self) -> Path:
-        """Folder of records and tables."""
-        return Path(self.run.paths.results).expanduser()
-
-
-Observer = Callable[[Prepared, "Point"], None]
-_prepared: dict[str, Packed] = {}
-"""Domains prepared by this process, so that planning many runs reads each domain's sources once."""
-
-
-def prepare_run(run: Run) -> Prepared:
-    """Prepare a run's data (from the cache after the first time) and work out its identity; needs no torch."""
-    method = run.method
-    if not isinstance(method, Method):
-        raise ConfigError(f"method._target_={type(method).__qualname__}: does not say how to build a model")
-    tokenizer = method.tokenizer(run)
-    cache = Path(run.paths.cache).expanduser()
-    packed = {}
-    for name in run.scored:
-        domain = run.domains[name]
-        key = f"{name} {domain} {tokenizer.fingerprint} {cache}"
-        packed[name] = _prepared[key] = _prepared.get(key) or prepare(name, domain, tokenizer, cache)
-    asked = identity.asked(run)
-    asked["backbone"] = {"name": run.backbone.name}
-    if artefacts := method.artefacts(run):
-        asked["artefacts"] = artefacts
-    backbone = method.backbone_fingerprint(run)
-    fingerprints = {name: data.fingerprint for name, data in packed.items()} | {"backbone": backbone}
-    return Prepared(run, method, packed, backbone, asked, identity.digest(asked, fingerprints))
-
-
-def finished(prepared: Prepared) -> Record | None:
-    """Return the record of a run, if it has one: then it is finished, although its weights may be elsewhere."""
-    return find_record(prepared.results, prepared.id)
-
-
-def has_weights(prepared: Prepared) -> bool:
-    """Say whether the trained weights of a run are here."""
-    return (prepared.folder / WEIGHTS).exists()
+    from mode.train import Trained
 
 
 def execute(
@@ -188,7 +113,7 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
         raise
     tracker.finish({f"{run.evaluate.split}/{name}/accuracy": value.accuracy for name, value in scores.items()})
     seconds = round(time.monotonic() - begin, 2)
-    happened = told(prepared, trained, scores) | {
+    happened = told(prepared, trained, scores, own_rows_fingerprint(prepared, device)) | {
         "flops": trained.tokens * taken,
         "forecast": None if expected is None else asdict(expected),
         "evaluation_seconds": seconds,
@@ -203,7 +128,7 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
     return settle(prepared, Record(SCHEMA, prepared.id, prepared.asked, happened, sky), again=again)
 
 
-def told(prepared: Prepared, trained: Trained, scores: Mapping[str, Score]) -> dict[str, Any]:
+def told(prepared: Prepared, trained: Trained, scores: Mapping[str, Score], own_rows: str | None) -> dict[str, Any]:
     """Return what a record says of a run's training and scores."""
     run, known = prepared.run, prepared.method.pretraining_data(prepared.run)
     return {
@@ -216,6 +141,7 @@ def told(prepared: Prepared, trained: Trained, scores: Mapping[str, Score]) -> d
         "scores": {name: asdict(value) for name, value in scores.items()},
         "contamination": contamination(prepared.packed, run.evaluate.split, known),
         "curve": list(trained.curve),
+        **({} if own_rows is None else {"own_rows": own_rows}),
     }
 
 
@@ -294,91 +220,6 @@ def track(prepared: Prepared) -> Tracker:
         config=prepared.asked,
         folder=prepared.folder,
     )
-
-
-def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observer) -> Trained:
-    """Train a model by the one loop, if its method trains at all."""
-    from mode.evaluate import headline
-    from mode.train import Job, Trained, train
-
-    run, method = prepared.run, prepared.method
-    steps = method.steps(run)
-    if steps == 0:
-        return Trained(steps=0, tokens=0, seconds=0.0, curve=())
-    mixture = method.mixture(run)
-    device = next(model.parameters()).device
-    batches = Batches(
-        [Stream(name, tokens(prepared, name, device), count) for name, count in mixture.items()],
-        seed=run.seed,
-        batch_size=run.train.batch_size,
-        sequence_length=run.train.sequence_length,
-        order=method.order(run),
-        examples=run.train.examples,
-    )
-
-    def observed(point: Point) -> None:
-        observe(prepared, point)
-        tracker.log({name: value for name, value in point.items() if name != "step"}, step=point["step"])
-
-    job = Job(
-        settings=run.train,
-        steps=steps,
-        lr=run.lr,
-        folder=prepared.folder,
-        validate=lambda: headline(score(prepared, model, "validation", tuple(set(mixture) - {SELF}))),
-        observe=observed,
-        inspect=method.inspect,
-        lr_scales=method.lr_scales(),
-        hold=hold(prepared, model, batches),
-    )
-    return train(model, batches, job)
-
-
-def tokens(prepared: Prepared, name: str, device: torch.device) -> Tokens:
-    """Return the tokens that one source of a mix trains on: a domain's, or those sampled from the backbone."""
-    run, method = prepared.run, prepared.method
-    if name in prepared.packed:
-        return prepared.packed[name].split(method.split).tokens
-    from mode.anchor import sampled
-
-    cache = Path(run.paths.cache).expanduser()
-    anchor = method.anchor  # type: ignore[attr-defined]  # else the mix had no such source
-    return sampled(anchor, run.backbone, prepared.backbone, run.train.sequence_length, cache, device)
-
-
-def hold(prepared: Prepared, model: nn.Module, batches: Batches) -> Hold | None:
-    """Return how a model is held to its backbone, if its method asks for it."""
-    from mode.train import Hold
-
-    method, run = prepared.method, prepared.run
-    if not isinstance(method, Adaptation) or method.anchor.source == "none":
-        return None
-    source = method.anchor.source
-    return Hold(
-        weight=method.anchor.weight,
-        held=lambda step: np.array([name == source for name in batches.domains(step)]),
-        reference=method.reference(model, lambda: load_model(run.backbone)),
-    )
-
-
-def score(
-    prepared: Prepared, model: nn.Module, split: Any, names: tuple[str, ...] = (), probe: Probe | None = None
-) -> dict[str, Score]:
-    """Score a model on a split of the run's domains."""
-    from mode.evaluate import evaluate
-
-    run = prepared.run
-    scores = {}
-    for name in names or run.scored:
-        scores[name] = evaluate(
-            model,
-            prepared.packed[name].split(split),
-            sequence_length=run.train.sequence_length,
-            batch_size=run.evaluate.batch_size,
-            chunk=run.evaluate.chunk,
-            probe=(lambda count: None) if probe is None else partial(probe.add, name),
-        )
-    return scores
 
 
 def save(prepared: Prepared, model: nn.Module, happened: Mapping[str, Any]) -> None:

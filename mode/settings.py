@@ -15,6 +15,16 @@ from pydantic.dataclasses import dataclass
 from mode.checked import PIN, STRICT, Share
 from mode.domain import Domain
 
+
+def exact(share: float) -> Fraction:
+    """Return a share of rows as the nearest fraction with a denominator up to 100.
+
+    >>> exact(0.125)
+    Fraction(1, 8)
+    """
+    return Fraction(share).limit_denominator(100)
+
+
 SELF = "self"
 """Source of rows that the backbone itself made up."""
 SAMPLED = ("rows", "temperature", "prompt")
@@ -107,17 +117,12 @@ class Anchor:
     prompt: Literal["document", "token"] = "document"
 
     def __post_init__(self) -> None:
-        if abs(float(self.part) - self.share) > 1e-9:
+        if abs(float(exact(self.share)) - self.share) > 1e-9:
             raise ValueError(f"share {self.share} is not a fraction with a denominator up to 100, such as 0.125 or 0.1")
         # What has no effect is as by default: the same training is the same run however it is written.
         unused = {"none": ("share", "weight", *SAMPLED), SELF: ()}.get(self.source, SAMPLED)
         for name in unused:
             object.__setattr__(self, name, getattr(type(self), name))
-
-    @property
-    def part(self) -> Fraction:
-        """Share of the rows, exactly."""
-        return Fraction(self.share).limit_denominator(100)
 
     @property
     def domain(self) -> str | None:
@@ -236,8 +241,8 @@ class Train:
         object.__setattr__(self, "replay", dict(sorted((self.replay or {}).items())) or None)
         if self.replay and sum(self.replay.values()) >= 1.0:
             raise ValueError("replay: nothing is left for the targets")
-        if self.replay and any(abs(100 * share - round(100 * share)) > 1e-9 for share in self.replay.values()):
-            raise ValueError("replay: shares are whole hundredths")
+        if self.replay and any(abs(float(exact(share)) - share) > 1e-9 for share in self.replay.values()):
+            raise ValueError("replay: shares are fractions with a denominator up to 100, such as 0.125 or 0.1")
         for name in ("checkpoint_every", "validate_every"):
             if getattr(self, name) % self.log_every:
                 raise ValueError(f"{name} {getattr(self, name)} is not a multiple of log_every {self.log_every}")

@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from mode import config, identity
-from mode.checked import STRICT, ConfigError
+from mode.checked import STRICT, ConfigError, nearest
 from mode.record import Record
 from mode.settings import Run
 
@@ -135,6 +135,10 @@ def load_table(name: str, extra: Path | None = None) -> Table:
         ConfigError: There is no such table, or it is malformed.
     """
     table: Table = config.validate(Table, config.read_group("table", name, extra), f"table/{name}")
+    known = ["average", "retention", *config.choices("domain", extra)]
+    for column in [*(claim.column for claim in table.claims), *(panel.column for panel in table.curves)]:
+        if column not in known:
+            raise ConfigError(f"table/{name}: column {column}: not one of {', '.join(known)}{nearest(column, known)}")
     return table
 
 

@@ -123,7 +123,7 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
             since = (step - 1) % settings.log_every + 1
             mean = float(total) / since  # waits for the device, so it comes before the clock is read
             seconds += time.monotonic() - begin
-            point = measure(model, job, step, mean, states, rows)
+            point = measure(model, job, step, mean, states, rows, held)
             curve.append(point | {"seconds": round(seconds, 3)})
             append(job, curve[-1], optimizer, model)
             report = dict(curve[-1], tokens_per_second=throughput(curve, settings))
@@ -229,11 +229,19 @@ def schedule(step: int, steps: int, settings: Train) -> float:
     return settings.final_lr + (1.0 - settings.final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def measure(model: nn.Module, job: Job, step: int, loss: float, states: Tensor, rows: Tensor) -> Point:
-    """Return a point of the curve: the mean loss since the last point, and the last micro-batch's accuracy."""
+def measure(
+    model: nn.Module, job: Job, step: int, loss: float, states: Tensor, rows: Tensor, held: Tensor | None
+) -> Point:
+    """Return a point of the curve: the mean loss since the last point, and the last micro-batch's accuracy.
+
+    Rows that are held to the backbone do not count for the accuracy, unless the micro-batch has no others.
+    """
     if not math.isfinite(loss):
         raise ConfigError(f"the loss is {loss} at step {step}; try a lower train.lr than {job.lr:g}")
     targets = rows.chunk(job.settings.accumulate)[-1][:, 1:]
+    if held is not None:
+        free = ~held.chunk(job.settings.accumulate)[-1]
+        states, targets = (states[free], targets[free]) if free.any() else (states, targets)
     scores = token_scores(states, head(model), targets, cap=softcap(model))
     lr = job.lr * schedule(step - 1, job.steps, job.settings)
     point: Point = {"step": step, "loss": loss, "accuracy": float(scores.hit.float().mean()), "lr": lr}

@@ -22,7 +22,8 @@ from mode.loss import CHUNK, divergence, head, hidden_states, next_token_loss
 from mode.method import Adaptation
 from mode.model import make_modular
 from mode.modular import blocks_of
-from mode.runner import execute, prepare_run
+from mode.prepared import prepare_run
+from mode.runner import execute
 from mode.settings import Anchor, Backbone, GateSettings, Run
 from mode.train import Hold, Job, accumulate
 from tests.conftest import World
@@ -303,5 +304,6 @@ def test_an_interrupted_anchored_run_ends_bit_identical(world: World, tmp_path: 
         execute(compose(other, *overrides), observe=interrupt)
     again = execute(compose(other, *overrides))
     assert again.id == whole.id
+    assert again.happened["own_rows"] == whole.happened["own_rows"]
     assert again.happened["scores"] == whole.happened["scores"]
     assert [point["loss"] for point in again.happened["curve"]] == [point["loss"] for point in whole.happened["curve"]]

@@ -11,7 +11,8 @@ import pytest
 from mode import config
 from mode.data import contamination as module
 from mode.data.contamination import PRETRAINING, contamination, seen_share
-from mode.runner import execute, prepare_run
+from mode.prepared import prepare_run
+from mode.runner import execute
 from tests.conftest import World
 
 

@@ -12,7 +12,8 @@ from mode.backbone import fingerprint, load_model
 from mode.checkpoint import trainable
 from mode.loss import head, hidden_states, next_token_loss
 from mode.method import Material
-from mode.runner import execute, prepare_run, restore
+from mode.prepared import prepare_run
+from mode.runner import execute, restore
 from tests.conftest import World
 
 IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64], [7, 7, 30, 256, 1, 90, 12, 13, 250]])
@@ -90,7 +91,7 @@ def test_exactly_what_is_declared_trains_and_the_rest_stays_bit_identical(world:
 
 @pytest.mark.parametrize("name", ALL)
 def test_trained_weights_restore_to_the_scores_of_the_record(world: World, name: str) -> None:
-    from mode.runner import score
+    from mode.stage import score
 
     run = run_of(world, name)
     record = execute(run, weights=True)

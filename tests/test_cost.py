@@ -15,9 +15,10 @@ from mode.checked import ConfigError
 from mode.cost import counted, shape_of
 from mode.forecast import forecast
 from mode.method import Material, Method
+from mode.prepared import prepare_run
 from mode.record import Record
 from mode.reproduce import forecasts, stages_of
-from mode.runner import execute, prepare_run
+from mode.runner import execute
 from mode.settings import Run
 from tests.conftest import World
 from tests.families import FAMILIES, make_model

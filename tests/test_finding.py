@@ -135,6 +135,7 @@ def test_a_table_with_some_of_its_rows_keeps_what_is_about_those() -> None:
         ),
         ({"relative": True}, "relative needs a row named backbone"),
         ({"curves": [{"title": "", "x": "depth", "column": "code", "lines": {}}]}, "added"),
+        ({"curves": [{"title": "", "x": "added", "column": "cod", "lines": {}}]}, r"column cod: .*mean code\?"),
     ],
 )
 def test_a_table_that_speaks_of_rows_it_does_not_have_is_refused(

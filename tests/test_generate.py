@@ -13,8 +13,9 @@ from mode.checked import ConfigError
 from mode.gates import token_gates
 from mode.generate import Piece, Sampling, Section, choose, generate, to_html
 from mode.modular import blocks_of
+from mode.prepared import prepare_run
 from mode.recall import Recalled, branches, recall, recall_run
-from mode.runner import execute, prepare_run
+from mode.runner import execute
 from tests.conftest import World
 from tests.test_cli import call
 

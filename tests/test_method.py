@@ -9,7 +9,8 @@ import pytest
 from mode import config
 from mode.checked import ConfigError
 from mode.method import Method
-from mode.runner import execute, prepare_run
+from mode.prepared import prepare_run
+from mode.runner import execute
 from tests.conftest import World
 
 
@@ -24,6 +25,7 @@ def mixture(world: World, *overrides: str) -> dict[str, int]:
     [
         ((), {"py": 1, "sums": 1}),
         (("train.replay={prose: 0.2}",), {"py": 2, "sums": 2, "prose": 1}),
+        (("train.replay={prose: 0.125}",), {"py": 7, "sums": 7, "prose": 2}),
         (("train.replay={prose: 0.5}",), {"py": 1, "sums": 1, "prose": 2}),
         (("targets=[py]", "train.replay={prose: 0.25, sums: 0.25}"), {"py": 2, "prose": 1, "sums": 1}),
     ],
@@ -43,7 +45,7 @@ def test_targets_share_equally_what_replay_leaves(
         (("train.replay={porse: 0.2}",), "domain porse: not one of .*; did you mean prose?"),
         (("train.replay={prose: 1.0}",), "less than 1"),
         (("train.replay={prose: 0.6, py: 0.5}", "targets=[sums]"), "nothing is left for the targets"),
-        (("train.replay={prose: 0.005}",), "whole hundredths"),
+        (("train.replay={prose: 0.005}",), "denominator up to 100"),
         (("train.examples=0",), "greater than 0"),
     ],
 )

@@ -13,7 +13,8 @@ import torch
 from mode import config
 from mode.backbone import fingerprint, load_model, load_tokenizer, locate, num_parameters, weights_fingerprint
 from mode.checked import ConfigError
-from mode.runner import execute, prepare_run
+from mode.prepared import prepare_run
+from mode.runner import execute
 from mode.settings import Backbone
 from tests.conftest import World, make_backbone
 

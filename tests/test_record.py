@@ -13,8 +13,8 @@ from pydantic.dataclasses import dataclass as settings
 
 from mode import config, identity
 from mode.checked import STRICT, ConfigError
+from mode.prepared import prepare_run
 from mode.record import SCHEMA, Record, find_record, provenance, read_record, read_records, write_record
-from mode.runner import prepare_run
 from mode.settings import MethodSettings, Run
 from tests.conftest import World
 

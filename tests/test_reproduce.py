@@ -15,9 +15,10 @@ import yaml
 from mode import config, reproduce
 from mode.checked import ConfigError
 from mode.lock import only_one
+from mode.prepared import prepare_run
 from mode.record import read_records
 from mode.reproduce import Node, describe, plan, ready, run_all, table_runs
-from mode.runner import WEIGHTS, execute, prepare_run
+from mode.runner import WEIGHTS, execute
 from mode.settings import Run
 from tests.conftest import World
 

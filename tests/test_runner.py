@@ -6,8 +6,9 @@ import pytest
 
 from mode import config
 from mode.checked import ConfigError
+from mode.prepared import prepare_run
 from mode.record import read_records
-from mode.runner import execute, prepare_run
+from mode.runner import execute
 from tests.conftest import World
 
 

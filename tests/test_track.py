@@ -14,7 +14,8 @@ import pytest
 
 from mode import config
 from mode.checked import ConfigError
-from mode.runner import Prepared, execute, prepare_run
+from mode.prepared import Prepared, prepare_run
+from mode.runner import execute
 from mode.settings import Run, Track
 from mode.track import NoTracker, make_tracker
 from tests.conftest import World

@@ -19,8 +19,9 @@ import torch
 from mode import config
 from mode.checked import ConfigError
 from mode.checkpoint import load_tensors
+from mode.prepared import Prepared, prepare_run
 from mode.record import Record, processor
-from mode.runner import WEIGHTS, Prepared, execute, prepare_run
+from mode.runner import WEIGHTS, execute
 from tests.conftest import World
 
 GOLDEN = Path(__file__).parent / "golden.json"

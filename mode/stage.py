@@ -1,0 +1,126 @@
+"""Train one stage, and score a model: the loop and the evaluator on a prepared run's data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mode.backbone import load_model
+from mode.data.batches import Batches, Stream
+from mode.data.pack import Tokens
+from mode.method import Adaptation, Probe
+from mode.prepared import Prepared
+from mode.settings import SELF
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from mode.evaluate import Score
+    from mode.track import Tracker
+    from mode.train import Hold, Point, Trained
+
+Observer = Callable[[Prepared, "Point"], None]
+
+
+def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observer) -> Trained:
+    """Train a model by the one loop, if its method trains at all."""
+    from mode.evaluate import headline
+    from mode.train import Job, Trained, train
+
+    run, method = prepared.run, prepared.method
+    steps = method.steps(run)
+    if steps == 0:
+        return Trained(steps=0, tokens=0, seconds=0.0, curve=())
+    mixture = method.mixture(run)
+    device = next(model.parameters()).device
+    batches = Batches(
+        [Stream(name, tokens(prepared, name, device), count) for name, count in mixture.items()],
+        seed=run.seed,
+        batch_size=run.train.batch_size,
+        sequence_length=run.train.sequence_length,
+        order=method.order(run),
+        examples=run.train.examples,
+    )
+
+    def observed(point: Point) -> None:
+        observe(prepared, point)
+        tracker.log({name: value for name, value in point.items() if name != "step"}, step=point["step"])
+
+    job = Job(
+        settings=run.train,
+        steps=steps,
+        lr=run.lr,
+        folder=prepared.folder,
+        validate=lambda: headline(score(prepared, model, "validation", tuple(set(mixture) - {SELF}))),
+        observe=observed,
+        inspect=method.inspect,
+        lr_scales=method.lr_scales(),
+        hold=hold(prepared, model, batches),
+    )
+    return train(model, batches, job)
+
+
+def tokens(prepared: Prepared, name: str, device: torch.device) -> Tokens:
+    """Return the tokens that one source of a mix trains on: a domain's, or those sampled from the backbone."""
+    if name in prepared.packed:
+        return prepared.packed[name].split(prepared.method.split).tokens
+    return own_rows(prepared, device)
+
+
+def own_rows(prepared: Prepared, device: torch.device) -> Tokens:
+    """Return the tokens that a run's backbone made up itself."""
+    from mode.anchor import sampled
+
+    run, method = prepared.run, prepared.method
+    assert isinstance(method, Adaptation)
+    cache = Path(run.paths.cache).expanduser()
+    return sampled(method.anchor, run.backbone, prepared.backbone, run.train.sequence_length, cache, device)
+
+
+def own_rows_fingerprint(prepared: Prepared, device: torch.device) -> str | None:
+    """Return the digest of the tokens that a run's backbone made up itself, if it trains on any."""
+    method = prepared.method
+    if not isinstance(method, Adaptation) or method.anchor.source != SELF:
+        return None
+    return hashlib.sha256(own_rows(prepared, device).tobytes()).hexdigest()[:16]
+
+
+def hold(prepared: Prepared, model: nn.Module, batches: Batches) -> Hold | None:
+    """Return how a model is held to its backbone, if its method asks for it."""
+    from mode.train import Hold
+
+    method, run = prepared.method, prepared.run
+    if not isinstance(method, Adaptation) or method.anchor.source == "none":
+        return None
+    source = method.anchor.source
+    return Hold(
+        weight=method.anchor.weight,
+        held=lambda step: np.array([name == source for name in batches.domains(step)]),
+        reference=method.reference(model, lambda: load_model(run.backbone)),
+    )
+
+
+def score(
+    prepared: Prepared, model: nn.Module, split: Any, names: tuple[str, ...] = (), probe: Probe | None = None
+) -> dict[str, Score]:
+    """Score a model on a split of the run's domains."""
+    from mode.evaluate import evaluate
+
+    run = prepared.run
+    scores = {}
+    for name in names or run.scored:
+        scores[name] = evaluate(
+            model,
+            prepared.packed[name].split(split),
+            sequence_length=run.train.sequence_length,
+            batch_size=run.evaluate.batch_size,
+            chunk=run.evaluate.chunk,
+            probe=(lambda count: None) if probe is None else partial(probe.add, name),
+        )
+    return scores
