@@ -160,9 +160,10 @@ def draw_tradeoff(compiled: Compiled) -> Markup:
     across = f"Retention: change on {others or 'the other domains'} (points)"
     up = f"Target accuracy: {adapted or 'what a row is adapted to'} (%)"
     parts = [*frame(x, y, across, up), tag("line", x1=x(0.0), x2=x(0.0), y1=TOP, y2=BOTTOM, class_="zero")]
-    (left, height), *rest = seen.front
-    steps = "".join(f"V{y(accuracy)}H{x(retention)}" for retention, accuracy in rest)
-    parts.append(tag("path", d=f"M{LEFT} {y(height)}H{x(left)}{steps}V{BOTTOM}", class_="front"))
+    if seen.front:
+        (left, height), *rest = seen.front
+        steps = "".join(f"V{y(accuracy)}H{x(retention)}" for retention, accuracy in rest)
+        parts.append(tag("path", d=f"M{LEFT} {y(height)}H{x(left)}{steps}V{BOTTOM}", class_="front"))
     for place in sorted(seen.places, key=lambda place: -place.cost):
         across_error, up_error = errors[place.index]
         here, there = place.retention.mean, place.target.mean

@@ -22,7 +22,7 @@ class Place:
         retention: Points gained or lost on the other domains.
         target: Accuracy on the domains adapted to, in per cent.
         cost: Training of all its stages, in the unit of its `Tradeoff`.
-        best: Whether no other row is as good in all three and better in one, by the means.
+        best: Whether no rival is as good in all three and better in one, by the means.
     """
 
     index: int
@@ -40,14 +40,23 @@ class Place:
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """The rows of a table that have both accuracies, and the cost that they are compared by: `flops` or `seconds`."""
+    """The rows of a table that have both accuracies.
+
+    Attributes:
+        places: Where each stands.
+        measure: The cost that they are compared by: `flops` or `seconds`.
+        rivals: Whether they are adapted to the same domains, so that one can beat another.
+    """
 
     places: tuple[Place, ...]
     measure: str
+    rivals: bool
 
     @property
     def front(self) -> list[tuple[float, float]]:
-        """The Pareto front of retention and target accuracy whatever the cost, by rising retention."""
+        """The Pareto front of retention and target accuracy at any cost, by rising retention; empty without rivals."""
+        if not self.rivals:
+            return []
         points = [place.means[:2] for place in self.places]
         return sorted({point for point in points if not any(beats(other, point) for other in points)})
 
@@ -59,8 +68,11 @@ class Tradeoff:
     @property
     def legend(self) -> str:
         """What the marks mean, in words."""
+        size = f"Size: {MEASURES[self.measure]}."
+        if not self.rivals:
+            return f"{size} Rows are adapted to different domains, so none is said to beat another."
         return (
-            f"Size: {MEASURES[self.measure]}. Filled: no other row is as good in accuracy, retention and cost and "
+            f"{size} Filled: no other row is as good in accuracy, retention and cost and "
             "better in one, by the means. Dashed: the best of accuracy and retention at any cost."
         )
 
@@ -77,11 +89,14 @@ def tradeoff(compiled: Compiled) -> Tradeoff:
     ]
     measure = "flops" if placed and all("flops" in line.cost for _, line, _, _ in placed) else "seconds"
     points = [(kept.mean, target.mean, -line.cost[measure]) for _, line, kept, target in placed]
+    rivals = bool(compiled.targets)
     places = tuple(
-        Place(index, line, kept, target, line.cost[measure], not any(beats(other, point) for other in points))
+        Place(
+            index, line, kept, target, line.cost[measure], not (rivals and any(beats(other, point) for other in points))
+        )
         for (index, line, kept, target), point in zip(placed, points, strict=True)
     )
-    return Tradeoff(places, measure)
+    return Tradeoff(places, measure, rivals)
 
 
 def beats(one: Sequence[float], other: Sequence[float]) -> bool:

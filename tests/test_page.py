@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 from cli.app import app
 from mode import config
-from mode.chart import COLOURS
+from mode.chart import COLOURS, draw_tradeoff
 from mode.checked import ConfigError
 from mode.command import commands
 from mode.compiled import Compiled, compile_table
@@ -246,6 +247,14 @@ def test_cost_is_in_operations_where_every_row_counts_them(conf: Path) -> None:
     rows = [made(conf, "tiny", row, 0, SCORES[row, 0], flops=flops) for row, flops in (("backbone", 0), ("sft", 4e12))]
     seen = tradeoff(compile_table(load_table("tiny", conf), rows, [], conf))
     assert (seen.measure, [place.cost for place in seen.places]) == ("flops", [0.0, 4.0])
+
+
+def test_rows_adapted_to_different_domains_are_no_rivals(compiled: Compiled) -> None:
+    seen = tradeoff(dataclasses.replace(compiled, targets=()))
+    assert (seen.front, {place.best for place in seen.places}) == ([], {True})
+    assert "different domains" in seen.legend
+    assert 'class="front"' not in draw_tradeoff(dataclasses.replace(compiled, targets=()))
+    assert 'class="front"' in draw_tradeoff(compiled)
 
 
 # --- colours
