@@ -146,7 +146,7 @@ def contents(
     compiled = [
         (stem(name, overrides, load_table(name, extra).overrides), name, found)
         for name, overrides in tables
-        if name != bench.FOLDER and (found := compile_or_none(name, records, overrides, extra)) is not None
+        if name != bench.FOLDER and (found := told(name, records, overrides, extra, alone=len(tables) == 1)) is not None
     ]
     benches = tuple(made_bench(each, way) for each in bench.read_benchmarks(results)) if bench.FOLDER in names else ()
     if not compiled and not benches:
@@ -160,13 +160,19 @@ def contents(
     return Contents(sections, benches, tuple(dossiers(records, places(sections), way, extra)), frozenset(by_id))
 
 
-def compile_or_none(
-    name: str, records: Sequence[Record], overrides: Sequence[str], extra: Path | None
+def told(
+    name: str, records: Sequence[Record], overrides: Sequence[str], extra: Path | None, *, alone: bool
 ) -> Compiled | None:
-    """Compile a table; None if it has nothing to say, or not all the records that it stands on are here."""
+    """Compile a table; None if it has nothing to say, or a record that it stands on is missing and it is not `alone`.
+
+    Raises:
+        ConfigError: Such a record is missing, and no other table is asked for.
+    """
     try:
         compiled = compile_table(load_table(name, extra), records, overrides, extra)
     except ConfigError:
+        if alone:
+            raise
         return None
     return compiled if compiled.says_something else None
 
@@ -206,12 +212,12 @@ def section(anchor: str, name: str, compiled: Compiled, records: Mapping[str, Re
     row_links = [f"#{anchor}--{line.name}" for line in lines]
     pair_links = [f"#{anchor}--{left}--{right}" for left, right in pairs]
     panels = [chart.draw_panel(compiled, panel) for panel in compiled.table.curves]
-    told, *others = notes(compiled)
+    usual, *others = notes(compiled)
     return Section(
         anchor=anchor,
         title=compiled.table.title,
         grid=grid(compiled.table.title, frame(compiled, strong=STRONG), row_links, pair_links),
-        notes=(told, *(text for text in others if text)),
+        notes=(usual, *(text for text in others if text)),
         findings=tuple(findings(compiled)),
         figures=tuple(picture for picture in [*panels, chart.draw_tradeoff(compiled)] if picture),
         curves=(learning(compiled, records),),

@@ -211,6 +211,13 @@ def test_without_a_record_the_command_that_makes_them_is_named(conf: Path, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_table_that_stands_on_a_missing_record_says_which(conf: Path, results: Path, tmp_path: Path) -> None:
+    shutil.copytree(results / "records", tmp_path / "records")
+    next((tmp_path / "records").glob("*-stage1.json")).unlink()
+    with pytest.raises(ConfigError, match="stands on run stage1, which has no record"):
+        write_page([("tiny", [])], tmp_path, tmp_path, conf)
+
+
 def test_the_command_line_writes_the_page_and_prints_where_it_is(conf: Path, results: Path) -> None:
     given = ["report", "tiny", "--html", "--conf", str(conf), f"paths.results={results}"]
     done = CliRunner().invoke(app, given)
