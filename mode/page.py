@@ -177,13 +177,14 @@ def told(
     return compiled if compiled.says_something else None
 
 
-def order(item: tuple[str, str, Compiled]) -> tuple[bool, bool, bool, str]:
-    """Order tables: results before choices of settings, tables before curves, whole ones before those with gaps."""
+def order(item: tuple[str, str, Compiled]) -> tuple[bool, bool, bool, bool, str]:
+    """Order tables: results before choices, tables before curves, whole ones before those with gaps, numbered first."""
     anchor, _, compiled = item
     return (
         compiled.table.choose,
         bool(compiled.table.curves),
         not all(line.runs for line in compiled.lines),
+        not anchor.startswith("table"),
         anchor,
     )
 
