@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mode import config
-from mode.bench import measure, read_benchmarks, section, stale_benchmarks
+from mode.bench import PAGE, measure, section
 from mode.checked import ConfigError
 from mode.edge import modular
 from mode.model import MoDEForCausalLM, swap_expert, with_experts
@@ -87,7 +87,7 @@ def test_the_edge_suite_leaves_a_record_that_the_report_follows_from(world: Worl
     results = world.root / "results"
     result = call(world, "bench", "edge", "--rounds", "2")
     assert result.exit_code == 0, result.output
-    (benchmark,) = read_benchmarks(results)
+    (benchmark,) = PAGE.read(results)
     assert section(benchmark) in result.stdout
     sizes = benchmark.happened["bytes"]
     backbone, alone = sizes["backbone"], sizes["one expert"]
@@ -96,14 +96,14 @@ def test_the_edge_suite_leaves_a_record_that_the_report_follows_from(world: Worl
     jobs = [(case["job"], case["variant"]) for case in benchmark.happened["cases"]]
     assert len(jobs) == len(set(jobs)) == 12
     assert all(len(case["seconds"]) == 2 for case in benchmark.happened["cases"])
-    assert stale_benchmarks(results) == [results / "bench.md"]
+    assert PAGE.stale(results) == [results / "bench.md"]
     assert call(world, "report", "bench").exit_code == 0
-    assert stale_benchmarks(results) == []
+    assert PAGE.stale(results) == []
     (path,) = (results / "bench").glob("*.json")
     plain = json.loads(path.read_text("utf-8"))
     plain["happened"]["cases"][1]["seconds"] = [99.0, 99.0]
     path.write_text(json.dumps(plain), "utf-8")
-    assert stale_benchmarks(results) == [results / "bench.md"]
+    assert PAGE.stale(results) == [results / "bench.md"]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 2}', '{"schema": 1}'])
@@ -111,7 +111,7 @@ def test_a_file_that_is_no_benchmark_is_refused_in_one_line(tmp_path: Path, text
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "edge.json").write_text(text, "utf-8")
     with pytest.raises(ConfigError, match=r"edge\.json"):
-        read_benchmarks(tmp_path)
+        PAGE.read(tmp_path)
 
 
 def test_a_place_where_nothing_can_be_written_is_told_before_anything_is_measured(world: World) -> None:
