@@ -20,15 +20,12 @@ from mode.checked import ConfigError, nearest
 from mode.record import Record, installed, surroundings
 from mode.result import PAGE, SCHEMA, Result
 from mode.runner import Prepared, restore
-from mode.task import DEFAULT, Scored, Task, load_task, prompt_digest, read_questions
+from mode.task import DEFAULT, Done, Scored, Task, load_task, prompt_digest, read_questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mode.harness import Harnessed
-
-Done = Callable[[int, int], None]
-"""Told the number of the question that is done, and of how many."""
 
 
 class Subject:
@@ -202,12 +199,12 @@ def programs(task: Task, questions: Sequence[Mapping[str, Any]]) -> Scorer:
 
 
 def harnessed(given: Harnessed) -> Scorer:
-    """Return how a task of the harness is scored; it shows progress itself."""
+    """Return how a task of the harness is scored."""
 
     def score(subject: Subject, limit: int | None, done: Done) -> Scored:
         from mode.harness import score_harnessed
 
-        return score_harnessed(given, subject.reader, limit)
+        return score_harnessed(given, subject.reader, limit, done)
 
     return score
 

@@ -11,15 +11,15 @@ import io
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mode.checked import ConfigError, nearest
 from mode.generate import context
-from mode.task import Scored, Task
+from mode.task import Done, Scored, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,16 +34,6 @@ DEFAULT_TOKENS = 256
 def is_installed() -> bool:
     """Say whether lm-evaluation-harness is here, without importing it."""
     return find_spec("lm_eval") is not None
-
-
-def require(name: str) -> None:
-    """Refuse a task that needs lm-evaluation-harness where it is not installed.
-
-    Raises:
-        ConfigError: It is not, and how to install it.
-    """
-    if not is_installed():
-        raise ConfigError(f"{name} needs lm-evaluation-harness: {INSTALL}")
 
 
 @dataclass(frozen=True)
@@ -132,7 +122,8 @@ def registered_tasks(name: str, own: Sequence[str]) -> list[Harnessed]:
 def make_reader(model: PreTrainedModel, folder: Path) -> Any:
     """Wrap a model for the harness.
 
-    It reads one text at a time, so that padding cannot change a result, without special tokens, as in training.
+    It reads one text at a time, so that padding cannot change a result, without special tokens, as in training, and
+    tells its `done` after every question how many are done, of how many.
 
     Args:
         model: A causal LM, on its device, not training.
@@ -142,17 +133,39 @@ def make_reader(model: PreTrainedModel, folder: Path) -> Any:
         from lm_eval.models.huggingface import HFLM
         from transformers import AutoTokenizer
 
+        class Reader(HFLM):  # type: ignore[misc]
+            """The harness's own wrapper, request by request."""
+
+            done: Done = staticmethod(lambda number, total: None)
+
+            def one_by_one(self, ask: Callable[..., list[Any]], requests: Sequence[Any]) -> list[Any]:
+                answers, questions = [], len({request.doc_id for request in requests})
+                for number, request in enumerate(requests, 1):
+                    answers += ask([request], disable_tqdm=True)
+                    if number * questions % len(requests) == 0:
+                        self.done(number * questions // len(requests), questions)
+                return answers
+
+            def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+                return self.one_by_one(super().generate_until, requests)
+
+            def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+                return self.one_by_one(super().loglikelihood, requests)
+
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, add_bos_token=False, backend="causal")
+        return Reader(pretrained=model, tokenizer=tokenizer, batch_size=1, add_bos_token=False, backend="causal")
 
 
-def score_harnessed(given: Harnessed, reader: Any, limit: int | None = None) -> Scored:
+def score_harnessed(
+    given: Harnessed, reader: Any, limit: int | None = None, done: Done = lambda number, total: None
+) -> Scored:
     """Score a model on a task, greedily.
 
     Args:
         given: The task.
         reader: The model, as `make_reader` wraps it.
         limit: Questions to ask at most, the first ones.
+        done: Told after every question how many are done, of how many.
 
     Raises:
         ConfigError: The model reads too little to make an answer, or the harness fails.
@@ -164,9 +177,10 @@ def score_harnessed(given: Harnessed, reader: Any, limit: int | None = None) -> 
     if window <= 0:
         raise ConfigError(f"{given.name}: an answer of up to {length} tokens: this model reads {window + length}")
     task.set_fewshot_seed(seed=1234)  # the harness's own default
-    with quiet(), refused(given.name):
+    with quiet() as stderr, refused(given.name):
         from lm_eval.evaluator import evaluate
 
+        reader.done = aloud(done, stderr)
         results = evaluate(reader, {"tasks": {given.name: task}, "groups": {}}, limit=limit, log_samples=True)
     samples = results["samples"][given.name]
     first = samples[0]["filter"]
@@ -222,16 +236,26 @@ def refused(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what the harness logs to itself, and its progress bars too where nobody is at a terminal."""
+def quiet() -> Iterator[TextIO]:
+    """Keep what the harness logs and its progress bars to itself; yield where messages of our own still go."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    stderr = sys.stderr
     try:
-        with bars:
-            yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield stderr
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def aloud(done: Done, stderr: TextIO) -> Done:
+    """Return the same, told where messages go although they are kept quiet around it."""
+
+    def told(number: int, total: int) -> None:
+        with contextlib.redirect_stderr(stderr):
+            done(number, total)
+
+    return told

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mode.checked import ConfigError
 from mode.generate import Sampling, context, generate
 from mode.sandbox import execute
-from mode.task import Scored, Task, cut, render_prompt
+from mode.task import Done, Scored, Task, cut, render_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +40,7 @@ def score_programs(
     model: PreTrainedModel,
     tokenizer: BackboneTokenizer,
     limit: int | None = None,
-    done: Callable[[int, int], None] = lambda number, total: None,
+    done: Done = lambda number, total: None,
 ) -> Scored:
     """Complete every program greedily and run it against its tests.
 

@@ -159,7 +159,7 @@ tries = {
     "writes a file": lambda: open(OUTSIDE, "w"),
     "opens a socket": lambda: socket.socket(),
     "starts a process": lambda: os.fork(),
-    "sends a signal": lambda: os.kill(os.getppid(), 0),
+    "sends a signal": lambda: os.kill(PARENT, 0),
 }
 for name, attempt in tries.items():
     try:
@@ -182,7 +182,7 @@ def check_isolation() -> None:
         raise ConfigError(f"{wanted}; this is {platform.system()}")
     with tempfile.NamedTemporaryFile(prefix="mode-outside-") as outside:
         try:
-            verdict = execute(f"OUTSIDE = {outside.name!r}\n{ESCAPE}", "")
+            verdict = execute(f"OUTSIDE, PARENT = {outside.name!r}, {os.getpid()}\n{ESCAPE}", "")
         except ConfigError as error:
             raise ConfigError(f"{wanted}: {error}") from error
     if verdict.outcome != "passed":

@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from pathlib import Path
@@ -22,6 +22,8 @@ from mode.domain import WheelFile
 
 DEFAULT = ("humaneval", "gsm8k-100", "hellaswag-100")
 """Tasks that are scored when none is named."""
+Done = Callable[[int, int], None]
+"""Told after a question how many are done, of how many."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
