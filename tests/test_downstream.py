@@ -412,7 +412,8 @@ def test_the_harness_makes_the_text_that_we_make(asked: World) -> None:
         settings = {"until": ["\x07"], "max_gen_toks": 12, "do_sample": False}
         request = Instance("generate_until", {}, ("def f(x):", settings), 0)
         (theirs,) = reader(asked, model).generate_until([request], disable_tqdm=True)
-        assert theirs == "".join(piece.text for piece in generate(model, tokenizer, "def f(x):", Sampling(12)))
+        ours = "".join(piece.text for piece in generate(model, tokenizer, "def f(x):", Sampling(12)))
+        assert theirs.rstrip("\N{REPLACEMENT CHARACTER}") == ours  # a stream waits for the rest of a character
 
 
 @pytest.mark.slow
