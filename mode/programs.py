@@ -53,7 +53,7 @@ def score_programs(
         done: Told after every question how many are done, of how many.
 
     Returns:
-        pass@1 of one greedy sample, the share of completions that are not Python, and what became of each.
+        pass@1 of one greedy sample, and what became of every completion; those that are not Python are unparsed.
 
     Raises:
         ConfigError: A question is incomplete, or the model reads too little to make the answer.
@@ -63,12 +63,10 @@ def score_programs(
     if window <= 0:
         raise ConfigError(f"an answer of up to {length} tokens: this model reads {context(model)}")
     asked = questions[:limit]
+    check_questions(asked)
     prompts = [render_prompt(task, question) for question in asked]
     passed, outcomes, truncated = [], Counter[str](), 0
     for number, (question, prompt) in enumerate(zip(asked, prompts, strict=True), 1):
-        missing = [name for name in FIELDS if not isinstance(question.get(name), str)]
-        if missing:
-            raise ConfigError(f"question {number} has no {missing[0]}")
         truncated += len(tokenizer.encode([prompt])[0]) > window
         program = prompt + complete(model, tokenizer, prompt, length, task.stop)
         verdict = execute(program, f"{question['test']}\ncheck({question['entry_point']})")
@@ -85,6 +83,18 @@ def score_programs(
         example=prompts[0],
         outcomes=dict(sorted(outcomes.items())),
     )
+
+
+def check_questions(questions: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse questions without tests.
+
+    Raises:
+        ConfigError: One has no test, or no name of a function.
+    """
+    for number, question in enumerate(questions, 1):
+        missing = [name for name in FIELDS if not isinstance(question.get(name), str)]
+        if missing:
+            raise ConfigError(f"question {number} has no {missing[0]}")
 
 
 def mean(values: Sequence[float]) -> tuple[float, float | None]:

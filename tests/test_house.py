@@ -32,7 +32,7 @@ LOOSE = {
     ".pre-commit-config.yaml",
     ".gitignore",
 }
-MACHINE = re.compile(r"/(?:home|Users|root|work|mnt|scratch|tmp|data|opt|usr|var)/")
+MACHINE = re.compile(r"(?<!\w)/(?:home|Users|root|work|mnt|scratch|tmp|data|opt|usr|var)/")
 
 
 def ids(paths: list[Path]) -> list[str]:
