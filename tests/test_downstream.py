@@ -132,7 +132,7 @@ def test_the_default_tasks_are_the_projects() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"versoin": 2}, "versoin"),
+        ({"versions": 2}, "versions"),
         ({"version": 0}, "greater than 0"),
         ({"harness": {"output_type": "generate_until"}}, "harness goes with kind=harness"),
         ({"max_tokens": None}, "kind=program needs max_tokens"),
