@@ -14,12 +14,12 @@ import typer
 from cli.options import ConfOption, Overrides, complete, take_list, told
 
 if TYPE_CHECKING:
-    from mode.page import Page
+    from mode.measurement import Sheet
     from mode.record import Record
     from mode.reproduce import Outcome
     from mode.settings import Run
 
-PAGES = {"bench": "mode.bench", "downstream": "mode.result"}
+SHEETS = {"bench": "mode.bench", "downstream": "mode.result"}
 """What `mode report` renders from a folder of its own and not by a table's YAML, with the module of each."""
 PUBLISHED = Path(__file__).parent.parent / "results"
 
@@ -165,7 +165,7 @@ def report(
         if table is not None and "=" in table:
             overrides, table = [table, *(overrides or [])], None
         given = list(overrides or [])
-        names = [*config.choices("table", conf), *PAGES]
+        names = [*config.choices("table", conf), *SHEETS]
         if table is not None and table not in names:
             raise ConfigError(f"table {table}: not one of {', '.join(names)}{nearest(table, names)}")
         results = results_folder(given, conf)
@@ -173,7 +173,7 @@ def report(
             chosen = results if any(text.startswith("paths.results=") for text in given) else PUBLISHED
             check_published(chosen, [table] if table else names, conf)
             return
-        folder = table if table in PAGES else "records"
+        folder = table if table in SHEETS else "records"
         published = not any((results / folder).glob("*.json")) and any((PUBLISHED / folder).glob("*.json"))
         if published:
             print(f"no records in {results}; these are the published ones", file=sys.stderr)
@@ -181,9 +181,9 @@ def report(
         render_tables([table] if table else names, chosen, given, conf, write=not published)
 
 
-def find_page(name: str) -> Page[Any]:
+def find_sheet(name: str) -> Sheet[Any]:
     """Return a page that has a folder of its own."""
-    page: Page[Any] = import_module(PAGES[name]).PAGE
+    page: Sheet[Any] = import_module(SHEETS[name]).SHEET
     return page
 
 
@@ -192,9 +192,9 @@ def check_published(results: Path, names: Sequence[str], conf: Path | None) -> N
     from mode.checked import ConfigError
     from mode.report import check_tables
 
-    tables = [name for name in names if name not in PAGES]
+    tables = [name for name in names if name not in SHEETS]
     stale = check_tables(results, tables, conf) if tables else []
-    stale += [path for name in names if name in PAGES for path in find_page(name).stale(results)]
+    stale += [path for name in names if name in SHEETS for path in find_sheet(name).stale(results)]
     if stale:
         raise ConfigError(f"{stale[0]} does not follow from the records beside it: `mode report` makes it anew")
     print(f"every table in {results} follows from its records")
@@ -210,8 +210,8 @@ def render_tables(names: Sequence[str], results: Path, given: Sequence[str], con
         variants = known_variants(name, given, conf)
         for each in variants:
             try:
-                if name in PAGES:
-                    text, path = find_page(name).report(results, write=write)
+                if name in SHEETS:
+                    text, path = find_sheet(name).report(results, write=write)
                 else:
                     text, path = render_report(name, results, each, conf, write=write)
             except ConfigError:
@@ -230,7 +230,7 @@ def known_variants(table: str, given: Sequence[str], conf: Path | None) -> list[
     """Return the overrides to render a table under: those given alone if they choose, else each that it knows."""
     from mode.table import load_table
 
-    if table in PAGES or any(text.startswith(("experiment=", "budget=")) for text in given):
+    if table in SHEETS or any(text.startswith(("experiment=", "budget=")) for text in given):
         return [list(given)]
     return [[*variant, *given] for variant in load_table(table, conf).variants]
 

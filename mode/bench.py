@@ -18,7 +18,7 @@ from mode.checked import ConfigError, nearest
 from mode.device import device_name, set_up
 from mode.edge import edge
 from mode.modular_method import MoDE
-from mode.page import Measurement, Page
+from mode.measurement import Measurement, Sheet
 from mode.record import surroundings
 from mode.settings import Run
 from mode.timing import Case, interleave, ratio
@@ -62,7 +62,7 @@ def measure(
         raise ConfigError(f"{name}: not one of the suites {', '.join(SUITES)}{nearest(name, SUITES)}")
     if not isinstance(run.method, MoDE):
         raise ConfigError("a benchmark measures a model with experts: it goes with method=mode")
-    results = Path(run.paths.results).expanduser() / PAGE.name
+    results = Path(run.paths.results).expanduser() / SHEET.name
     results.mkdir(parents=True, exist_ok=True)  # now, so that a place where nothing can be written costs no time
     device = set_up(run)
     seen = surroundings(device_name(device), run.train.threads)
@@ -111,7 +111,7 @@ def render(benchmarks: Sequence[Benchmark]) -> dict[str, str]:
     return {"md": "\n".join(["# Benchmarks", "", intro, *(f"\n{section(each)}" for each in benchmarks)])}
 
 
-PAGE = Page("bench", "benchmark", Benchmark, SCHEMA, f"mode bench {next(iter(SUITES))}", render)
+SHEET = Sheet("bench", "benchmark", Benchmark, SCHEMA, f"mode bench {next(iter(SUITES))}", render)
 """The folder of benchmarks in a folder of results, and their table beside it."""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from mode.page import Measurement, Page
+from mode.measurement import Measurement, Sheet
 
 SCHEMA = 1
 SHARES = ("pass@1", "exact_match", "acc", "acc_norm")
@@ -121,5 +121,5 @@ def render(results: Sequence[Result]) -> dict[str, str]:
     return {"md": "\n\n".join(parts), "csv": str(csv)}
 
 
-PAGE = Page("downstream", "result", Result, SCHEMA, "mode eval --downstream", render)
+SHEET = Sheet("downstream", "result", Result, SCHEMA, "mode eval --downstream", render)
 """The folder of results of downstream tasks in a folder of results, and their page beside it."""

@@ -1,4 +1,4 @@
-"""Measurements that are no runs: a folder of JSON beside the records, and a page that follows from it alone."""
+"""Measurements that are no runs: a folder of JSON beside the records, and a sheet that follows from it alone."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ Kind = TypeVar("Kind", bound=Measurement)
 
 
 @dataclass(frozen=True)
-class Page(Generic[Kind]):
-    """A folder of measurements in a folder of results, and the page that lies beside it.
+class Sheet(Generic[Kind]):
+    """A folder of measurements in a folder of results, and the sheet that lies beside it.
 
     Attributes:
-        name: Name of the folder, and of the page's files.
+        name: Name of the folder, and of the sheet's files.
         what: What people call one of the measurements.
         kind: Its class.
         schema: The version of its layout that this version reads.
@@ -94,7 +94,7 @@ class Page(Generic[Kind]):
         return measurement
 
     def report(self, results: Path, *, write: bool = True) -> tuple[str, Path]:
-        """Render the measurements of a folder of results and, with `write`, put the page beside them.
+        """Render the measurements of a folder of results and, with `write`, put the sheet beside them.
 
         Returns:
             The Markdown, and the path of its file.
@@ -112,7 +112,7 @@ class Page(Generic[Kind]):
         return texts["md"], results / f"{self.name}.md"
 
     def stale(self, results: Path, suffixes: Sequence[str] = ("md", "csv")) -> list[Path]:
-        """Return the page's committed files that no longer follow from the measurements."""
+        """Return the sheet's committed files that no longer follow from the measurements."""
         found = self.read(results)
         texts = self.render(found) if found else {}
         paths = {suffix: results / f"{self.name}.{suffix}" for suffix in suffixes}
