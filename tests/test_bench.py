@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mode import config
-from mode.bench import measure, read_benchmarks, section, stale_benchmarks
+from mode.bench import SHEET, measure, section
 from mode.checked import ConfigError
 from mode.checkpoint import trainable
 from mode.edge import modular
@@ -91,7 +91,7 @@ def test_the_edge_suite_leaves_a_record_that_the_report_follows_from(world: Worl
     results = world.root / "results"
     result = call(world, "bench", "edge", "--rounds", "2")
     assert result.exit_code == 0, result.output
-    (benchmark,) = read_benchmarks(results)
+    (benchmark,) = SHEET.read(results)
     assert section(benchmark) in result.stdout
     sizes = benchmark.happened["bytes"]
     backbone, alone = sizes["backbone"], sizes["one expert"]
@@ -100,14 +100,14 @@ def test_the_edge_suite_leaves_a_record_that_the_report_follows_from(world: Worl
     jobs = [(case["job"], case["variant"]) for case in benchmark.happened["cases"]]
     assert len(jobs) == len(set(jobs)) == 12
     assert all(len(case["seconds"]) == 2 for case in benchmark.happened["cases"])
-    assert stale_benchmarks(results) == [results / "bench.md"]
+    assert SHEET.stale(results) == [results / "bench.md"]
     assert call(world, "report", "bench").exit_code == 0
-    assert stale_benchmarks(results) == []
+    assert SHEET.stale(results) == []
     (path,) = (results / "bench").glob("*.json")
     plain = json.loads(path.read_text("utf-8"))
     plain["happened"]["cases"][1]["seconds"] = [99.0, 99.0]
     path.write_text(json.dumps(plain), "utf-8")
-    assert stale_benchmarks(results) == [results / "bench.md"]
+    assert SHEET.stale(results) == [results / "bench.md"]
 
 
 @pytest.mark.slow
@@ -134,7 +134,7 @@ def test_a_file_that_is_no_benchmark_is_refused_in_one_line(tmp_path: Path, text
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "edge.json").write_text(text, "utf-8")
     with pytest.raises(ConfigError, match=r"edge\.json"):
-        read_benchmarks(tmp_path)
+        SHEET.read(tmp_path)
 
 
 def test_a_place_where_nothing_can_be_written_is_told_before_anything_is_measured(world: World) -> None:

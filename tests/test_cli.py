@@ -33,7 +33,7 @@ FLAGS = {
     "compose": ["--again", "--conf", "--frozen", "--print-config", "--sweep", "--uninitialized"],
     "data prepare": ["--conf", "--domain"],
     "data show": ["--conf", "--domain"],
-    "eval": ["--conf", "--retention"],
+    "eval": ["--again", "--conf", "--downstream", "--limit", "--retention", "--task"],
     "generate": ["--conf", "--gates", "--html", "--max-tokens", "--seed", "--temperature", "--top-p"],
     "analyze gates": ["--conf", "--html", "--split", "--tokens"],
     "expert add": ["--conf", "--embed"],
@@ -126,12 +126,18 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "sweep of a glob": ((*LORA, "--sweep", "train.lr=glob(*)"), ("glob(*)", "only commas, choice() and range()")),
     "one bad run of a sweep": ((*LORA, "--sweep", "train.lr=1e-3,-1"), ("train.lr=-1", "greater than 0")),
     "unwritable": ((*LORA, "paths.cache=/dev/null/cache"), ("/dev/null", "Not a directory")),
+    "downstream and retention": (
+        ("eval", "--downstream", "--retention"),
+        ("--downstream", "--retention", "one of them"),
+    ),
+    "limit without downstream": (("eval", "--limit", "3"), ("--limit", "go with --downstream")),
     "not trained yet": (("eval", "method=lora"), ("is not finished", "no record in")),
 }
 USAGE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown command": (("trian",), ("No such command 'trian'", "Did you mean 'train'?")),  # codespell:ignore trian
     "unknown subcommand": (("train", "exprt"), ("No such command 'exprt'", "Did you mean 'expert'?")),
     "unknown flag": ((*LORA, "--agian"), ("No such option: --agian", "--again")),
+    "no question": (("eval", "--downstream", "--limit", "0"), ("--limit", "greater than or equal to 1")),
     "negative jobs": (("reproduce", "table1", "--jobs", "-1"), ("--jobs", "greater than or equal to 0")),
 }
 

