@@ -19,7 +19,7 @@ from mode.method import Method
 from mode.prepared import Prepared, finished, has_weights, prepare_run
 from mode.runner import execute
 from mode.settings import Run
-from mode.table import compose_rows, load_table, row_run
+from mode.table import compose_rows, load_table, row_run, rows_under
 
 
 class Display(Protocol):
@@ -56,7 +56,8 @@ class Outcome:
 def table_runs(name: str, seeds: Sequence[int] | None, overrides: Sequence[str], extra: Path | None) -> list[Run]:
     """Compose the runs of a table, seed by seed, so that a whole table stands as early as possible."""
     table = load_table(name, extra)
-    return [row_run(table, row, seed, overrides, extra) for seed in (seeds or table.seeds) for row in table.rows]
+    rows = rows_under(table, overrides)
+    return [row_run(table, row, seed, overrides, extra) for seed in (seeds or table.seeds) for row in rows]
 
 
 def forecasts(name: str, overrides: Sequence[str], extra: Path | None) -> dict[str, tuple[Forecast, ...] | None]:

@@ -156,6 +156,13 @@ def row_run(table: Table, row: Row, seed: int, overrides: Sequence[str], extra: 
     return named
 
 
+def rows_under(table: Table, overrides: Sequence[str]) -> tuple[Row, ...]:
+    """Return the rows that belong to a table under some settings: under a budget it knows, none with one of its own."""
+    if not any(f"budget={name}" in overrides for name in table.budgets):
+        return table.rows
+    return tuple(row for row in table.rows if not any(text.startswith("budget=") for text in row.overrides))
+
+
 def compose_rows(table: Table, overrides: Sequence[str], extra: Path | None = None) -> dict[str, Run]:
     """Compose the run of every row with seed 0, by row name; of rows that ask for the same run, the first alone.
 
@@ -165,7 +172,7 @@ def compose_rows(table: Table, overrides: Sequence[str], extra: Path | None = No
         ConfigError: A row's settings do not compose.
     """
     found: dict[str, tuple[str, Run]] = {}
-    for row in table.rows:
+    for row in rows_under(table, overrides):
         run = row_run(table, row, 0, overrides, extra)
         found.setdefault(str(identity.asked(run)), (row.name, run))
     return dict(found.values())

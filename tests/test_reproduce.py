@@ -20,6 +20,7 @@ from mode.record import read_records
 from mode.reproduce import Node, describe, plan, ready, run_all, table_runs
 from mode.runner import WEIGHTS, execute
 from mode.settings import Run
+from mode.table import load_table, rows_under
 from tests.conftest import World
 
 ROWS = {
@@ -63,11 +64,23 @@ def own(world: World, tmp_path: Path) -> World:
     return World(world.root, conf, world.overrides)
 
 
+POLICIES = ("paper", "data", "compute", "params")
+
+
 def runs_of(own: World, table: str = "tiny", seeds: tuple[int, ...] | None = None) -> list[Run]:
     return table_runs(table, seeds, own.overrides, own.conf)
 
 
 # --- planning
+
+
+def test_a_row_with_a_budget_of_its_own_is_no_row_under_another() -> None:
+    names = {
+        policy: [row.name for row in rows_under(load_table("table1"), [f"budget={policy}"])] for policy in POLICIES
+    }
+    assert "mode-2x-data" in names["paper"]
+    assert names["data"] == names["compute"] == names["params"] == names["paper"][:-1]
+    assert [run.track.name for run in table_runs("table1", [0], ["budget=compute"], None)] == names["compute"]
 
 
 def test_a_tables_runs_come_seed_by_seed(own: World) -> None:
