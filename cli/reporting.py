@@ -5,22 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli.options import ConfOption, Overrides, complete, take_list, told
 
 if TYPE_CHECKING:
-    from mode.measurement import Sheet
     from mode.record import Record
     from mode.reproduce import Outcome
     from mode.settings import Run
 
-SHEETS = {"bench": "mode.bench", "downstream": "mode.result"}
-"""What `mode report` renders from a folder of its own and not by a table's YAML, with the module of each."""
 Rendered = tuple[str, list[str]]
 """A table and the overrides that it was rendered under."""
 PUBLISHED = Path(__file__).parent.parent / "results"
@@ -169,6 +165,7 @@ def report(
     with told():
         from mode import config
         from mode.checked import ConfigError, nearest
+        from mode.sheet import SHEETS
 
         if table is not None and "=" in table:
             overrides, table = [table, *(overrides or [])], None
@@ -219,6 +216,7 @@ def publish_tables(rendered: Sequence[Rendered], results: Path, given: Sequence[
     from mode import config
     from mode.checked import ConfigError
     from mode.publish import publish
+    from mode.sheet import SHEETS
 
     run = config.compose(given, conf)
     tables = [item for item in rendered if item[0] not in SHEETS]
@@ -229,16 +227,11 @@ def publish_tables(rendered: Sequence[Rendered], results: Path, given: Sequence[
     print(f"logged to Weights & Biases as {run_id}: {where}", file=sys.stderr)
 
 
-def find_sheet(name: str) -> Sheet[Any]:
-    """Return a sheet that has a folder of its own."""
-    sheet: Sheet[Any] = import_module(SHEETS[name]).SHEET
-    return sheet
-
-
 def check_published(results: Path, names: Sequence[str], conf: Path | None) -> None:
     """Compare the tables of a results folder with those that follow from its records."""
     from mode.checked import ConfigError
     from mode.report import check_tables
+    from mode.sheet import SHEETS, find_sheet
 
     tables = [name for name in names if name not in SHEETS]
     stale = check_tables(results, tables, conf) if tables else []
@@ -254,6 +247,7 @@ def render_tables(
     """Render every table that there are records for, and each under the experiments and budgets that it knows."""
     from mode.checked import ConfigError
     from mode.report import report as render_report
+    from mode.sheet import SHEETS, find_sheet
 
     rendered: list[Rendered] = []
     for name in names:
@@ -279,6 +273,7 @@ def render_tables(
 
 def known_variants(table: str, given: Sequence[str], conf: Path | None) -> list[list[str]]:
     """Return the overrides to render a table under: those given alone if they choose, else each that it knows."""
+    from mode.sheet import SHEETS
     from mode.table import load_table
 
     if table in SHEETS or any(text.startswith(("experiment=", "budget=")) for text in given):

@@ -45,7 +45,7 @@ def sampled(
         tokens = sample(load_model(backbone).eval().to(device), anchor, length, eos)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.npy")
-        np.save(partial, tokens.astype(np.uint32))
+        np.save(partial, tokens)
         partial.replace(path)
     stream: Tokens = np.load(path, mmap_mode="r")
     return stream

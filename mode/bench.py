@@ -17,10 +17,11 @@ from mode.backbone import weights_fingerprint
 from mode.checked import ConfigError, nearest
 from mode.device import device_name, set_up
 from mode.edge import edge
-from mode.measurement import Measurement, Sheet
+from mode.measurement import Measurement
 from mode.modular_method import MoDE
 from mode.record import surroundings
 from mode.settings import Run
+from mode.sheet import Sheet
 from mode.steps import steps
 from mode.timing import Case, interleave, ratio
 from mode.train import precision_of

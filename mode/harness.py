@@ -78,9 +78,14 @@ def own_task(name: str, task: Task, questions: Sequence[Mapping[str, Any]]) -> H
     if task.max_tokens is not None:
         generation = {"until": list(task.stop), "max_gen_toks": task.max_tokens, "do_sample": False}
         settings["generation_kwargs"] = generation
-    with quiet(), refused(name):
+    with quiet(), refused(name), sandboxed():
+        from lm_eval.api.registry import metric_registry
         from lm_eval.api.task import ConfigurableTask
 
+        for metric in settings.get("metric_list", ()):
+            # The harness would fetch any other, and any `hf_evaluate`, from the hub as code, and run it.
+            if metric.get("metric") not in metric_registry or "hf_evaluate" in metric:
+                raise ConfigError(f"task {name}: metric {metric.get('metric')}: not one of lm-evaluation-harness's own")
         made = ConfigurableTask(config=settings)
     return Harnessed(name, made, task.prompt, task.version, task.num_fewshot, task.metric, len(questions))
 
@@ -177,7 +182,7 @@ def score_harnessed(
     if window <= 0:
         raise ConfigError(f"{given.name}: an answer of up to {length} tokens: this model reads {window + length}")
     task.set_fewshot_seed(seed=1234)  # the harness's own default
-    with quiet() as stderr, refused(given.name):
+    with quiet() as stderr, refused(given.name), sandboxed():
         from lm_eval.evaluator import evaluate
 
         reader.done = aloud(done, stderr)
@@ -233,6 +238,22 @@ def refused(name: str) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"task {name}: {reason}") from error
+
+
+@contextlib.contextmanager
+def sandboxed() -> Iterator[None]:
+    """Let the harness render templates in Jinja's sandbox: a template is text, and must not reach Python's insides."""
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+
+    plain = utils.env
+    confined = SandboxedEnvironment(undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline)
+    confined.filters.update(plain.filters)
+    utils.env = confined
+    try:
+        yield
+    finally:
+        utils.env = plain
 
 
 @contextlib.contextmanager

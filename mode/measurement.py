@@ -1,16 +1,16 @@
-"""Measurements that are no runs: a folder of JSON beside the records, and a sheet that follows from it alone."""
+"""What something measured leaves as one JSON file: what was asked, what happened, and under what sky."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from mode.checked import ConfigError
 from mode.files import write_atomic
-from mode.record import legible
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Measurement:
 
     def write(self, folder: Path) -> Path:
         """Write it into a folder, atomically, and return its path."""
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.filename
         write_atomic(path, legible(asdict(self)).encode())
         return path
@@ -46,75 +47,34 @@ class Measurement:
 Kind = TypeVar("Kind", bound=Measurement)
 
 
-@dataclass(frozen=True)
-class Sheet(Generic[Kind]):
-    """A folder of measurements in a folder of results, and the sheet that lies beside it.
+def read_measurement(path: Path, kind: type[Kind], schema: int, what: str, use: Callable[[Kind], object]) -> Kind:
+    """Read one measurement, and see that it can be used.
 
-    Attributes:
-        name: Name of the folder, and of the sheet's files.
-        what: What people call one of the measurements.
+    Args:
+        path: Its file.
         kind: Its class.
         schema: The version of its layout that this version reads.
-        make: The command that makes one.
-        render: Turns measurements into text by file suffix: md, and what others there are.
+        what: What people call it.
+        use: Does with it what it is for; fails if it is not what it should be.
+
+    Raises:
+        ConfigError: The file is not a whole one of that schema.
     """
+    try:
+        plain = json.loads(path.read_text("utf-8"))
+        found = plain.get("schema", schema) if isinstance(plain, dict) else schema
+        if found != schema:
+            raise ConfigError(f"{path}: {what} schema {found}; this version reads schema {schema}")
+        measurement = kind(**plain)
+        use(measurement)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: not a {what} that mode wrote ({error})") from error
+    return measurement
 
-    name: str
-    what: str
-    kind: type[Kind]
-    schema: int
-    make: str
-    render: Callable[[Sequence[Kind]], dict[str, str]]
 
-    def read(self, results: Path) -> list[Kind]:
-        """Read every measurement of a folder of results, in the order of their file names.
-
-        Raises:
-            ConfigError: A file is not a whole one of a known schema.
-        """
-        return [self.read_file(path) for path in sorted((results / self.name).glob("*.json"))]
-
-    def read_file(self, path: Path) -> Kind:
-        """Read one measurement, and see that it can be rendered.
-
-        Raises:
-            ConfigError: The file is not a whole one of a known schema.
-        """
-        try:
-            plain = json.loads(path.read_text("utf-8"))
-            found = plain.get("schema", self.schema) if isinstance(plain, dict) else self.schema
-            if found != self.schema:
-                raise ConfigError(f"{path}: {self.what} schema {found}; this version reads schema {self.schema}")
-            measurement = self.kind(**plain)
-            self.render([measurement])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"{path}: not a {self.what} that mode wrote ({error})") from error
-        return measurement
-
-    def report(self, results: Path, *, write: bool = True) -> tuple[str, Path]:
-        """Render the measurements of a folder of results and, with `write`, put the sheet beside them.
-
-        Returns:
-            The Markdown, and the path of its file.
-
-        Raises:
-            ConfigError: There is none.
-        """
-        found = self.read(results)
-        if not found:
-            raise ConfigError(f"no {self.what} in {results / self.name}: make one with `{self.make}`")
-        texts = self.render(found)
-        if write:
-            for suffix, text in texts.items():
-                (results / f"{self.name}.{suffix}").write_text(text, encoding="utf-8")
-        return texts["md"], results / f"{self.name}.md"
-
-    def stale(self, results: Path, suffixes: Sequence[str] = ("md", "csv")) -> list[Path]:
-        """Return the sheet's committed files that no longer follow from the measurements."""
-        found = self.read(results)
-        texts = self.render(found) if found else {}
-        paths = {suffix: results / f"{self.name}.{suffix}" for suffix in suffixes}
-        there = {suffix: path.read_text("utf-8") if path.exists() else None for suffix, path in paths.items()}
-        return [path for suffix, path in paths.items() if there[suffix] != texts.get(suffix)]
+def legible(plain: Mapping[str, Any]) -> str:
+    """Render JSON in which long lists of numbers stay on one line, so that it can be read and compared."""
+    text = json.dumps(plain, indent=1)
+    return re.sub(r"\[[\s\d.,eE+\-]+\]", lambda match: " ".join(match[0].split()), text) + "\n"

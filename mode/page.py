@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
@@ -23,7 +22,6 @@ from mode.compiled import Compiled, compile_table
 from mode.dossier import Dossier, average_curve, dossiers
 from mode.files import write_atomic
 from mode.finding import findings
-from mode.measurement import Sheet
 from mode.record import Record, read_records
 from mode.report import (
     CONTAMINATION_NOTE,
@@ -35,14 +33,13 @@ from mode.report import (
     notes,
     published_frame,
 )
+from mode.sheet import SHEETS, find_sheet
 from mode.table import load_table, stem, with_needs
 
 PAGE = "report.html"
 ASSETS = files("mode") / "assets"
 STRONG = "**{}**"
 """What is beyond noise, in a frame of plain texts."""
-SHEETS: dict[str, Sheet[Any]] = {sheet.name: sheet for sheet in (bench.SHEET, result.SHEET)}
-"""What has a folder of its own and no table's YAML."""
 BACKTICKS = re.compile(r"`([^`]+)`")
 
 
@@ -157,7 +154,7 @@ def contents(
     tasks = downstream(results, way) if result.SHEET.name in names else None
     if not compiled and not benches and not tasks:
         name = next(iter(names))
-        makes = SHEETS[name].make if name in SHEETS else f"mode reproduce {name}"
+        makes = find_sheet(name).make if name in SHEETS else f"mode reproduce {name}"
         raise ConfigError(f"no record of {name} in {results}: `{makes}` makes them")
     if len(names) == 1:
         records = used([each for _, _, each in compiled], records)

@@ -8,14 +8,13 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mode.checked import ConfigError
-from mode.files import write_atomic
+from mode.measurement import Measurement, read_measurement
 from mode.settings import Run
 
 SCHEMA = 1
@@ -23,22 +22,13 @@ PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy", "reasoning-g
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(Measurement):
     """What a finished run leaves.
 
-    Attributes:
-        schema: Version of this layout.
-        id: Identity of the run.
-        asked: Configuration that identifies the run, as `mode.identity.asked` gives it.
-        happened: steps, tokens, seconds, parameters, scores per domain, training curve.
-        provenance: Fingerprints of data and backbone, ids of the runs it stands on, commit, versions, machine, date.
+    `asked` is the configuration that identifies it, as `mode.identity.asked` gives it; `happened` has steps, tokens,
+    seconds, parameters, scores per domain and the training curve; `provenance` the fingerprints of data and backbone,
+    the ids of the runs it stands on, commit, versions, machine and date.
     """
-
-    schema: int
-    id: str
-    asked: dict[str, Any]
-    happened: dict[str, Any]
-    provenance: dict[str, Any]
 
     @property
     def parts(self) -> tuple[dict[str, Any], ...]:
@@ -69,36 +59,19 @@ class Record:
         return f"{method}-{'-'.join(self.asked['targets'])}-s{self.seed}-{self.id}.json"
 
 
-def write_record(record: Record, folder: Path) -> Path:
-    """Write a record, atomically, and return its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / record.filename
-    write_atomic(path, legible(asdict(record)).encode())
-    return path
-
-
-def legible(plain: Mapping[str, Any]) -> str:
-    """Render JSON in which long lists of numbers stay on one line, so that it can be read and compared."""
-    text = json.dumps(plain, indent=1)
-    return re.sub(r"\[[\s\d.,eE+\-]+\]", lambda match: " ".join(match[0].split()), text) + "\n"
-
-
 def read_record(path: Path) -> Record:
     """Read one record.
 
     Raises:
         ConfigError: The file is not a whole record of a known schema.
     """
-    try:
-        plain = json.loads(path.read_text("utf-8"))
-        if isinstance(plain, dict) and plain.get("schema", SCHEMA) != SCHEMA:
-            raise ConfigError(f"{path}: record schema {plain['schema']}; this version reads schema {SCHEMA}")
-        record = Record(**plain)
-        if not (isinstance(record.id, str) and all(isinstance(part, dict) for part in record.parts)):
-            raise TypeError("its parts are not what they should be")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
-        raise ConfigError(f"{path}: not a record of a run ({error})") from error
-    return record
+    return read_measurement(path, Record, SCHEMA, "record", check_parts)
+
+
+def check_parts(record: Record) -> None:
+    """Refuse a record whose parts are not what they should be."""
+    if not (isinstance(record.id, str) and all(isinstance(part, dict) for part in record.parts)):
+        raise TypeError("its parts are not what they should be")
 
 
 def read_records(folder: Path) -> list[Record]:

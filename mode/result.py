@@ -12,7 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from mode.measurement import Measurement, Sheet
+from mode.measurement import Measurement
+from mode.sheet import Sheet
 
 SCHEMA = 1
 SHARES = ("pass@1", "exact_match", "acc", "acc_norm")

@@ -15,7 +15,7 @@ from mode.files import AGAIN, CHECKPOINT, CURVE, SETTINGS, WEIGHTS, write_atomic
 from mode.lock import only_one
 from mode.method import Material
 from mode.prepared import Prepared, finished, has_weights, prepare_run
-from mode.record import SCHEMA, Record, provenance, read_record, write_record
+from mode.record import SCHEMA, Record, provenance, read_record
 from mode.settings import Run
 from mode.stage import Observer, fit, own_rows_fingerprint, score
 from mode.track import Tracker, make_tracker
@@ -165,7 +165,7 @@ def settle(prepared: Prepared, record: Record, *, again: bool) -> Record:
     if standing is not None:
         (prepared.folder / CHECKPOINT).unlink(missing_ok=True)
         return standing
-    path = write_record(record, prepared.results / "records")
+    path = record.write(prepared.results / "records")
     for name in (CHECKPOINT, AGAIN):
         (prepared.folder / name).unlink(missing_ok=True)
     return read_record(path)

@@ -125,10 +125,11 @@ def render_prompt(task: Task, question: Mapping[str, Any]) -> str:
     Raises:
         ConfigError: The template is malformed, or the question has not a field that it names.
     """
-    from jinja2 import Environment, StrictUndefined, TemplateError
+    from jinja2 import StrictUndefined, TemplateError
+    from jinja2.sandbox import SandboxedEnvironment
 
     try:
-        template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(task.prompt)
+        template = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(task.prompt)
         return template.render(**question)
     except TemplateError as error:
         raise ConfigError(f"the prompt {task.prompt!r}: {error}") from error

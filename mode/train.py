@@ -151,14 +151,18 @@ def accumulate(
             part = next_token_loss(states, head(model), micro[:, 1:], softcap(model)) / settings.accumulate
         else:
             chosen = held.chunk(settings.accumulate)[number]
-            part = held_loss(model, states, micro, chosen, job, device) / settings.accumulate
+            with torch.no_grad(), autocast(settings, device):
+                known = job.hold.reference(micro[chosen, :-1]) if chosen.any() else None
+            part = held_loss(model, states, micro, chosen, known, job.hold.weight) / settings.accumulate
         loss += part.detach()
         extra = auxiliary_loss(model)
         torch.autograd.backward(part if extra is None else part + extra / settings.accumulate)
     return loss, states.detach()
 
 
-def held_loss(model: nn.Module, states: Tensor, rows: Tensor, held: Tensor, job: Job, device: torch.device) -> Tensor:
+def held_loss(
+    model: nn.Module, states: Tensor, rows: Tensor, held: Tensor, known: tuple[Tensor, Tensor] | None, weight: float
+) -> Tensor:
     """Return the mean over a micro-batch's tokens: cross-entropy of free rows, weighted divergence of held ones.
 
     Args:
@@ -166,19 +170,15 @@ def held_loss(model: nn.Module, states: Tensor, rows: Tensor, held: Tensor, job:
         states: Its final hidden states, (B, S, d).
         rows: Tokens, (B, S + 1).
         held: Which rows are held to the backbone, (B,).
-        job: What the loop is asked to do.
-        device: Where the model is.
+        known: The backbone's final hidden states on those, (held rows, S, d), and its head, (V, d); None without any.
+        weight: Factor on their divergence.
     """
-    assert job.hold is not None
-    loss, cap = torch.zeros((), device=device), softcap(model)
+    loss, cap = torch.zeros((), device=states.device), softcap(model)
     free, count = ~held, len(rows)
     if free.any():
         loss = loss + next_token_loss(states[free], head(model), rows[free, 1:], cap) * (free.sum() / count)
-    if held.any():
-        with torch.no_grad(), autocast(job.settings, device):
-            reference = job.hold.reference(rows[held, :-1])
-        apart = divergence(states[held], head(model), *reference, cap)
-        loss = loss + job.hold.weight * apart * (held.sum() / count)
+    if known is not None:
+        loss = loss + weight * divergence(states[held], head(model), *known, cap) * (held.sum() / count)
     return loss
 
 

@@ -270,7 +270,7 @@ def test_a_forecast_counts_what_the_backbone_says(world: World) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_an_anchor_keeps_what_the_backbone_said(world: World, tmp_path: Path, name: str) -> None:
+def test_an_anchor_keeps_what_the_backbone_said(world: World, name: str) -> None:
     more = ("train.steps=30", "train.lr=1e-2", "train.log_every=30", "train.checkpoint_every=30")
 
     def apart(*overrides: str) -> float:
@@ -278,7 +278,7 @@ def test_an_anchor_keeps_what_the_backbone_said(world: World, tmp_path: Path, na
 
         run = compose(world, *METHODS[name], *more, *overrides)
         record = execute(run, weights=True)
-        assert record.happened["forecast"]["flops"] == pytest.approx(record.happened["flops"], rel=0.02)
+        assert record.happened["forecast"]["flops"] == pytest.approx(record.happened["flops"], rel=0.01)
         model: Any = restore(prepare_run(run)).eval()
         bare = load_model(run.backbone).eval()
         ids = torch.from_numpy(np.asarray(prepare_run(run).packed["prose"].split("test").tokens[:256], np.int64))[None]

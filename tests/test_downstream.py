@@ -379,6 +379,45 @@ def harnessed(world: World, name: str, rows: list[dict[str, Any]]) -> Any:
     return own_task(name, load_task(name, world.conf), rows)
 
 
+INSIDES = "{{ ''.__class__.__mro__[1].__subclasses__() | length }}"
+
+
+def changed(world: World, name: str, **change: Any) -> World:
+    """Change settings of one of the world's tasks."""
+    path = world.conf / "downstream" / f"{name}.yaml"
+    node = yaml.safe_load(path.read_text("utf-8"))
+    harness = {**node.get("harness", {}), **change.pop("harness", {})}
+    path.write_text(yaml.safe_dump(node | change | ({"harness": harness} if harness else {})), "utf-8")
+    return world
+
+
+def test_the_prompt_of_a_program_does_not_reach_pythons_insides(asked: World) -> None:
+    with pytest.raises(ConfigError, match="access to attribute '__class__' of 'str' object is unsafe"):
+        render_prompt(load_task("additions", changed(asked, "additions", prompt=INSIDES).conf), ADDITIONS[0])
+
+
+@pytest.mark.slow
+@needs_harness
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"prompt": INSIDES}, "unsafe"),
+        ({"harness": {"doc_to_target": INSIDES}}, "unsafe"),
+        ({"harness": {"metric_list": [{"metric": "somebody/metric"}]}}, "somebody/metric: not one of"),
+        ({"harness": {"metric_list": [{"metric": "exact_match", "hf_evaluate": True}]}}, "exact_match: not one of"),
+    ],
+)
+def test_a_task_runs_no_code_that_its_yaml_names(asked: World, change: dict[str, Any], told: str) -> None:
+    from lm_eval import utils
+
+    from mode.harness import score_harnessed
+
+    plain = utils.env
+    with pytest.raises(ConfigError, match=told):
+        score_harnessed(harnessed(changed(asked, "words", **change), "words", WORDS), reader(asked))
+    assert utils.env is plain
+
+
 def reader(world: World, model: Any = None) -> Any:
     from mode.harness import make_reader
 

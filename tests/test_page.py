@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import re
 import shlex
@@ -19,14 +18,13 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from cli.app import app
-from mode import config
 from mode.chart import COLOURS, draw_tradeoff
 from mode.checked import ConfigError
 from mode.command import commands
 from mode.compiled import Compiled, compile_table
 from mode.page import ASSETS, PAGE, write_page
 from mode.pareto import tradeoff
-from mode.record import Record, read_records, write_record
+from mode.record import Record, read_records
 from mode.report import frame
 from mode.table import load_table
 from tests.browser import Tab, browser, find
@@ -71,15 +69,6 @@ class Read(HTMLParser):
         return [given[name] for _, given in self.elements if name in given]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def composed_once() -> Iterator[None]:
-    """Composition is a pure function of its arguments and slow, so each is done once here."""
-    genuine = functools.cache(config.compose)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "compose", lambda overrides, extra=None: genuine(tuple(overrides), extra))
-        yield
-
-
 @pytest.fixture(scope="module")
 def conf(shared_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a configuration folder with a table of its own, of which one label tries to be a script."""
@@ -102,12 +91,12 @@ def results(conf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     for (row, seed), scores in SCORES.items():
         needs = ["stage1"] if row == "mode-2x" else []
-        write_record(made(conf, "tiny", row, seed, scores, needs=needs, curve=CURVE), folder / "records")
+        made(conf, "tiny", row, seed, scores, needs=needs, curve=CURVE).write(folder / "records")
     for number in (1, 2):
         below = stage(number, 4, 1_000_000, 5.0)
         asked = {**below.asked, "backbone": {"name": EVIL}, "budget": {"policy": "paper"}}
         happened = {**below.happened, "scores": {}, "split": "test", "curve": CURVE}
-        write_record(Record(below.schema, below.id, asked, happened, below.provenance), folder / "records")
+        Record(below.schema, below.id, asked, happened, below.provenance).write(folder / "records")
     return folder
 
 

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cli.app import app
+from mode.checked import ConfigError
 from mode.track import sync, unsynced
 from tests.conftest import World
 from tests.test_track import read_back
@@ -127,5 +128,5 @@ def test_a_refused_key_is_told_and_offline_runs_stay(
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1].startswith("mode: Weights & Biases: No API key configured")
     assert unsynced(own.root / "runs") == [log]
-    with pytest.raises(Exception, match="No API key"):
+    with pytest.raises(ConfigError, match="No API key"):
         sync([log])

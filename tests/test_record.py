@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass as settings
 from mode import config, identity
 from mode.checked import STRICT, ConfigError
 from mode.prepared import prepare_run
-from mode.record import SCHEMA, Record, find_record, provenance, read_record, read_records, write_record
+from mode.record import SCHEMA, Record, find_record, provenance, read_record, read_records
 from mode.settings import MethodSettings, Run
 from tests.conftest import World
 
@@ -34,33 +34,33 @@ def record(run_id: str = "0123456789ab", seed: int = 3) -> Record:
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    path = write_record(record(), tmp_path / "records")
+    path = record().write(tmp_path / "records")
     assert path.name == "mode-code-math-s3-0123456789ab.json"
     assert read_record(path) == record()
     assert read_records(tmp_path) == [record()]
 
 
 def test_a_list_of_numbers_stays_on_one_line(tmp_path: Path) -> None:
-    lines = write_record(record(), tmp_path).read_text("utf-8").splitlines()
+    lines = record().write(tmp_path).read_text("utf-8").splitlines()
     assert len(lines) < 40
     assert any("0, 1, 2, 3" in line and "198, 199" in line for line in lines)
 
 
 def test_a_write_that_fails_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_record(record(), tmp_path)
+    path = record().write(tmp_path)
 
     def crash(source: Path, target: Path) -> None:
         raise OSError("power cut")
 
     monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(OSError, match="power cut"):
-        write_record(dataclasses.replace(record(), happened={"scores": {}}), tmp_path)
+        dataclasses.replace(record(), happened={"scores": {}}).write(tmp_path)
     assert read_record(path) == record()
     assert list(tmp_path.glob("*.json")) == [path]
 
 
 def test_what_a_crash_left_half_written_is_not_read(tmp_path: Path) -> None:
-    path = write_record(record(), tmp_path / "records")
+    path = record().write(tmp_path / "records")
     (path.parent / f".{path.name}.77.partial").write_text('{"schema"', encoding="utf-8")
     assert read_records(tmp_path) == [record()]
 
@@ -72,12 +72,12 @@ def damage(plain: dict[str, Any], **changes: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "not a record of a run"),
-        ("[1, 2]", "not a record of a run"),
-        ('"text"', "not a record of a run"),
-        ('{"title": "something else"}', "not a record of a run"),
-        (damage(dataclasses.asdict(record()), asked=None), "not a record of a run"),
-        (damage(dataclasses.asdict(record()), id=7), "not a record of a run"),
+        ("", "not a record that mode wrote"),
+        ("[1, 2]", "not a record that mode wrote"),
+        ('"text"', "not a record that mode wrote"),
+        ('{"title": "something else"}', "not a record that mode wrote"),
+        (damage(dataclasses.asdict(record()), asked=None), "not a record that mode wrote"),
+        (damage(dataclasses.asdict(record()), id=7), "not a record that mode wrote"),
         (damage(dataclasses.asdict(record()), schema=99), "record schema 99; this version reads schema 1"),
         ('{"schema": 2, "run": "x", "laid": "out otherwise"}', "record schema 2; this version reads schema 1"),
     ],
@@ -93,22 +93,22 @@ def test_a_foreign_file_is_refused_in_one_line(tmp_path: Path, text: str, reason
 
 
 def test_a_truncated_record_is_refused_wherever_it_was_cut(tmp_path: Path) -> None:
-    path = write_record(record(), tmp_path)
+    path = record().write(tmp_path)
     whole = path.read_bytes()
     for length in range(0, len(whole.rstrip()), 37):
         path.write_bytes(whole[:length])
-        with pytest.raises(ConfigError, match="not a record of a run"):
+        with pytest.raises(ConfigError, match="not a record that mode wrote"):
             read_record(path)
     path.write_bytes(b"\xff" + whole)
-    with pytest.raises(ConfigError, match="not a record of a run"):
+    with pytest.raises(ConfigError, match="not a record that mode wrote"):
         read_record(path)
-    with pytest.raises(ConfigError, match="not a record of a run"):
+    with pytest.raises(ConfigError, match="not a record that mode wrote"):
         read_record(tmp_path / "none.json")
 
 
 def test_a_record_is_found_by_its_id_alone(tmp_path: Path) -> None:
     for run_id, seed in [("aaa", 1), ("bbb", 2)]:
-        write_record(record(run_id, seed), tmp_path / "records")
+        record(run_id, seed).write(tmp_path / "records")
     found = find_record(tmp_path, "bbb")
     assert found == record("bbb", 2)
     assert find_record(tmp_path, "bb") is None

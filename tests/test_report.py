@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
 import io
 import json
 import re
 import shutil
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from mode import config, identity
+from mode import identity
 from mode.checked import ConfigError
 from mode.compiled import Compiled, compile_table
-from mode.record import SCHEMA, Record, read_record, write_record
+from mode.record import SCHEMA, Record, read_record
 from mode.report import check_tables, frame, latex, markdown, render, report
 from mode.table import load_table, row_run
 from tests.conftest import World
@@ -46,15 +44,6 @@ SCORES = {
     ("mode-2x", 2): (0.525, 0.70, 0.59),
 }
 PUBLISHED = {"sft": {"sums": 77.18, "py": 67.9, "prose": 47.95}, "mode-2x": {"sums": 77.47, "py": 67.83, "prose": 49.5}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def composed_once() -> Iterator[None]:
-    """Composition is a pure function of its arguments and slow, so each is done once here."""
-    genuine = functools.cache(config.compose)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "compose", lambda overrides, extra=None: genuine(tuple(overrides), extra))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -438,7 +427,7 @@ def test_the_split_named_is_the_one_the_records_were_scored_on(conf: Path, compi
 @pytest.fixture
 def results(tmp_path: Path, records: list[Record]) -> Path:
     for record in records:
-        write_record(record, tmp_path / "results" / "records")
+        record.write(tmp_path / "results" / "records")
     return tmp_path / "results"
 
 
@@ -456,7 +445,7 @@ def test_a_report_writes_the_table_in_three_forms_and_a_figure(conf: Path, resul
 
 
 def test_a_table_without_a_point_to_draw_still_has_its_figure(conf: Path, tmp_path: Path) -> None:
-    write_record(made(conf, "tiny", "sft", 0, (0.5, 0.5, 0.5)), tmp_path / "records")
+    made(conf, "tiny", "sft", 0, (0.5, 0.5, 0.5)).write(tmp_path / "records")
     report("tiny", tmp_path, extra=conf)
     assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
 
@@ -499,10 +488,10 @@ def test_a_changed_or_lost_record_fails_the_check(conf: Path, results: Path) -> 
     path = next((results / "records").glob("sft-*-s1-*.json"))
     record = read_record(path)
     scores = {**record.happened["scores"], "prose": scored(0.5)}
-    write_record(dataclasses.replace(record, happened={**record.happened, "scores": scores}), path.parent)
+    dataclasses.replace(record, happened={**record.happened, "scores": scores}).write(path.parent)
     stale = [results / f"tiny.{suffix}" for suffix in ("md", "tex", "csv")]
     assert check_tables(results, ["tiny"], conf) == stale
-    write_record(record, path.parent)
+    record.write(path.parent)
     assert check_tables(results, ["tiny"], conf) == []
     path.unlink()
     assert check_tables(results, ["tiny"], conf) == stale
@@ -533,7 +522,7 @@ def test_gates_are_averaged_over_seeds_and_drawn_beside_the_table(conf: Path, tm
         assert blocks == [[pytest.approx(0.6), pytest.approx(0.4), 0.0]] * 2
     assert compiled.line("sft").gates == {}
     for record in records:
-        write_record(record, tmp_path / "records")
+        record.write(tmp_path / "records")
     report("tiny", tmp_path, extra=conf)
     assert (tmp_path / "tiny-gates.png").read_bytes().startswith(b"\x89PNG")
 

@@ -141,7 +141,7 @@ def test_a_run_killed_before_its_record_stands_trains_no_step_again(
         raise CrashError
 
     with monkeypatch.context() as patch:
-        patch.setattr("mode.runner.write_record", crash)
+        patch.setattr("mode.record.Record.write", crash)
         with pytest.raises(CrashError):
             execute(run)
     steps: list[int] = []
