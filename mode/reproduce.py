@@ -7,13 +7,15 @@ import queue
 import signal
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
 
 from mode.checked import ConfigError
+from mode.data.pack import Tokenizer, is_whole, packed_folder, prepare
+from mode.domain import Domain
 from mode.forecast import Forecast, forecast
 from mode.method import Method
 from mode.prepared import Prepared, finished, has_weights, prepare_run
@@ -112,11 +114,44 @@ def plan(runs: Sequence[Run]) -> tuple[dict[str, Node], int]:
     return nodes, len(done)
 
 
+PRELOAD = ["mode.runner", "mode.train", "mode.evaluate", "mode.model"]
+"""What every run imports, in seconds: it is imported once, by the process that those of the runs are forked from."""
+
+
+def prepare_data(runs: Sequence[Run], jobs: int, context: Any) -> None:
+    """Prepare the domains of runs side by side, those that are not in the cache yet."""
+    wanted: dict[str, tuple[Run, str]] = {}
+    for run in (run for run in runs if isinstance(run.method, Method)):
+        for name in run.scored:
+            wanted.setdefault(f"{name} {run.domains[name]} {run.backbone} {run.paths.cache}", (run, name))
+    missing = [(run, name) for run, name in wanted.values() if not is_whole(packed_folder(*parts(run, name)))]
+    if min(jobs, len(missing)) < 2:
+        return
+    with interrupts_ignored():
+        pool = context.Pool(min(jobs, len(missing)))
+    with pool:
+        pool.starmap(prepare_one, missing, chunksize=1)
+
+
+def prepare_one(run: Run, name: str) -> None:
+    """Prepare one domain; if it cannot be, planning tells why."""
+    with suppress(ConfigError):
+        prepare(*parts(run, name))
+
+
+def parts(run: Run, name: str) -> tuple[str, Domain, Tokenizer, Path]:
+    """Return what preparing one domain of a run takes."""
+    tokenizer = run.method.tokenizer(run)  # type: ignore[attr-defined]  # a table's rows have methods
+    return name, run.domains[name], tokenizer, Path(run.paths.cache).expanduser()
+
+
 def run_all(runs: Sequence[Run], *, jobs: int, display: Display) -> Outcome:
     """Execute runs and what they stand on, `jobs` processes at a time; a failure does not stop the rest."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    prepare_data(runs, jobs, context)
     nodes, skipped = plan(runs)
     outcome = Outcome(skipped=skipped)
-    context = multiprocessing.get_context("spawn")
     messages: Any = context.Queue()
     active: dict[str, Any] = {}
     errors: dict[str, str] = {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,3 +147,14 @@ def shared_world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def world(shared_world: World, tmp_path: Path) -> World:
     """Return the world with runs and results of the test's own."""
     return shared_world.at(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def composed_once() -> Iterator[None]:
+    """Compose every configuration once in a module that composes the same ones over and over."""
+    from mode import config
+
+    genuine = functools.cache(config.compose)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "compose", lambda overrides, extra=None: genuine(tuple(overrides), extra))
+        yield

@@ -112,6 +112,7 @@ def test_the_loss_is_the_mean_over_rows_of_cross_entropy_or_weighted_divergence(
 # --- the backbone's predictions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_the_reference_is_the_backbone_whatever_was_trained(world: World, name: str) -> None:
     run = compose(world, *METHODS[name])
@@ -148,6 +149,7 @@ def test_a_gate_reads_what_the_backbone_makes_of_its_block(world: World) -> None
     assert all(torch.equal(one, other) for one, other in zip(read, made, strict=True))
 
 
+@pytest.mark.slow
 def test_experts_whose_gates_read_something_else_are_refused(world: World) -> None:
     stage = execute(compose(world, "targets=[py]", "method.start=fresh", "method.num_experts=1"), weights=True)
     folder = world.root / "runs" / stage.id / "expert"

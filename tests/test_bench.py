@@ -53,6 +53,7 @@ def test_ratios_are_paired_by_round() -> None:
     assert ratio([3.0], [1.5]).low == 2.0
 
 
+@pytest.mark.slow
 def test_a_swapped_expert_is_as_if_it_had_been_composed(world: World) -> None:
     model, other = fresh(world, "one", "two"), fresh(world, "three", seed=1)
     kept, comes = expert_state(model, 0), expert_state(other, 0)

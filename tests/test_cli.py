@@ -291,6 +291,7 @@ def test_help_answers_in_half_a_second() -> None:
     assert min(seconds) < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", ["method", "domain", "backbone", "table"])
 def test_show_lists_the_projects_and_ones_own(own: World, group: str) -> None:
     if group in ("method", "table"):
@@ -341,6 +342,7 @@ def test_a_sweep_may_go_over_experiments_that_agree_with_the_command(trap: World
     assert [each["method"]["_target_"] for each in yaml.safe_load_all(result.stdout)] == ["baselines.lora.LoRA"] * 2
 
 
+@pytest.mark.slow
 def test_a_baseline_is_trained_once_unless_asked_again(world: World) -> None:
     first = call(world, "train", "baseline", "sft")
     assert first.exit_code == 0, first.stderr
@@ -366,6 +368,7 @@ def test_the_bare_backbone_is_scored_once(world: World) -> None:
     assert "is done" in call(world, "train", "baseline", "backbone").stdout
 
 
+@pytest.mark.slow
 def test_an_expert_is_kept_as_an_artefact(world: World) -> None:
     result = call(world, "train", "expert", "--domain", "py")
     assert result.exit_code == 0, result.stderr
@@ -413,6 +416,7 @@ def test_eval_scores_a_run_from_its_weights_and_compares(world: World) -> None:
     assert f"{WEIGHTS}: no such file" in lost.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_eval_retention_measures_every_run_against_the_bare_backbone(world: World) -> None:
     call(world, *LORA)
     result = call(world, "eval", "--retention")
@@ -427,6 +431,7 @@ def test_eval_retention_measures_every_run_against_the_bare_backbone(world: Worl
     assert row.split()[1:] == [*shown, f"{(accuracy['sums'] + accuracy['py']) / 2:.2f}", f"{gain:+.2f}"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_run_that_goes_on(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(display: Any, run_id: str, point: dict[str, Any]) -> None:
         if point["step"] == 4:

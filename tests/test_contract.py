@@ -31,6 +31,12 @@ IDENTITY_AT_START = ("sft", "lora", "backbone")
 """Methods that start as the backbone; MoDE does not unless its experts copy whole blocks."""
 
 
+@pytest.fixture(scope="module")
+def world(shared_world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Return one world for all of these tests, so that a stage that several methods stand on is trained once."""
+    return shared_world.at(tmp_path_factory.mktemp("contract"))
+
+
 def run_of(world: World, name: str, *overrides: str) -> Any:
     return config.compose([*world.overrides, *VARIANTS[name], *overrides], world.conf)
 

@@ -179,6 +179,7 @@ def test_a_record_has_the_bytes_to_keep_for_its_domain(world: World) -> None:
     assert sizes["lora"] < sizes["mode"]
 
 
+@pytest.mark.slow
 def test_a_method_that_does_not_say_what_it_takes_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of(world, "method=sft", "budget=compute")
     monkeypatch.setattr(type(run.method), "cost", Method.cost)

@@ -31,6 +31,7 @@ from mode.task import DEFAULT, Scored, Task, cut, load_task, read_questions, ren
 from tests.conftest import World
 from tests.test_cli import call
 
+pytestmark = pytest.mark.slow
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
 PIN = "questions==1.0"
 ADDITIONS = [
@@ -266,7 +267,6 @@ def test_a_result_of_another_version_of_the_task_is_made_anew(asked: World) -> N
     assert result.asked["version"] == 2
 
 
-@pytest.mark.slow
 @needs_harness
 @pytest.mark.usefixtures("confined")
 def test_every_kind_of_model_is_scored(asked: World) -> None:
@@ -396,7 +396,6 @@ def test_the_prompt_of_a_program_does_not_reach_pythons_insides(asked: World) ->
         render_prompt(load_task("additions", changed(asked, "additions", prompt=INSIDES).conf), ADDITIONS[0])
 
 
-@pytest.mark.slow
 @needs_harness
 @pytest.mark.parametrize(
     ("change", "told"),
@@ -424,7 +423,6 @@ def reader(world: World, model: Any = None) -> Any:
     return make_reader(model or load_model(pico(world)).eval(), Path(pico(world).path))
 
 
-@pytest.mark.slow
 @needs_harness
 def test_log_likelihoods_equal_those_of_our_evaluator(asked: World) -> None:
     from tests.test_bench import fresh
@@ -439,7 +437,6 @@ def test_log_likelihoods_equal_those_of_our_evaluator(asked: World) -> None:
         assert greedy == (ours.accuracy == 1.0)
 
 
-@pytest.mark.slow
 @needs_harness
 def test_the_harness_makes_the_text_that_we_make(asked: World) -> None:
     from lm_eval.api.instance import Instance
@@ -455,7 +452,6 @@ def test_the_harness_makes_the_text_that_we_make(asked: World) -> None:
         assert theirs.rstrip("\N{REPLACEMENT CHARACTER}") == ours  # a stream waits for the rest of a character
 
 
-@pytest.mark.slow
 @needs_harness
 def test_the_last_number_of_an_answer_counts_and_an_answer_without_one_is_unparsed(asked: World) -> None:
     from lm_eval.api.instance import Instance
@@ -482,7 +478,6 @@ def test_the_last_number_of_an_answer_counts_and_an_answer_without_one_is_unpars
         assert (read == INVALID) == text.startswith("I do not know")
 
 
-@pytest.mark.slow
 @needs_harness
 def test_choices_are_put_as_the_harness_puts_them(asked: World) -> None:
     from lm_eval.tasks.hellaswag.utils import preprocess
@@ -494,7 +489,6 @@ def test_choices_are_put_as_the_harness_puts_them(asked: World) -> None:
         assert int(task.doc_to_target(question)) == question["expected_index"]
 
 
-@pytest.mark.slow
 @needs_harness
 def test_harness_scores_follow_from_the_likelihoods(asked: World) -> None:
     from mode.harness import score_harnessed
@@ -512,7 +506,6 @@ def test_harness_scores_follow_from_the_likelihoods(asked: World) -> None:
     assert words.example == "Question: How much is 9 and 9?\nAnswer:"
 
 
-@pytest.mark.slow
 @needs_harness
 def test_a_task_of_the_registry_is_planned_with_its_prompt_version_and_data(asked: World) -> None:
     planned = plan_registered(harnessed(asked, "words", WORDS))
@@ -522,7 +515,6 @@ def test_a_task_of_the_registry_is_planned_with_its_prompt_version_and_data(aske
     assert len(planned.data["sha256"]) == 64
 
 
-@pytest.mark.slow
 @needs_harness
 @pytest.mark.parametrize(
     ("name", "parts"),

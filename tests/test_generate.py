@@ -130,6 +130,7 @@ def test_an_empty_prompt_starts_a_document(world: World) -> None:
     assert call(world, "generate", run_id, "", "--max-tokens", "3").exit_code == 0
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_in_one_line(world: World) -> None:
     run_id, _ = trained(world, "sft")
     for words, expected in {

@@ -31,6 +31,7 @@ from tests.browser import Tab, browser, find
 from tests.conftest import World
 from tests.test_report import ROWS, SCORES, made, stage
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("composed_once")]
 RESULTS = Path(__file__).parent.parent / "results"
 EVIL = "<script>alert(1)</script>"
 CURVE = [{"step": step, "loss": 3.0 - step / 10, "accuracy": step / 10, "seconds": 1.0} for step in (2, 4)]
@@ -294,7 +295,6 @@ def test_colours_stand_out_from_the_page_and_from_each_other_for_every_eye(schem
 # --- commands
 
 
-@pytest.mark.slow
 def test_the_command_of_a_record_asks_for_the_same_run(world: World) -> None:
     places = [text for text in world.overrides if text.startswith("paths.") or text == "track=none"]
     for words in (
@@ -326,7 +326,6 @@ def test_what_cannot_be_asked_for_again_says_why(conf: Path) -> None:
     assert told["b"][1] is False
 
 
-@pytest.mark.slow
 def test_every_published_run_has_a_command() -> None:
     told = commands(read_records(RESULTS))
     assert [text for text, runs in told.values() if not runs] == []
@@ -356,7 +355,6 @@ def script(text: str) -> str:
     return f"(() => {{ {text} }})()"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_page_fits_its_screen_and_shows_its_figures(tab: Tab, page: Path, width: int, scheme: str) -> None:
@@ -387,7 +385,6 @@ def test_a_page_fits_its_screen_and_shows_its_figures(tab: Tab, page: Path, widt
     assert tab.requests == [page.as_uri()]
 
 
-@pytest.mark.slow
 def test_a_header_sorts_its_table_by_value_and_keeps_differences_apart(tab: Tab, page: Path) -> None:
     tab.open(page)
     first = "document.querySelector('#table1 table')"
@@ -411,7 +408,6 @@ def test_a_header_sorts_its_table_by_value_and_keeps_differences_apart(tab: Tab,
     assert tab.complaints == []
 
 
-@pytest.mark.slow
 def test_dashes_and_blanks_are_sorted_last_and_thousands_as_numbers(tab: Tab, page: Path) -> None:
     tab.open(page)
     cost = "[...document.querySelectorAll('#table1 table')].find(table => table.caption.textContent === 'Cost')"
@@ -425,7 +421,6 @@ def test_dashes_and_blanks_are_sorted_last_and_thousands_as_numbers(tab: Tab, pa
         assert values == sorted(values, key=lambda value: sign * value)
 
 
-@pytest.mark.slow
 def test_search_finds_runs_by_any_words(tab: Tab, page: Path) -> None:
     tab.open(page, width=390)
     records = read_records(RESULTS)
@@ -443,7 +438,6 @@ def test_search_finds_runs_by_any_words(tab: Tab, page: Path) -> None:
     assert tab.complaints == []
 
 
-@pytest.mark.slow
 def test_a_number_leads_to_the_runs_of_its_row(tab: Tab, page: Path) -> None:
     tab.open(page)
     tab.evaluate("document.querySelector('#table1 tbody td a').click()")

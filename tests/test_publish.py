@@ -82,6 +82,7 @@ def test_a_report_run_has_the_tables_and_their_figures(own: World) -> None:
     assert (log / "files" / point["mine-figure/path"]).stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_what_cannot_be_logged_is_told(own: World) -> None:
     assert "one of the two" in call(own, "report", "mine", "--check", "--wandb").stderr
     result = call(own, "report", "mine", "--wandb")

@@ -23,6 +23,8 @@ from mode.report import check_tables, frame, latex, markdown, render, report
 from mode.table import load_table, row_run
 from tests.conftest import World
 
+pytestmark = pytest.mark.usefixtures("composed_once")
+
 ROWS = [
     {"name": "backbone", "label": "Backbone", "overrides": ["method=backbone"]},
     {"name": "sft", "label": "SFT", "overrides": ["method=sft"]},
@@ -444,6 +446,7 @@ def test_a_report_writes_the_table_in_three_forms_and_a_figure(conf: Path, resul
     assert len(figure) > 10_000
 
 
+@pytest.mark.slow
 def test_a_table_without_a_point_to_draw_still_has_its_figure(conf: Path, tmp_path: Path) -> None:
     made(conf, "tiny", "sft", 0, (0.5, 0.5, 0.5)).write(tmp_path / "records")
     report("tiny", tmp_path, extra=conf)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import queue
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ from mode.checked import ConfigError
 from mode.lock import only_one
 from mode.prepared import prepare_run
 from mode.record import read_records
-from mode.reproduce import Node, describe, plan, ready, run_all, table_runs
+from mode.reproduce import Node, describe, plan, prepare_data, ready, run_all, table_runs
 from mode.runner import WEIGHTS, execute
 from mode.settings import Run
 from mode.table import load_table, rows_under
@@ -74,6 +76,7 @@ def runs_of(own: World, table: str = "tiny", seeds: tuple[int, ...] | None = Non
 # --- planning
 
 
+@pytest.mark.slow
 def test_a_row_with_a_budget_of_its_own_is_no_row_under_another() -> None:
     names = {
         policy: [row.name for row in rows_under(load_table("table1"), [f"budget={policy}"])] for policy in POLICIES
@@ -126,6 +129,26 @@ def test_a_plan_leaves_out_what_is_done_and_trains_a_stage_anew_only_for_those_t
     assert done == 1
 
 
+# --- data
+
+
+@pytest.mark.slow
+def test_data_are_prepared_side_by_side_and_what_cannot_be_is_left_to_planning(own: World, tmp_path: Path) -> None:
+    kept = [text for text in own.overrides if not text.startswith("paths.cache=")]
+    given = [*kept, f"paths.cache={tmp_path / 'fresh'}", "domains.prose.sources=[{kind: files, paths: [/nowhere.txt]}]"]
+    whole = [text for text in given if not text.startswith("domains.prose")]
+    context = multiprocessing.get_context("forkserver")
+    runs = table_runs("tiny", [0], whole, own.conf)
+    prepare_data(runs, 2, context)
+    packed = sorted(path.name.partition("-")[0] for path in (tmp_path / "fresh" / "packed").iterdir())
+    assert packed == ["prose", "py", "sums"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "fresh" / "packed").glob("*/meta.json")}
+    prepare_data(runs, 2, context)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    with pytest.raises(ConfigError, match="nowhere"):
+        run_all(table_runs("tiny", [0], given, own.conf), jobs=2, display=Watch())
+
+
 # --- executing, with processes that only pretend
 
 
@@ -138,8 +161,11 @@ class Scripted:
         self.order: list[str] = []
 
     def get_context(self, method: str) -> Scripted:
-        assert method == "spawn"
+        assert method == "forkserver"
         return self
+
+    def set_forkserver_preload(self, modules: list[str]) -> None:
+        assert all(find_spec(module) for module in modules)  # one that is not there would be passed over
 
     def Queue(self) -> Any:  # noqa: N802
         return queue.Queue()

@@ -15,6 +15,8 @@ from mode.checked import ConfigError
 from mode.confined import ALLOW, ALLOWED, AUDIT_ARCH, KILL, REFUSE, calls, instructions
 from mode.sandbox import Limits, Verdict, check_isolation, execute, understand
 
+pytestmark = pytest.mark.slow
+
 QUICK = Limits(cpu=1, wall=4, memory=256 << 20, file=1 << 16, disk=1 << 20)
 TEST = "assert add(1, 2) == 3"
 ADD = "def add(a, b):\n    return a + b\n"

@@ -166,6 +166,7 @@ def test_hub_streams_a_builder_with_local_files_up_to_the_limit(rows: str) -> No
     assert read(hub(files=(rows,), split="validation")) == [f"row {i}" for i in range(5)]
 
 
+@pytest.mark.slow
 def test_hub_does_not_read_past_its_limit(rows: str) -> None:
     with Path(rows).open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps({"text": "x" * 1000, "n": 0}) + "\n" for _ in range(40000)) + "{broken\n")

@@ -194,6 +194,7 @@ def test_without_tracking_nothing_is_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_refusal_of_weights_and_biases_takes_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 

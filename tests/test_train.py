@@ -150,6 +150,7 @@ def test_a_run_killed_before_its_record_stands_trains_no_step_again(
     assert [point["step"] for point in record.happened["curve"]] == [2, 4]
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing_but_rounding(world: World, shared_world: World, tmp_path: Path) -> None:
     other = shared_world.at(tmp_path / "other")
     settings = ("method=sft", "train.batch_size=4")
@@ -159,6 +160,7 @@ def test_accumulation_changes_nothing_but_rounding(world: World, shared_world: W
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_told_in_one_line(world: World) -> None:
     run = run_of(world, "method=sft", "train.steps=4", "train.log_every=1", "train.checkpoint_every=1")
 

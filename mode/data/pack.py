@@ -92,8 +92,8 @@ def prepare(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) -> Pac
     Raises:
         ConfigError: A source cannot be read, or a split comes out empty.
     """
-    folder = cache / "packed" / f"{name}-{state_key(domain, tokenizer.fingerprint)}"
-    if not (folder / "meta.json").exists():
+    folder = packed_folder(name, domain, tokenizer, cache)
+    if not is_whole(folder):
         divided = divide(read_documents(domain, cache), domain.splits)
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
@@ -101,11 +101,21 @@ def prepare(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) -> Pac
             write(work, name, divided, tokenizer)
             os.replace(work, folder)
         except OSError:
-            if not (folder / "meta.json").exists():  # else another process finished the same work first
+            if not is_whole(folder):  # else another process finished the same work first
                 raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return Packed(name=name, folder=folder, meta=json.loads((folder / "meta.json").read_text()))
+
+
+def packed_folder(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) -> Path:
+    """Return the folder that a prepared domain has in the cache, or would have."""
+    return cache / "packed" / f"{name}-{state_key(domain, tokenizer.fingerprint)}"
+
+
+def is_whole(folder: Path) -> bool:
+    """Say whether a prepared domain is in a folder."""
+    return (folder / "meta.json").exists()
 
 
 def state_key(domain: Domain, *more: str) -> str:
