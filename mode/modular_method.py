@@ -41,6 +41,8 @@ class MoDE(Adaptation):
         expert_layers: l, layers per expert and block.
         init: Initialisation of fresh experts: `random`, or `copy` of the block's first layers.
         backbone_bias: Initial logit of the backbone in fresh gates, against 0 for every expert.
+        gate_noise: Standard deviation of the first weights of gates whose experts begin as copies of the same layers:
+            without it these would have the same gradients and stay the same. All other gates begin at zero.
         handover: Gates of stage 2: `odds` keeps every expert's odds against the backbone; `fresh` starts anew.
         gate_lr_scale: Learning rate of gates as a factor on that of experts.
         train_experts: Whether stage 2 trains the experts too, or gates alone.
@@ -58,6 +60,7 @@ class MoDE(Adaptation):
     expert_layers: Annotated[int, Field(gt=0)]
     init: Literal["random", "copy"]
     backbone_bias: float
+    gate_noise: Annotated[float, Field(gt=0.0)]
     handover: Literal["odds", "fresh"]
     gate_lr_scale: Annotated[float, Field(gt=0.0)]
     train_experts: bool
@@ -71,6 +74,11 @@ class MoDE(Adaptation):
         if self.start == "fresh" and not self.train_experts:
             raise ValueError("train_experts=false leaves fresh experts untrained; it goes with start=experts")
 
+    @property
+    def alike(self) -> bool:
+        """Whether several experts begin as copies of the same layers."""
+        return self.start == "fresh" and self.init == "copy" and self.num_experts > 1
+
     def peak_lr(self) -> float:
         """Return the learning rate of this stage."""
         if self.start == "fresh":
@@ -80,9 +88,11 @@ class MoDE(Adaptation):
     def unused(self) -> tuple[str, ...]:
         """Stage 1 has no use for what belongs to stage 2, and stage 2 counts its experts by its targets."""
         if self.start == "fresh":
-            return ("compose_lr", "gates_lr", "handover", "experts", "anchor_experts")
+            same = () if self.alike else ("gate_noise",)
+            return ("compose_lr", "gates_lr", "handover", "experts", "anchor_experts", *same)
         alone = ("anchor_experts",) if self.anchor.source == "none" else ()
-        return ("num_experts", "gates_lr" if self.train_experts else "compose_lr", "experts", *alone)  # by digest
+        lr = "gates_lr" if self.train_experts else "compose_lr"
+        return ("num_experts", "gate_noise", lr, "experts", *alone)  # experts count by their digest
 
     def needs(self, run: Run) -> tuple[Run, ...]:
         """Return one stage-1 run per target when experts are to be composed that are not at hand."""
@@ -235,9 +245,10 @@ class MoDE(Adaptation):
             for folder in dict.fromkeys((trained | self.at_hand()).values()):
                 experts |= load_experts(folder)
             compose_experts(model, [experts[domain].tensors for domain in run.targets], self.handover)
-        if not self.train_experts:
-            for block in blocks_of(model):
-                block.experts.requires_grad_(False)
+        for block in blocks_of(model):
+            if self.alike:
+                torch.nn.init.normal_(block.gate.weight, std=self.gate_noise)
+            block.experts.requires_grad_(self.train_experts)
         return model
 
     def names(self, run: Run) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from mode.backbone import fingerprint, load_model
 from mode.checkpoint import trainable
 from mode.loss import head, hidden_states, next_token_loss
 from mode.method import Material
+from mode.modular import blocks_of
 from mode.prepared import prepare_run
 from mode.runner import execute, restore
 from tests.conftest import World
@@ -182,3 +183,16 @@ def test_every_lora_adapter_keeps_the_backbone_weights(world: World) -> None:
     renamed = {name.replace(".base_layer.", "."): value for name, value in kept.items()}
     bare.load_state_dict(renamed)
     assert fingerprint(bare) == fingerprint(load_model(run_of(world, "lora").backbone))
+
+
+@pytest.mark.parametrize("init", ["copy", "random"])
+def test_experts_that_begin_alike_grow_apart(world: World, init: str) -> None:
+    more = (f"method.init={init}", "method.num_blocks=6", "train.steps=3")
+    run = run_of(world, "mode-2x-uninit", *more)
+    execute(run, weights=True)
+    before = logits(run.method.build(run, Material(backbone=lambda: load_model(run.backbone))))
+    same = (before - logits(load_model(run.backbone))).abs().max() < 1e-5
+    assert same == (init == "copy")  # whatever the gates say of equal branches
+    for block in blocks_of(restore(prepare_run(run))):
+        first, second = (torch.cat([value.flatten() for value in one.parameters()]) for one in block.experts)
+        assert (first - second).abs().max() > 1e-4
