@@ -142,9 +142,9 @@ class Shape:
     vocabulary: int
     parameters: int
 
-    def head(self, *, trains: bool, upstream: bool = True) -> Flops:
-        """Return what the head takes per token."""
-        one = 2.0 * self.hidden * self.vocabulary
+    def head(self, *, trains: bool, upstream: bool = True, extra: int = 0) -> Flops:
+        """Return what the head takes per token, with some columns more than there are hidden dimensions."""
+        one = 2.0 * (self.hidden + extra) * self.vocabulary
         return Flops(one, one * (int(upstream) + int(trains)))
 
 
@@ -207,14 +207,15 @@ def blocks(shape: Shape, num_blocks: int, expert_layers: int) -> list[tuple[list
     return found
 
 
-def beside(shape: Shape, num_experts: int, num_blocks: int, expert_layers: int) -> tuple[int, int]:
+def beside(shape: Shape, num_experts: int, num_blocks: int, expert_layers: int, head_rank: int = 0) -> tuple[int, int]:
     """Return the parameters that a modular model has beside its backbone's: those of N experts, and those of its gates.
 
     Raises:
         ConfigError: B does not divide L.
     """
     expert = sum(layer.parameters for _, layers in blocks(shape, num_blocks, expert_layers) for layer in layers)
-    return num_experts * expert, num_blocks * (num_experts + 1) * (shape.hidden + 1)
+    expert += head_rank * (shape.hidden + shape.vocabulary)
+    return num_experts * expert, (num_blocks + bool(head_rank)) * (num_experts + 1) * (shape.hidden + 1)
 
 
 @cache

@@ -67,6 +67,7 @@ def modular(run: Run, method: MoDE, experts: list[str]) -> MoDEForCausalLM:
         expert_layers=method.expert_layers,
         init="random",
         gate=method.gate,
+        head_rank=method.head_rank,
     )
 
 
@@ -78,6 +79,7 @@ def about(run: Run, method: MoDE, name: str) -> dict[str, Any]:
         "backbone_fingerprint": weights_fingerprint(run.backbone),
         "num_blocks": method.num_blocks,
         "expert_layers": method.expert_layers,
+        "head_rank": method.head_rank,
         **gate_reads(method.gate),
         **dict.fromkeys(("steps", "tokens", "seed"), 0),
     }

@@ -94,7 +94,7 @@ def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{folder / 'config.json'}: not a readable description of a modular model") from error
-    shape = {"num_blocks": config.num_blocks, "expert_layers": config.expert_layers}
+    shape = {"num_blocks": config.num_blocks, "expert_layers": config.expert_layers, "head_rank": config.head_rank}
     source = {"backbone": config.backbone.get("name"), "backbone_fingerprint": config.backbone.get("fingerprint")}
     return {
         name: {"domain": name, **source, **shape, **gate_reads(gate), "number": number}
@@ -149,7 +149,7 @@ def load_model_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
-                names = [name for name in file.keys() if name.startswith("blocks.")]  # noqa: SIM118
+                names = [name for name in file.keys() if name.startswith(("blocks.", "head."))]  # noqa: SIM118
                 tensors |= {name: file.get_tensor(name).float() for name in names}
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path}: not a whole safetensors file") from error
@@ -159,10 +159,11 @@ def load_model_tensors(folder: Path) -> dict[str, Tensor]:
 def expert_of_model(folder: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Expert:
     """Pick one expert out of a saved model's tensors, named as `expert_state` names them."""
     state: dict[str, Tensor] = {}
-    for block in range(about["num_blocks"]):
-        prefix = f"blocks.{block}.experts.{about['number']}."
+    places = [f"blocks.{block}" for block in range(about["num_blocks"])] + ["head"] * bool(about["head_rank"])
+    for block, place in enumerate(places):
+        prefix = f"{place}.experts.{about['number']}."
         layers = {name: value for name, value in tensors.items() if name.startswith(prefix)}
-        gate = {part: tensors.get(f"blocks.{block}.gate.{part}") for part in ("weight", "bias")}
+        gate = {part: tensors.get(f"{place}.gate.{part}") for part in ("weight", "bias")}
         if not layers or any(value is None or len(value) <= about["number"] + 1 for value in gate.values()):
             raise ConfigError(f"{folder}: its weights are not those of the experts that config.json describes")
         state |= {f"{block}.layers.{name.removeprefix(prefix)}": value for name, value in layers.items()}
@@ -176,13 +177,15 @@ def check_fits(about: Mapping[str, Any], wanted: Mapping[str, Any], where: objec
 
     Args:
         about: What the expert says of itself.
-        wanted: What it has to say: backbone, backbone_fingerprint, num_blocks, expert_layers, gate_scope, gate_norm.
+        wanted: What it has to say: backbone, backbone_fingerprint, num_blocks, expert_layers, head_rank, and what its
+            gates see.
         where: What to call the expert.
 
     Raises:
         ConfigError: Something differs; the message says what.
     """
-    about = gate_reads(GateSettings()) | dict(about)  # experts of earlier versions do not say what their gates see
+    # Experts of earlier versions do not say what their gates see, and change no head.
+    about = {"head_rank": 0, **gate_reads(GateSettings())} | dict(about)
     differing = [key for key in wanted if key != "backbone" and about[key] != wanted[key]]
     if not differing:
         return

@@ -107,6 +107,7 @@ def joined(recalled: Recalled, folder: Path) -> PreTrainedModel:
         "backbone_fingerprint": config.backbone.get("fingerprint"),
         "num_blocks": config.num_blocks,
         "expert_layers": config.expert_layers,
+        "head_rank": config.head_rank,
         **gate_reads(config.gates),
     }
     for name, expert in load_experts(folder).items():
@@ -121,12 +122,15 @@ def check_mergeable(model: PreTrainedModel) -> None:
     """Refuse a model whose layers have no partners to merge with.
 
     Raises:
-        ConfigError: It has more than one expert, or an expert does not have as many layers as a block.
+        ConfigError: It has more than one expert, or an expert does not have as many layers as a block, or changes the
+            head.
     """
     config: Any = model.config
     per_block = config.decoder.num_hidden_layers // config.num_blocks
     if len(config.experts) != 1:
         raise ConfigError(f"only one expert can be merged: keep one of {', '.join(config.experts)} with --experts")
+    if config.head_rank:
+        raise ConfigError("only experts without a change of the head can be merged: this one has method.head_rank")
     if config.expert_layers != per_block:
         raise ConfigError(
             f"only experts with as many layers as their block can be merged: {config.expert_layers} here, "
@@ -148,10 +152,9 @@ def merged(model: Any, shares: Sequence[float]) -> PreTrainedModel:
     import torch
 
     from mode.model import backbone_of
-    from mode.modular import blocks_of
 
     with torch.no_grad():
-        for block, share in zip(blocks_of(model), shares, strict=True):
+        for block, share in zip(model.blocks, shares, strict=True):
             pairs = zip(block.backbone.parameters(), block.experts[0].parameters(), strict=True)
             for ours, theirs in pairs:
                 ours.lerp_(theirs, share)

@@ -18,16 +18,21 @@ CHUNK = 512
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, **options: Any) -> Tensor:
-    """Return the final hidden states of a causal LM, (B, S, d), without applying its head."""
+    """Return the final hidden states of a causal LM, (B, S, d), without applying its head.
+
+    A head that is more than a matrix widens them by what its `wide` weight expects (`mode.modular_head`).
+    """
     backbone: Any = model.base_model
     states: Tensor = backbone(input_ids=input_ids, use_cache=False, **options).last_hidden_state
-    return states
+    widen = getattr(model.get_output_embeddings(), "widen", None)  # type: ignore[operator]
+    return states if widen is None else widen(states)
 
 
 def head(model: nn.Module) -> Tensor:
     """Return the weight of a causal LM's output head, (V, d)."""
     embeddings: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
-    return embeddings.weight
+    weight: Tensor = getattr(embeddings, "wide", embeddings.weight)
+    return weight
 
 
 def softcap(model: nn.Module) -> float | None:

@@ -21,6 +21,7 @@ from mode.backbone import load_model, weights_fingerprint
 from mode.checked import ConfigError, nearest
 from mode.cost import layers_per_block
 from mode.modular import blocks_of, compose_experts, insert_blocks, put_expert, slots, with_slots
+from mode.modular_head import insert_head, remove_head
 from mode.settings import Backbone, GateSettings
 
 
@@ -33,6 +34,7 @@ class MoDEConfig(PreTrainedConfig):  # type: ignore[misc]  # the library is unty
         expert_layers: l.
         experts: Domain of every expert; their number is N.
         gate: Settings of the gates (`mode.settings.GateSettings`).
+        head_rank: r, rank of the experts' changes of the head; 0 for none.
         backbone: Where the backbone comes from: name, path, revision, fingerprint; empty if unknown.
         embedded: Whether a saved folder holds the backbone's weights; if not, they are loaded from `backbone`.
     """
@@ -47,6 +49,7 @@ class MoDEConfig(PreTrainedConfig):  # type: ignore[misc]  # the library is unty
         expert_layers: int = 1,
         experts: Sequence[str] = (),
         gate: Mapping[str, Any] | None = None,
+        head_rank: int = 0,
         backbone: Mapping[str, Any] | None = None,
         embedded: bool = True,
         **options: Any,
@@ -57,6 +60,7 @@ class MoDEConfig(PreTrainedConfig):  # type: ignore[misc]  # the library is unty
         self.expert_layers = expert_layers
         self.experts = list(experts)
         self.gate = dict(gate or {})
+        self.head_rank = head_rank
         self.backbone = dict(backbone or {})
         self.embedded = embedded
         super().__init__(**options)
@@ -81,6 +85,7 @@ class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
     Attributes:
         backbone: The backbone's own class; its layers are in `blocks`.
         blocks: The B blocks.
+        head: The block of the head, if experts change that too.
     """
 
     config_class = MoDEConfig
@@ -124,6 +129,14 @@ class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
             backbone_bias=backbone_bias,
             gate=config.gates,
         )
+        if config.head_rank:
+            self.head = insert_head(
+                backbone,
+                num_experts=len(config.experts),
+                rank=config.head_rank,
+                backbone_bias=backbone_bias,
+                gate=config.gates,
+            )
         with no_init_weights():  # every part has its weights already
             self.post_init()
 
@@ -206,7 +219,7 @@ class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         return {
             name: value
             for name, value in self.state_dict().items()
-            if name.startswith("blocks.") and name.split(".")[2] != "backbone"
+            if name.startswith("head.") or (name.startswith("blocks.") and name.split(".")[2] != "backbone")
         }
 
     @classmethod
@@ -244,6 +257,7 @@ def make_modular(
     init: str = "copy",
     backbone_bias: float = 0.0,
     gate: GateSettings | None = None,
+    head_rank: int = 0,
     source: Mapping[str, Any] | None = None,
 ) -> MoDEForCausalLM:
     """Freeze a backbone and put experts beside its blocks, in place.
@@ -256,6 +270,7 @@ def make_modular(
         init: `random`: as the backbone's family initialises its layers; `copy`: the first l layers of the block.
         backbone_bias: The gates' initial logit of the backbone; the experts' is 0.
         gate: How gates choose; the paper's way by default.
+        head_rank: r, rank of the experts' changes of the head; 0 for none.
         source: Where the backbone comes from: name, path, revision, fingerprint.
 
     Raises:
@@ -268,6 +283,7 @@ def make_modular(
         expert_layers=expert_layers,
         experts=experts,
         gate=asdict(gate or GateSettings()),
+        head_rank=head_rank,
         backbone=source,
     )
     return MoDEForCausalLM(config, backbone, init, backbone_bias)
@@ -281,6 +297,7 @@ def backbone_of(model: MoDEForCausalLM) -> PreTrainedModel:
     name = next(name for name, child in trunk.named_children() if isinstance(child, nn.ModuleList))
     setattr(trunk, name, layers)
     backbone: PreTrainedModel = model.backbone
+    remove_head(backbone)
     backbone.config = trunk.config = model.config.decoder
     return backbone
 
@@ -307,6 +324,7 @@ def with_experts(model: MoDEForCausalLM, experts: Mapping[str, Mapping[str, Tens
         num_blocks=config.num_blocks,
         expert_layers=config.expert_layers,
         gate=config.gates,
+        head_rank=config.head_rank,
         source=config.backbone,
         init="random",
     )

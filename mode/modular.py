@@ -30,6 +30,7 @@ from mode.backbone import stack
 from mode.checked import ConfigError
 from mode.cost import layers_per_block
 from mode.gate import PLAIN, Gate
+from mode.modular_head import HeadBlock
 from mode.settings import GateSettings
 
 if TYPE_CHECKING:
@@ -220,9 +221,11 @@ def gate_means(model: nn.Module) -> dict[str, float]:
     }
 
 
-def blocks_of(model: nn.Module) -> list[Block]:
-    """Return the blocks of a modular model, in order."""
-    return [module for module in model.modules() if isinstance(module, Block)]
+def blocks_of(model: nn.Module) -> list[Block | HeadBlock]:
+    """Return the blocks of a modular model, in order; that of its head is the last, if it has one."""
+    modules = list(model.modules())
+    heads = [module for module in modules if isinstance(module, HeadBlock)]
+    return [*(module for module in modules if isinstance(module, Block)), *heads]
 
 
 @contextmanager

@@ -47,6 +47,7 @@ class MoDE(Adaptation):
         gate_lr_scale: Learning rate of gates as a factor on that of experts.
         train_experts: Whether stage 2 trains the experts too, or gates alone.
         gate: How gates choose; the paper's way by default.
+        head_rank: r, rank of the change that every expert makes of the head; 0, the paper's way, for none.
         anchor_experts: Whether an anchor holds in stage 1 too, and not in stage 2 alone.
         experts: Folders of experts that are at hand, or of saved models whose experts are; the other targets' experts
             are stage-1 runs.
@@ -65,6 +66,7 @@ class MoDE(Adaptation):
     gate_lr_scale: Annotated[float, Field(gt=0.0)]
     train_experts: bool
     gate: GateSettings = GateSettings()
+    head_rank: Annotated[int, Field(ge=0)] = 0
     anchor_experts: bool = False
     experts: tuple[str, ...] = ()
 
@@ -73,6 +75,8 @@ class MoDE(Adaptation):
             raise ValueError("experts are composed, so they go with start=experts")
         if self.start == "fresh" and not self.train_experts:
             raise ValueError("train_experts=false leaves fresh experts untrained; it goes with start=experts")
+        if self.head_rank and self.gate.scope == "prefix":
+            raise ValueError("head_rank goes with gate.scope=token: the head keeps no cache of the prefix")
 
     @property
     def alike(self) -> bool:
@@ -116,7 +120,11 @@ class MoDE(Adaptation):
     def cost(self, run: Run) -> Cost:
         """Return what this stage takes; in block 1 no gradient goes through what is frozen."""
         shape, count, length = shape_of(run.backbone), self.count(run), run.train.sequence_length
-        parts, idle = [shape.head(trains=False)], 0
+        changed = count * self.head_rank
+        parts, idle = [shape.head(trains=bool(changed) and self.train_experts, extra=changed)], 0
+        if changed:
+            down, gate = 2.0 * shape.hidden * changed, 2.0 * shape.hidden * (count + 1)
+            parts += [Flops(down, down * (1 + self.train_experts)), Flops(gate, 2.0 * gate)]
         for number, (block, expert) in enumerate(blocks(shape, self.num_blocks, self.expert_layers)):
             later = number > 0
             parts += [layer.flops(length, trains=False, upstream=later) for layer in block]
@@ -125,7 +133,7 @@ class MoDE(Adaptation):
             parts.append(Flops(gate, gate * (1 + later)))
             sizes = [sum(layer.parameters for layer in stack) for stack in (block, *[expert] * count)]
             idle += sum(sorted(sizes)[: -self.gate.top_k]) if self.gate.top_k else 0
-        experts, gates = beside(shape, count, self.num_blocks, self.expert_layers)
+        experts, gates = beside(shape, count, self.num_blocks, self.expert_layers, self.head_rank)
         total = shape.parameters + experts + gates
         return Cost(
             flops=add(parts),
@@ -177,6 +185,7 @@ class MoDE(Adaptation):
             "backbone_fingerprint": self.backbone_fingerprint(run),
             "num_blocks": self.num_blocks,
             "expert_layers": self.expert_layers,
+            "head_rank": self.head_rank,
             **gate_reads(self.gate),
         }
         folders = self.at_hand()
@@ -237,6 +246,7 @@ class MoDE(Adaptation):
             init="copy" if composing else self.init,  # composed experts overwrite it; copying draws no numbers
             backbone_bias=self.backbone_bias,
             gate=self.gate,
+            head_rank=self.head_rank,
             source=material.source,
         )
         if composing:
@@ -262,8 +272,9 @@ class MoDE(Adaptation):
         if self.start == "fresh" and self.num_experts == 1 and len(run.targets) == 1:
             from mode.expert import gate_reads, save_expert
 
-            shape = {"num_blocks": self.num_blocks, "expert_layers": self.expert_layers, **gate_reads(self.gate)}
-            save_expert(model, folder / "expert", {"domain": run.targets[0], **shape, **about})
+            shape = {name: getattr(self, name) for name in ("num_blocks", "expert_layers", "head_rank")}
+            about = {"domain": run.targets[0], **shape, **gate_reads(self.gate), **about}
+            save_expert(model, folder / "expert", about)
 
     def kept(self, folder: Path) -> Path:
         """Return the expert's weights where there is one for a single domain."""

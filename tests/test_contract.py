@@ -21,6 +21,7 @@ IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64], [7, 7, 30, 256, 1, 90, 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "mode-1x-uninit": ("method=mode", "method.start=fresh", "method.num_experts=1"),
     "mode-2x-uninit": ("method=mode", "method.start=fresh"),
+    "mode-head": ("method=mode", "method.start=fresh", "method.head_rank=4"),
     "mode-2x-frozen": ("method=mode", "method.train_experts=false"),
     "mode-2x-data": ("method=mode", "budget=data", "train.steps=6"),
     **{name: (f"method={name}",) for name in config.choices("method") if name != "pretrain"},
@@ -137,8 +138,10 @@ def parameter_formula(name: str, world: World) -> int:
     if name == "lora":
         return layers * 16 * ((width + width) * 2 + (width + kv) * 2)
     experts = 1 if "1x" in name else 2
-    gates = blocks * (experts + 1) * (width + 1)
-    return gates if "frozen" in name else experts * blocks * layer + gates
+    rank = run_of(world, name).method.head_rank
+    gates = (blocks + bool(rank)) * (experts + 1) * (width + 1)
+    changes = experts * rank * (width + config_.vocab_size)
+    return gates if "frozen" in name else experts * blocks * layer + changes + gates
 
 
 @pytest.mark.parametrize("name", [param for param in ALL if str(param.values[0]).startswith(KNOWN_FORMULAS)])

@@ -34,6 +34,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "lora feed-forward": ("method=lora", "method.target_modules=[gate_proj,up_proj,down_proj]"),
     "lora down": ("method=lora", "method.target_modules=[down_proj]"),
     **{f"mode {count}": (*FRESH, f"method.num_experts={count}") for count in (1, 2, 4)},
+    "mode 2 and the head": (*FRESH, "method.head_rank=4"),
     "mode 2 blocks, 2 layers": (*FRESH, "method.num_blocks=2", "method.expert_layers=2"),
     "backbone": ("method=backbone",),
 }

@@ -22,6 +22,7 @@ from tests.test_cli import call
 METHODS = {
     "mode": ("method=mode",),
     "mode-2x-uninit": ("method=mode", "method.start=fresh"),
+    "mode-head": ("method=mode", "method.start=fresh", "method.head_rank=4"),
     "sft": ("method=sft",),
     "lora": ("method=lora",),
 }
