@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mode.noise import Interval, effective, over_documents, over_seeds, resampled
 from mode.record import Record
+from mode.settings import Anchor
 from mode.table import Table, compose_rows, only, select, with_needs
 
 QUALITY_DECIMALS = 2
@@ -79,7 +80,7 @@ class Line:
         quality: Per seed: accuracy of every domain, `average` and `retention`, in per cent and points.
         resampled: The same in every resample of the documents.
         documents: Effective documents of every column; what rests on several domains counts as the one with the fewest.
-        cost: Parameters in millions, `train.examples`; steps, tokens in millions, 1e12 operations, seconds and tokens a
+        cost: Parameters in millions, `train.examples`, share and weight of an anchor; steps, tokens in millions, 1e12 operations, seconds and tokens a
             second over all stages; peak memory in GB, MB that one domain adds on disk; n.
         gates: By domain, every block's mean gate weights over seeds, the backbone's first; empty without gates.
         branches: Names of the branches.
@@ -223,6 +224,8 @@ def row_cost(record: Record, costs: Sequence[Sequence[Mapping[str, Any]]]) -> di
         cost["active"] = forecast["active"] / 1e6
     if (examples := record.asked["train"].get("examples")) is not None:
         cost["examples"] = examples
+    if anchor := record.asked["method"].get("anchor"):
+        cost |= {name: anchor.get(name, getattr(Anchor, name)) for name in ("share", "weight")}
     cost["steps"] = sum(stage["steps"] for stage in stages)
     cost["tokens"] = sum(stage["tokens"] for stage in stages) / 1e6
     if all("flops" in stage for stage in stages):

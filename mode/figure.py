@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 COLOURS = ("#444444", "#d55e00", "#e69f00", "#56b4e9", "#0072b2", "#009e73", "#cc79a7", "#6a3d9a", "#b15928", "#a6761d")
 MARKERS = "Xosv^DPp*h"
 OTHERS = "the other domains'"
-AXES = {"added": "Added parameters (millions)", "examples": "Different rows in the mix"}
+AXES = {
+    "added": "Added parameters (millions)",
+    "examples": "Different rows in the mix",
+    "share": "Share of the mix on which the model is held to its backbone",
+    "weight": "Weight of the divergence",
+}
 
 
 def draw(compiled: Compiled, path: Path) -> None:

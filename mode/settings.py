@@ -104,8 +104,8 @@ class Anchor:
     """
 
     source: str = "none"
-    share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.125
-    weight: Annotated[float, Field(gt=0.0)] = 4.0
+    share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.0625
+    weight: Annotated[float, Field(gt=0.0)] = 16.0
     rows: Annotated[int, Field(gt=1)] = 512
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     prompt: Literal["document", "token"] = "document"

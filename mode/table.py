@@ -59,13 +59,14 @@ class Curves:
 
     Attributes:
         title: Heading.
-        x: `added`: parameters beside the backbone's, in millions; `examples`: `train.examples`.
+        x: `added`: parameters beside the backbone's, in millions; `examples`: `train.examples`; `share` and `weight`:
+            those of `method.anchor`.
         column: The quality.
         lines: Rows of every line, by its label, in order.
     """
 
     title: str
-    x: Literal["added", "examples"]
+    x: Literal["added", "examples", "share", "weight"]
     column: str
     lines: dict[str, tuple[Name, ...]]
 

@@ -195,9 +195,9 @@ def test_rows_are_sampled_once_for_each_way_to_sample(world: World, tmp_path: Pa
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (("method.anchor.source=self",), {"py": 7, "sums": 7, "self": 2}),
+        (("method.anchor.source=self",), {"py": 15, "sums": 15, "self": 2}),
         (("method.anchor.source=prose", "method.anchor.share=0.5"), {"py": 1, "sums": 1, "prose": 2}),
-        (("method.anchor.source=self", "train.replay={prose: 0.2}"), {"py": 14, "sums": 14, "prose": 7, "self": 5}),
+        (("method.anchor.source=self", "train.replay={prose: 0.2}"), {"py": 6, "sums": 6, "prose": 3, "self": 1}),
         ((), {"py": 1, "sums": 1}),
     ],
 )
