@@ -164,7 +164,7 @@ def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[s
     table = replace(table, title=" ".join([table.title, *([f"({', '.join(under)})"] if under else [])]))
     bare = chosen.get(BACKBONE) or []
     lines = tuple(
-        make_line(row.name, row.label, chosen[row.name], bare[0] if bare else None, by_id) for row in table.rows
+        make_line(row.name, table.marked(row), chosen[row.name], bare[0] if bare else None, by_id) for row in table.rows
     )
     return Compiled(
         table=table,

@@ -214,6 +214,8 @@ def notes(compiled: Compiled) -> list[str]:
             "",
             "Accuracies are points gained or lost against the untouched backbone, whose own stand in its row.",
         ]
+    for note, sign in compiled.table.notes.items():
+        lines += ["", f"{sign} {note}"]
     if compiled.table.choose:
         lines += ["", *chosen_settings(compiled)]
     astray = [line.name for line in compiled.lines if line.astray]

@@ -15,16 +15,26 @@ from mode.checked import STRICT, ConfigError, nearest
 from mode.record import Record
 from mode.settings import Run
 
+SIGNS = "†‡§¶"
+"""Of notes on rows, in order."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9@.\-]*$")]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Row:
-    """One row: a name, what people read, and the overrides that make its run."""
+    """One row.
+
+    Attributes:
+        name: What the table's other parts, records and commands call it.
+        label: What people read.
+        overrides: Settings that make its run.
+        note: What has to be said of it under the table, such as where it departs from what was published.
+    """
 
     name: Name
     label: str
     overrides: tuple[str, ...]
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -109,7 +119,18 @@ class Table:
         experiments = [[f"experiment={name}"] for name in self.experiments]
         return [[], *experiments, *([f"budget={name}"] for name in self.budgets)]
 
+    @property
+    def notes(self) -> dict[str, str]:
+        """The notes on rows, each with its sign."""
+        return dict(zip(dict.fromkeys(row.note for row in self.rows if row.note), SIGNS, strict=False))
+
+    def marked(self, row: Row) -> str:
+        """Return a row's label with the sign of its note."""
+        return f"{row.label} {self.notes[row.note]}" if row.note else row.label
+
     def __post_init__(self) -> None:
+        if len({row.note for row in self.rows if row.note}) > len(SIGNS):
+            raise ValueError(f"rows have more than {len(SIGNS)} different notes")
         names = [row.name for row in self.rows]
         if len(set(names)) != len(names):
             raise ValueError("two rows have the same name")

@@ -14,7 +14,7 @@ from mode.report import escape
 
 ROOT = Path(__file__).parent.parent
 TABLES = sorted((ROOT / "results").glob("*.tex"))
-ODD = r"100% of A & B_1, $5 #2 {x} ~ ^ \ <b> …"
+ODD = r"100% of A & B_1, $5 #2 {x} ~ ^ \ <b> … † ‡ § ¶"
 
 needs_latex = pytest.mark.skipif(
     shutil.which("pdflatex") is None, reason="no LaTeX: apt-get install texlive-latex-recommended"

@@ -303,6 +303,19 @@ def test_a_missing_row_is_a_dash_and_a_note(compiled: Compiled) -> None:
     assert "Missing (–): mode-2x-frozen. `mode reproduce` with this table's name fills them." in text
 
 
+def test_what_has_to_be_said_of_rows_stands_under_the_table_once(conf: Path, records: list[Record]) -> None:
+    table = load_table("tiny", conf)
+    said = {"lora": "A port.", "mode-2x": "Our own.", "mode-2x-frozen": "Our own."}
+    rows = tuple(dataclasses.replace(row, note=said.get(row.name, "")) for row in table.rows)
+    compiled = compile_table(dataclasses.replace(table, rows=rows), records, [], conf)
+    text = markdown(compiled)
+    assert {"LoRA & 100%_x †", "MoDE 2x ‡", "MoDE frozen ‡", "SFT", "MoDE 2x ‡ − SFT"} <= parsed(text).keys()
+    assert text.count("† A port.") == text.count("‡ Our own.") == 1
+    several = tuple(dataclasses.replace(row, note=f"{number}.") for number, row in enumerate(rows))
+    with pytest.raises(ValueError, match="more than 4 different notes"):
+        dataclasses.replace(table, rows=several)
+
+
 def test_a_cell_of_one_seed_keeps_its_digits_and_its_sign(conf: Path) -> None:
     one = [made(conf, "tiny", row, 0, (0.5, 0.615, 0.7 if row == "sft" else 0.6)) for row in ("backbone", "sft", "lora",
            "mode-2x", "mode-2x-frozen")]  # fmt: skip
