@@ -90,18 +90,23 @@ def with_domains(overrides: Sequence[str], domain: str | None) -> list[str]:
     return [f"targets={wanted}", *rest]
 
 
-def with_method(overrides: Sequence[str], method: str, command: str, conf: Path | None) -> list[str]:
+def with_method(
+    overrides: Sequence[str], method: str, command: str, conf: Path | None, *, variants: bool = False
+) -> list[str]:
     """Choose the method that a command trains, refusing an override or an experiment that chooses another.
 
-    A group choice on the command line silently beats an experiment's own, so the two have to agree.
+    A group choice on the command line silently beats an experiment's own, so the two have to agree. With `variants` an
+    override may choose other settings of the same method, such as `mode-anchored` for `mode`.
     """
     from mode.checked import ConfigError
     from mode.config import read_group
 
-    rest = []
+    rest, wanted = [], read_group("method", method, conf)["_target_"] if variants else None
     for text in overrides:
         key, _, value = text.lstrip("+").partition("=")
-        if key == "method" and value != method:
+        if key == "method" and variants and read_group("method", value, conf)["_target_"] == wanted:
+            method = value
+        elif key == "method" and value != method:
             raise ConfigError(f"`{command}` trains method={method}, not {text}: the two must agree")
         if key == "experiment" and value != "null":
             for name in value.split(","):  # several in a sweep

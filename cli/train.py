@@ -49,7 +49,7 @@ def expert(
     """
     with told():
         given = with_domains(overrides or [], domain)
-        given = with_method(given, "mode", "mode train expert", conf)
+        given = with_method(given, "mode", "mode train expert", conf, variants=True)
         given = with_fixed(given, {"method.start": "fresh", "method.num_experts": "1"}, "mode train expert")
         launch(given, again=again, sweep=sweep, print_config=print_config, conf=conf, single=True)
 
@@ -119,7 +119,8 @@ def compose(
 
         names = [text for text in domains or [] if "=" not in text]
         names, given = with_experts(names, [text for text in domains or [] if "=" in text], conf)
-        given = with_method(with_domains(given, ",".join(names) or None), "mode", "mode compose", conf)
+        given = with_domains(given, ",".join(names) or None)
+        given = with_method(given, "mode", "mode compose", conf, variants=True)
         if frozen and uninitialized:
             raise ConfigError("--frozen trains gates alone, so it needs trained experts: not with --uninitialized")
         if frozen:

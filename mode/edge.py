@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mode.backbone import load_model, locate, weights_fingerprint
-from mode.expert import gate_reads, load_experts, save_expert
+from mode.expert import load_experts, made_for, save_expert
 from mode.export import write_model
 from mode.model import MoDEForCausalLM, make_modular, swap_expert
 from mode.recall import load_folder
@@ -77,10 +77,7 @@ def about(run: Run, method: MoDE, name: str) -> dict[str, Any]:
         "domain": name,
         "backbone": run.backbone.name,
         "backbone_fingerprint": weights_fingerprint(run.backbone),
-        "num_blocks": method.num_blocks,
-        "expert_layers": method.expert_layers,
-        "head_rank": method.head_rank,
-        **gate_reads(method.gate),
+        **made_for(method, method.gate),
         **dict.fromkeys(("steps", "tokens", "seed"), 0),
     }
 

@@ -94,16 +94,25 @@ def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{folder / 'config.json'}: not a readable description of a modular model") from error
-    shape = {"num_blocks": config.num_blocks, "expert_layers": config.expert_layers, "head_rank": config.head_rank}
     source = {"backbone": config.backbone.get("name"), "backbone_fingerprint": config.backbone.get("fingerprint")}
     return {
-        name: {"domain": name, **source, **shape, **gate_reads(gate), "number": number}
+        name: {"domain": name, **source, **made_for(config, gate), "number": number}
         for number, name in enumerate(config.experts)
     }
 
 
+def made_for(shape: object, gate: GateSettings) -> dict[str, Any]:
+    """Return what an expert fits besides its backbone: the shape of a modular model, and what its gates see.
+
+    Args:
+        shape: Says `num_blocks`, `expert_layers` and `head_rank`: the method, or a model's configuration.
+        gate: Settings of the gates; those that are not named here may change afterwards.
+    """
+    return {name: getattr(shape, name) for name in ("num_blocks", "expert_layers", "head_rank")} | gate_reads(gate)
+
+
 def gate_reads(gate: GateSettings) -> dict[str, Any]:
-    """Return what an expert's gates were trained to see; the other settings may change afterwards."""
+    """Return what an expert's gates were trained to see."""
     return {"gate_reads": gate.reads, "gate_scope": gate.scope, "gate_norm": gate.norm}
 
 

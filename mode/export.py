@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mode.checked import ConfigError, nearest
-from mode.expert import check_fits, gate_reads, load_experts
+from mode.expert import check_fits, load_experts, made_for
 from mode.files import write_atomic
 from mode.modular import expert_state
 from mode.recall import Recalled, branches
@@ -105,10 +105,7 @@ def joined(recalled: Recalled, folder: Path) -> PreTrainedModel:
     wanted = {
         "backbone": config.backbone.get("name"),
         "backbone_fingerprint": config.backbone.get("fingerprint"),
-        "num_blocks": config.num_blocks,
-        "expert_layers": config.expert_layers,
-        "head_rank": config.head_rank,
-        **gate_reads(config.gates),
+        **made_for(config, config.gates),
     }
     for name, expert in load_experts(folder).items():
         check_fits(expert.about, wanted, folder)

@@ -178,15 +178,12 @@ class MoDE(Adaptation):
         """
         if not self.experts:
             return {}
-        from mode.expert import check_fits, gate_reads, load_experts
+        from mode.expert import check_fits, load_experts, made_for
 
         wanted = {
             "backbone": run.backbone.name,
             "backbone_fingerprint": self.backbone_fingerprint(run),
-            "num_blocks": self.num_blocks,
-            "expert_layers": self.expert_layers,
-            "head_rank": self.head_rank,
-            **gate_reads(self.gate),
+            **made_for(self, self.gate),
         }
         folders = self.at_hand()
         for domain, folder in folders.items():
@@ -270,11 +267,9 @@ class MoDE(Adaptation):
     def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
         """Write a single-domain run's expert as an artefact of its own."""
         if self.start == "fresh" and self.num_experts == 1 and len(run.targets) == 1:
-            from mode.expert import gate_reads, save_expert
+            from mode.expert import made_for, save_expert
 
-            shape = {name: getattr(self, name) for name in ("num_blocks", "expert_layers", "head_rank")}
-            about = {"domain": run.targets[0], **shape, **gate_reads(self.gate), **about}
-            save_expert(model, folder / "expert", about)
+            save_expert(model, folder / "expert", {"domain": run.targets[0], **made_for(self, self.gate), **about})
 
     def kept(self, folder: Path) -> Path:
         """Return the expert's weights where there is one for a single domain."""

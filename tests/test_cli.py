@@ -336,6 +336,17 @@ def test_sweep_makes_one_run_for_each_value(world: World) -> None:
     assert made == [(0, 2), (1, 2)]
 
 
+@pytest.mark.parametrize("words", [("train", "expert", "-d", "py"), ("compose", "py", "sums")])
+def test_experts_may_be_of_any_settings_of_the_method(world: World, words: tuple[str, ...]) -> None:
+    found = call(world, *words, "method=mode-anchored", "--print-config")
+    assert found.exit_code == 0
+    method = yaml.safe_load(found.stdout)["method"]
+    assert (method["anchor"]["source"], method["gate"]["reads"]) == ("self", "output")
+    assert method["start"] == ("fresh" if "expert" in words else "experts")
+    wrong = call(world, *words, "method=sft", "--print-config")
+    assert (wrong.exit_code, "the two must agree" in wrong.stderr) == (2, True)
+
+
 def test_a_sweep_may_go_over_experiments_that_agree_with_the_command(trap: World) -> None:
     shutil.copy(trap.conf / "experiment" / "of_lora.yaml", trap.conf / "experiment" / "too.yaml")
     result = call(trap, *LORA, "--sweep", "experiment=of_lora,too", "--print-config")

@@ -18,13 +18,7 @@ from tests.families import FAMILIES, HIDDEN, LAYERS, VOCABULARY, make_model
 
 IDS = torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
 
-QUICK = ("llama", "gemma2")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.parametrize(
-        "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
-    ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("family", FAMILIES)]
 
 
 def modular(family: str, *, num_experts: int = 2, seed: int = 1, **changes: Any) -> MoDEForCausalLM:
