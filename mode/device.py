@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 
 from mode.checked import ConfigError
 from mode.settings import Run
+
+CPU = torch.profiler.ProfilerActivity.CPU
 
 
 def set_up(run: Run) -> torch.device:
@@ -37,6 +43,37 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def allocated(action: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes of tensors that an action holds at one time, beyond what there was before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        action()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with stderr_closed(), torch.profiler.profile(activities=[CPU], profile_memory=True) as seen:
+        action()
+    assert seen.profiler is not None
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(sizes), default=0)
+
+
+@contextmanager
+def stderr_closed() -> Iterator[None]:
+    """Send what native code writes to standard error nowhere: torch's profiler cannot be told to be quiet."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def matrix_rate(device: torch.device, size: int = 1024) -> float:

@@ -20,12 +20,22 @@ class Case:
         variant: How it is done.
         action: Does it once.
         tokens: Tokens that it handles; 0 where time itself is what counts.
+        flops: Floating-point operations that it takes, if they are known.
+        precision: Of those.
+        bytes: Bytes that it moves, if that is what it is for.
+        resident: Bytes of weights and optimizer states that it keeps from one time to the next.
+        counted: Whether its memory is counted.
     """
 
     job: str
     variant: str
     action: Callable[[], object]
     tokens: int = 0
+    flops: float = 0.0
+    precision: str = "fp32"
+    bytes: int = 0
+    resident: Callable[[], int] = lambda: 0
+    counted: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,8 @@ def interleave(
 ) -> list[list[float]]:
     """Time every case once a round, in an order that is reversed from round to round, after a round that warms up.
 
+    An action that returns seconds, a float, has timed itself, without what it does before and after.
+
     Args:
         cases: What to time.
         rounds: Rounds that count.
@@ -57,10 +69,10 @@ def interleave(
             gc.collect()  # garbage of one case is not to be another's time
             wait()
             start = time.perf_counter()
-            cases[index].action()
+            own = cases[index].action()
             wait()
             if number:
-                seconds[index].append(time.perf_counter() - start)
+                seconds[index].append(own if isinstance(own, float) else time.perf_counter() - start)
         done(number)
     return seconds
 

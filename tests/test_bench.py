@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,12 +11,10 @@ import torch
 from mode import config
 from mode.bench import SHEET, measure, section
 from mode.checked import ConfigError
-from mode.checkpoint import trainable
-from mode.edge import modular
 from mode.model import MoDEForCausalLM, swap_expert, with_experts
 from mode.modular import expert_state
 from mode.modular_method import MoDE
-from mode.steps import steps
+from mode.suites.edge import modular
 from mode.timing import Case, interleave, ratio
 from tests.conftest import World
 from tests.test_cli import call
@@ -109,25 +106,6 @@ def test_the_edge_suite_leaves_a_record_that_the_report_follows_from(world: Worl
     plain["happened"]["cases"][1]["seconds"] = [99.0, 99.0]
     path.write_text(json.dumps(plain), "utf-8")
     assert SHEET.stale(results) == [results / "bench.md"]
-
-
-@pytest.mark.slow
-def test_the_step_suite_makes_real_steps_of_every_method(world: World) -> None:
-    run = config.compose([*world.overrides, "method=mode", "train.batch_size=8"], world.conf)
-    cases, sizes = steps(run, run.method, torch.device("cpu"), world.root)  # type: ignore[arg-type]
-    assert list(sizes) == ["full fine-tuning", "LoRA", "MoDE, one expert", "MoDE, two experts"]
-    assert sizes["LoRA"] < sizes["MoDE, one expert"] < sizes["MoDE, two experts"]
-    assert len({(case.job, case.variant) for case in cases}) == len(cases) == 10
-    for case in cases:
-        step: Any = case.action
-        before = {name: value.clone() for name, value in trainable(step.model).items()}
-        step()
-        assert any(not torch.equal(value, before[name]) for name, value in trainable(step.model).items())
-        assert step.held.sum() == 1
-    result = call(world, "bench", "step", "--rounds", "1")
-    assert result.exit_code == 0, result.output
-    assert "| anchor, LoRA | held |" in result.stdout
-    assert "2 rows of 32 tokens" in result.stdout
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 2}', '{"schema": 1}'])

@@ -1,0 +1,53 @@
+"""Backbones with random weights in a stated shape: speed and memory depend on the shape alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from mode.checked import ConfigError
+from mode.settings import RandomWeights
+
+
+def drawn(weights: RandomWeights) -> Path:
+    """Return the folder of a model with random weights, drawing them on first use; it appears whole or not at all.
+
+    Raises:
+        ConfigError: `transformers` knows no causal LM of that configuration.
+    """
+    asked = json.dumps([weights.seed, weights.config], sort_keys=True)
+    key = hashlib.sha256(asked.encode()).hexdigest()[:16]
+    folder = Path(weights.cache).expanduser() / "backbones" / f"random-{key}"
+    if (folder / "config.json").exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as work:
+        made = Path(work) / "made"
+        draw(weights, made)
+        try:
+            os.replace(made, folder)
+        except OSError:  # another process was first
+            if not (folder / "config.json").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(made, folder)
+    return folder
+
+
+def draw(weights: RandomWeights, folder: Path) -> None:
+    """Write a freshly initialised model as safetensors in fp32."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(weights.config)
+    try:
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        torch.manual_seed(weights.seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"backbone.random.config: no causal LM of this configuration: {reason}") from error
+    model.save_pretrained(folder)

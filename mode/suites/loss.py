@@ -1,0 +1,84 @@
+"""The suite `loss`: next-token loss and its gradients from final hidden states, by chunk size, against full logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mode.cost import shape_of
+from mode.loss import next_token_loss, token_scores
+from mode.timing import Case
+
+if TYPE_CHECKING:
+    from mode.modular_method import MoDE
+    from mode.settings import Run
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Maps final hidden states, (tokens, d), a head, (V, d), and next tokens to their mean loss."""
+
+
+def losses(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return what to time, and the bytes of the logits that full logits are.
+
+    Args:
+        run: Names a backbone, whose width and vocabulary count, and rows.
+        method: Not used.
+        device: Where to compute.
+        folder: Not used.
+    """
+    shape, tokens = shape_of(run.backbone), run.train.batch_size * run.train.sequence_length
+    states = torch.randn(tokens, shape.hidden, device=device, requires_grad=True)
+    targets = torch.randint(shape.vocabulary, (tokens,), device=device)
+    forms: dict[str, Loss] = {
+        "full logits": full_logits,
+        "chunks as torch chooses them": partial(fused, chunk=None),
+        **{f"chunks of {size}": partial(fused, chunk=size) for size in (128, 256, 512, 1024, 2048) if size < tokens},
+        "mode": lambda states, weight, targets: next_token_loss(states[None], weight, targets[None]),
+    }
+    cases = []
+    for trains in (False, True):
+        weight = torch.randn(shape.vocabulary, shape.hidden, device=device).mul_(0.02).requires_grad_(trains)
+        flops = tokens * shape.head(trains=trains).total
+        job = f"loss, head {'trains' if trains else 'frozen'}"
+        for name, form in forms.items():
+            action = partial(forward_and_backward, form, states, weight, targets)
+            cases.append(Case(job, name, action, tokens=tokens, flops=flops, counted=True))
+    scorers: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {"full logits": full_scores, "mode": token_scores}
+    for name, scorer in scorers.items():
+        flops = tokens * shape.head(trains=False).forward
+        score = partial(scorer, states.detach(), weight.detach(), targets)
+        cases.append(Case("scores", name, score, tokens=tokens, flops=flops, counted=True))
+    return cases, {"full logits": 4 * tokens * shape.vocabulary}
+
+
+def forward_and_backward(form: Loss, states: Tensor, weight: Tensor, targets: Tensor) -> None:
+    """Form a loss and its gradients, and drop them."""
+    torch.autograd.backward(form(states, weight, targets))
+    states.grad = weight.grad = None
+
+
+def full_logits(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss from logits of all tokens, as `transformers` forms it."""
+    return functional.cross_entropy((states @ weight.T).float(), targets)
+
+
+def fused(states: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None) -> Tensor:
+    """Return the loss by torch's function, with chunks of so many tokens or of its own choice."""
+    options = nn.LinearCrossEntropyOptions()
+    if chunk is not None:
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
+    return functional.linear_cross_entropy(states, weight, targets, options=options)
+
+
+@torch.no_grad()
+def full_scores(states: Tensor, weight: Tensor, targets: Tensor) -> None:
+    """Score all tokens from logits of all of them."""
+    logits = states @ weight.T
+    functional.cross_entropy(logits, targets, reduction="none")
+    logits.argmax(-1).eq(targets)

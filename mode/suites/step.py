@@ -1,0 +1,170 @@
+"""The suite `step`: what an optimizer step of each method takes, beside full fine-tuning's and other trainers'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mode import config
+from mode.backbone import load_model
+from mode.checkpoint import trainable
+from mode.cost import layers_per_block, shape_of
+from mode.method import Adaptation, Material
+from mode.settings import SELF, Anchor
+from mode.suites.peers import peers
+from mode.timing import Case
+from mode.train import Hold, Job, accumulate, make_optimizer, precision_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mode.modular_method import MoDE
+    from mode.settings import Run
+
+FULL, LORA, ONE, TWO = "full fine-tuning", "LoRA", "MoDE, one expert", "MoDE, two experts"
+HELD = (FULL, LORA, TWO)
+"""Methods whose anchor is measured."""
+PRECISE = (FULL, LORA, ONE)
+"""Methods that are measured in both precisions."""
+
+
+def steps(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return what to time, and the bytes of every method's weights that train.
+
+    Experts are fresh and rows are random: neither changes what a step takes.
+
+    Args:
+        run: Names backbone, rows and their length.
+        method: Shape of blocks, experts and gates.
+        device: Where the models train.
+        folder: For what other trainers write.
+    """
+    methods = chosen(run, method)
+    plain = {name: Step(run, each, Anchor(), device) for name, each in methods.items()}
+    cases = [step.case("step", name) for name, step in plain.items()]
+    cases += [step.case("frozen weights, MoDE, one expert", name) for name, step in wasteful(run, methods[ONE], device)]
+    for name in PRECISE:
+        kinds = {"fp32": with_precision(run, "fp32"), "bf16": with_precision(run, "bf16")}
+        steps = {kind: Step(one, methods[name], Anchor(), device) for kind, one in kinds.items()}
+        cases += [step.case(f"precision, {name}", kind) for kind, step in steps.items()]
+    for name in HELD:
+        held = Step(run, methods[name], Anchor(source=SELF), device)
+        cases += [plain[name].case(f"anchor, {name}", "none"), held.case(f"anchor, {name}", "held")]
+    cases += peers(run, {name: methods[name] for name in (FULL, LORA)}, device, folder)
+    return cases, {name: step.bytes for name, step in plain.items()}
+
+
+def chosen(run: Run, method: MoDE) -> dict[str, Adaptation]:
+    """Return the methods to measure, by name: of MoDE, experts of other depths and in other numbers too."""
+    per_block = layers_per_block(len(shape_of(run.backbone).layers), method.num_blocks)
+    fresh = partial(config.replace, method, start="fresh", experts=())
+    methods: dict[str, Adaptation] = {FULL: known("sft"), LORA: known("lora"), ONE: fresh(num_experts=1)}
+    for part, name in ((2, "half"), (4, "a quarter of")):
+        if per_block >= part:
+            methods[f"{ONE} of {name} a block"] = fresh(num_experts=1, expert_layers=per_block // part)
+    numbers = {TWO: 2, "MoDE, four experts": 4, "MoDE, eight experts": 8}
+    return methods | {name: fresh(num_experts=number) for name, number in numbers.items()}
+
+
+def known(name: str) -> Any:
+    """Return a method of the project as its YAML describes it."""
+    return config.build_method(config.read_group("method", name))
+
+
+def with_precision(run: Run, precision: str) -> Run:
+    """Return a run in a stated precision."""
+    changed: Run = config.replace(run, train=config.replace(run.train, precision=precision))
+    return changed
+
+
+def wasteful(run: Run, method: Adaptation, device: torch.device) -> list[tuple[str, Step]]:
+    """Return a step of one expert as it is, and as it is where frozen weights get gradients, which nobody reads."""
+
+    def gradients_everywhere(model: nn.Module) -> None:
+        model.requires_grad_(True)
+
+    def gradients_through_the_first_block(model: nn.Module) -> None:
+        model.get_input_embeddings().requires_grad_(True)  # type: ignore[operator]
+
+    return [
+        ("no gradients of them", Step(run, method, Anchor(), device)),
+        ("gradients through the first block", Step(run, method, Anchor(), device, gradients_through_the_first_block)),
+        ("gradients of all of them", Step(run, method, Anchor(), device, gradients_everywhere)),
+    ]
+
+
+class Step:
+    """A model that makes the same optimizer step whenever it is called.
+
+    Attributes:
+        bytes: Size of the weights that train.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        method: Adaptation,
+        anchor: Anchor,
+        device: torch.device,
+        waste: Callable[[nn.Module], None] = lambda model: None,
+    ) -> None:
+        """Build the model, its optimizer and its rows.
+
+        Args:
+            run: Names backbone, rows and their length.
+            method: The method.
+            anchor: The rows on which it is held to its backbone.
+            device: Where it trains.
+            waste: Lets weights have gradients that the optimizer does not know of.
+        """
+        load = partial(load_model, run.backbone)
+        asked = config.replace(run, method=method)
+        self.model = method.build(asked, Material(backbone=load)).to(device).train()
+        size, length = run.train.batch_size, run.train.sequence_length
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+        self.rows = torch.randint(vocabulary, (size, length + 1)).to(device)
+        self.held = torch.arange(size, device=device) >= size - max(1, round(size * anchor.share))
+        hold = None
+        if anchor.source != "none":
+            hold = Hold(anchor.weight, lambda step: self.held.cpu().numpy(), method.reference(self.model, load))
+        self.job = Job(settings=run.train, steps=1, lr=1e-6, folder=Path(), validate=dict, hold=hold)
+        self.optimizer = make_optimizer(self.model, self.job)
+        self.device = device
+        self.bytes = sum(parameter.nbytes for parameter in trainable(self.model).values())
+        waste(self.model)
+        cost = method.cost(asked)
+        self.flops = size * length * cost.flops.total if cost and not hold else 0.0
+        self.precision = precision_of(run.train, device)
+
+    def __call__(self) -> None:
+        """Make a step as the loop does."""
+        accumulate(self.model, self.rows, self.held if self.job.hold else None, self.job, self.device)
+        torch.nn.utils.clip_grad_norm_(self.learning(), self.job.settings.clip)
+        self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+
+    def learning(self) -> list[torch.Tensor]:
+        """Return the weights that the optimizer changes."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def resident(self) -> int:
+        """Return the bytes of the model's weights and of the optimizer's states."""
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        return sum(part.nbytes for part in (*self.model.parameters(), *self.model.buffers(), *states))
+
+    def case(self, job: str, variant: str) -> Case:
+        """Return what to time."""
+        return Case(
+            job,
+            variant,
+            self,
+            tokens=self.job.settings.batch_size * self.job.settings.sequence_length,
+            flops=self.flops,
+            precision=self.precision,
+            resident=self.resident,
+            counted=True,
+        )

@@ -1,0 +1,201 @@
+"""The suites of `mode bench`: what is timed does what it says, and the same as what it is compared with."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mode import config
+from mode.backbone import load_model, weights_fingerprint
+from mode.bench import SHEET, section
+from mode.checked import ConfigError
+from mode.checkpoint import trainable
+from mode.device import allocated
+from mode.likelihood import Text, log_likelihoods, packed
+from mode.loss import next_token_loss
+from mode.settings import Backbone, RandomWeights, Run
+from mode.suites.data import batches
+from mode.suites.evaluation import evaluation
+from mode.suites.generation import generation
+from mode.suites.loss import full_logits, fused, losses
+from mode.suites.peers import can_bf16
+from mode.suites.startup import command, first_step, script
+from mode.suites.step import steps
+from tests.conftest import World
+from tests.test_bench import fresh
+from tests.test_cli import call
+
+CPU = torch.device("cpu")
+needs_peers = pytest.mark.skipif(not (find_spec("trl") and find_spec("accelerate")), reason="needs the extra `peers`")
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+def run_of(world: World, *overrides: str) -> Any:
+    return config.compose([*world.overrides, "method=mode", *overrides], world.conf)
+
+
+def random_backbone(folder: Path, seed: int = 0, **changes: Any) -> Backbone:
+    weights = RandomWeights(config={**LLAMA, **changes}, seed=seed, cache=str(folder))
+    return Backbone(name="random", path="random", random=weights)
+
+
+def test_allocated_memory_is_exact() -> None:
+    def action() -> None:
+        first = torch.ones(1000)
+        second = first + 1
+        del first
+        torch.cat([second, second])
+
+    assert allocated(action, CPU) == 4 * 3000
+    assert allocated(lambda: None, CPU) == 0
+
+
+def test_what_the_profiler_says_does_not_reach_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    allocated(lambda: torch.ones(3), CPU)
+    assert capfd.readouterr().err == ""
+
+
+def test_random_weights_follow_from_shape_and_seed(tmp_path: Path) -> None:
+    one, again = random_backbone(tmp_path / "a"), random_backbone(tmp_path / "b")
+    other = random_backbone(tmp_path / "a", seed=1)
+    assert weights_fingerprint(one) == weights_fingerprint(again) != weights_fingerprint(other)
+    assert load_model(one).config.num_hidden_layers == 4
+    assert hash(one) != hash(other)
+    with pytest.raises(ConfigError, match=r"backbone\.random\.config: .*"):
+        load_model(random_backbone(tmp_path, model_type="lama"))
+
+
+def test_random_weights_have_no_tokenizer_and_say_so_in_one_line(world: World) -> None:
+    result = call(world, "train", "expert", "--domain", "py", "backbone=llama-14m")
+    assert result.exit_code == 2
+    assert "no tokenizer" in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_all_forms_of_the_loss_are_the_same(trains: bool) -> None:
+    torch.manual_seed(0)
+    states, weight = torch.randn(96, 16, requires_grad=True), torch.randn(300, 16).requires_grad_(trains)
+    targets = torch.randint(300, (96,))
+
+    def results(form: Any) -> list[torch.Tensor]:
+        states.grad = weight.grad = None
+        loss = form()
+        loss.backward()
+        return [loss.detach(), states.grad, *([weight.grad] if trains else [])]  # type: ignore[list-item]
+
+    expected = results(lambda: full_logits(states, weight, targets))
+    for form in (
+        lambda: fused(states, weight, targets, chunk=None),
+        lambda: fused(states, weight, targets, chunk=32),
+        lambda: next_token_loss(states[None], weight, targets[None]),
+    ):
+        for ours, theirs in zip(results(form), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("experts", [(), ("one", "two")])
+def test_packed_texts_are_blind_to_each_other(world: World, experts: tuple[str, ...]) -> None:
+    run = run_of(world)
+    model: Any = fresh(world, *experts) if experts else load_model(run.backbone).eval()
+    random = np.random.default_rng(0)
+    texts = [
+        Text(random.integers(200, size=size).tolist(), given) for size, given in ((9, 1), (30, 4), (2, 1), (17, 9))
+    ]
+    alone = [log_likelihoods(model, [text], row=1, batch_size=1)[0] for text in texts]
+    together = log_likelihoods(model, texts, row=32, batch_size=2)
+    plain = [model(torch.tensor([text.tokens])).logits.detach().log_softmax(-1)[0] for text in texts]
+    for text, logits, one, found in zip(texts, plain, alone, together, strict=True):
+        ends = range(text.given, len(text.tokens))
+        total = sum(logits[place - 1, text.tokens[place]].item() for place in ends)
+        assert one.total == pytest.approx(total, rel=1e-5)
+        assert found.total == pytest.approx(total, rel=1e-5)
+        assert found.greedy == all(int(logits[place - 1].argmax()) == text.tokens[place] for place in ends)
+
+
+def test_texts_are_packed_into_few_rows() -> None:
+    rows = packed([5, 12, 3, 40, 7], 16)
+    assert sorted(index for row in rows for index in row) == [0, 1, 2, 3, 4]
+    assert len(rows) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", [batches, generation, losses])
+def test_suites_do_what_they_time(world: World, suite: Any) -> None:
+    run = run_of(world)
+    folder = world.root / "suite"
+    folder.mkdir()
+    cases, sizes = suite(run, run.method, CPU, folder)
+    assert all(size > 0 for size in sizes.values())
+    assert len({(case.job, case.variant) for case in cases}) == len(cases)
+    for case in cases:
+        case.action()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("lm_eval"), reason="needs lm-evaluation-harness")
+def test_the_eval_suite_leaves_its_peers_and_limits_in_the_record(world: World) -> None:
+    run = run_of(world)
+    cases, _ = evaluation(run, run.method, CPU, world.root)  # it asserts that both come to the same sum
+    assert [case.variant for case in cases] == 2 * ["lm-evaluation-harness", "mode"]
+    result = call(world, "bench", "eval", "--rounds", "1")
+    assert result.exit_code == 0, result.output
+    (benchmark,) = SHEET.read(world.root / "results")
+    assert section(benchmark) in result.stdout
+    assert "| machine | copy |" in result.stdout
+    theirs, ours = benchmark.happened["cases"][:2]
+    assert ours["flops"] == theirs["flops"]
+    assert ours["peak"] < theirs["peak"]
+
+
+def test_start_up_is_timed_from_outside(world: World) -> None:
+    script("")()
+    with pytest.raises(ConfigError, match="No such command"):
+        command(["trian"])()
+    with pytest.raises(ConfigError, match="trian"):
+        first_step(["trian"], world.root)()
+
+
+@pytest.mark.slow
+def test_the_first_step_of_a_run_is_seen(world: World) -> None:
+    settings = [each for each in world.overrides if not each.startswith("paths.")]
+    words = ["train", "baseline", "sft", "train.log_every=1", "--conf", str(world.conf), *settings]
+    assert 0 < first_step([*words, f"paths.cache={world.root}/cache"], world.root)() < 120
+
+
+@pytest.mark.slow
+@needs_peers
+def test_the_step_suite_makes_real_steps_of_every_method(world: World) -> None:
+    run: Run = run_of(world, "train.batch_size=8")
+    cases, sizes = steps(run, run.method, CPU, world.root)  # type: ignore[arg-type]
+    assert list(sizes)[:3] == ["full fine-tuning", "LoRA", "MoDE, one expert"]
+    assert sizes["LoRA"] < sizes["MoDE, one expert"] < sizes["MoDE, two experts"]
+    assert len({(case.job, case.variant) for case in cases}) == len(cases)
+    loops = [case for case in cases if "loops" in case.job]
+    assert {case.variant for case in loops} == {"Trainer", "SFTTrainer", "mode", "mode, bf16"} - (
+        set() if can_bf16(CPU) else {"mode, bf16"}
+    )
+    assert all(case.action() > 0 for case in loops if "fp32" in case.job)  # type: ignore[operator]
+    for case in [case for case in cases if case not in loops]:
+        step: Any = case.action
+        before = {name: value.clone() for name, value in trainable(step.model).items()}
+        step()
+        assert any(not torch.equal(value, before[name]) for name, value in trainable(step.model).items())
+        assert step.held.sum() == 1
+    result = call(world, "bench", "step", "--rounds", "1")
+    assert result.exit_code == 0, result.output
+    assert "| anchor, LoRA | held |" in result.stdout
+    assert "2 rows of 32 tokens" in result.stdout
