@@ -12,7 +12,10 @@ from cli.options import ConfOption, Overrides, told, with_method
 
 def bench(
     suite: Annotated[
-        str, typer.Argument(metavar="SUITE", help="step, loss, data: training; eval, generate, edge: use; startup.")
+        str,
+        typer.Argument(
+            metavar="SUITE", help="step, options, loss, data: training; eval, generate, edge: use; startup."
+        ),
     ],
     overrides: Overrides = None,
     rounds: Annotated[int, typer.Option(min=1, help="Times that everything is measured, in turn.")] = 9,

@@ -28,7 +28,7 @@ from mode.suites.generation import generation
 from mode.suites.loss import losses
 from mode.suites.machine import MACHINE, limits
 from mode.suites.startup import startup
-from mode.suites.step import steps
+from mode.suites.step import options, steps
 from mode.timing import Case, interleave, ratio
 from mode.train import precision_of
 
@@ -39,10 +39,11 @@ SUITES: dict[str, Callable[[Run, MoDE, torch.device, Path], tuple[list[Case], di
     "eval": evaluation,
     "generate": generation,
     "loss": losses,
+    "options": options,
     "startup": startup,
     "step": steps,
 }
-ROWS = ("data", "eval", "loss", "step")
+ROWS = ("data", "eval", "loss", "options", "step")
 """Suites that work on rows of tokens, as many and as long as a run's."""
 HEADS = ("Job", "Variant", "Median", "Ratio", "Quartiles")
 USAGE = ("GFLOP", "Of peak", "Peak MB")

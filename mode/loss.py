@@ -42,20 +42,26 @@ def softcap(model: nn.Module) -> float | None:
     return cap
 
 
-def next_token_loss(states: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
+def next_token_loss(
+    states: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None, precision: str = "fp32"
+) -> Tensor:
     """Return the mean cross-entropy in nats over all tokens of a batch.
 
     The native fused function forms the gradients chunk by chunk in the forward pass and skips the weight's when the
-    head is frozen. It knows no bounded logits: those are formed chunk by chunk, and again in the backward pass. Under
-    autocast the head stays in fp32.
+    head is frozen. It knows no bounded logits: those are formed chunk by chunk, and again in the backward pass. Nor
+    does it keep sums in fp32 where products are in bf16: `HalfLoss` does.
 
     Args:
         states: Final hidden states, (B, S, d).
         weight: Head, (V, d).
         targets: Next tokens, (B, S).
-        cap: Bound of the logits, if there is one.
+        cap: Bound of the logits, if there is one; they are in fp32 then.
+        precision: Of the products of matrices, `fp32` or `bf16`; all else is in fp32.
     """
     flat, labels = states.reshape(-1, states.shape[-1]).float(), targets.reshape(-1)
+    if cap is None and precision == "bf16":
+        half: Tensor = HalfLoss.apply(flat, weight, labels)  # type: ignore[no-untyped-call]
+        return half
     if cap is None:
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None)
         loss: Tensor = functional.linear_cross_entropy(flat, weight.float(), labels, options=options)
@@ -64,6 +70,41 @@ def next_token_loss(states: Tensor, weight: Tensor, targets: Tensor, cap: float 
     for piece, wanted in zip(torch.split(flat, CHUNK), torch.split(labels, CHUNK), strict=True):
         total = total + checkpoint(capped_loss, piece, weight.float(), wanted, cap, use_reentrant=False)
     return total / len(labels)
+
+
+class HalfLoss(torch.autograd.Function):
+    """Mean cross-entropy whose products of matrices are in bf16, and whose sums and softmax are in fp32.
+
+    Like the native function it forms gradients chunk by chunk in the forward pass. On a processor with instructions
+    for bf16 the native one is slower in bf16 than in fp32, and its loss has the three digits of bf16.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of states, (tokens, d), with a head, (V, d), for next tokens, (tokens,)."""
+        narrow, count = weight.bfloat16(), len(targets)
+        for_states = torch.empty_like(states)
+        for_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        total = torch.zeros((), device=states.device)
+        for start in range(0, count, CHUNK):
+            piece = states[start : start + CHUNK].bfloat16()
+            wanted = targets[start : start + CHUNK, None]
+            scores = (piece @ narrow.T).float().log_softmax(-1)
+            total -= scores.gather(1, wanted).sum()
+            slope = scores.exp_().scatter_add_(1, wanted, scores.new_full(wanted.shape, -1.0)).div_(count).bfloat16()
+            for_states[start : start + CHUNK] = slope @ narrow
+            if for_weight is not None:
+                for_weight += slope.T @ piece
+        ctx.save_for_backward(for_states, for_weight)
+        ctx.kind = weight.dtype
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """Scale the gradients that the forward pass formed."""
+        for_states, for_weight = ctx.saved_tensors
+        (slope,) = slopes
+        return slope * for_states, None if for_weight is None else (slope * for_weight).to(ctx.kind), None
 
 
 def capped_loss(states: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:

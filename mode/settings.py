@@ -228,6 +228,10 @@ class Train:
         validate_every: Steps between two validations of the training domains; 0 validates at the end only.
         examples: Different rows that the mix is made of, seen again and again; all by default. Earlier stages of a
             row have all.
+        activation_checkpointing: Layers that keep no activations but form them again in the backward pass, which takes
+            less memory and more time: `frozen` ones, where nothing trains, or `all`.
+        compile: Whether decoder layers are compiled, which takes tens of seconds before the first step: worth it for
+            runs of many minutes.
         replay: Share of the mix's rows that other domains than the targets give, by domain. Earlier stages have none.
     """
 
@@ -248,6 +252,8 @@ class Train:
     checkpoint_every: Annotated[int, Field(gt=0)]
     validate_every: Annotated[int, Field(ge=0)]
     examples: Annotated[int, Field(gt=0)] | None = None
+    activation_checkpointing: Literal["none", "frozen", "all"] = "none"
+    compile: bool = False
     replay: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] | None = None
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from mode.checked import ConfigError
 from mode.checkpoint import load_checkpoint, save_checkpoint, trainable
 from mode.data.batches import Batches
 from mode.files import CHECKPOINT, CURVE, write_atomic
+from mode.layers import Layers
 from mode.loss import auxiliary_loss, divergence, head, hidden_states, next_token_loss, softcap, token_scores
 from mode.settings import Train
 
@@ -103,7 +104,7 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
         ConfigError: The loss is no longer finite, or a checkpoint is damaged.
     """
     settings, device = job.settings, next(model.parameters()).device
-    optimizer = make_optimizer(model, job)
+    optimizer, layers = make_optimizer(model, job), Layers(model, settings)
     step, seconds, curve = restore(model, optimizer, job)
     model.train()
     total = torch.zeros((), device=device)
@@ -113,7 +114,8 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
             group["lr"] = group["peak"] * schedule(step, job.steps, settings)
         rows = torch.from_numpy(batches.batch(step)).to(device)
         held = torch.from_numpy(job.hold.held(step)).to(device) if job.hold else None
-        loss, states = accumulate(model, rows, held, job, device)
+        with layers:
+            loss, states = accumulate(model, rows, held, job, device)
         torch.nn.utils.clip_grad_norm_(trainable(model).values(), settings.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -143,17 +145,17 @@ def accumulate(
         The mean loss of the step, and the last micro-batch's hidden states, (B / accumulate, S, d).
     """
     settings, loss = job.settings, torch.zeros((), device=device)
-    states = loss
+    states, precision = loss, precision_of(settings, device)
     for number, micro in enumerate(rows.chunk(settings.accumulate)):
         with autocast(settings, device):
             states = hidden_states(model, micro[:, :-1])
         if job.hold is None or held is None:
-            part = next_token_loss(states, head(model), micro[:, 1:], softcap(model)) / settings.accumulate
+            part = next_token_loss(states, head(model), micro[:, 1:], softcap(model), precision) / settings.accumulate
         else:
             chosen = held.chunk(settings.accumulate)[number]
             with torch.no_grad(), autocast(settings, device):
                 known = job.hold.reference(micro[chosen, :-1]) if chosen.any() else None
-            part = held_loss(model, states, micro, chosen, known, job.hold.weight) / settings.accumulate
+            part = held_loss(model, states, micro, chosen, known, job.hold.weight, precision) / settings.accumulate
         loss += part.detach()
         extra = auxiliary_loss(model)
         torch.autograd.backward(part if extra is None else part + extra / settings.accumulate)
@@ -161,7 +163,13 @@ def accumulate(
 
 
 def held_loss(
-    model: nn.Module, states: Tensor, rows: Tensor, held: Tensor, known: tuple[Tensor, Tensor] | None, weight: float
+    model: nn.Module,
+    states: Tensor,
+    rows: Tensor,
+    held: Tensor,
+    known: tuple[Tensor, Tensor] | None,
+    weight: float,
+    precision: str,
 ) -> Tensor:
     """Return the mean over a micro-batch's tokens: cross-entropy of free rows, weighted divergence of held ones.
 
@@ -172,11 +180,12 @@ def held_loss(
         held: Which rows are held to the backbone, (B,).
         known: The backbone's final hidden states on those, (held rows, S, d), and its head, (V, d); None without any.
         weight: Factor on their divergence.
+        precision: Of the cross-entropy's products of matrices.
     """
     loss, cap = torch.zeros((), device=states.device), softcap(model)
     free, count = ~held, len(rows)
     if free.any():
-        loss = loss + next_token_loss(states[free], head(model), rows[free, 1:], cap) * (free.sum() / count)
+        loss = loss + next_token_loss(states[free], head(model), rows[free, 1:], cap, precision) * (free.sum() / count)
     if known is not None:
         loss = loss + weight * divergence(states[held], head(model), *known, cap) * (held.sum() / count)
     return loss

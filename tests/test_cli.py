@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown domain to show": (("data", "show", "-d", "cod"), ("domain cod", "did you mean code?")),
     "domain named twice": ((*LORA, "-d", "py,py"), ("py", "twice")),
     "unknown table": (("reproduce", "tabel1"), ("table tabel1: not one of", "did you mean table1?")),
-    "unknown suite": (("bench", "edgy"), ("edgy: not one of the suites edge, step", "did you mean edge?")),
+    "unknown suite": (("bench", "edgy"), ("edgy: not one of the suites data, edge, eval", "did you mean edge?")),
     "unknown table to report": (("report", "tabel1"), ("table tabel1: not one of", "did you mean table1?")),
     "page and check": (("report", "--html", "--check"), ("--check compares", "--html writes a page", "one of the two")),
     "page and log": (("report", "--html", "--wandb"), ("--wandb logs", "--html writes a page", "one of the two")),
@@ -280,15 +279,6 @@ def test_importing_the_command_line_imports_nothing_heavy() -> None:
     script = f"import sys, cli.app; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_help_answers_in_half_a_second() -> None:
-    seconds = []
-    for _ in range(3):  # the best of three: a busy machine slows one, not all
-        begin = time.monotonic()
-        subprocess.run([sys.executable, "-m", "cli.app", "--help"], capture_output=True, check=True)
-        seconds.append(time.monotonic() - begin)
-    assert min(seconds) < 0.5
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from mode.data.pack import PackedSplit
 from mode.evaluate import Score, evaluate, headline, summarise
-from mode.loss import head, hidden_states, next_token_loss, token_scores
+from mode.loss import CHUNK, head, hidden_states, next_token_loss, token_scores
 
 VOCABULARY, HIDDEN, LENGTH = 23, 8, 6
 
@@ -259,6 +259,27 @@ def test_the_loss_is_computed_in_fp32_from_bf16_states() -> None:
     assert loss.dtype == torch.float32
     expected = functional.cross_entropy((states.float() @ weight.T).view(-1, VOCABULARY), targets.view(-1))
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_loss_in_bf16_is_close_to_that_in_fp32_and_sums_in_fp32(trains: bool) -> None:
+    torch.manual_seed(0)
+    tokens = 2 * CHUNK + 7
+    states = torch.randn(1, tokens, HIDDEN, requires_grad=True)
+    weight = torch.randn(VOCABULARY, HIDDEN).mul_(0.2).requires_grad_(trains)
+    targets = torch.randint(VOCABULARY, (1, tokens))
+    found = {}
+    for precision in ("fp32", "bf16"):
+        states.grad = weight.grad = None
+        loss = next_token_loss(states, weight, targets, precision=precision)
+        (3.0 * loss).backward()  # type: ignore[no-untyped-call]
+        assert loss.dtype == torch.float32
+        assert (weight.grad is not None) is trains
+        found[precision] = [part for part in (loss.detach(), states.grad, weight.grad) if part is not None]
+    (loss, *slopes), (expected, *expected_slopes) = found["bf16"], found["fp32"]
+    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+    for slope, wanted in zip(slopes, expected_slopes, strict=True):
+        assert (slope - wanted).norm() < 0.01 * wanted.norm()
 
 
 def test_states_times_head_are_the_logits_of_a_real_model(shared_world: Any) -> None:

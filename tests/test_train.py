@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from mode import config
+from mode.backbone import load_model
 from mode.checked import ConfigError
 from mode.checkpoint import load_tensors
 from mode.prepared import Prepared, prepare_run
@@ -207,3 +208,48 @@ def test_settings_of_the_loop_reach_the_record(world: World) -> None:
     assert record.happened["lr"] == 2e-3
     assert record.happened["tokens"] == 4 * 2 * 32
     assert record.asked["train"]["steps"] == asdict(run.train)["steps"] == 4
+
+
+@pytest.mark.parametrize("method", ["sft", "lora", "mode"])
+def test_activations_formed_again_change_no_bit(world: World, method: str) -> None:
+    settings = {"mode": ["method.start=fresh", "method.num_experts=1"]}.get(method, [])
+    losses = {}
+    for which in ("none", "frozen", "all"):
+        here = world.at(world.root / which)
+        run = config.compose(
+            [
+                *here.overrides,
+                f"method={method}",
+                *settings,
+                "train.log_every=1",
+                f"train.activation_checkpointing={which}",
+            ],
+            world.conf,
+        )
+        record = execute(run)
+        losses[which] = [point["loss"] for point in record.happened["curve"]]
+    assert losses["none"] == losses["frozen"] == losses["all"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_compiled_layers_train_as_plain_ones_and_are_plain_again_afterwards(world: World) -> None:
+    from mode.layers import Layers, decoder_layers
+
+    run = config.compose([*world.overrides, "method=sft"], world.conf)
+    ids = torch.arange(24).view(2, 12)
+    model = load_model(run.backbone).train()
+    layers = Layers(model, config.replace(run.train, compile=True))
+    plain = model(input_ids=ids).logits
+    with layers:
+        compiled = model(input_ids=ids).logits
+        assert all(layer._compiled_call_impl is not None for layer in decoder_layers(model))
+    assert all(layer._compiled_call_impl is None for layer in decoder_layers(model))
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
+    slopes = []
+    for logits in (plain, compiled):
+        model.zero_grad()
+        logits.square().mean().backward()
+        slopes.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    for ours, theirs in zip(*slopes, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)

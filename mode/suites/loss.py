@@ -39,7 +39,8 @@ def losses(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[
         "full logits": full_logits,
         "chunks as torch chooses them": partial(fused, chunk=None),
         **{f"chunks of {size}": partial(fused, chunk=size) for size in (128, 256, 512, 1024, 2048) if size < tokens},
-        "mode": lambda states, weight, targets: next_token_loss(states[None], weight, targets[None]),
+        "mode": own,
+        "mode, bf16": partial(own, precision="bf16"),
     }
     cases = []
     for trains in (False, True):
@@ -48,7 +49,8 @@ def losses(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[
         job = f"loss, head {'trains' if trains else 'frozen'}"
         for name, form in forms.items():
             action = partial(forward_and_backward, form, states, weight, targets)
-            cases.append(Case(job, name, action, tokens=tokens, flops=flops, counted=True))
+            precision = "bf16" if "bf16" in name else "fp32"
+            cases.append(Case(job, name, action, tokens, flops=flops, precision=precision, counted=True))
     scorers: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {"full logits": full_scores, "mode": token_scores}
     for name, scorer in scorers.items():
         flops = tokens * shape.head(trains=False).forward
@@ -61,6 +63,11 @@ def forward_and_backward(form: Loss, states: Tensor, weight: Tensor, targets: Te
     """Form a loss and its gradients, and drop them."""
     torch.autograd.backward(form(states, weight, targets))
     states.grad = weight.grad = None
+
+
+def own(states: Tensor, weight: Tensor, targets: Tensor, *, precision: str = "fp32") -> Tensor:
+    """Return the loss that the loop trains on."""
+    return next_token_loss(states[None], weight, targets[None], precision=precision)
 
 
 def full_logits(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The suite `step`: what an optimizer step of each method takes, beside full fine-tuning's and other trainers'."""
+"""The suites `step` and `options`: what an optimizer step takes, by method and by what the loop can be asked."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mode import config
 from mode.backbone import load_model
 from mode.checkpoint import trainable
 from mode.cost import layers_per_block, shape_of
+from mode.layers import Layers
 from mode.method import Adaptation, Material
 from mode.settings import SELF, Anchor
 from mode.suites.peers import peers
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 FULL, LORA, ONE, TWO = "full fine-tuning", "LoRA", "MoDE, one expert", "MoDE, two experts"
 HELD = (FULL, LORA, TWO)
 """Methods whose anchor is measured."""
-PRECISE = (FULL, LORA, ONE)
-"""Methods that are measured in both precisions."""
+OPTIONAL = (FULL, LORA, ONE)
+"""Methods that are measured under the loop's options."""
 
 
 def steps(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
@@ -47,15 +48,39 @@ def steps(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
     plain = {name: Step(run, each, Anchor(), device) for name, each in methods.items()}
     cases = [step.case("step", name) for name, step in plain.items()]
     cases += [step.case("frozen weights, MoDE, one expert", name) for name, step in wasteful(run, methods[ONE], device)]
-    for name in PRECISE:
-        kinds = {"fp32": with_precision(run, "fp32"), "bf16": with_precision(run, "bf16")}
-        steps = {kind: Step(one, methods[name], Anchor(), device) for kind, one in kinds.items()}
-        cases += [step.case(f"precision, {name}", kind) for kind, step in steps.items()]
     for name in HELD:
         held = Step(run, methods[name], Anchor(source=SELF), device)
         cases += [plain[name].case(f"anchor, {name}", "none"), held.case(f"anchor, {name}", "held")]
     cases += peers(run, {name: methods[name] for name in (FULL, LORA)}, device, folder)
     return cases, {name: step.bytes for name, step in plain.items()}
+
+
+def options(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return what to time to see what the loop's options do to a step: precision, memory for time, compiled layers.
+
+    Args:
+        run: Names backbone, rows and their length.
+        method: Shape of blocks, experts and gates.
+        device: Where the models train.
+        folder: Not used.
+    """
+    plain = {"precision": "fp32", "activation_checkpointing": "none", "compile": False}
+    variants: dict[str, dict[str, Any]] = {
+        "fp32": {},
+        "bf16": {"precision": "bf16"},
+        "compiled layers": {"compile": True},
+        "compiled layers, bf16": {"compile": True, "precision": "bf16"},
+        "activations of frozen layers formed again": {"activation_checkpointing": "frozen"},
+        "activations of all layers formed again": {"activation_checkpointing": "all"},
+    }
+    methods = chosen(run, method)
+    cases = []
+    for name in OPTIONAL:
+        for variant, changes in variants.items():
+            changed = config.replace(run, train=config.replace(run.train, **plain | changes))
+            if name != FULL or variant != "activations of frozen layers formed again":  # nothing is frozen there
+                cases.append(Step(changed, methods[name], Anchor(), device).case(f"options, {name}", variant))
+    return cases, {}
 
 
 def chosen(run: Run, method: MoDE) -> dict[str, Adaptation]:
@@ -73,12 +98,6 @@ def chosen(run: Run, method: MoDE) -> dict[str, Adaptation]:
 def known(name: str) -> Any:
     """Return a method of the project as its YAML describes it."""
     return config.build_method(config.read_group("method", name))
-
-
-def with_precision(run: Run, precision: str) -> Run:
-    """Return a run in a stated precision."""
-    changed: Run = config.replace(run, train=config.replace(run.train, precision=precision))
-    return changed
 
 
 def wasteful(run: Run, method: Adaptation, device: torch.device) -> list[tuple[str, Step]]:
@@ -132,7 +151,7 @@ class Step:
         if anchor.source != "none":
             hold = Hold(anchor.weight, lambda step: self.held.cpu().numpy(), method.reference(self.model, load))
         self.job = Job(settings=run.train, steps=1, lr=1e-6, folder=Path(), validate=dict, hold=hold)
-        self.optimizer = make_optimizer(self.model, self.job)
+        self.optimizer, self.layers = make_optimizer(self.model, self.job), Layers(self.model, run.train)
         self.device = device
         self.bytes = sum(parameter.nbytes for parameter in trainable(self.model).values())
         waste(self.model)
@@ -142,7 +161,8 @@ class Step:
 
     def __call__(self) -> None:
         """Make a step as the loop does."""
-        accumulate(self.model, self.rows, self.held if self.job.hold else None, self.job, self.device)
+        with self.layers:
+            accumulate(self.model, self.rows, self.held if self.job.hold else None, self.job, self.device)
         torch.nn.utils.clip_grad_norm_(self.learning(), self.job.settings.clip)
         self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
