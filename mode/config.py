@@ -86,10 +86,8 @@ def compose_plain(overrides: Sequence[str], extra: Path | None = None) -> dict[s
     parsed = hydra_parse(overrides)
     chosen = tuple(item.input_line for item in parsed if is_choice(item))
     values = [item for item in parsed if not is_choice(item)]
-    files_of_user = sorted(extra.glob("*/*.yaml")) if extra else []
-    written = tuple((path, path.stat().st_mtime_ns) for path in files_of_user)
     try:
-        config = copy.deepcopy(compose_groups(chosen, extra, written))
+        config = copy.deepcopy(compose_groups(chosen, extra, written_by(extra)))
         ConfigLoaderImpl._apply_overrides_to_config(values, config)
         plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     except (HydraException, OmegaConfBaseException) as error:
@@ -204,11 +202,25 @@ def check_overrides(overrides: Sequence[str], extra: Path | None) -> None:
                 raise ConfigError(f"{item.text}: not one of {', '.join(members)}{nearest(value, members)}")
         elif item.key == "domain":
             raise ConfigError(f"{item.text}: the domains to adapt to are chosen with targets=[{value}]")
-    known = flat(compose_plain(selected, extra))
+    known = settings_known(tuple(selected), extra, written_by(extra))
     groups = {name.rpartition(".")[0] for name in known}
     for item in parsed:
         if item.key not in known and item.key not in GROUPS and item.key not in groups and "=" in item.text:
             raise ConfigError(f"{item.key}: no such setting{nearest(item.key, known)}")
+
+
+@lru_cache
+def settings_known(
+    selected: tuple[str, ...], extra: Path | None, written: tuple[tuple[Path, int], ...]
+) -> frozenset[str]:
+    """Return the names of all settings under the chosen members of groups; `written` as in `compose_groups`."""
+    return frozenset(flat(compose_plain(selected, extra)))
+
+
+def written_by(extra: Path | None) -> tuple[tuple[Path, int], ...]:
+    """Return the files of a user's own configuration, and when they were written."""
+    files = sorted(extra.glob("*/*.yaml")) if extra else []
+    return tuple((path, path.stat().st_mtime_ns) for path in files)
 
 
 def check(plain: dict[str, Any], extra: Path | None = None) -> Run:

@@ -351,21 +351,29 @@ def report(
     Raises:
         ConfigError: There is no record that belongs to the table.
     """
-    from mode.figure import draw, draw_curves, draw_gates
-
     table = load_table(name, extra)
     compiled = compile_table(table, read_records(results), overrides, extra)
     if not compiled.says_something:
         raise ConfigError(f"no record of {name} in {results / 'records'}: make them with `mode reproduce {name}`")
     base = results / stem(name, overrides, table.overrides)
-    if not write:
+    rendered = {base.with_suffix(f".{suffix}"): text for suffix, text in render(compiled).items()}
+    if not write or is_drawn(base.with_suffix(".png"), rendered, results):
         return markdown(compiled), base.with_suffix(".md")
-    for suffix, text in render(compiled).items():
-        base.with_suffix(f".{suffix}").write_text(text, encoding="utf-8")
+    from mode.figure import draw, draw_curves, draw_gates
+
+    for path, text in rendered.items():
+        path.write_text(text, encoding="utf-8")
     (draw_curves if table.curves else draw)(compiled, base.with_suffix(".png"))
     if not table.choose:
         draw_gates(compiled, base.with_name(f"{base.name}-gates.png"))
     return markdown(compiled), base.with_suffix(".md")
+
+
+def is_drawn(figure: Path, rendered: Mapping[Path, str], results: Path) -> bool:
+    """Say whether a table is rendered already: its texts as they would be, its figure later than every record."""
+    same = all(path.exists() and path.read_text("utf-8") == text for path, text in rendered.items())
+    latest = max(path.stat().st_mtime_ns for path in (results / "records").iterdir())
+    return same and figure.exists() and figure.stat().st_mtime_ns > latest
 
 
 def check_tables(results: Path, names: Sequence[str], extra: Path | None = None) -> list[Path]:

@@ -24,6 +24,7 @@ from mode.runner import WEIGHTS, execute
 from mode.settings import Run
 from mode.table import load_table, rows_under
 from tests.conftest import World
+from tests.test_cli import call
 
 ROWS = {
     "sft": ["method=sft"],
@@ -356,3 +357,15 @@ def test_table_one_on_a_real_model_runs_dry(world: World) -> None:
     assert [record.asked["train"]["batch_size"] for record in records] == [2] * len(runs)
     assert {record.asked["train"]["warmup"] for record in records} == {0.03}
     assert len({record.id for record in records}) == len(load_table("table1").rows) == 9
+
+
+def test_a_table_that_is_rendered_already_is_not_drawn_again(own: World) -> None:
+    write_table(own.conf, "one", {"backbone": ["method=backbone"]})
+    assert call(own, "reproduce", "one").exit_code == 0
+    figure = own.root / "results" / "one.png"
+    before = figure.stat().st_mtime_ns
+    assert call(own, "reproduce", "one").exit_code == 0
+    assert figure.stat().st_mtime_ns == before
+    next((own.root / "results" / "records").glob("*.json")).touch()
+    assert call(own, "report", "one").exit_code == 0
+    assert figure.stat().st_mtime_ns > before
