@@ -363,7 +363,7 @@ def test_a_table_that_is_rendered_already_is_not_drawn_again(own: World) -> None
     write_table(own.conf, "one", {"sft": ["method=sft"]}, seeds=[0])
     result = call(own, "reproduce", "one")
     assert result.exit_code == 0, result.output
-    figure = own.root / "results" / "one.png"
+    (figure,) = (own.root / "results").glob("one*.png")
     before = figure.stat().st_mtime_ns
     assert call(own, "reproduce", "one").exit_code == 0
     assert figure.stat().st_mtime_ns == before
