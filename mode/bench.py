@@ -28,7 +28,7 @@ from mode.suites.generation import generation
 from mode.suites.loss import losses
 from mode.suites.machine import MACHINE, limits
 from mode.suites.startup import startup
-from mode.suites.step import options, steps
+from mode.suites.step import options, scale, steps
 from mode.timing import Case, interleave, ratio
 from mode.train import precision_of
 
@@ -40,10 +40,11 @@ SUITES: dict[str, Callable[[Run, MoDE, torch.device, Path], tuple[list[Case], di
     "generate": generation,
     "loss": losses,
     "options": options,
+    "scale": scale,
     "startup": startup,
     "step": steps,
 }
-ROWS = ("data", "eval", "loss", "options", "step")
+ROWS = ("data", "eval", "loss", "options", "scale", "step")
 """Suites that work on rows of tokens, as many and as long as a run's."""
 HEADS = ("Job", "Variant", "Median", "Ratio", "Quartiles")
 USAGE = ("GFLOP", "Of peak", "Peak MB")
@@ -141,7 +142,7 @@ def describe(name: str, run: Run, method: MoDE, device: torch.device) -> dict[st
         "expert_layers": method.expert_layers,
         "gate": asdict(method.gate),
         "threads": run.train.threads,
-        "precision": precision_of(run.train, device) if name == "step" else "fp32",
+        "precision": precision_of(run.train, device) if name in ("scale", "step") else "fp32",
         **({"rows": [run.train.batch_size, run.train.sequence_length]} if name in ROWS else {}),
     }
 

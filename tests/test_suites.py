@@ -25,7 +25,7 @@ from mode.suites.generation import generation
 from mode.suites.loss import full_logits, fused, losses
 from mode.suites.peers import can_bf16
 from mode.suites.startup import command, first_step, script
-from mode.suites.step import options, steps
+from mode.suites.step import options, scale, steps
 from tests.conftest import World
 from tests.test_bench import fresh
 from tests.test_cli import call
@@ -133,7 +133,7 @@ def test_texts_are_packed_into_few_rows() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", [batches, generation, losses, options])
+@pytest.mark.parametrize("suite", [batches, generation, losses, options, scale])
 def test_suites_do_what_they_time(world: World, suite: Any) -> None:
     run = run_of(world)
     folder = world.root / "suite"

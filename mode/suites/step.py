@@ -1,4 +1,4 @@
-"""The suites `step` and `options`: what an optimizer step takes, by method and by what the loop can be asked."""
+"""The suites `step`, `options` and `scale`: what an optimizer step takes, by method, by the loop's options, by size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from mode import config
 from mode.backbone import load_model
-from mode.checkpoint import trainable
+from mode.checkpoint import save_checkpoint, trainable
 from mode.cost import layers_per_block, shape_of
 from mode.layers import Layers
 from mode.method import Adaptation, Material
@@ -62,7 +62,7 @@ def options(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
         run: Names backbone, rows and their length.
         method: Shape of blocks, experts and gates.
         device: Where the models train.
-        folder: Not used.
+        folder: For a checkpoint.
     """
     plain = {"precision": "fp32", "activation_checkpointing": "none", "compile": False}
     variants: dict[str, dict[str, Any]] = {
@@ -80,6 +80,48 @@ def options(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
             changed = config.replace(run, train=config.replace(run.train, **plain | changes))
             if name != FULL or variant != "activations of frozen layers formed again":  # nothing is frozen there
                 cases.append(Step(changed, methods[name], Anchor(), device).case(f"options, {name}", variant))
+    return cases, checkpoint_bytes(Step(run, methods[ONE], Anchor(), device), folder)
+
+
+def checkpoint_bytes(step: Step, folder: Path) -> dict[str, int]:
+    """Return the bytes of the weights that train with both moments of AdamW, and of a checkpoint of them."""
+    step()
+    place = folder / "checkpoint.safetensors"
+    save_checkpoint(place, step.model, step.optimizer, {"step": 1})
+    return {"weights that train, and their moments": 3 * step.bytes, "checkpoint": place.stat().st_size}
+
+
+def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return what to time to see how a step grows with experts, their layers, blocks and the length of rows.
+
+    Where time follows the closed form of the operations, the share of the machine's rate stays the same.
+
+    Args:
+        run: Names backbone, rows and their length; longer rows are fewer, so that a step has as many tokens.
+        method: Shape of blocks, experts and gates where it is not varied.
+        device: Where the models train.
+        folder: Not used.
+    """
+    count, size, length = len(shape_of(run.backbone).layers), run.train.batch_size, run.train.sequence_length
+    fresh = partial(config.replace, method, start="fresh", experts=(), num_experts=1)
+    divisors = [number for number in range(1, count + 1) if count % number == 0]
+    jobs: dict[str, dict[str, tuple[Adaptation, dict[str, int]]]] = {
+        "experts": {f"N = {number}": (fresh(num_experts=number), {}) for number in (1, 2, 4, 8, 16)},
+        "blocks": {f"B = {number}": (fresh(num_blocks=number, expert_layers=1), {}) for number in divisors},
+        "layers of an expert": {
+            f"l = {number}": (fresh(expert_layers=number), {}) for number in range(1, count // method.num_blocks + 1)
+        },
+        "tokens of a row": {
+            f"S = {length * part}": (fresh(), {"sequence_length": length * part, "batch_size": size // part})
+            for part in (1, 2, 4)
+            if size % part == 0
+        },
+    }
+    cases = []
+    for job, variants in jobs.items():
+        for name, (each, changes) in variants.items():
+            changed = config.replace(run, train=config.replace(run.train, **changes))
+            cases.append(Step(changed, each, Anchor(), device).case(job, name))
     return cases, {}
 
 
