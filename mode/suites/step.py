@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mode import config
-from mode.backbone import load_model
+from mode.backbone import load_model, stack
 from mode.checkpoint import save_checkpoint, trainable
 from mode.cost import layers_per_block, shape_of
 from mode.layers import Layers
+from mode.loss import hidden_states
 from mode.method import Adaptation, Material
 from mode.settings import SELF, Anchor
 from mode.suites.peers import peers
@@ -122,7 +124,29 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
         for name, (each, changes) in variants.items():
             changed = config.replace(run, train=config.replace(run.train, **changes))
             cases.append(Step(changed, each, Anchor(), device).case(job, name))
-    return cases, {}
+    step = Step(run, fresh(), Anchor(), device)
+    shared, states = first_block(run, method, step.rows)
+    cases += [step.case("what runs on the same rows can share", "MoDE, one expert")]
+    cases += [replace(cases[-1], variant="first block of the backbone, forward", action=shared, flops=0.0)]
+    return cases, {"weights of an expert": step.bytes, "states after the first block, a step": states}
+
+
+def first_block(run: Run, method: MoDE, rows: torch.Tensor) -> tuple[Callable[[], None], int]:
+    """Return an action that runs the backbone's first block alone, and the bytes of what comes out of it.
+
+    It is the one part of a step that no expert changes: all that train on the same rows could share it.
+    """
+    model = load_model(run.backbone).to(rows.device).eval()
+    trunk, name = stack(model)
+    layers = getattr(trunk, name)
+    setattr(trunk, name, layers[: len(layers) // method.num_blocks])
+    model.config.num_hidden_layers = len(getattr(trunk, name))
+
+    @torch.no_grad()
+    def action() -> None:
+        hidden_states(model, rows[:, :-1])
+
+    return action, 4 * rows[:, :-1].numel() * shape_of(run.backbone).hidden
 
 
 def chosen(run: Run, method: MoDE) -> dict[str, Adaptation]:
