@@ -106,9 +106,11 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
     """
     count, size, length = len(shape_of(run.backbone).layers), run.train.batch_size, run.train.sequence_length
     fresh = partial(config.replace, method, start="fresh", experts=(), num_experts=1)
+    chosen_two = config.replace(method.gate, top_k=2)
     divisors = [number for number in range(1, count + 1) if count % number == 0]
     jobs: dict[str, dict[str, tuple[Adaptation, dict[str, int]]]] = {
-        "experts": {f"N = {number}": (fresh(num_experts=number), {}) for number in (1, 2, 4, 8, 16)},
+        "experts": {f"N = {number}": (fresh(num_experts=number), {}) for number in (1, 2, 4, 8, 16)}
+        | {"N = 16, two branches of every token stay": (fresh(num_experts=16, gate=chosen_two), {})},
         "blocks": {f"B = {number}": (fresh(num_blocks=number, expert_layers=1), {}) for number in divisors},
         "layers of an expert": {
             f"l = {number}": (fresh(expert_layers=number), {}) for number in range(1, count // method.num_blocks + 1)
