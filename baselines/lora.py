@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from mode.backbone import stack
 from mode.checked import STRICT, ConfigError
-from mode.cost import Cost, Layer, Shape, adapted, add, beside, shape_of
+from mode.cost import Cost, Layer, Shape, adapted, add, beside, is_named, shape_of
 from mode.method import Adaptation, Material
 from mode.settings import Budget, Run
 
@@ -116,15 +116,6 @@ class LoRA(Adaptation):
             setattr(model.get_submodule(parent), last, module.get_base_layer())
         plain: PreTrainedModel = model
         return plain
-
-
-def is_named(path: str, name: str) -> bool:
-    """Say whether PEFT takes a module for one of that name: its whole path, or the end of it.
-
-    >>> is_named("self_attn.q_proj", "q_proj"), is_named("self_attn.q_proj", "proj")
-    (True, False)
-    """
-    return path == name or path.endswith(f".{name}")
 
 
 def attention(model: PreTrainedModel) -> tuple[str, ...]:

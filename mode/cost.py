@@ -33,6 +33,7 @@ OUTPUTS = ("o_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h")
 
 Matrices = Mapping[str, tuple[int, int]]
 """Inputs and outputs of matrices, by their path in a layer."""
+NOTHING: Mapping[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,18 @@ def layer_shape(layer: nn.Module, config: Any) -> Layer:
     )
 
 
-def adapted(layer: Layer, length: int, targets: Mapping[str, int], *, upstream: bool) -> Flops:
+def is_named(path: str, name: str) -> bool:
+    """Say whether a module goes by a name: its whole path, or the end of it.
+
+    >>> is_named("self_attn.q_proj", "q_proj"), is_named("self_attn.q_proj", "proj")
+    (True, False)
+    """
+    return path == name or path.endswith(f".{name}")
+
+
+def adapted(
+    layer: Layer, length: int, targets: Mapping[str, int], *, upstream: bool, routers: Mapping[str, int] = NOTHING
+) -> Flops:
     """Return what a frozen layer with low-rank adapters takes per token.
 
     A matrix passes gradients on to its inputs only where something before it trains: in the first layer what leads
@@ -272,8 +284,9 @@ def adapted(layer: Layer, length: int, targets: Mapping[str, int], *, upstream: 
     Args:
         layer: Shape of the layer.
         length: Tokens of a row.
-        targets: Rank of the adapter of every matrix that has one, by its path.
+        targets: Rank of the adapter of every matrix that has one, by its path; 0 where vectors alone train.
         upstream: Whether something before the layer trains.
+        routers: Weights of the router that every matrix has beside it, by its path, if it has one.
     """
     into, out, up, down = layer.stages
     within = upstream or any(path in targets for path in into)
@@ -285,6 +298,8 @@ def adapted(layer: Layer, length: int, targets: Mapping[str, int], *, upstream: 
             parts.append(Flops(2 * inputs * outputs, 2 * inputs * outputs if passes else 0))
             rank = targets.get(path, 0)
             parts.append(Flops(2 * rank * (inputs + outputs), 2 * rank * ((1 + passes) * inputs + 2 * outputs)))
+            routed = 2.0 * routers.get(path, 0)
+            parts.append(Flops(routed, (1 + passes) * routed))
     return add(parts)
 
 

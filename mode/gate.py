@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mode.settings import GateSettings
+from mode.settings import Choice, GateSettings
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -78,7 +78,7 @@ class Gate(nn.Linear):
         return mean[:, -new:]
 
 
-def choose(weights: Tensor, settings: GateSettings) -> Tensor | None:
+def choose(weights: Tensor, settings: Choice) -> Tensor | None:
     """Return which branches of every token stay, (B, S, N + 1), or None where all do.
 
     `top_k` keeps the k largest; `top_p` keeps the smallest number of branches, largest first, that hold a share p.

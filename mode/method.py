@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from mode.backbone import BackboneTokenizer, load_tokenizer, num_parameters, pretraining_data, weights_fingerprint
 from mode.checked import STRICT, ConfigError
+from mode.config import replace
 from mode.cost import Cost, full, shape_of, untouched
 from mode.domain import Split
 from mode.files import WEIGHTS
@@ -227,6 +228,26 @@ def anchoring_flops(run: Run) -> float:
 def allowance(run: Run) -> float:
     """Return what full fine-tuning takes in `train.steps` steps, in operations per token of a step."""
     return run.train.steps * full(shape_of(run.backbone), run.train.sequence_length).flops.total
+
+
+def stages_by_domain(run: Run, method: MethodSettings, domains: Sequence[str]) -> tuple[Run, ...]:
+    """Return the runs that train a method on one domain each, as the earlier stages of a run.
+
+    They share its steps, or its operations, with its own stage where its budget says so. They are the runs that anyone
+    has who asks for that method on that domain, so they are trained once for all methods that stand on them.
+    """
+    if not domains:
+        return ()
+    stages = len(domains) + 1
+    train = replace(run.train, lr=None, examples=None, replay=None)
+    alone = replace(run, targets=tuple(domains[:1]), method=method, budget=Budget(policy="paper"), train=train)
+    steps = run.train.steps
+    if run.budget.shares_steps:
+        steps //= stages
+    elif run.budget.policy == "compute" and steps:
+        steps = max(1, round(allowance(run) / stages / per_token(alone)))
+    train = replace(alone.train, steps=steps)
+    return tuple(replace(alone, targets=(domain,), train=train) for domain in domains)
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)

@@ -13,8 +13,8 @@ from pydantic.dataclasses import dataclass as settings
 from mode.checked import STRICT, ConfigError
 from mode.config import replace
 from mode.cost import Cost, Flops, add, beside, blocks, shape_of
-from mode.method import Adaptation, Material, Probe, Reference, allowance, per_token
-from mode.settings import Anchor, Budget, GateSettings, Run
+from mode.method import Adaptation, Material, Probe, Reference, stages_by_domain
+from mode.settings import Anchor, GateSettings, Run
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -100,22 +100,9 @@ class MoDE(Adaptation):
 
     def needs(self, run: Run) -> tuple[Run, ...]:
         """Return one stage-1 run per target when experts are to be composed that are not at hand."""
-        missing = self.missing(run)
-        if not missing:
-            return ()
-        stages = len(missing) + 1
         anchor = self.anchor if self.anchor_experts else Anchor()
         stage = replace(self, start="fresh", num_experts=1, train_experts=True, experts=(), anchor=anchor)
-        budget = Budget(policy="paper")
-        train = replace(run.train, lr=None, examples=None, replay=None)
-        alone = replace(run, targets=missing[:1], method=stage, budget=budget, train=train)
-        steps = run.train.steps
-        if run.budget.shares_steps:
-            steps //= stages
-        elif run.budget.policy == "compute" and steps:
-            steps = max(1, round(allowance(run) / stages / per_token(alone)))
-        train = replace(alone.train, steps=steps)
-        return tuple(replace(alone, targets=(domain,), train=train) for domain in missing)
+        return stages_by_domain(run, stage, self.missing(run))
 
     def cost(self, run: Run) -> Cost:
         """Return what this stage takes; in block 1 no gradient goes through what is frozen."""

@@ -147,28 +147,19 @@ class Anchor:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class GateSettings:
-    """How a MoDE gate turns its logits into weights of branches; the defaults are the paper's.
+class Choice:
+    """Which of several branches a token hears, and how their load is kept even.
 
     Attributes:
         top_k: Branches that a token keeps, the largest first.
         top_p: Share of weight that the branches a token keeps must hold: as few of them as can.
         renormalize: Whether the kept weights are scaled to sum to one.
-        reads: What a gate reads: its block's `input`, or the `output` of the block's backbone layers, which has context
-            in the first block too.
-        scope: What a gate sees of it: its `token`, or the mean of the `prefix` up to it.
-        norm: Whether a root-mean-square norm, without weights of its own, comes before the gate.
-        temperature: Divides the logits.
         balance: Weight of the load-balance loss.
     """
 
     top_k: Annotated[int, Field(gt=0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     renormalize: bool = True
-    reads: Literal["input", "output"] = "input"
-    scope: Literal["token", "prefix"] = "token"
-    norm: bool = False
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
     balance: Annotated[float, Field(ge=0.0)] = 0.0
 
     def __post_init__(self) -> None:
@@ -176,6 +167,37 @@ class GateSettings:
             raise ValueError("top_k and top_p are two ways to choose branches: give one of them")
         if not self.renormalize and self.top_k is None and self.top_p is None:
             raise ValueError("renormalize=false goes with top_k or top_p: all branches' weights sum to one anyway")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GateSettings(Choice):
+    """How a MoDE gate turns its logits into weights of branches; the defaults are the paper's.
+
+    Attributes:
+        reads: What a gate reads: its block's `input`, or the `output` of the block's backbone layers, which has context
+            in the first block too.
+        scope: What a gate sees of it: its `token`, or the mean of the `prefix` up to it.
+        norm: Whether a root-mean-square norm, without weights of its own, comes before the gate.
+        temperature: Divides the logits.
+    """
+
+    reads: Literal["input", "output"] = "input"
+    scope: Literal["token", "prefix"] = "token"
+    norm: bool = False
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RouterSettings(Choice):
+    """How the router of a mixture of experts turns its logits into weights; by default all experts run.
+
+    Attributes:
+        z: Weight of the z-loss, the mean square of the logits' log-sum-exp.
+        entropy: Weight of the mean entropy of the weights before any choice.
+    """
+
+    z: Annotated[float, Field(ge=0.0)] = 0.0
+    entropy: Annotated[float, Field(ge=0.0)] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -1,0 +1,80 @@
+"""MoLORA (Zadouri et al., 2023): low-rank experts on every linear layer, mixed per token by a dense router.
+
+y = W0 x + (alpha / r) sum_i s_i B_i A_i x, with s = softmax(W x) over N experts, in fp32, without a bias; A is normal
+and B = 0 at the start. Outputs are mixed, not factors. There is no load-balance loss where all experts run. Published
+for T5; here on a decoder.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass as settings
+
+from mode.checked import STRICT
+from mode.cost import Cost, adapted, add, is_named, shape_of
+from mode.method import Adaptation, Material
+from mode.settings import RouterSettings, Run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class MoLORA(Adaptation):
+    """Mixture of LoRA experts with a router at every layer.
+
+    Attributes:
+        num_experts: N.
+        rank: r of every expert.
+        alpha: Numerator of the scale alpha / r.
+        target_modules: Linear layers with experts, by the ends of their paths; or `all`.
+        router: How the router chooses; dense by default, as published.
+    """
+
+    num_experts: Annotated[int, Field(gt=0)]
+    rank: Annotated[int, Field(gt=0)]
+    alpha: Annotated[float, Field(gt=0.0)]
+    target_modules: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)]
+    router: RouterSettings = RouterSettings()
+
+    def build(self, run: Run, material: Material) -> nn.Module:
+        """Return the backbone with experts beside its layers; they and their routers alone train.
+
+        Raises:
+            ConfigError: No layer has one of the target names.
+        """
+        import torch
+
+        from mode.bank import LowRankBank, replace_linears, sizes
+        from mode.router import Router
+
+        model: nn.Module = material.backbone()
+        model.requires_grad_(False)
+        torch.manual_seed(run.seed)
+
+        def make(base: nn.Module) -> nn.Module:
+            router = Router(sizes(base)[0], self.num_experts, self.router)
+            return LowRankBank(base, self.num_experts, self.rank, self.alpha / self.rank, router)
+
+        replace_linears(model, self.target_modules, make)
+        return model
+
+    def cost(self, run: Run) -> Cost:
+        """Return what experts and routers take beside a frozen backbone."""
+        shape, length = shape_of(run.backbone), run.train.sequence_length
+        parts, added = [shape.head(trains=False)], 0
+        for number, layer in enumerate(shape.layers):
+            chosen = {
+                path: size
+                for path, size in layer.matrices.items()
+                if self.target_modules == "all" or any(is_named(path, name) for name in self.target_modules)
+            }
+            ranks = dict.fromkeys(chosen, self.num_experts * self.rank)
+            routers = {path: inputs * self.num_experts for path, (inputs, _) in chosen.items()}
+            parts.append(adapted(layer, length, ranks, upstream=number > 0, routers=routers))
+            added += sum(routers.values())
+            added += sum(self.num_experts * self.rank * (inputs + outputs) for inputs, outputs in chosen.values())
+        total = shape.parameters + added
+        return Cost(flops=add(parts), total=total, trainable=added, added=added, active=total)

@@ -1,0 +1,79 @@
+"""MoV (Zadouri et al., 2023): (IA)3 vectors as experts on keys, values and the feed-forward part, mixed per token.
+
+h becomes h * sum_i s_i l_i for a key, a value, or what enters the last matrix of the feed-forward part; l = 1 at the
+start, s = softmax(W h) over N experts, in fp32, without a bias. Published for T5; here on a decoder.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass as settings
+
+from mode.checked import STRICT
+from mode.cost import Cost, adapted, add, is_named, shape_of
+from mode.method import Adaptation, Material
+from mode.settings import RouterSettings, Run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class MoV(Adaptation):
+    """Mixture of vectors.
+
+    Attributes:
+        num_experts: N.
+        outputs: Linear layers whose output is scaled, by the ends of their paths: keys and values.
+        inputs: Linear layers whose input is scaled: the last of the feed-forward part.
+        router: How the router chooses; dense by default, as published.
+    """
+
+    num_experts: Annotated[int, Field(gt=0)]
+    outputs: tuple[str, ...]
+    inputs: tuple[str, ...]
+    router: RouterSettings = RouterSettings()
+
+    def __post_init__(self) -> None:
+        if not self.outputs and not self.inputs:
+            raise ValueError("outputs and inputs are both empty: nothing would train")
+
+    def build(self, run: Run, material: Material) -> nn.Module:
+        """Return the backbone with vectors at its layers; they and their routers alone train.
+
+        Raises:
+            ConfigError: No layer has one of the names.
+        """
+        import torch
+
+        from mode.bank import VectorBank, replace_linears, sizes
+        from mode.router import Router
+
+        model: nn.Module = material.backbone()
+        model.requires_grad_(False)
+        torch.manual_seed(run.seed)
+        for names, before in ((self.outputs, False), (self.inputs, True)):
+
+            def make(base: nn.Module, before: bool = before) -> nn.Module:
+                router = Router(sizes(base)[not before], self.num_experts, self.router)
+                return VectorBank(base, self.num_experts, router, before=before)
+
+            replace_linears(model, names, make)
+        return model
+
+    def cost(self, run: Run) -> Cost:
+        """Return what vectors and routers take beside a frozen backbone; each vector has a router's row of its size."""
+        shape, length = shape_of(run.backbone), run.train.sequence_length
+        parts, added = [shape.head(trains=False)], 0
+        for number, layer in enumerate(shape.layers):
+            widths = {}
+            for path, (inputs, outputs) in layer.matrices.items():
+                for names, width in ((self.outputs, outputs), (self.inputs, inputs)):
+                    if any(is_named(path, name) for name in names):
+                        widths[path] = 2 * width * self.num_experts  # the router's matrix, and that of the vectors
+            parts.append(adapted(layer, length, dict.fromkeys(widths, 0), upstream=number > 0, routers=widths))
+            added += sum(widths.values())
+        total = shape.parameters + added
+        return Cost(flops=add(parts), total=total, trainable=added, added=added, active=total)

@@ -1,0 +1,122 @@
+"""Banks of small experts on a frozen linear layer: low-rank changes of it, or vectors that scale what goes in or out.
+
+Shapes: N experts, r rank, d inputs and o outputs of the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mode.backbone import stack
+from mode.checked import ConfigError, nearest
+from mode.cost import is_named
+from mode.router import Router
+
+
+class LowRankBank(nn.Module):
+    """W x + s sum_j a_j B_j A_j x: the experts' outputs are mixed, not their factors.
+
+    Attributes:
+        base: The frozen layer.
+        down: A, (N, r, d).
+        up: B, (N, o, r); zero at the start, so that nothing is changed.
+        scale: s.
+        router: Weights a of x.
+    """
+
+    def __init__(self, base: nn.Module, num_experts: int, rank: int, scale: float, router: Router) -> None:
+        """Put experts beside a layer that change nothing yet."""
+        super().__init__()
+        inputs, outputs = sizes(base)
+        self.base = base
+        self.down = nn.Parameter(torch.randn(num_experts, rank, inputs) * 0.02)
+        self.up = nn.Parameter(torch.zeros(num_experts, outputs, rank))
+        self.scale = scale
+        self.router = router
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d) to (..., o)."""
+        count, rank, _ = self.down.shape
+        low = functional.linear(x, self.down.flatten(0, 1)).view(*x.shape[:-1], count, rank)
+        low = (self.scale * self.router(x)[..., None] * low).flatten(-2)
+        change = functional.linear(low, self.up.transpose(0, 1).flatten(1))
+        out: Tensor = self.base(x)
+        return out + change.to(out.dtype)
+
+
+class VectorBank(nn.Module):
+    """A layer whose input or output h becomes h * sum_j a_j l_j, with weights a of h itself.
+
+    Attributes:
+        base: The frozen layer.
+        scales: l, (N, d) or (N, o); ones at the start, so that nothing is changed.
+        router: Weights a of what is scaled.
+        before: Whether it is the layer's input that is scaled.
+    """
+
+    def __init__(self, base: nn.Module, num_experts: int, router: Router, *, before: bool) -> None:
+        """Put experts at a layer that change nothing yet."""
+        super().__init__()
+        self.base = base
+        self.scales = nn.Parameter(torch.ones(num_experts, sizes(base)[not before]))
+        self.router = router
+        self.before = before
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d) to (..., o)."""
+        if self.before:
+            out: Tensor = self.base(self.scaled(x))
+            return out
+        return self.scaled(self.base(x))
+
+    def scaled(self, h: Tensor) -> Tensor:
+        """Scale (..., d) token by token."""
+        return h * functional.linear(self.router(h), self.scales.float().T).to(h.dtype)
+
+
+def sizes(layer: Any) -> tuple[int, int]:
+    """Return the inputs and outputs of a linear layer; GPT-2's keep their weight the other way round."""
+    first, second = layer.weight.shape
+    return (first, second) if type(layer).__name__ == "Conv1D" else (second, first)
+
+
+def replace_linears(
+    model: Any, names: Sequence[str] | str, make: Callable[[nn.Module], nn.Module]
+) -> dict[str, nn.Module]:
+    """Put a module in the place of every linear layer of that name in a decoder's layers.
+
+    Args:
+        model: A causal LM, changed in place.
+        names: Ends of the layers' paths in a decoder layer, such as `q_proj`; `all` for every one.
+        make: From a layer to what takes its place.
+
+    Returns:
+        What was put in, by its path in the model.
+
+    Raises:
+        ConfigError: No layer has one of the names.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    trunk, name = stack(model)
+    layers = getattr(trunk, name)
+    paths = [path for path, each in layers[0].named_modules() if isinstance(each, nn.Linear | Conv1D)]
+    wanted = paths if names == "all" else [path for path in paths if any(is_named(path, end) for end in names)]
+    ends = sorted({path.rpartition(".")[2] for path in paths})
+    for end in () if names == "all" else names:
+        if not any(is_named(path, end) for path in paths):
+            raise ConfigError(f"{end}: not one of the backbone's linear layers {', '.join(ends)}{nearest(end, ends)}")
+    prefix = next(path for path, module in model.named_modules() if module is layers)
+    made: dict[str, nn.Module] = {}
+    for number, layer in enumerate(layers):
+        for path in wanted:
+            parent, _, last = path.rpartition(".")
+            module = make(layer.get_submodule(path))
+            setattr(layer.get_submodule(parent), last, module)
+            made[f"{prefix}.{number}.{path}"] = module
+    return made
