@@ -54,7 +54,7 @@ class MoLORA(Adaptation):
         model.requires_grad_(False)
         torch.manual_seed(run.seed)
 
-        def make(base: nn.Module) -> nn.Module:
+        def make(path: str, base: nn.Module) -> nn.Module:
             router = Router(sizes(base)[0], self.num_experts, self.router)
             return LowRankBank(base, self.num_experts, self.rank, self.alpha / self.rank, router)
 

@@ -56,7 +56,7 @@ class MoV(Adaptation):
         torch.manual_seed(run.seed)
         for names, before in ((self.outputs, False), (self.inputs, True)):
 
-            def make(base: nn.Module, before: bool = before) -> nn.Module:
+            def make(path: str, base: nn.Module, before: bool = before) -> nn.Module:
                 router = Router(sizes(base)[not before], self.num_experts, self.router)
                 return VectorBank(base, self.num_experts, router, before=before)
 

@@ -49,6 +49,74 @@ class LowRankBank(nn.Module):
         return out + change.to(out.dtype)
 
 
+class Ledger:
+    """Mean weights of the experts at every layer of one forward pass, for a loss that is over all of them.
+
+    Attributes:
+        balance: Weight of the loss - sum_i log q_i, with q_i expert i's mean weight over layers and tokens: N log N at
+            its least, where all are the same.
+        banks: The banks that write here, in the order of the forward pass.
+    """
+
+    def __init__(self, balance: float) -> None:
+        """Begin without banks."""
+        self.balance = balance
+        self.banks: list[OutputGatedBank] = []
+        self.means: list[Tensor] = []
+
+    def write(self, bank: OutputGatedBank, weights: Tensor) -> Tensor | None:
+        """Note a bank's weights, (..., N); return the loss at the last one."""
+        if bank is self.banks[0]:
+            self.means.clear()
+        self.means.append(weights.flatten(0, -2).mean(0))
+        if bank is not self.banks[-1] or not self.balance:
+            return None
+        loss: Tensor = -self.balance * torch.stack(self.means).mean(0).log().sum()
+        return loss
+
+
+class OutputGatedBank(nn.Module):
+    """W x + sum_i G_i E_i of trained low-rank experts E_i = s B_i A_i x, with G = softmax(e [E_1 ... E_N] / tau).
+
+    Attributes:
+        base: The frozen layer.
+        down: A, (N, r, d); frozen.
+        up: B, (N, o, r); frozen.
+        scale: s.
+        gate: e, (N, N o); zero at the start, so that all experts weigh the same.
+        temperature: tau.
+        ledger: Where the weights are noted.
+        auxiliary: The ledger's loss, in training, at the last layer.
+    """
+
+    def __init__(self, base: nn.Module, down: Tensor, up: Tensor, scale: float, ledger: Ledger) -> None:
+        """Put trained experts beside a layer."""
+        super().__init__()
+        count = len(down)
+        self.base, self.scale = base, scale
+        self.down = nn.Parameter(down.clone(), requires_grad=False)
+        self.up = nn.Parameter(up.clone(), requires_grad=False)
+        self.gate = nn.Linear(count * sizes(base)[1], count, bias=False)
+        nn.init.zeros_(self.gate.weight)
+        self.temperature = nn.Parameter(torch.ones(()))
+        self.auxiliary: Tensor | None = None
+        self.ledger = ledger
+        ledger.banks.append(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d) to (..., o)."""
+        count, rank, _ = self.down.shape
+        low = functional.linear(x, self.down.flatten(0, 1)).view(*x.shape[:-1], count, rank)
+        experts = self.scale * torch.einsum("...nr,nor->...no", low, self.up.to(low.dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            read = functional.rms_norm(experts.float(), experts.shape[-1:], eps=1e-6).flatten(-2)
+            weights = (self.gate(read) / self.temperature).softmax(-1)
+            self.auxiliary = self.ledger.write(self, weights) if self.training else None
+        out: Tensor = self.base(x)
+        mixed: Tensor = (weights[..., None] * experts).sum(-2)
+        return out + mixed.to(out.dtype)
+
+
 class VectorBank(nn.Module):
     """A layer whose input or output h becomes h * sum_j a_j l_j, with weights a of h itself.
 
@@ -86,14 +154,14 @@ def sizes(layer: Any) -> tuple[int, int]:
 
 
 def replace_linears(
-    model: Any, names: Sequence[str] | str, make: Callable[[nn.Module], nn.Module]
+    model: Any, names: Sequence[str] | str, make: Callable[[str, nn.Module], nn.Module]
 ) -> dict[str, nn.Module]:
     """Put a module in the place of every linear layer of that name in a decoder's layers.
 
     Args:
         model: A causal LM, changed in place.
         names: Ends of the layers' paths in a decoder layer, such as `q_proj`; `all` for every one.
-        make: From a layer to what takes its place.
+        make: From a layer's path in the model and the layer to what takes its place.
 
     Returns:
         What was put in, by its path in the model.
@@ -116,7 +184,7 @@ def replace_linears(
     for number, layer in enumerate(layers):
         for path in wanted:
             parent, _, last = path.rpartition(".")
-            module = make(layer.get_submodule(path))
-            setattr(layer.get_submodule(parent), last, module)
-            made[f"{prefix}.{number}.{path}"] = module
+            whole = f"{prefix}.{number}.{path}"
+            made[whole] = make(whole, layer.get_submodule(path))
+            setattr(layer.get_submodule(parent), last, made[whole])
     return made

@@ -274,7 +274,13 @@ def is_named(path: str, name: str) -> bool:
 
 
 def adapted(
-    layer: Layer, length: int, targets: Mapping[str, int], *, upstream: bool, routers: Mapping[str, int] = NOTHING
+    layer: Layer,
+    length: int,
+    targets: Mapping[str, int],
+    *,
+    upstream: bool,
+    routers: Mapping[str, int] = NOTHING,
+    trains: bool = True,
 ) -> Flops:
     """Return what a frozen layer with low-rank adapters takes per token.
 
@@ -287,6 +293,7 @@ def adapted(
         targets: Rank of the adapter of every matrix that has one, by its path; 0 where vectors alone train.
         upstream: Whether something before the layer trains.
         routers: Weights of the router that every matrix has beside it, by its path, if it has one.
+        trains: Whether the adapters train, or their routers alone.
     """
     into, out, up, down = layer.stages
     within = upstream or any(path in targets for path in into)
@@ -297,7 +304,8 @@ def adapted(
         for path, (inputs, outputs) in stage.items():
             parts.append(Flops(2 * inputs * outputs, 2 * inputs * outputs if passes else 0))
             rank = targets.get(path, 0)
-            parts.append(Flops(2 * rank * (inputs + outputs), 2 * rank * ((1 + passes) * inputs + 2 * outputs)))
+            back = (1 + passes) * inputs + 2 * outputs if trains else passes * (inputs + outputs)
+            parts.append(Flops(2 * rank * (inputs + outputs), 2 * rank * back))
             routed = 2.0 * routers.get(path, 0)
             parts.append(Flops(routed, (1 + passes) * routed))
     return add(parts)

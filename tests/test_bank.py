@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,12 +12,15 @@ from torch.nn import functional
 
 from mode import config
 from mode.backbone import load_model
-from mode.bank import LowRankBank, VectorBank, replace_linears
+from mode.bank import Ledger, LowRankBank, OutputGatedBank, VectorBank, replace_linears
 from mode.checked import ConfigError
 from mode.method import Material
+from mode.prepared import prepare_run
 from mode.router import Router
+from mode.runner import execute, restore
 from mode.settings import RouterSettings
 from tests.conftest import World
+from tests.test_cost import check
 
 IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64]])
 
@@ -150,7 +154,7 @@ def test_one_expert_of_molora_is_peft_s_lora(world: World) -> None:
 def test_an_unknown_layer_is_told_with_the_nearest(world: World) -> None:
     run = config.compose([*world.overrides, "method=sft"], world.conf)
     with pytest.raises(ConfigError, match=r"q_porj: not one of .* did you mean q_proj\?"):
-        replace_linears(load_model(run.backbone), ["q_porj"], lambda base: base)
+        replace_linears(load_model(run.backbone), ["q_porj"], lambda path, base: base)
 
 
 def test_a_bank_works_on_layers_that_keep_their_weight_the_other_way_round() -> None:
@@ -159,3 +163,55 @@ def test_a_bank_works_on_layers_that_keep_their_weight_the_other_way_round() -> 
     made = LowRankBank(Conv1D(6, 8), 2, 3, 1.0, Router(8, 2))
     assert made(states()).shape == (3, 5, 6)
     assert functional.mse_loss(made(states()), made.base(states())) == 0
+
+
+def test_the_balance_of_a_ledger_is_over_all_layers_and_least_where_all_experts_weigh_the_same() -> None:
+    torch.manual_seed(0)
+    ledger = Ledger(0.5)
+    banks = [OutputGatedBank(nn.Linear(8, 6), torch.randn(3, 2, 8), torch.randn(3, 6, 2), 1.0, ledger) for _ in "ab"]
+    for made in banks:
+        made(states())
+    assert banks[0].auxiliary is None
+    assert banks[1].auxiliary is not None
+    assert banks[1].auxiliary.item() == pytest.approx(0.5 * 3 * math.log(3), rel=1e-5)
+    for made in banks:
+        nn.init.normal_(made.gate.weight)
+        made(states())
+    first, second = ledger.means
+    expected = -0.5 * ((first + second) / 2).log().sum()
+    torch.testing.assert_close(banks[1].auxiliary, expected)
+    assert banks[1].auxiliary.item() > 0.5 * 3 * math.log(3)
+    banks[1].eval()(states())
+    assert banks[1].auxiliary is None
+
+
+def test_one_expert_of_mole_is_that_lora(world: World) -> None:
+    overrides = [*world.overrides, "targets=[py]"]
+    lora = config.compose([*overrides, "method=lora"], world.conf)
+    mole = config.compose([*overrides, "method=mole"], world.conf)
+    (stage,) = mole.method.needs(mole)  # type: ignore[attr-defined]
+    assert prepare_run(stage).id == prepare_run(lora).id
+    execute(lora, weights=True)
+    trained: Any = restore(prepare_run(lora))
+    material = Material(backbone=lambda: load_model(mole.backbone), needs=(prepare_run(stage).folder,))
+    mixed = mole.method.build(mole, material)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        bare = load_model(mole.backbone)(input_ids=IDS).logits
+        expected = trained.eval()(input_ids=IDS).logits
+        torch.testing.assert_close(mixed.eval()(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    assert (expected - bare).abs().max() > 1e-4
+
+
+def test_what_gates_over_loras_take_follows_the_closed_form(world: World) -> None:
+    run: Any = config.compose([*world.overrides, "method=mole"], world.conf)
+    stages = [prepare_run(stage) for stage in run.method.needs(run)]
+    for stage in stages:
+        execute(stage.run, weights=True)
+    folders = tuple(stage.folder for stage in stages)
+    model = run.method.build(run, Material(backbone=lambda: load_model(run.backbone), needs=folders))
+    check(run, model)
+
+
+def test_experts_of_mole_have_to_be_low_rank(world: World) -> None:
+    with pytest.raises(ConfigError, match="experts: not a low-rank method"):
+        config.compose([*world.overrides, "method=mole", "method.experts._target_=baselines.sft.SFT"], world.conf)

@@ -1,0 +1,114 @@
+"""MoLE, mixture of LoRA experts (Wu et al., 2024): one trained LoRA per domain, mixed by gates that alone train.
+
+At each adapted layer y = W0 x + sum_i G_i E_i, with E_i = (alpha / r) B_i A_i x and G = softmax(e [E_1 ... E_N] / tau):
+a gate reads what the experts say, each normalised, side by side; tau trains too. The balance loss is - sum_i log q_i,
+where q_i is expert i's mean weight over all layers and tokens.
+
+As published a gate reads the outputs of all tokens of a text at once, which looks ahead; here each token's alone, as it
+must be in a decoder. Where the published form has one gate per block, this has one per layer, its other form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass as settings
+
+from mode import config
+from mode.checked import STRICT, ConfigError
+from mode.cost import Cost, adapted, add, shape_of
+from mode.files import WEIGHTS
+from mode.method import Adaptation, Material, stages_by_domain
+from mode.settings import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class MoLE(Adaptation):
+    """Gates over trained LoRAs.
+
+    Attributes:
+        experts: The method of the experts, as its YAML has it: LoRA.
+        balance: Weight of the balance loss.
+    """
+
+    experts: dict[str, Any]
+    balance: Annotated[float, Field(ge=0.0)]
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.expert, "targets"):
+            raise ValueError("experts: not a low-rank method such as baselines.lora.LoRA")
+
+    @property
+    def expert(self) -> Any:
+        """The method of the experts."""
+        return config.build_method(self.experts)
+
+    def needs(self, run: Run) -> tuple[Run, ...]:
+        """Return one LoRA run per target."""
+        return stages_by_domain(run, self.expert, run.targets)
+
+    def build(self, run: Run, material: Material) -> nn.Module:
+        """Return the backbone with the trained experts at its layers; gates alone train.
+
+        Raises:
+            ConfigError: What an earlier stage left is not a LoRA's.
+        """
+        import torch
+
+        from mode.bank import Ledger, OutputGatedBank, replace_linears
+        from mode.checkpoint import load_tensors
+
+        model: nn.Module = material.backbone()
+        model.requires_grad_(False)
+        experts = [factors(load_tensors(folder / WEIGHTS)[0]) for folder in material.needs]
+        ledger = Ledger(self.balance)
+        scale = self.expert.alpha / self.expert.rank
+
+        def make(path: str, base: nn.Module) -> nn.Module:
+            down, up = (torch.stack([expert[path][part] for expert in experts]) for part in (0, 1))
+            return OutputGatedBank(base, down, up, scale, ledger)
+
+        replace_linears(model, sorted({in_layer(path) for path in experts[0]}), make)
+        return model
+
+    def cost(self, run: Run) -> Cost:
+        """Return what frozen experts and their gates take beside a frozen backbone."""
+        shape, length, expert, count = shape_of(run.backbone), run.train.sequence_length, self.expert, len(run.targets)
+        parts, gates = [shape.head(trains=False)], 0
+        for number, layer in enumerate(shape.layers):
+            paths = expert.targets(layer)
+            ranks = dict.fromkeys(paths, count * expert.rank)
+            read = {path: count * count * layer.matrices[path][1] for path in paths}
+            parts.append(adapted(layer, length, ranks, upstream=number > 0, routers=read, trains=False))
+            gates += sum(read.values()) + len(paths)
+        added = gates + count * expert.rank * expert.size(shape)
+        total = shape.parameters + added
+        return Cost(flops=add(parts), total=total, trainable=gates, added=added, active=total)
+
+
+def factors(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return both factors of every adapter of a LoRA that PEFT made, by the path of its layer in the model.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    ends = (".lora_A.default.weight", ".lora_B.default.weight")
+    paths = [name.removesuffix(ends[0]) for name in tensors if name.endswith(ends[0])]
+    if not paths:
+        raise ConfigError("method.experts: these runs left no LoRA")
+    return {path: (tensors[path + ends[0]], tensors[path + ends[1]]) for path in paths}
+
+
+def in_layer(path: str) -> str:
+    """Return a module's path within its decoder layer.
+
+    >>> in_layer("model.layers.11.self_attn.q_proj")
+    'self_attn.q_proj'
+    """
+    return re.split(r"\.\d+\.", path, maxsplit=1)[1]
