@@ -212,6 +212,7 @@ def test_what_gates_over_loras_take_follows_the_closed_form(world: World) -> Non
     check(run, model)
 
 
-def test_experts_of_mole_have_to_be_low_rank(world: World) -> None:
+def test_experts_of_mole_have_to_be_low_rank() -> None:
+    sft = {"_target_": "baselines.sft.SFT", "lr": 1.0}
     with pytest.raises(ConfigError, match="experts: not a low-rank method"):
-        config.compose([*world.overrides, "method=mole", "method.experts._target_=baselines.sft.SFT"], world.conf)
+        config.build_method({"_target_": "baselines.mole.MoLE", "lr": 1.0, "balance": 0.0, "experts": sft})
