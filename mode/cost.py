@@ -85,6 +85,7 @@ class Layer:
         stages: Its matrices in the order of the data: into attention, out of it, into the feed-forward part, out of it.
         width: Width of attention, heads times their size.
         parameters: All its parameters.
+        feed_forward: Parameters of its feed-forward part.
         parallel: Whether attention and the feed-forward part both read the layer's input.
         fused: Whether attention computes its scores again in the backward pass.
         normed: Whether a norm comes before attention.
@@ -93,6 +94,7 @@ class Layer:
     stages: tuple[Matrices, Matrices, Matrices, Matrices]
     width: int
     parameters: int
+    feed_forward: int
     parallel: bool
     fused: bool
     normed: bool
@@ -172,6 +174,36 @@ def full(shape: Shape, length: int) -> Cost:
     flops = add(layer.flops(length, trains=True) for layer in shape.layers) + shape.head(trains=True)
     size = shape.parameters
     return Cost(flops=flops, total=size, trainable=size, added=0, active=size)
+
+
+def mixture(shape: Shape, length: int, num_experts: int, top_k: int | None, *, experts_train: bool = True) -> Cost:
+    """Return what it costs to train a decoder whose feed-forward parts are N experts, of which a token has k.
+
+    Args:
+        shape: Of the dense model.
+        length: Tokens of a row, S.
+        num_experts: N.
+        top_k: k; None where all run.
+        experts_train: Whether the experts train, as all else does.
+    """
+    active = min(top_k or num_experts, num_experts)
+    parts, expert_sizes = [shape.head(trains=True)], 0
+    for layer in shape.layers:
+        feed_forward = size(layer.stages[2]) + size(layer.stages[3])
+        one, wide = 2.0 * (layer.weights - feed_forward), 2.0 * feed_forward * active
+        router = 2.0 * shape.hidden * num_experts
+        parts += [Flops(one, 2 * one), Flops(wide, (1 + experts_train) * wide), Flops(router, 2 * router)]
+        parts.append(layer.attention(length))
+        expert_sizes += layer.feed_forward
+    added = (num_experts - 1) * expert_sizes + len(shape.layers) * num_experts * shape.hidden
+    total = shape.parameters + added
+    return Cost(
+        flops=add(parts),
+        total=total,
+        trainable=total - (0 if experts_train else num_experts * expert_sizes),
+        added=added,
+        active=total - (num_experts - active) * expert_sizes,
+    )
 
 
 def untouched(shape: Shape, length: int) -> Cost:
@@ -258,6 +290,7 @@ def layer_shape(layer: nn.Module, config: Any) -> Layer:
         stages=(stages[0], stages[1], stages[2], stages[3]),
         width=config.num_attention_heads * width,
         parameters=sum(parameter.numel() for parameter in layer.parameters()),
+        feed_forward=sum(parameter.numel() for name, parameter in layer.named_parameters() if name.startswith("mlp.")),
         parallel=bool(getattr(config, "use_parallel_residual", False)),
         fused=config._attn_implementation != "eager" and not dropout,
         normed=any(hasattr(layer, name) for name in ("input_layernorm", "ln_1")),

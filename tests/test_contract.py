@@ -33,6 +33,10 @@ IDENTITY_AT_START = ("sft", "lora", "molora", "mov", "backbone")
 """Methods that start as the backbone; MoDE does not unless its experts copy whole blocks."""
 
 
+SPARSE = ("btx", "upcycling")
+"""Methods whose experts run on the tokens that chose them: how many those are changes the last bit of the others."""
+
+
 @pytest.fixture(scope="module")
 def world(shared_world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     """Return one world for all of these tests, so that a stage that several methods stand on is trained once."""
@@ -70,7 +74,11 @@ def test_starts_as_the_backbone(world: World, name: str) -> None:
 def test_nothing_looks_ahead(world: World, name: str) -> None:
     model, changed = built(world, name), IDS.clone()
     changed[:, 5:] = (changed[:, 5:] + 11) % 256
-    assert torch.equal(logits(model)[:, :5], logits(model, changed)[:, :5])
+    if name in SPARSE:
+        difference = logits(model.double())[:, :5] - logits(model, changed)[:, :5]
+        assert difference.abs().max() < 1e-12
+    else:
+        assert torch.equal(logits(model)[:, :5], logits(model, changed)[:, :5])
 
 
 @pytest.mark.parametrize("name", ALL)

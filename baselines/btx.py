@@ -1,0 +1,67 @@
+"""BTX, Branch-Train-MiX (Sukhbaatar et al., 2024): models trained a domain each become the experts of one mixture.
+
+In every decoder layer the feed-forward parts of the backbone and of its fully fine-tuned copies are the experts of
+FF(x) = sum_i g_i FF_i(x), g = softmax(TopK(W x)); all other weights are the mean of theirs; its router is random.
+Then everything trains on the mix, with the load-balance loss alpha N sum_i f_i P_i.
+
+The mix here is of the targets; the published one has the data of pretraining too (`train.replay` adds a domain).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic.dataclasses import dataclass as settings
+
+from mode import config
+from mode.checked import STRICT
+from mode.cost import Cost, mixture, shape_of
+from mode.files import WEIGHTS
+from mode.method import Adaptation, Material, stages_by_domain
+from mode.settings import RouterSettings, Run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class BTX(Adaptation):
+    """Branch, train, mix.
+
+    Attributes:
+        branch: The method that trains a model on a domain, as its YAML has it: full fine-tuning.
+        router: How tokens choose; without `top_k` all experts run, the published soft routing.
+        train_experts: Whether the experts train on the mix too, or the rest alone.
+    """
+
+    branch: dict[str, Any]
+    router: RouterSettings
+    train_experts: bool
+
+    def needs(self, run: Run) -> tuple[Run, ...]:
+        """Return one run of full fine-tuning per target."""
+        return stages_by_domain(run, config.build_method(self.branch), run.targets)
+
+    def build(self, run: Run, material: Material) -> nn.Module:
+        """Return the mixture of the backbone and its branches."""
+        import torch
+
+        from mode.checkpoint import load_tensors
+        from mode.feed_forward import insert_feed_forward_banks
+        from mode.merge import mean
+
+        model = material.backbone().requires_grad_(True)
+        own = {name: value.detach().clone() for name, value in model.named_parameters()}
+        states = [own, *(load_tensors(folder / WEIGHTS)[0] for folder in material.needs)]
+        model.load_state_dict(mean(states), strict=False)  # a tied head has one name
+        torch.manual_seed(run.seed)
+        for bank in insert_feed_forward_banks(model, states, self.router):
+            bank.experts.requires_grad_(self.train_experts)
+        mixed: nn.Module = model
+        return mixed
+
+    def cost(self, run: Run) -> Cost:
+        """Return what the mixture takes."""
+        shape, count = shape_of(run.backbone), len(run.targets) + 1
+        length = run.train.sequence_length
+        return mixture(shape, length, count, self.router.top_k, experts_train=self.train_experts)

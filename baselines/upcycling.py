@@ -1,0 +1,51 @@
+"""Sparse Upcycling (Komatsuzaki et al., 2023): every feed-forward layer becomes N copies of itself behind a router.
+
+All else is copied and everything trains as the dense model did. As published for decoders a token goes to two experts,
+whose weights keep what the softmax gave them: the model does not start as the backbone then, and does with
+`method.router.renormalize=true`. Copies are the same at first; they grow apart by the tokens that are sent to them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass as settings
+
+from mode.checked import STRICT
+from mode.cost import Cost, mixture, shape_of
+from mode.method import Adaptation, Material
+from mode.settings import RouterSettings, Run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class SparseUpcycling(Adaptation):
+    """A mixture of experts made of one dense model.
+
+    Attributes:
+        num_experts: N.
+        router: How tokens choose.
+    """
+
+    num_experts: Annotated[int, Field(gt=0)]
+    router: RouterSettings
+
+    def build(self, run: Run, material: Material) -> nn.Module:
+        """Return the upcycled backbone, all of which trains."""
+        import torch
+
+        from mode.feed_forward import insert_feed_forward_banks
+
+        model = material.backbone().requires_grad_(True)
+        torch.manual_seed(run.seed)
+        insert_feed_forward_banks(model, [None] * self.num_experts, self.router)
+        upcycled: nn.Module = model
+        return upcycled
+
+    def cost(self, run: Run) -> Cost:
+        """Return what the mixture takes."""
+        shape = shape_of(run.backbone)
+        return mixture(shape, run.train.sequence_length, self.num_experts, self.router.top_k)

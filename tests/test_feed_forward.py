@@ -1,0 +1,159 @@
+"""Feed-forward layers as experts: Sparse Upcycling and BTX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mode import config
+from mode.backbone import load_model
+from mode.checkpoint import load_tensors
+from mode.feed_forward import FeedForwardBank, insert_feed_forward_banks
+from mode.files import WEIGHTS
+from mode.loss import auxiliary_loss
+from mode.merge import mean
+from mode.method import Material
+from mode.prepared import prepare_run
+from mode.router import Router
+from mode.runner import execute
+from mode.settings import RouterSettings
+from tests.conftest import World
+from tests.families import FAMILIES, make_model
+from tests.test_cost import check
+
+IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64]])
+
+
+def run_of(world: World, *overrides: str) -> Any:
+    return config.compose([*world.overrides, *overrides], world.conf)
+
+
+def built(run: Any, needs: Any = ()) -> Any:
+    return run.method.build(run, Material(backbone=lambda: load_model(run.backbone), needs=tuple(needs)))
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+def bank(count: int = 3, **settings: Any) -> FeedForwardBank:
+    torch.manual_seed(0)
+    experts = [nn.Sequential(nn.Linear(8, 12), nn.SiLU(), nn.Linear(12, 8)) for _ in range(count)]
+    return FeedForwardBank(experts, Router(8, count, RouterSettings(**settings), std=1.0))
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"top_k": 1, "renormalize": False}, {"top_p": 0.6}])
+def test_an_expert_runs_on_its_tokens_and_the_sum_is_as_if_on_all(settings: dict[str, Any]) -> None:
+    made, x = bank(**settings), torch.randn(2, 5, 8)
+    weights = made.router(x)
+    expected = sum(weights[..., i, None] * expert(x) for i, expert in enumerate(made.experts))
+    torch.testing.assert_close(made(x), expected)
+
+
+def test_an_expert_that_no_token_chose_has_a_gradient_of_zero() -> None:
+    made = bank(top_k=1)
+    made.router.weight.data.zero_()
+    made.router.weight.data[0, 0] = 9.0
+    made(torch.ones(1, 4, 8)).sum().backward()
+    assert all((parameter.grad == 0).all() for parameter in made.experts[2].parameters())  # type: ignore[union-attr]
+    assert any((parameter.grad != 0).any() for parameter in made.experts[0].parameters())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("router", [{"top_k": 2}, {}, {"top_p": 0.5}])
+def test_equal_experts_are_the_dense_layer_for_any_router(world: World, router: dict[str, Any]) -> None:
+    run = run_of(world, "method=sft")
+    model = load_model(run.backbone)
+    insert_feed_forward_banks(model, [None] * 4, RouterSettings(**router))
+    for module in model.modules():
+        if isinstance(module, Router):
+            nn.init.normal_(module.weight)
+    assert (logits(model) - logits(load_model(run.backbone))).abs().max() < 1e-5
+
+
+def test_unnormalised_weights_scale_the_layer_by_what_the_chosen_experts_hold(world: World) -> None:
+    run = run_of(world, "method=upcycling")
+    model, x = built(run), torch.randn(1, 4, 16)
+    made = model.model.layers[0].mlp
+    dense = load_model(run.backbone).model.layers[0].mlp
+    mass = made.router(x).sum(-1, keepdim=True)
+    assert (mass < 1).all()
+    torch.testing.assert_close(made(x), mass * dense(x))
+
+
+def test_copies_grow_apart_by_the_tokens_that_chose_them(world: World) -> None:
+    model = built(run_of(world, "method=upcycling")).train()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    first, second = (expert.down_proj.weight.grad for expert in model.model.layers[0].mlp.experts[:2])
+    assert (first - second).abs().max() > 0
+
+
+def test_the_balance_loss_is_its_weight_in_every_layer_where_the_load_is_even(world: World) -> None:
+    model = built(
+        run_of(world, "method=upcycling", "method.router.top_k=null", "method.router.renormalize=true")
+    ).train()
+    for module in model.modules():
+        if isinstance(module, Router):
+            nn.init.zeros_(module.weight)
+    model(input_ids=IDS)
+    found = auxiliary_loss(model)
+    assert found is not None
+    assert found.item() == pytest.approx(0.01 * len(model.model.layers), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_feed_forward_part(family: str) -> None:
+    model, twin = make_model(family), make_model(family)
+    twin.load_state_dict(model.state_dict())
+    insert_feed_forward_banks(model, [None, None], RouterSettings(top_k=1))
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        difference = model.eval()(input_ids=ids).logits - twin.eval()(input_ids=ids).logits
+    assert difference.abs().max() < 1e-5
+
+
+@pytest.fixture(scope="module")
+def mixed(shared_world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, list[Any]]:
+    """Return BTX's run, its model before it trains, and the weights of backbone and branches."""
+    world = shared_world.at(tmp_path_factory.mktemp("btx"))
+    run = run_of(world, "method=btx")
+    stages = [prepare_run(stage) for stage in run.method.needs(run)]
+    for stage in stages:
+        execute(stage.run, weights=True)
+    folders = [stage.folder for stage in stages]
+    own = dict(load_model(run.backbone).named_parameters())
+    return run, built(run, folders), [own, *(load_tensors(folder / WEIGHTS)[0] for folder in folders)]
+
+
+def test_btx_has_the_branches_feed_forward_parts_and_the_mean_of_all_else(mixed: Any) -> None:
+    _, model, states = mixed
+    found = dict(model.named_parameters())
+    for index, state in enumerate(states):
+        for name, value in state.items():
+            if ".mlp." in name:
+                assert torch.equal(found[name.replace(".mlp.", f".mlp.experts.{index}.")], value)
+    for name, value in mean(states).items():
+        if ".mlp." not in name:
+            torch.testing.assert_close(found[name], sum(state[name] for state in states) / 3)
+            assert torch.equal(found[name], value)
+
+
+def test_btx_stands_on_the_fine_tuning_that_anyone_runs(mixed: Any, shared_world: World) -> None:
+    run, _, _ = mixed
+    alone = run_of(shared_world, "method=sft", "targets=[py]")
+    assert prepare_run(run.method.needs(run)[0]).id == prepare_run(alone).id
+
+
+def test_what_btx_takes_follows_the_closed_form(mixed: Any) -> None:
+    run, model, _ = mixed
+    check(run, model)
+    frozen = config.replace(run, method=config.replace(run.method, train_experts=False))
+    for module in model.modules():
+        if isinstance(module, FeedForwardBank):
+            module.experts.requires_grad_(False)
+    check(frozen, model)
