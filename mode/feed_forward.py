@@ -6,11 +6,13 @@ Shapes: N experts, d hidden size.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mode.backbone import stack
 from mode.checked import ConfigError
@@ -92,3 +94,62 @@ def insert_feed_forward_banks(
         setattr(layer, PART, bank)
         made.append(bank)
     return made
+
+
+GATED = ("gate_proj", "up_proj", "down_proj")
+"""The matrices of a gated feed-forward part."""
+
+
+class LowRankFeedForward(nn.Module):
+    """sum_i g_i E_i(x), each E_i the same frozen gated feed-forward part with its own low-rank change of all matrices.
+
+    E_i(x) = (W_d + D_i)(act((W_g + G_i) x) * (W_u + U_i) x), where D, G and U are s B A. What the frozen matrices make
+    of x is shared by all experts, and so is W_d, which is linear in the sum.
+
+    Attributes:
+        base: The frozen part.
+        router: Weights g.
+        scale: s.
+        down, up: A, (N, r, inputs), and B, (N, outputs, r), of every matrix, by its name; B is zero at the start.
+    """
+
+    def __init__(self, base: Any, num_experts: int, rank: int, scale: float, router: Router) -> None:
+        """Put experts beside a part that change nothing yet.
+
+        Raises:
+            ConfigError: The part is not gated, or its matrices go by other names.
+        """
+        super().__init__()
+        if missing := [name for name in (*GATED, "act_fn") if not hasattr(base, name)]:
+            raise ConfigError(f"{type(base).__name__}: no {missing[0]} in it: not a gated feed-forward part")
+        self.base, self.router, self.scale = base, router, scale
+        shapes = {name: getattr(base, name).weight.shape for name in GATED}
+        self.down = nn.ParameterDict(
+            {name: nn.Parameter(torch.empty(num_experts, rank, inputs)) for name, (_, inputs) in shapes.items()}
+        )
+        self.up = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(num_experts, outputs, rank)) for name, (outputs, _) in shapes.items()}
+        )
+        for factor in self.down.values():
+            nn.init.kaiming_uniform_(factor.flatten(0, 1), a=math.sqrt(5))  # as in LoRA
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, S, d) to (B, S, d)."""
+        weights, flat = self.router(x).flatten(0, -2), x.flatten(0, -2)
+        gate, up = self.base.gate_proj(flat), self.base.up_proj(flat)
+        mixed, change = torch.zeros_like(up), torch.zeros_like(flat)
+        for index in range(len(self.router.weight)):
+            tokens = (weights[:, index] > 0).nonzero().squeeze(-1)
+            own = flat[tokens]
+            inner = self.base.act_fn(gate[tokens] + self.low_rank("gate_proj", index, own))
+            inner = inner * (up[tokens] + self.low_rank("up_proj", index, own))
+            inner = weights[tokens, index, None].to(inner.dtype) * inner
+            mixed = mixed.index_add(0, tokens, inner.to(mixed.dtype))
+            change = change.index_add(0, tokens, self.low_rank("down_proj", index, inner).to(change.dtype))
+        out: Tensor = self.base.down_proj(mixed) + change
+        return out.view(x.shape)
+
+    def low_rank(self, name: str, index: int, x: Tensor) -> Tensor:
+        """Return one expert's change of what a matrix makes of its input."""
+        low = functional.linear(x, self.down[name][index])
+        return self.scale * functional.linear(low, self.up[name][index])

@@ -29,11 +29,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 QUICK = ("mode", "sft", "lora", "backbone")
 ALL = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
 """Every variant; those of the quick round stand for the others."""
-IDENTITY_AT_START = ("sft", "lora", "molora", "mov", "backbone")
+IDENTITY_AT_START = ("sft", "lora", "mixlora", "molora", "mov", "backbone")
 """Methods that start as the backbone; MoDE does not unless its experts copy whole blocks."""
 
 
-SPARSE = ("btx", "upcycling")
+SPARSE = ("btx", "mixlora", "upcycling")
 """Methods whose experts run on the tokens that chose them: how many those are changes the last bit of the others."""
 
 
@@ -66,7 +66,7 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 @pytest.mark.parametrize("name", IDENTITY_AT_START)
 def test_starts_as_the_backbone(world: World, name: str) -> None:
     bare = load_model(run_of(world, name).backbone)
-    tolerance = 1e-5 if name == "mov" else 1e-6  # weights that sum to one multiply what the backbone has
+    tolerance = 1e-5 if name in ("mixlora", "mov") else 1e-6  # weights that sum to one multiply what the backbone has
     assert (logits(built(world, name)) - logits(bare)).abs().max() < tolerance
 
 

@@ -39,6 +39,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "molora": ("method=molora",),
     "molora q and v": ("method=molora", "method.target_modules=[q_proj,v_proj]"),
     "mov": ("method=mov",),
+    "mixlora": ("method=mixlora",),
     "upcycling": ("method=upcycling",),
     "upcycling, all experts": ("method=upcycling", "method.router.top_k=null", "method.router.renormalize=true"),
     "backbone": ("method=backbone",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from torch import nn
 
 from mode import config
 from mode.backbone import load_model
+from mode.checked import ConfigError
 from mode.checkpoint import load_tensors
-from mode.feed_forward import FeedForwardBank, insert_feed_forward_banks
+from mode.feed_forward import GATED, FeedForwardBank, LowRankFeedForward, insert_feed_forward_banks
 from mode.files import WEIGHTS
 from mode.loss import auxiliary_loss
 from mode.merge import mean
@@ -157,3 +159,24 @@ def test_what_btx_takes_follows_the_closed_form(mixed: Any) -> None:
         if isinstance(module, FeedForwardBank):
             module.experts.requires_grad_(False)
     check(frozen, model)
+
+
+def test_sharing_what_the_frozen_matrices_make_is_as_if_every_expert_were_whole(world: World) -> None:
+    run = run_of(world, "method=mixlora", "method.num_experts=3", "method.rank=2")
+    made = built(run).model.layers[1].mlp
+    for factor in made.up.values():
+        nn.init.normal_(factor)
+    x = torch.randn(2, 5, 16)
+    weights, expected = made.router(x), torch.zeros_like(x)
+    for index in range(3):
+        expert = copy.deepcopy(made.base)
+        for name in GATED:
+            change = made.scale * made.up[name][index] @ made.down[name][index]
+            getattr(expert, name).weight.data.add_(change)
+        expected = expected + weights[..., index, None] * expert(x)
+    torch.testing.assert_close(made(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_that_is_not_gated_is_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match="GPT2MLP: no gate_proj in it"):
+        LowRankFeedForward(make_model("gpt2").transformer.h[0].mlp, 2, 2, 1.0, Router(16, 2))

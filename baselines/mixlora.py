@@ -1,0 +1,85 @@
+"""MixLoRA (Li et al., 2024): a frozen feed-forward part with low-rank changes as experts, and LoRA on attention.
+
+Each expert is the whole gated feed-forward part, with its own low-rank change of all three matrices; a token goes to
+the two that a linear router prefers, weights renormalised. Attention has plain adapters. The balance loss is Switch's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass as settings
+
+from mode.backbone import stack
+from mode.checked import STRICT
+from mode.cost import Cost, adapted, add, shape_of
+from mode.method import Adaptation, Material
+from mode.settings import RouterSettings, Run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class MixLoRA(Adaptation):
+    """Low-rank experts of the feed-forward part.
+
+    Attributes:
+        num_experts: N.
+        rank: r of every expert, and of attention's adapters.
+        alpha: Numerator of the scale alpha / r.
+        router: How tokens choose.
+    """
+
+    num_experts: Annotated[int, Field(gt=0)]
+    rank: Annotated[int, Field(gt=0)]
+    alpha: Annotated[float, Field(gt=0.0)]
+    router: RouterSettings
+
+    def build(self, run: Run, material: Material) -> nn.Module:
+        """Return the backbone with experts and adapters, which alone train with their routers.
+
+        Raises:
+            ConfigError: The backbone's feed-forward part is not gated.
+        """
+        import torch
+        from peft import LoraConfig, inject_adapter_in_model
+
+        from mode.feed_forward import PART, LowRankFeedForward
+        from mode.router import Router
+
+        model: Any = material.backbone().requires_grad_(False)
+        torch.manual_seed(run.seed)
+        trunk, name = stack(model)
+        for layer in getattr(trunk, name):
+            router = Router(model.config.get_text_config().hidden_size, self.num_experts, self.router)
+            base, scale = getattr(layer, PART), self.alpha / self.rank
+            setattr(layer, PART, LowRankFeedForward(base, self.num_experts, self.rank, scale, router))
+        shape = shape_of(run.backbone)
+        names = [path for stage in shape.layers[0].stages[:2] for path in stage]
+        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=names)  # type: ignore[arg-type]
+        frozen = {key for key, value in model.named_parameters() if not value.requires_grad}
+        mixed: nn.Module = inject_adapter_in_model(config, model)
+        for key, value in mixed.named_parameters():
+            # PEFT freezes all but its own.
+            value.requires_grad_(key.replace(".base_layer.", ".") not in frozen)
+        return mixed
+
+    def cost(self, run: Run) -> Cost:
+        """Return what experts and adapters take beside a frozen backbone."""
+        shape, length = shape_of(run.backbone), run.train.sequence_length
+        active = min(self.router.top_k or self.num_experts, self.num_experts)
+        parts, added, idle = [shape.head(trains=False)], 0, 0
+        for number, layer in enumerate(shape.layers):
+            attention = [path for stage in layer.stages[:2] for path in stage]
+            experts = [path for stage in layer.stages[2:] for path in stage]
+            ranks = dict.fromkeys(attention, self.rank) | dict.fromkeys(experts, active * self.rank)
+            routed = {experts[0]: shape.hidden * self.num_experts}
+            parts.append(adapted(layer, length, ranks, upstream=number > 0, routers=routed))
+            one = self.rank * sum(sum(layer.matrices[path]) for path in experts)
+            added += self.rank * sum(sum(layer.matrices[path]) for path in attention)
+            added += self.num_experts * one + sum(routed.values())
+            idle += (self.num_experts - active) * one
+        total = shape.parameters + added
+        return Cost(flops=add(parts), total=total, trainable=added, added=added, active=total - idle)
