@@ -98,7 +98,7 @@ def other_loop(
     other: str, run: Run, method: Adaptation, precision: str, device: torch.device, folder: Path
 ) -> Callable[[], float]:
     """Return an action that trains a model by another trainer's loop for some steps, and returns their seconds."""
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
 
     model = load_model(run.backbone)
     lora = low_rank(run, method)
@@ -123,6 +123,7 @@ def other_loop(
     clock = Clock()
     with hushed():
         trainer = make_trainer(other, model, lora, rows, settings(run, precision, device, folder), clock)
+        trainer.remove_callback(PrinterCallback)
 
     def loop() -> float:
         clock.begin = 0.0
