@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from mode.settings import Run
 
-STEPS = 4
+STEPS = 2
 """Optimizer steps that a loop makes each time."""
 OTHERS = {"Trainer": "accelerate", "SFTTrainer": "trl"}
 """Trainers to compare with, and what has to be installed for each."""
