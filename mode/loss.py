@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK = 512
 """Tokens per chunk of the training loss. torch's own choice is several times slower on CPU for small vocabularies."""
+HALF_CHUNK = 256
+"""The same in bf16, where a chunk's logits are held in both precisions."""
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, **options: Any) -> Tensor:
@@ -86,13 +88,13 @@ class HalfLoss(torch.autograd.Function):
         for_states = torch.empty_like(states)
         for_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), device=states.device)
-        for start in range(0, count, CHUNK):
-            piece = states[start : start + CHUNK].bfloat16()
-            wanted = targets[start : start + CHUNK, None]
+        for start in range(0, count, HALF_CHUNK):
+            piece = states[start : start + HALF_CHUNK].bfloat16()
+            wanted = targets[start : start + HALF_CHUNK, None]
             scores = (piece @ narrow.T).float().log_softmax(-1)
             total -= scores.gather(1, wanted).sum()
             slope = scores.exp_().scatter_add_(1, wanted, scores.new_full(wanted.shape, -1.0)).div_(count).bfloat16()
-            for_states[start : start + CHUNK] = slope @ narrow
+            for_states[start : start + HALF_CHUNK] = slope @ narrow
             if for_weight is not None:
                 for_weight += slope.T @ piece
         ctx.save_for_backward(for_states, for_weight)
