@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -20,3 +23,25 @@ def write_atomic(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def make_folder(folder: Path, made: str, make: Callable[[Path], None]) -> None:
+    """Make a folder that appears whole or not at all, unless it is there already.
+
+    Args:
+        folder: Its path.
+        made: A file in it, by which a whole one is known.
+        make: Writes it under another name.
+    """
+    if (folder / made).exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as work:
+        whole = Path(work) / "made"
+        make(whole)
+        try:
+            os.replace(whole, folder)
+        except OSError:  # another process was first, or an earlier one left half
+            if not (folder / made).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(whole, folder)

