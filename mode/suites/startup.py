@@ -33,7 +33,7 @@ def startup(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
         device: Not used.
         folder: For runs and records.
     """
-    here = [f"paths.runs={folder / 'runs'}", f"paths.results={folder / 'results'}", f"paths.cache={run.paths.cache}"]
+    here = [f"paths.runs={folder / 'runs'}", f"paths.results={folder / 'results'}", f"paths.cache={Path(run.paths.cache).expanduser()}"]
     short = ["train.steps=2", "train.sequence_length=32", "train.batch_size=2", "evaluate.split=validation"]
     table = ["reproduce", "table1", "seeds=[0]", *short, *here]
     command(table)()  # prepares data too, which later calls find
