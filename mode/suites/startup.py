@@ -33,7 +33,8 @@ def startup(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
         device: Not used.
         folder: For runs and records.
     """
-    here = [f"paths.runs={folder / 'runs'}", f"paths.results={folder / 'results'}", f"paths.cache={Path(run.paths.cache).expanduser()}"]
+    cache = Path(run.paths.cache).expanduser()
+    here = [f"paths.runs={folder / 'runs'}", f"paths.results={folder / 'results'}", f"paths.cache={cache}"]
     short = ["train.steps=2", "train.sequence_length=32", "train.batch_size=2", "evaluate.split=validation"]
     table = ["reproduce", "table1", "seeds=[0]", *short, *here]
     command(table)()  # prepares data too, which later calls find
