@@ -319,7 +319,9 @@ def finish(table: str, overrides: Sequence[str], conf: Path | None, outcome: Out
         print(f"  {run_id}: {error}", file=sys.stderr)
     if outcome.failed and not outcome.executed and not outcome.skipped:
         raise ConfigError("no run succeeded")
-    text, path = render_report(table, results_folder(overrides, conf), overrides, conf)
+    text, path = render_report(
+        table, results_folder(overrides, conf), overrides, conf, write=True if outcome.executed else None
+    )
     print(text)
     print(f"written to {path} with .tex, .csv and .png beside it", file=sys.stderr)
     if outcome.failed:

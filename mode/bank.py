@@ -153,18 +153,13 @@ def sizes(layer: Any) -> tuple[int, int]:
     return (first, second) if type(layer).__name__ == "Conv1D" else (second, first)
 
 
-def replace_linears(
-    model: Any, names: Sequence[str] | str, make: Callable[[str, nn.Module], nn.Module]
-) -> dict[str, nn.Module]:
+def replace_linears(model: Any, names: Sequence[str] | str, make: Callable[[str, nn.Module], nn.Module]) -> None:
     """Put a module in the place of every linear layer of that name in a decoder's layers.
 
     Args:
         model: A causal LM, changed in place.
         names: Ends of the layers' paths in a decoder layer, such as `q_proj`; `all` for every one.
         make: From a layer's path in the model and the layer to what takes its place.
-
-    Returns:
-        What was put in, by its path in the model.
 
     Raises:
         ConfigError: No layer has one of the names.
@@ -180,11 +175,8 @@ def replace_linears(
         if not any(is_named(path, end) for path in paths):
             raise ConfigError(f"{end}: not one of the backbone's linear layers {', '.join(ends)}{nearest(end, ends)}")
     prefix = next(path for path, module in model.named_modules() if module is layers)
-    made: dict[str, nn.Module] = {}
     for number, layer in enumerate(layers):
         for path in wanted:
             parent, _, last = path.rpartition(".")
-            whole = f"{prefix}.{number}.{path}"
-            made[whole] = make(whole, layer.get_submodule(path))
-            setattr(layer.get_submodule(parent), last, made[whole])
-    return made
+            module = make(f"{prefix}.{number}.{path}", layer.get_submodule(path))
+            setattr(layer.get_submodule(parent), last, module)

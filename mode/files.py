@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -45,3 +45,10 @@ def make_folder(folder: Path, made: str, make: Callable[[Path], None]) -> None:
             if not (folder / made).exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(whole, folder)
+
+
+def is_drawn(figure: Path, rendered: Mapping[Path, str], records: Path) -> bool:
+    """Say whether a table is rendered already: its texts as they would be, its figure later than every record."""
+    same = all(path.exists() and path.read_text("utf-8") == text for path, text in rendered.items())
+    latest = max(path.stat().st_mtime_ns for path in records.iterdir())
+    return same and figure.exists() and figure.stat().st_mtime_ns > latest

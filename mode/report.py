@@ -14,6 +14,7 @@ import pandas as pd
 from mode.checked import ConfigError
 from mode.compiled import BACKBONE, Compiled, Line, compile_table
 from mode.data.contamination import PRETRAINING
+from mode.files import is_drawn
 from mode.finding import findings
 from mode.record import read_records
 from mode.table import load_table, stem
@@ -341,9 +342,11 @@ def csv(compiled: Compiled) -> str:
 
 
 def report(
-    name: str, results: Path, overrides: Sequence[str] = (), extra: Path | None = None, *, write: bool = True
+    name: str, results: Path, overrides: Sequence[str] = (), extra: Path | None = None, *, write: bool | None = True
 ) -> tuple[str, Path]:
-    """Render a table from the records of a results folder and, with `write`, put it there with its figure.
+    """Render a table from the records of a results folder and put it there with its figure.
+
+    `write=False` puts nothing there, and `write=None` only what is not there already.
 
     Returns:
         The Markdown, and the path of its file.
@@ -357,7 +360,7 @@ def report(
         raise ConfigError(f"no record of {name} in {results / 'records'}: make them with `mode reproduce {name}`")
     base = results / stem(name, overrides, table.overrides)
     rendered = {base.with_suffix(f".{suffix}"): text for suffix, text in render(compiled).items()}
-    if not write or is_drawn(base.with_suffix(".png"), rendered, results):
+    if write is False or (write is None and is_drawn(base.with_suffix(".png"), rendered, results / "records")):
         return markdown(compiled), base.with_suffix(".md")
     from mode.figure import draw, draw_curves, draw_gates
 
@@ -367,13 +370,6 @@ def report(
     if not table.choose:
         draw_gates(compiled, base.with_name(f"{base.name}-gates.png"))
     return markdown(compiled), base.with_suffix(".md")
-
-
-def is_drawn(figure: Path, rendered: Mapping[Path, str], results: Path) -> bool:
-    """Say whether a table is rendered already: its texts as they would be, its figure later than every record."""
-    same = all(path.exists() and path.read_text("utf-8") == text for path, text in rendered.items())
-    latest = max(path.stat().st_mtime_ns for path in (results / "records").iterdir())
-    return same and figure.exists() and figure.stat().st_mtime_ns > latest
 
 
 def check_tables(results: Path, names: Sequence[str], extra: Path | None = None) -> list[Path]:
