@@ -158,19 +158,26 @@ SHEET = Sheet("bench", "benchmark", Benchmark, SCHEMA, f"mode bench {next(iter(S
 
 def section(benchmark: Benchmark) -> str:
     """Render one benchmark."""
-    used = any("flops" in case or "peak" in case for case in benchmark.happened["cases"])
-    blank = len(USAGE) * used * " |"
+    heads, *rows = cells(benchmark)
     lines = [
         f"## {benchmark.title}",
         "",
         conditions(benchmark),
         "",
-        f"| {' | '.join(HEADS + USAGE * used)} |",
-        "|:----|:--------|-------:|------:|----------:|" + len(USAGE) * used * "------:|",
-        *(f"| {' | '.join(cells if used else cells[: len(HEADS)])} |" for cells in timings(benchmark)),
-        *(f"| {' | '.join(cells)} | |{blank}" for cells in sizes(benchmark)),
+        f"| {' | '.join(heads)} |",
+        "|:----|:--------|-------:|------:|----------:|" + (len(heads) - len(HEADS)) * "------:|",
+        *(f"| {' | '.join(row)} |" for row in rows),
     ]
     return "\n".join(lines) + "\n"
+
+
+def cells(benchmark: Benchmark) -> list[tuple[str, ...]]:
+    """Return a benchmark's table as texts, its heads first; without columns of usage where nothing was counted."""
+    found = benchmark.happened["cases"]
+    timed = [(*row(case, found), *usage(case, found)) for case in found]
+    weighed = [(*each, *[""] * (1 + len(USAGE))) for each in sizes(benchmark)]
+    counted = any("flops" in case or "peak" in case for case in found)
+    return [each if counted else each[: len(HEADS)] for each in (HEADS + USAGE, *timed, *weighed)]
 
 
 def conditions(benchmark: Benchmark) -> str:
@@ -183,12 +190,6 @@ def conditions(benchmark: Benchmark) -> str:
         f"{machine['device']} of {machine['processor']}, {asked['threads']} of {machine['cores']} threads; "
         f"torch {seen['versions']['torch']}; {benchmark.happened['rounds']} rounds, {seen['date'][:10]}."
     )
-
-
-def timings(benchmark: Benchmark) -> list[tuple[str, ...]]:
-    """Return a row of texts for everything timed."""
-    cases = benchmark.happened["cases"]
-    return [(*row(case, cases), *usage(case, cases)) for case in cases]
 
 
 def sizes(benchmark: Benchmark) -> list[tuple[str, ...]]:

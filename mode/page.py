@@ -288,8 +288,8 @@ def learning(compiled: Compiled, records: Mapping[str, Record]) -> Markup:
 
 def made_bench(benchmark: bench.Benchmark, way: str) -> Bench:
     """Make the section of one benchmark."""
-    rows = [*bench.timings(benchmark), *((*cells, "") for cells in bench.sizes(benchmark))]
-    table = pd.DataFrame(rows, columns=list(bench.HEADS))
+    heads, *rows = bench.cells(benchmark)
+    table = pd.DataFrame(rows, columns=list(heads))
     file = f"{way}/{bench.SHEET.name}/{benchmark.filename}"
     return Bench(
         f"bench-{benchmark.id}", benchmark.title, bench.conditions(benchmark), grid(benchmark.title, table), file

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from mode import config
-from mode.bench import SHEET, measure, section
+from mode.bench import SHEET, cells, measure, section
 from mode.checked import ConfigError
 from mode.model import MoDEForCausalLM, swap_expert, with_experts
 from mode.modular import expert_state
 from mode.modular_method import MoDE
+from mode.page import made_bench
 from mode.suites.edge import modular
 from mode.timing import Case, interleave, ratio
 from tests.conftest import World
@@ -106,6 +107,14 @@ def test_the_edge_suite_leaves_a_record_that_the_report_follows_from(world: Worl
     plain["happened"]["cases"][1]["seconds"] = [99.0, 99.0]
     path.write_text(json.dumps(plain), "utf-8")
     assert SHEET.stale(results) == [results / "bench.md"]
+
+
+def test_every_published_benchmark_is_a_whole_table_of_the_page() -> None:
+    """Some have columns of usage, some sizes, and some both; no browser is needed to see that rows fit heads."""
+    published = SHEET.read(Path(__file__).parent.parent / "results")
+    shapes = {(len(heads), len(row)) for heads, *rows in map(cells, published) for row in rows}
+    assert shapes == {(5, 5), (8, 8)}
+    assert len([made_bench(benchmark, "results") for benchmark in published]) == len(published) >= 7
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 2}', '{"schema": 1}'])
