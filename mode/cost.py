@@ -240,15 +240,21 @@ def blocks(shape: Shape, num_blocks: int, expert_layers: int) -> list[tuple[list
     return found
 
 
-def beside(shape: Shape, num_experts: int, num_blocks: int, expert_layers: int, head_rank: int = 0) -> tuple[int, int]:
-    """Return the parameters that a modular model has beside its backbone's: those of N experts, and those of its gates.
+def gate_size(hidden: int, num_experts: int, width: int) -> int:
+    """Return the weights of a gate, without its biases: of a linear map, or of two around a hidden layer of `width`."""
+    return width * (hidden + num_experts + 1) if width else hidden * (num_experts + 1)
+
+
+def beside(shape: Shape, count: int, num_blocks: int, depth: int, rank: int = 0, width: int = 0) -> tuple[int, int]:
+    """Return the parameters beside a modular model's backbone: those of N experts of l layers a block, and the gates'.
 
     Raises:
         ConfigError: B does not divide L.
     """
-    expert = sum(layer.parameters for _, layers in blocks(shape, num_blocks, expert_layers) for layer in layers)
-    expert += head_rank * (shape.hidden + shape.vocabulary)
-    return num_experts * expert, (num_blocks + bool(head_rank)) * (num_experts + 1) * (shape.hidden + 1)
+    expert = sum(layer.parameters for _, layers in blocks(shape, num_blocks, depth) for layer in layers)
+    expert += rank * (shape.hidden + shape.vocabulary)
+    gate = gate_size(shape.hidden, count, width) + width + count + 1
+    return count * expert, (num_blocks + bool(rank)) * gate
 
 
 @cache

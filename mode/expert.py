@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mode.checked import ConfigError
 from mode.checkpoint import digest, load_tensors, save_tensors
 from mode.files import write_atomic
-from mode.modular import expert_state
+from mode.modular import SHARED_GATE, expert_state
 from mode.settings import GateSettings
 
 SCHEMA = 1
@@ -90,6 +90,8 @@ def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
             raise ConfigError(f"{folder}: a model without experts")
         config = MoDEConfig.from_dict(settings)
         gate = config.gates
+        if gate.hidden:
+            raise ConfigError(f"{folder}: {SHARED_GATE}")
     except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise

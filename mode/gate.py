@@ -24,6 +24,7 @@ class Gate(nn.Linear):
 
     Attributes:
         settings: How logits become weights.
+        inner: Its hidden layer, if it has one; then the logits are Linear(gelu(inner(x))).
         slot: Slot of a gate that sees the whole prefix in the key-value cache.
         padding: Which tokens of the rows so far are text, (B, S), where a caller knows of padding.
         auxiliary: Load-balance loss of the last forward pass in training, if one is asked for.
@@ -33,12 +34,13 @@ class Gate(nn.Linear):
         self, hidden_size: int, num_experts: int, backbone_bias: float = 0.0, settings: GateSettings = PLAIN
     ) -> None:
         """Start with the same weights for every token: the softmax of `backbone_bias` and, for each expert, 0."""
-        super().__init__(hidden_size, num_experts + 1)
+        super().__init__(settings.hidden or hidden_size, num_experts + 1)
         with torch.no_grad():
             self.weight.zero_()
             self.bias.zero_()
             self.bias[0] = backbone_bias
         self.settings = settings
+        self.inner = nn.Linear(hidden_size, settings.hidden) if settings.hidden else None
         self.slot: int | None = None
         self.padding: Tensor | None = None
         self.auxiliary: Tensor | None = None
@@ -54,6 +56,8 @@ class Gate(nn.Linear):
                 x = functional.rms_norm(x, (x.shape[-1],), eps=1e-6)
             if self.settings.scope == "prefix":
                 x = self.prefix_mean(x, cache)
+            if self.inner is not None:
+                x = functional.gelu(functional.linear(x, self.inner.weight.float(), self.inner.bias.float()))
             logits = functional.linear(x, self.weight.float(), self.bias.float())
             if self.settings.temperature != 1.0:
                 logits = logits / self.settings.temperature

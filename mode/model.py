@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 from mode.backbone import load_model, weights_fingerprint
 from mode.checked import ConfigError, nearest
 from mode.cost import layers_per_block
-from mode.modular import blocks_of, compose_experts, insert_blocks, put_expert, slots, with_slots
+from mode.modular import blocks_of, check_apart, compose_experts, insert_blocks, put_expert, slots, with_slots
 from mode.modular_head import insert_head, remove_head
 from mode.settings import Backbone, GateSettings
 
@@ -360,6 +360,7 @@ def swap_expert(model: MoDEForCausalLM, leaves: str, comes: str, tensors: Mappin
 
 def check_shapes(model: MoDEForCausalLM, index: int, tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors that are not those of an expert of this model's blocks, before any is copied."""
+    check_apart(model)
     expected: dict[str, Any] = {}
     for number, block in enumerate(blocks_of(model)):
         layers = block.experts[index].state_dict()

@@ -36,6 +36,7 @@ from mode.settings import GateSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SHARED_GATE = "its gates have a hidden layer (gate.hidden), which all experts share: none can come or go"
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What the decoder gives to a layer besides its input."""
 
@@ -243,7 +244,12 @@ def without_experts(model: nn.Module) -> Iterator[None]:
 
 
 def expert_state(model: nn.Module, index: int) -> dict[str, Tensor]:
-    """Return one expert's layers and its gates' rows for the backbone and for it, named `i.experts...` by block."""
+    """Return one expert's layers and its gates' rows for the backbone and for it, named `i.experts...` by block.
+
+    Raises:
+        ConfigError: The gates have a hidden layer.
+    """
+    check_apart(model)
     state: dict[str, Tensor] = {}
     for number, block in enumerate(blocks_of(model)):
         layers = block.experts[index]
@@ -288,8 +294,9 @@ def put_expert(model: nn.Module, index: int, state: Mapping[str, Tensor], handov
         handover: `odds`: its rows of the gates keep its odds against the backbone; `fresh`: the gates stay as they are.
 
     Raises:
-        ConfigError: The expert's layers are not those of the model's blocks.
+        ConfigError: The expert's layers are not those of the model's blocks, or the gates have a hidden layer.
     """
+    check_apart(model)
     for number, block in enumerate(blocks_of(model)):
         prefix = f"{number}.layers."
         layers = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -301,6 +308,12 @@ def put_expert(model: nn.Module, index: int, state: Mapping[str, Tensor], handov
         if handover == "odds":
             for gate, rows in zip((block.gate.weight, block.gate.bias), gate_rows(state, number), strict=True):
                 gate[index + 1] = gate[0] + (rows[1] - rows[0])
+
+
+def check_apart(model: nn.Module) -> None:
+    """Refuse a model whose gates do not come apart into rows for each expert."""
+    if any(block.gate.inner is not None for block in blocks_of(model)):
+        raise ConfigError(SHARED_GATE)
 
 
 def gate_rows(state: Mapping[str, Tensor], number: int) -> tuple[Tensor, Tensor]:

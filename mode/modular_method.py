@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from mode.checked import STRICT, ConfigError
 from mode.config import replace
-from mode.cost import Cost, Flops, add, beside, blocks, shape_of
+from mode.cost import Cost, Flops, add, beside, blocks, gate_size, shape_of
 from mode.method import Adaptation, Material, Probe, Reference, stages_by_domain
 from mode.settings import Anchor, GateSettings, Run
 
@@ -77,6 +77,8 @@ class MoDE(Adaptation):
             raise ValueError("train_experts=false leaves fresh experts untrained; it goes with start=experts")
         if self.head_rank and self.gate.scope == "prefix":
             raise ValueError("head_rank goes with gate.scope=token: the head keeps no cache of the prefix")
+        if self.gate.hidden and self.start == "experts":
+            raise ValueError("gate.hidden goes with start=fresh: a hidden layer belongs to no one expert")
 
     @property
     def alike(self) -> bool:
@@ -108,19 +110,19 @@ class MoDE(Adaptation):
         """Return what this stage takes; in block 1 no gradient goes through what is frozen."""
         shape, count, length = shape_of(run.backbone), self.count(run), run.train.sequence_length
         changed = count * self.head_rank
+        gate = 2.0 * gate_size(shape.hidden, count, self.gate.hidden)
         parts, idle = [shape.head(trains=bool(changed) and self.train_experts, extra=changed)], 0
         if changed:
-            down, gate = 2.0 * shape.hidden * changed, 2.0 * shape.hidden * (count + 1)
+            down = 2.0 * shape.hidden * changed
             parts += [Flops(down, down * (1 + self.train_experts)), Flops(gate, 2.0 * gate)]
         for number, (block, expert) in enumerate(blocks(shape, self.num_blocks, self.expert_layers)):
             later = number > 0
             parts += [layer.flops(length, trains=False, upstream=later) for layer in block]
             parts += [layer.flops(length, trains=self.train_experts, upstream=later) for layer in expert * count]
-            gate = 2.0 * shape.hidden * (count + 1)
             parts.append(Flops(gate, gate * (1 + later)))
             sizes = [sum(layer.parameters for layer in stack) for stack in (block, *[expert] * count)]
             idle += sum(sorted(sizes)[: -self.gate.top_k]) if self.gate.top_k else 0
-        experts, gates = beside(shape, count, self.num_blocks, self.expert_layers, self.head_rank)
+        experts, gates = beside(shape, count, self.num_blocks, self.expert_layers, self.head_rank, self.gate.hidden)
         total = shape.parameters + experts + gates
         return Cost(
             flops=add(parts),
@@ -252,8 +254,8 @@ class MoDE(Adaptation):
         return tuple(f"mix-{number + 1}" for number in range(self.num_experts))
 
     def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
-        """Write a single-domain run's expert as an artefact of its own."""
-        if self.start == "fresh" and self.num_experts == 1 and len(run.targets) == 1:
+        """Write a single-domain run's expert as an artefact of its own, if its gates come apart into experts' own."""
+        if not self.gate.hidden and self.start == "fresh" and self.num_experts == 1 and len(run.targets) == 1:
             from mode.expert import made_for, save_expert
 
             save_expert(model, folder / "expert", {"domain": run.targets[0], **made_for(self, self.gate), **about})

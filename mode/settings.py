@@ -179,12 +179,14 @@ class GateSettings(Choice):
         scope: What a gate sees of it: its `token`, or the mean of the `prefix` up to it.
         norm: Whether a root-mean-square norm, without weights of its own, comes before the gate.
         temperature: Divides the logits.
+        hidden: Width of a hidden layer of the gate; 0, the paper's way, for none.
     """
 
     reads: Literal["input", "output"] = "input"
     scope: Literal["token", "prefix"] = "token"
     norm: bool = False
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    hidden: Annotated[int, Field(ge=0)] = 0
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -35,6 +35,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "lora down": ("method=lora", "method.target_modules=[down_proj]"),
     **{f"mode {count}": (*FRESH, f"method.num_experts={count}") for count in (1, 2, 4)},
     "mode 2 and the head": (*FRESH, "method.head_rank=4"),
+    "mode 2 and gates' hidden layer": (*FRESH, "method.gate.hidden=8", "method.head_rank=4"),
     "mode 2 blocks, 2 layers": (*FRESH, "method.num_blocks=2", "method.expert_layers=2"),
     "molora": ("method=molora",),
     "molora q and v": ("method=molora", "method.target_modules=[q_proj,v_proj]"),

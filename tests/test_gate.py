@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mode.checked import ConfigError
+from mode.expert import load_experts
 from mode.gate import Gate, choose, load_balance
 from mode.loss import auxiliary_loss, hidden_states
-from mode.model import MoDEForCausalLM, make_modular
-from mode.modular import blocks_of
+from mode.model import MoDEForCausalLM, make_modular, swap_expert
+from mode.modular import blocks_of, expert_state
 from mode.settings import GateSettings
 from tests.families import VOCABULARY, make_model
 
@@ -139,6 +142,33 @@ def test_every_gate_is_causal_and_caches(settings: dict[str, Any]) -> None:
             cache = out.past_key_values
             steps.append(out.logits)
     assert (torch.cat(steps, dim=1) - full).abs().max() < 1e-4
+
+
+def test_a_hidden_layer_is_one_more_linear_map_and_begins_with_the_bias_alone() -> None:
+    made = gate(hidden=5)
+    assert made.inner is not None
+    assert made.weight.shape == (4, 5)
+    inner = torch.nn.functional.gelu(STATES @ made.inner.weight.T + made.inner.bias)
+    torch.testing.assert_close(made(STATES), (inner @ made.weight.T + made.bias).softmax(-1))
+    fresh = Gate(16, 3, backbone_bias=1.0, settings=GateSettings(hidden=5))
+    expected = torch.tensor([1.0, 0, 0, 0]).softmax(-1).expand(2, 7, 4)
+    assert torch.equal(fresh(STATES), expected)
+    fresh(STATES)[..., 0].sum().backward()
+    assert fresh.weight.grad is not None
+    assert fresh.weight.grad.any()
+
+
+def test_experts_of_gates_with_a_hidden_layer_neither_come_nor_go(tmp_path: Path) -> None:
+    model, plain = modular(hidden=4), modular()
+    state = expert_state(plain, 0)
+    for act in (lambda: expert_state(model, 0), lambda: swap_expert(model, "a", "c", state)):
+        with pytest.raises(ConfigError, match=r"gate\.hidden"):
+            act()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"gate\.hidden"):
+        load_experts(tmp_path)
+    again = MoDEForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
 def test_prefix_gate_generates_with_padding_and_beams() -> None:
