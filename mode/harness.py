@@ -11,7 +11,7 @@ import io
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from mode.checked import ConfigError, nearest
 from mode.generate import context
+from mode.likelihood import Text, log_likelihoods
 from mode.task import Done, Scored, Task
 
 if TYPE_CHECKING:
@@ -29,6 +30,10 @@ INVALID = "[invalid]"
 """What the harness's filters put in the place of an answer that they cannot read."""
 DEFAULT_TOKENS = 256
 """Tokens of an answer where a task of the registry does not say, as in the harness."""
+
+
+ROW, ROWS = 256, 8
+"""Tokens of a row of packed texts, and rows that are read at a time."""
 
 
 def is_installed() -> bool:
@@ -127,8 +132,9 @@ def registered_tasks(name: str, own: Sequence[str]) -> list[Harnessed]:
 def make_reader(model: PreTrainedModel, folder: Path) -> Any:
     """Wrap a model for the harness.
 
-    It reads one text at a time, so that padding cannot change a result, without special tokens, as in training, and
-    tells its `done` after every question how many are done, of how many.
+    Log-likelihoods are this project's own, of texts packed without padding (`mode.likelihood`); answers are generated
+    one at a time, so that padding cannot change one. Nothing gets special tokens, as in training. Its `done` is told
+    how many questions are done, of how many.
 
     Args:
         model: A causal LM, on its device, not training.
@@ -139,26 +145,58 @@ def make_reader(model: PreTrainedModel, folder: Path) -> Any:
         from transformers import AutoTokenizer
 
         class Reader(HFLM):  # type: ignore[misc]
-            """The harness's own wrapper, request by request."""
+            """The harness's own wrapper, but for how texts are scored."""
 
             done: Done = staticmethod(lambda number, total: None)
+            questions = 0
 
-            def one_by_one(self, ask: Callable[..., list[Any]], requests: Sequence[Any]) -> list[Any]:
+            def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
                 answers, questions = [], len({request.doc_id for request in requests})
                 for number, request in enumerate(requests, 1):
-                    answers += ask([request], disable_tqdm=True)
+                    answers += super().generate_until([request], disable_tqdm=True)
                     if number * questions % len(requests) == 0:
                         self.done(number * questions // len(requests), questions)
                 return answers
 
-            def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-                return self.one_by_one(super().generate_until, requests)
-
             def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-                return self.one_by_one(super().loglikelihood, requests)
+                self.questions = len({request.doc_id for request in requests})
+                found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+                return found
+
+            def _loglikelihood_tokens(
+                self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
+            ) -> list[tuple[float, bool]]:
+                def told(number: int) -> None:
+                    self.done(number * self.questions // len(requests), self.questions)
+
+                texts = [last(given, scored, self.max_length + 1) for _, given, scored in requests]
+                found = log_likelihoods(self.model, texts, row=ROW, batch_size=ROWS, done=told)
+                return [(each.total, each.greedy) for each in found]
 
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        return Reader(pretrained=model, tokenizer=tokenizer, batch_size=1, add_bos_token=False, backend="causal")
+        return Reader(
+            pretrained=model,
+            tokenizer=tokenizer,
+            max_length=context(model),
+            batch_size=1,
+            add_bos_token=False,
+            backend="causal",
+        )
+
+
+def last(given: Sequence[int], scored: Sequence[int], longest: int) -> Text:
+    """Return a text of which the end is scored, cut at its beginning where it is longer than a model can read.
+
+    >>> last([1, 2, 3], [4, 5], 4)
+    Text(tokens=[2, 3, 4, 5], given=2)
+
+    Raises:
+        ConfigError: Not even the end alone can be read.
+    """
+    if len(scored) >= longest:
+        raise ConfigError(f"an answer of {len(scored)} tokens: this model reads {longest - 1}")
+    tokens = [*given, *scored][-longest:]
+    return Text(tokens, len(tokens) - len(scored))
 
 
 def score_harnessed(

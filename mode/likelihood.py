@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from mode.gate import Gate
 from mode.loss import CHUNK, head, hidden_states, softcap, token_scores
 
 
@@ -38,22 +39,32 @@ class Likelihood:
 
 
 @torch.no_grad()
-def log_likelihoods(model: nn.Module, texts: Sequence[Text], *, row: int, batch_size: int) -> list[Likelihood]:
+def log_likelihoods(
+    model: nn.Module,
+    texts: Sequence[Text],
+    *,
+    row: int,
+    batch_size: int,
+    done: Callable[[int], None] = lambda number: None,
+) -> list[Likelihood]:
     """Score texts, packed into rows without padding between them.
 
-    Positions begin anew with every text, from which `transformers` makes masks that are blind across texts. What looks
-    at a whole row by other ways than attention, as gates of the prefix's mean do, must not be scored so.
+    Positions begin anew with every text, from which `transformers` makes masks that are blind across texts. A model
+    that looks back by other ways than attention, as gates of the prefix's mean do, gets a row for every text.
 
     Args:
         model: A causal LM, not training.
         texts: The texts, each of two tokens or more.
         row: Tokens of a row, unless a text is longer.
         batch_size: Rows per forward pass.
+        done: Told after every forward pass how many texts are scored.
 
     Returns:
         One for each text, in their order.
     """
     device = next(model.parameters()).device
+    if any(isinstance(module, Gate) and module.settings.scope == "prefix" for module in model.modules()):
+        row = 1
     rows = packed([len(text.tokens) - 1 for text in texts], row)
     found: dict[int, Likelihood] = {}
     for start in range(0, len(rows), batch_size):
@@ -69,6 +80,7 @@ def log_likelihoods(model: nn.Module, texts: Sequence[Text], *, row: int, batch_
                 scored = slice(begin + texts[index].given - 1, end)
                 total = -float(nll[line, scored].double().sum())
                 found[index] = Likelihood(total, bool(hit[line, scored].all()))
+        done(len(found))
     return [found[index] for index in range(len(texts))]
 
 

@@ -438,6 +438,31 @@ def test_log_likelihoods_equal_those_of_our_evaluator(asked: World) -> None:
 
 
 @needs_harness
+def test_packed_log_likelihoods_equal_the_harness_own(asked: World) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from tests.test_bench import fresh
+
+    random = np.random.default_rng(1)
+    longest = load_model(pico(asked)).config.max_position_embeddings
+    sizes = [(9, 3), (4, 1), (30, 12), (1, 1), (longest, 5), (longest + 40, 7), (3, longest), (17, 9)]
+    requests = [(("", ""), *(random.integers(200, size=size).tolist() for size in pair)) for pair in sizes]
+    requests += [(("", ""), requests[0][1], [token]) for token in (5, 9)]  # one-token choices of the same question
+    seen: list[tuple[int, int]] = []
+    for model in (load_model(pico(asked)).eval(), fresh(asked, "one", "two")):
+        wrapped = reader(asked, model)
+        wrapped.questions, wrapped.done = 5, lambda *told: seen.append(told)
+        ours = wrapped._loglikelihood_tokens(requests)
+        theirs = HFLM._loglikelihood_tokens(wrapped, requests, disable_tqdm=True)
+        for (total, greedy), (expected, same) in zip(ours, theirs, strict=True):
+            assert total == pytest.approx(expected, rel=1e-5)
+            assert greedy == same
+        assert seen[-1] == (5, 5)
+        with pytest.raises(ConfigError, match=f"an answer of {longest + 1} tokens: this model reads {longest}"):
+            wrapped._loglikelihood_tokens([(("", ""), [1], [2] * (longest + 1))])
+
+
+@needs_harness
 def test_the_harness_makes_the_text_that_we_make(asked: World) -> None:
     from lm_eval.api.instance import Instance
 

@@ -11,6 +11,7 @@ import torch
 from mode.checked import ConfigError
 from mode.expert import load_experts
 from mode.gate import Gate, choose, load_balance
+from mode.likelihood import Text, log_likelihoods
 from mode.loss import auxiliary_loss, hidden_states
 from mode.model import MoDEForCausalLM, make_modular, swap_expert
 from mode.modular import blocks_of, expert_state
@@ -169,6 +170,16 @@ def test_experts_of_gates_with_a_hidden_layer_neither_come_nor_go(tmp_path: Path
         load_experts(tmp_path)
     again = MoDEForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_gates_of_the_prefix_see_one_text_alone() -> None:
+    """Packed with others, a text would be mixed by the mean of what came before it in its row."""
+    model = modular(scope="prefix")
+    texts = [Text(tokens) for tokens in (IDS[0].tolist(), IDS[1, :7].tolist())]
+    for text, found in zip(texts, log_likelihoods(model, texts, row=64, batch_size=2), strict=True):
+        ids = torch.tensor([text.tokens])
+        expected = model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None]).sum()
+        assert found.total == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_prefix_gate_generates_with_padding_and_beams() -> None:
