@@ -14,7 +14,7 @@ from torch import nn
 
 from mode.checked import ConfigError
 from mode.data.pack import PackedSplit
-from mode.loss import head, hidden_states, softcap, token_scores
+from mode.loss import score_tokens
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def evaluate(
         stop = min(num_scored, start + batch_size * sequence_length)
         stream = torch.from_numpy(np.asarray(split.tokens[start : stop + 1], np.int64)).to(device)
         inputs, targets = fold(stream[:-1], sequence_length), fold(stream[1:], sequence_length)
-        scores = token_scores(hidden_states(model, inputs), head(model), targets, chunk, softcap(model))
+        scores = score_tokens(model, inputs, targets, chunk)
         nll[start:stop] = scores.nll[: stop - start].double().cpu().numpy()
         hit[start:stop] = scores.hit[: stop - start].cpu().numpy()
         probe(stop - start)

@@ -70,10 +70,14 @@ def forecast(run: Run) -> Forecast | None:
 def count(run: Run, model: nn.Module) -> float:
     """Return the operations that training takes per token, counted by torch on one row of the model as it trains.
 
+    Where nothing trains it is none.
+
     What the backbone's own predictions take, where the model is held to them, is added by its formula.
 
     The state of random numbers is as it was afterwards.
     """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return 0.0
     device = next(model.parameters()).device
     row = torch.zeros(1, run.train.sequence_length, dtype=torch.long, device=device)
     was_training = model.training

@@ -28,6 +28,7 @@ class Gate(nn.Linear):
         slot: Slot of a gate that sees the whole prefix in the key-value cache.
         padding: Which tokens of the rows so far are text, (B, S), where a caller knows of padding.
         auxiliary: Load-balance loss of the last forward pass in training, if one is asked for.
+        looks_back: Whether it sees more of a row than what it weighs.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Gate(nn.Linear):
         self.slot: int | None = None
         self.padding: Tensor | None = None
         self.auxiliary: Tensor | None = None
+        self.looks_back = settings.scope == "prefix"
 
     def forward(self, states: Tensor, cache: Cache | None = None) -> Tensor:
         """Map a block's input, (B, S, d), to branch weights, (B, S, N + 1), in fp32.

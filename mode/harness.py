@@ -166,12 +166,7 @@ def make_reader(model: PreTrainedModel, folder: Path) -> Any:
             def _loglikelihood_tokens(
                 self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
             ) -> list[tuple[float, bool]]:
-                def told(number: int) -> None:
-                    self.done(number * self.questions // len(requests), self.questions)
-
-                texts = [last(given, scored, self.max_length + 1) for _, given, scored in requests]
-                found = log_likelihoods(self.model, texts, row=ROW, batch_size=ROWS, done=told)
-                return [(each.total, each.greedy) for each in found]
+                return score_texts(self, requests)
 
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return Reader(
@@ -182,6 +177,17 @@ def make_reader(model: PreTrainedModel, folder: Path) -> Any:
             add_bos_token=False,
             backend="causal",
         )
+
+
+def score_texts(reader: Any, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    """Return the log-likelihood of each request's end, and whether it is what the model would say greedily."""
+
+    def told(number: int) -> None:
+        reader.done(number * reader.questions // len(requests), reader.questions)
+
+    texts = [last(given, scored, reader.max_length + 1) for _, given, scored in requests]
+    found = log_likelihoods(reader.model, texts, row=ROW, batch_size=ROWS, done=told)
+    return [(each.total, each.greedy) for each in found]
 
 
 def last(given: Sequence[int], scored: Sequence[int], longest: int) -> Text:

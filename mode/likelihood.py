@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mode.gate import Gate
-from mode.loss import CHUNK, head, hidden_states, softcap, token_scores
+from mode.loss import score_tokens
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ def log_likelihoods(
     """Score texts, packed into rows without padding between them.
 
     Positions begin anew with every text, from which `transformers` makes masks that are blind across texts. A model
-    that looks back by other ways than attention, as gates of the prefix's mean do, gets a row for every text.
+    that looks back by other ways than attention, as gates of the prefix's mean do (`looks_back`), gets a row for
+    every text.
 
     Args:
         model: A causal LM, not training.
@@ -63,15 +63,14 @@ def log_likelihoods(
         One for each text, in their order.
     """
     device = next(model.parameters()).device
-    if any(isinstance(module, Gate) and module.settings.scope == "prefix" for module in model.modules()):
+    if any(getattr(module, "looks_back", False) for module in model.modules()):
         row = 1
     rows = packed([len(text.tokens) - 1 for text in texts], row)
     found: dict[int, Likelihood] = {}
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         inputs, targets, positions = (part.to(device) for part in laid_out(texts, batch))
-        states = hidden_states(model, inputs, position_ids=positions)
-        scores = token_scores(states, head(model), targets, CHUNK, softcap(model))
+        scores = score_tokens(model, inputs, targets, position_ids=positions)
         nll, hit = (part.view(inputs.shape).cpu() for part in (scores.nll, scores.hit))
         for line, members in enumerate(batch):
             end = 0

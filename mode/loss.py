@@ -25,7 +25,7 @@ def hidden_states(model: nn.Module, input_ids: Tensor, **options: Any) -> Tensor
     A head that is more than a matrix widens them by what its `wide` weight expects (`mode.modular_head`).
     """
     backbone: Any = model.base_model
-    states: Tensor = backbone(input_ids=input_ids, use_cache=False, **options).last_hidden_state
+    states: Tensor = backbone(input_ids=input_ids, **{"use_cache": False} | options).last_hidden_state
     widen = getattr(model.get_output_embeddings(), "widen", None)  # type: ignore[operator]
     return states if widen is None else widen(states)
 
@@ -188,3 +188,22 @@ def token_scores(
         nll[piece] = functional.cross_entropy(logits, labels[piece], reduction="none")
         hit[piece] = logits.argmax(-1) == labels[piece]
     return TokenScores(nll, hit)
+
+
+def score_tokens(
+    model: nn.Module, input_ids: Tensor, targets: Tensor, chunk: int = CHUNK, **options: Any
+) -> TokenScores:
+    """Score every token of a batch by a causal LM, or by what mixes several in a way of its own (`mode.ensemble`).
+
+    Args:
+        model: The model.
+        input_ids: Tokens, (B, S).
+        targets: Next tokens, (B, S).
+        chunk: Tokens whose logits exist at one time.
+        options: As the decoder's.
+    """
+    own = getattr(model, "token_scores", None)
+    if own is not None:
+        scores: TokenScores = own(input_ids, targets, chunk, **options)
+        return scores
+    return token_scores(hidden_states(model, input_ids, **options), head(model), targets, chunk, softcap(model))

@@ -230,15 +230,18 @@ def allowance(run: Run) -> float:
     return run.train.steps * full(shape_of(run.backbone), run.train.sequence_length).flops.total
 
 
-def stages_by_domain(run: Run, method: MethodSettings, domains: Sequence[str]) -> tuple[Run, ...]:
+def stages_by_domain(
+    run: Run, method: MethodSettings, domains: Sequence[str], *, trains: bool = True
+) -> tuple[Run, ...]:
     """Return the runs that train a method on one domain each, as the earlier stages of a run.
 
-    They share its steps, or its operations, with its own stage where its budget says so. They are the runs that anyone
-    has who asks for that method on that domain, so they are trained once for all methods that stand on them.
+    They share its steps, or its operations, with its own stage, if that trains too, where its budget says so. They are
+    the runs that anyone has who asks for that method on that domain, so they are trained once for all methods that
+    stand on them.
     """
     if not domains:
         return ()
-    stages = len(domains) + 1
+    stages = len(domains) + trains
     train = replace(run.train, lr=None, examples=None, replay=None)
     alone = replace(run, targets=tuple(domains[:1]), method=method, budget=Budget(policy="paper"), train=train)
     steps = run.train.steps

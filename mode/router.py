@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mode.gate import choose, load_balance
-from mode.settings import RouterSettings
+from mode.settings import Choice, RouterSettings
 
 DENSE = RouterSettings()
 STD = 0.02
@@ -58,3 +58,22 @@ class Router(nn.Linear):
         if self.settings.entropy:
             parts.append(self.settings.entropy * torch.special.entr(weights).sum(-1).mean())
         return torch.stack(parts).sum() if parts else None
+
+
+class Posterior(nn.Module):
+    """Which of several models a text is by: softmax(log p(text so far | model j)) over models, all as likely at first.
+
+    Attributes:
+        settings: Which models stay.
+    """
+
+    def __init__(self, settings: Choice) -> None:
+        """Nothing is learned."""
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, evidence: Tensor) -> Tensor:
+        """Map the log-likelihoods of prefixes, (..., N), to weights of models, (..., N)."""
+        weights = evidence.softmax(-1)
+        chosen = choose(weights, self.settings)
+        return weights if chosen is None else weights * chosen / (weights * chosen).sum(-1, keepdim=True)

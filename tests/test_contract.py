@@ -24,6 +24,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "mode-head": ("method=mode", "method.start=fresh", "method.head_rank=4"),
     "mode-2x-frozen": ("method=mode", "method.train_experts=false"),
     "mode-2x-data": ("method=mode", "budget=data", "train.steps=6"),
+    "btm-average": ("method=btm", "method.combine=average"),
     **{name: (f"method={name}",) for name in config.choices("method") if name != "pretrain"},
 }
 QUICK = ("mode", "sft", "lora", "backbone")
@@ -82,11 +83,23 @@ def test_nothing_looks_ahead(world: World, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_decoding_with_a_cache_is_the_same(world: World, name: str) -> None:
+    model = built(world, name).eval()
+    parts, cache = [], None
+    with torch.no_grad():
+        for piece in (IDS[:, :4], IDS[:, 4:5], IDS[:, 5:]):
+            out = model(input_ids=piece, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            parts.append(out.logits)
+    assert (torch.cat(parts, dim=1) - logits(model)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_exactly_what_is_declared_trains_and_the_rest_stays_bit_identical(world: World, name: str) -> None:
     model = built(world, name).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     names = set(trainable(model))
-    if name == "backbone":
+    if name.startswith(("backbone", "btm")):
         assert not names
         return
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2)

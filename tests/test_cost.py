@@ -12,7 +12,7 @@ import torch
 from mode import config
 from mode.backbone import load_model
 from mode.checked import ConfigError
-from mode.cost import counted, shape_of
+from mode.cost import Flops, counted, shape_of
 from mode.forecast import forecast
 from mode.method import Material, Method
 from mode.prepared import prepare_run
@@ -43,6 +43,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "mixlora": ("method=mixlora",),
     "upcycling": ("method=upcycling",),
     "upcycling, all experts": ("method=upcycling", "method.router.top_k=null", "method.router.renormalize=true"),
+    "btm average": ("method=btm", "method.combine=average"),
     "backbone": ("method=backbone",),
 }
 
@@ -75,6 +76,14 @@ def check(run: Run, model: Any) -> None:
 def test_closed_forms_agree_with_torchs_counter_and_the_models_parameters(world: World, name: str) -> None:
     run = run_of(world, *METHODS[name])
     check(run, built(run))
+
+
+def test_an_ensemble_takes_what_its_members_take(world: World) -> None:
+    alone, together = (
+        run_of(world, text).method.cost(run_of(world, text)) for text in ("method=backbone", "method=btm")
+    )
+    assert together.flops == Flops(3 * alone.flops.forward)  # the backbone and two branches
+    assert (together.total, together.added, together.trainable) == (3 * alone.total, 2 * alone.total, 0)
 
 
 def test_gates_alone_take_less_than_experts_beside_them(world: World) -> None:

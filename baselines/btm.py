@@ -1,0 +1,98 @@
+"""BTM, Branch-Train-Merge (Li et al., 2022): models trained a domain each, and no training after that.
+
+`combine=posterior`: p(x_t | x_<t) = sum_j w_j p_j(x_t | x_<t), where w_j is the probability that model j wrote x_<t,
+proportional to p_j(x_<t); `top_k` keeps the most probable models. `uniform`: the same with equal weights.
+`average`: one model whose weights are the mean of all.
+
+The published prior over domains is estimated on text of the domain that is scored. Here nothing tells which that is, so
+all are as likely at the beginning of a row, and its own tokens decide.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass as settings
+
+from mode import config
+from mode.checked import STRICT, ConfigError
+from mode.cost import Cost, add, shape_of, untouched
+from mode.files import WEIGHTS
+from mode.method import Material, Method, stages_by_domain
+from mode.settings import Choice, Run
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class BTM(Method):
+    """Branch, train, merge.
+
+    Attributes:
+        branch: The method that trains a model on a domain, as its YAML has it: full fine-tuning.
+        combine: How the models become one.
+        top_k: Models that stay, of `posterior`.
+        backbone: Whether the backbone is one of the models.
+    """
+
+    branch: dict[str, Any]
+    combine: Literal["posterior", "uniform", "average"]
+    top_k: Annotated[int, Field(gt=0)] | None
+    backbone: bool
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.combine != "posterior":
+            raise ValueError("top_k goes with combine=posterior")
+
+    def unused(self) -> tuple[str, ...]:
+        """Nothing trains here, so there is no learning rate."""
+        return ("lr",)
+
+    def needs(self, run: Run) -> tuple[Run, ...]:
+        """Return one run of full fine-tuning per target."""
+        return stages_by_domain(run, config.build_method(self.branch), run.targets, trains=False)
+
+    def steps(self, run: Run) -> int:
+        """Return 0: what trains are the stages before."""
+        return 0
+
+    def build(self, run: Run, material: Material) -> nn.Module:
+        """Return the models as one."""
+        from mode.checkpoint import load_tensors
+        from mode.ensemble import Ensemble
+        from mode.merge import mean
+        from mode.router import Posterior
+
+        states = [load_tensors(folder / WEIGHTS)[0] for folder in material.needs]
+        members = [material.backbone().requires_grad_(False) for _ in states]
+        for member, state in zip(members, states, strict=True):
+            member.load_state_dict(state, strict=False)  # a tied head has one name
+        if self.backbone:
+            members.insert(0, material.backbone().requires_grad_(False))
+        if self.combine == "average":
+            model = material.backbone().requires_grad_(False)
+            model.load_state_dict(mean([dict(member.named_parameters()) for member in members]), strict=False)
+            return model  # type: ignore[no-any-return]
+        posterior = Posterior(Choice(top_k=self.top_k)) if self.combine == "posterior" else None
+        mixture: nn.Module = Ensemble(members, posterior)
+        return mixture
+
+    def cost(self, run: Run) -> Cost:
+        """Return what a forward pass of all models takes; nothing trains."""
+        one = untouched(shape_of(run.backbone), run.train.sequence_length)
+        count = 1 if self.combine == "average" else len(run.targets) + self.backbone
+        total = count * one.total
+        return Cost(flops=add([one.flops] * count), total=total, trainable=0, added=total - one.total, active=total)
+
+    def plain(self, model: Any) -> PreTrainedModel:
+        """Return the mean of the models.
+
+        Raises:
+            ConfigError: The models are mixed in probability, which is not one model.
+        """
+        if self.combine != "average":
+            raise ConfigError("an ensemble of models is not one model; method.combine=average is")
+        return super().plain(model)
