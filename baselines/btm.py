@@ -59,6 +59,10 @@ class BTM(Method):
         """Return 0: what trains are the stages before."""
         return 0
 
+    def branches(self, run: Run) -> tuple[str, ...]:
+        """Return the names of the models that are mixed."""
+        return ("backbone", *run.targets) if self.backbone else run.targets
+
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the models as one."""
         from mode.checkpoint import load_tensors

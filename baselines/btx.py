@@ -42,6 +42,10 @@ class BTX(Adaptation):
         """Return one run of full fine-tuning per target."""
         return stages_by_domain(run, config.build_method(self.branch), run.targets)
 
+    def branches(self, run: Run) -> tuple[str, ...]:
+        """Return the names of the models that the experts come from."""
+        return "backbone", *run.targets
+
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the mixture of the backbone and its branches."""
         import torch

@@ -53,6 +53,10 @@ class MoLE(Adaptation):
         """Return one LoRA run per target."""
         return stages_by_domain(run, self.expert, run.targets)
 
+    def branches(self, run: Run) -> tuple[str, ...]:
+        """Return the names of the experts: their domains."""
+        return run.targets
+
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the backbone with the trained experts at its layers; gates alone train.
 

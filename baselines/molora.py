@@ -13,7 +13,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from mode.checked import STRICT
-from mode.cost import Cost, adapted, add, is_named, shape_of
+from mode.cost import Cost, Layer, banks, is_named, shape_of
 from mode.method import Adaptation, Material
 from mode.settings import RouterSettings, Run
 
@@ -64,17 +64,9 @@ class MoLORA(Adaptation):
     def cost(self, run: Run) -> Cost:
         """Return what experts and routers take beside a frozen backbone."""
         shape, length = shape_of(run.backbone), run.train.sequence_length
-        parts, added = [shape.head(trains=False)], 0
-        for number, layer in enumerate(shape.layers):
-            chosen = {
-                path: size
-                for path, size in layer.matrices.items()
-                if self.target_modules == "all" or any(is_named(path, name) for name in self.target_modules)
-            }
-            ranks = dict.fromkeys(chosen, self.num_experts * self.rank)
-            routers = {path: inputs * self.num_experts for path, (inputs, _) in chosen.items()}
-            parts.append(adapted(layer, length, ranks, upstream=number > 0, routers=routers))
-            added += sum(routers.values())
-            added += sum(self.num_experts * self.rank * (inputs + outputs) for inputs, outputs in chosen.values())
-        total = shape.parameters + added
-        return Cost(flops=add(parts), total=total, trainable=added, added=added, active=total)
+        return banks(shape, length, self.num_experts, self.rank, self.targets)
+
+    def targets(self, layer: Layer) -> list[str]:
+        """Return the paths of a layer's matrices that have experts."""
+        every, names = list(layer.matrices), self.target_modules
+        return every if names == "all" else [path for path in every if any(is_named(path, name) for name in names)]

@@ -75,6 +75,30 @@ class Ledger:
         return loss
 
 
+class OutputGate(nn.Linear):
+    """softmax(e [E_1 ... E_N] / tau): weights of experts by what they say, each normalised, side by side.
+
+    Attributes:
+        temperature: tau.
+        weighs: That its output are weights of experts.
+    """
+
+    weighs = True
+
+    def __init__(self, count: int, outputs: int) -> None:
+        """Weigh all experts the same."""
+        super().__init__(count * outputs, count, bias=False)
+        nn.init.zeros_(self.weight)
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, experts: Tensor) -> Tensor:
+        """Map the experts' outputs, (..., N, o), to their weights, (..., N), in fp32."""
+        with torch.autocast(experts.device.type, enabled=False):
+            read = functional.rms_norm(experts.float(), experts.shape[-1:], eps=1e-6).flatten(-2)
+            logits: Tensor = functional.linear(read, self.weight.float()) / self.temperature
+            return logits.softmax(-1)
+
+
 class OutputGatedBank(nn.Module):
     """W x + sum_i G_i E_i of trained low-rank experts E_i = s B_i A_i x, with G = softmax(e [E_1 ... E_N] / tau).
 
@@ -83,8 +107,7 @@ class OutputGatedBank(nn.Module):
         down: A, (N, r, d); frozen.
         up: B, (N, o, r); frozen.
         scale: s.
-        gate: e, (N, N o); zero at the start, so that all experts weigh the same.
-        temperature: tau.
+        gate: e, (N, N o), and tau; all experts weigh the same at the start.
         ledger: Where the weights are noted.
         auxiliary: The ledger's loss, in training, at the last layer.
     """
@@ -96,9 +119,7 @@ class OutputGatedBank(nn.Module):
         self.base, self.scale = base, scale
         self.down = nn.Parameter(down.clone(), requires_grad=False)
         self.up = nn.Parameter(up.clone(), requires_grad=False)
-        self.gate = nn.Linear(count * sizes(base)[1], count, bias=False)
-        nn.init.zeros_(self.gate.weight)
-        self.temperature = nn.Parameter(torch.ones(()))
+        self.gate = OutputGate(count, sizes(base)[1])
         self.auxiliary: Tensor | None = None
         self.ledger = ledger
         ledger.banks.append(self)
@@ -108,10 +129,8 @@ class OutputGatedBank(nn.Module):
         count, rank, _ = self.down.shape
         low = functional.linear(x, self.down.flatten(0, 1)).view(*x.shape[:-1], count, rank)
         experts = self.scale * torch.einsum("...nr,nor->...no", low, self.up.to(low.dtype))
-        with torch.autocast(x.device.type, enabled=False):
-            read = functional.rms_norm(experts.float(), experts.shape[-1:], eps=1e-6).flatten(-2)
-            weights = (self.gate(read) / self.temperature).softmax(-1)
-            self.auxiliary = self.ledger.write(self, weights) if self.training else None
+        weights = self.gate(experts)
+        self.auxiliary = self.ledger.write(self, weights) if self.training else None
         out: Tensor = self.base(x)
         mixed: Tensor = (weights[..., None] * experts).sum(-2)
         return out + mixed.to(out.dtype)

@@ -268,14 +268,17 @@ def mean_gates(records: Sequence[Record]) -> dict[str, list[list[float]]]:
 
 
 def branches(records: Sequence[Record]) -> tuple[str, ...]:
-    """Return the names of a row's branches: composed experts have their domain's, others a number."""
+    """Return the names of a row's branches: as its method has them, or numbers."""
     gates = records[0].happened.get("gates") if records else None
     if not gates:
         return ()
-    asked = records[0].asked
-    count = len(next(iter(gates.values()))["mean"][0]) - 1
-    composed = asked["method"].get("start") == "experts"
-    return ("backbone", *(asked["targets"] if composed else [f"expert {number + 1}" for number in range(count)]))
+    if named := records[0].happened.get("branches"):
+        return tuple(named)
+    count, asked = len(next(iter(gates.values()))["mean"][0]), records[0].asked
+    if "num_blocks" not in asked["method"]:
+        return tuple(f"expert {number + 1}" for number in range(count))
+    composed = asked["method"].get("start") == "experts"  # records of MoDE that do not name them
+    return ("backbone", *(asked["targets"] if composed else [f"expert {number + 1}" for number in range(count - 1)]))
 
 
 def qualities(record: Record, bare: Record | None) -> dict[str, float]:

@@ -15,8 +15,7 @@ element-wise work are left out, as torch's own counter leaves them out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ from mode.checked import ConfigError
 from mode.settings import Backbone
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 OUTPUTS = ("o_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h")
 """Matrices that lead out of attention or out of the feed-forward part; the others lead into it."""
@@ -34,6 +33,10 @@ OUTPUTS = ("o_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h")
 Matrices = Mapping[str, tuple[int, int]]
 """Inputs and outputs of matrices, by their path in a layer."""
 NOTHING: Mapping[str, int] = {}
+
+
+ATTENTION = ("self_attn.", "attention.", "attn.")
+"""What the paths of attention begin with in the layers of the supported families."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Layer:
         width: Width of attention, heads times their size.
         parameters: All its parameters.
         feed_forward: Parameters of its feed-forward part.
+        attending: Parameters of its attention.
         parallel: Whether attention and the feed-forward part both read the layer's input.
         fused: Whether attention computes its scores again in the backward pass.
         normed: Whether a norm comes before attention.
@@ -95,6 +99,7 @@ class Layer:
     width: int
     parameters: int
     feed_forward: int
+    attending: int
     parallel: bool
     fused: bool
     normed: bool
@@ -176,7 +181,9 @@ def full(shape: Shape, length: int) -> Cost:
     return Cost(flops=flops, total=size, trainable=size, added=0, active=size)
 
 
-def mixture(shape: Shape, length: int, num_experts: int, top_k: int | None, *, experts_train: bool = True) -> Cost:
+def mixture(
+    shape: Shape, length: int, num_experts: int, top_k: int | None, *, experts_train: bool = True, attentions: int = 1
+) -> Cost:
     """Return what it costs to train a decoder whose feed-forward parts are N experts, of which a token has k.
 
     Args:
@@ -185,17 +192,20 @@ def mixture(shape: Shape, length: int, num_experts: int, top_k: int | None, *, e
         num_experts: N.
         top_k: k; None where all run.
         experts_train: Whether the experts train, as all else does.
+        attentions: Attention layers side by side in every layer, with a router where there are several; all run.
     """
     active = min(top_k or num_experts, num_experts)
-    parts, expert_sizes = [shape.head(trains=True)], 0
+    routers = num_experts + (attentions if attentions > 1 else 0)
+    parts, expert_sizes, others = [shape.head(trains=True)], 0, 0
     for layer in shape.layers:
         feed_forward = size(layer.stages[2]) + size(layer.stages[3])
-        one, wide = 2.0 * (layer.weights - feed_forward), 2.0 * feed_forward * active
-        router = 2.0 * shape.hidden * num_experts
+        one, wide = 2.0 * attentions * (layer.weights - feed_forward), 2.0 * feed_forward * active
+        router = 2.0 * shape.hidden * routers
         parts += [Flops(one, 2 * one), Flops(wide, (1 + experts_train) * wide), Flops(router, 2 * router)]
-        parts.append(layer.attention(length))
+        parts += [layer.attention(length)] * attentions
         expert_sizes += layer.feed_forward
-    added = (num_experts - 1) * expert_sizes + len(shape.layers) * num_experts * shape.hidden
+        others += layer.attending
+    added = (num_experts - 1) * expert_sizes + (attentions - 1) * others + len(shape.layers) * routers * shape.hidden
     total = shape.parameters + added
     return Cost(
         flops=add(parts),
@@ -296,7 +306,8 @@ def layer_shape(layer: nn.Module, config: Any) -> Layer:
         stages=(stages[0], stages[1], stages[2], stages[3]),
         width=config.num_attention_heads * width,
         parameters=sum(parameter.numel() for parameter in layer.parameters()),
-        feed_forward=sum(parameter.numel() for name, parameter in layer.named_parameters() if name.startswith("mlp.")),
+        feed_forward=sum(value.numel() for name, value in layer.named_parameters() if name.startswith("mlp.")),
+        attending=sum(value.numel() for name, value in layer.named_parameters() if name.startswith(ATTENTION)),
         parallel=bool(getattr(config, "use_parallel_residual", False)),
         fused=config._attn_implementation != "eager" and not dropout,
         normed=any(hasattr(layer, name) for name in ("input_layernorm", "ln_1")),
@@ -350,51 +361,21 @@ def adapted(
     return add(parts)
 
 
-def counted(model: nn.Module, rows: Tensor, context: AbstractContextManager[Any]) -> Flops:
-    """Count what a step takes per token, by torch's counter, over a forward and a backward pass on a few rows.
-
-    The head is added by its formula, since the counter does not see into the loss that is fused with it. The model's
-    gradients are gone afterwards; its weights are as they were.
+def banks(shape: Shape, length: int, count: int, rank: int, chosen: Callable[[Layer], Sequence[str]]) -> Cost:
+    """Return what it costs to train low-rank experts, and a router of their own, beside matrices of a frozen decoder.
 
     Args:
-        model: A causal LM, ready to train.
-        rows: Tokens, (B, S).
-        context: Context of the forward pass, such as autocast.
+        shape: Of the decoder.
+        length: Tokens of a row, S.
+        count: N, experts of a matrix; all run.
+        rank: r of each.
+        chosen: From a layer to the paths of its matrices that have experts.
     """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from mode.loss import head, hidden_states
-
-    counter = FlopCounterMode(display=False, custom_mapping=attention_on_cpu())
-    with counter:
-        with context:
-            states = hidden_states(model, rows)
-        forward = counter.get_total_flops()
-        if states.requires_grad:
-            torch.autograd.backward(states, torch.ones_like(states))
-    model.zero_grad(set_to_none=True)
-    weight, passes = head(model), states.requires_grad
-    backward = counter.get_total_flops() - forward
-    last = Flops(2.0 * weight.numel(), 2.0 * weight.numel() * (passes + (passes and weight.requires_grad)))
-    return Flops(forward / rows.numel(), backward / rows.numel()) + last
-
-
-def attention_on_cpu() -> dict[Any, Any]:
-    """Return the formulas of attention's kernels for the CPU, which torch's counter does not know."""
-    import torch
-    from torch.utils import flop_counter
-
-    formulas: Any = flop_counter
-
-    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
-        return formulas.sdpa_flop_count(query, key, value)
-
-    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
-        return formulas.sdpa_backward_flop_count(grad, query, key, value)
-
-    aten = torch.ops.aten
-    return {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
+    parts, added = [shape.head(trains=False)], 0
+    for number, layer in enumerate(shape.layers):
+        sizes = {path: layer.matrices[path] for path in chosen(layer)}
+        routers = {path: inputs * count for path, (inputs, _) in sizes.items()}
+        parts.append(adapted(layer, length, dict.fromkeys(sizes, count * rank), upstream=number > 0, routers=routers))
+        added += sum(routers.values()) + count * rank * sum(map(sum, sizes.values()))
+    total = shape.parameters + added
+    return Cost(flops=add(parts), total=total, trainable=added, added=added, active=total)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mode.cost import counted
+from mode.flop_count import counted
 from mode.method import Method, anchoring_flops
 from mode.settings import Run
 from mode.train import autocast

@@ -29,7 +29,10 @@ class Gate(nn.Linear):
         padding: Which tokens of the rows so far are text, (B, S), where a caller knows of padding.
         auxiliary: Load-balance loss of the last forward pass in training, if one is asked for.
         looks_back: Whether it sees more of a row than what it weighs.
+        weighs: That its output are weights of experts.
     """
+
+    weighs = True
 
     def __init__(
         self, hidden_size: int, num_experts: int, backbone_bias: float = 0.0, settings: GateSettings = PLAIN

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -133,6 +133,10 @@ class Method(MethodSettings):
         """
         return zlib.crc32(",".join(self.mixture(run)).encode())
 
+    def row_kinds(self, run: Run) -> Mapping[str, int]:
+        """Return a number for the rows of every source of the mix, if the model wants to know while it trains."""
+        return {}
+
     def lr_scales(self) -> Mapping[str, float]:
         """Return factors on the learning rate for parameters, by a part of their name."""
         return {}
@@ -141,9 +145,17 @@ class Method(MethodSettings):
         """Return what a point of the training curve says about the model, such as gate means."""
         return {}
 
-    def probed(self, model: nn.Module) -> AbstractContextManager[Probe | None]:
-        """Measure, while the finished model is scored, what its record should say of its inside."""
-        return nullcontext()
+    @contextmanager
+    def probed(self, model: nn.Module) -> Iterator[Probe | None]:
+        """Measure, while the finished model is scored, what weighs its experts, if it has any."""
+        from mode.gates import GateMeter, gates_of, watched
+
+        with watched(model) as latest:
+            yield GateMeter(latest, list(gates_of(model))) if latest else None
+
+    def branches(self, run: Run) -> tuple[str, ...]:
+        """Return the names of what is weighed; here of experts that have none but their numbers."""
+        return ()
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the model to train: a causal LM whose trainable parameters require a gradient."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,7 +12,7 @@ from pydantic.dataclasses import dataclass as settings
 from mode.checked import STRICT, ConfigError
 from mode.config import replace
 from mode.cost import Cost, Flops, add, beside, blocks, gate_size, shape_of
-from mode.method import Adaptation, Material, Probe, Reference, stages_by_domain
+from mode.method import Adaptation, Material, Reference, stages_by_domain
 from mode.settings import Anchor, GateSettings, Run
 
 if TYPE_CHECKING:
@@ -195,13 +194,10 @@ class MoDE(Adaptation):
 
         return gate_means(model)
 
-    @contextmanager
-    def probed(self, model: nn.Module) -> Iterator[Probe | None]:
-        """Measure the gates by domain."""
-        from mode.gates import GateMeter, watched
-
-        with watched(model) as latest:
-            yield GateMeter(latest)
+    def branches(self, run: Run) -> tuple[str, ...]:
+        """Return the names of a gate's branches: the backbone's, and the experts'."""
+        numbers = [f"expert {number + 1}" for number in range(self.num_experts)]
+        return ("backbone", *(run.targets if self.start == "experts" else numbers))
 
     def reference(self, model: nn.Module, backbone: Callable[[], PreTrainedModel]) -> Reference:
         """Return what the backbone says: the frozen layers are in the model, so nothing is loaded."""

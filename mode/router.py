@@ -5,6 +5,8 @@ Shapes: N experts, d inputs.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,7 +29,10 @@ class Router(nn.Linear):
     Attributes:
         settings: How logits become weights, and the losses.
         auxiliary: Sum of the losses of the last forward pass in training, if any is asked for.
+        weighs: That its output are weights of experts.
     """
+
+    weighs = True
 
     def __init__(self, inputs: int, num_experts: int, settings: RouterSettings = DENSE, std: float = STD) -> None:
         """Start at random: experts that begin alike grow apart only where their weights differ."""
@@ -60,12 +65,59 @@ class Router(nn.Linear):
         return torch.stack(parts).sum() if parts else None
 
 
+class LocalizedRouter(Router):
+    """A router over experts of two kinds, the first half and the second, each for rows of its kind (LoRAMoE).
+
+    All experts run. The loss is even where experts of a row's kind together get more of it than the others, by as much
+    as (1 + spread) / (1 - spread).
+
+    Attributes:
+        balance: Weight of the loss.
+        spread: delta.
+        row_kinds: Kind of every row, (B,), 0 or 1, as the loop tells it in training.
+    """
+
+    def __init__(self, inputs: int, num_experts: int, balance: float, spread: float) -> None:
+        """Start at random, as a linear layer does."""
+        super().__init__(inputs, num_experts)
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self.balance, self.spread = balance, spread
+        self.row_kinds: Tensor | None = None
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Map what a router reads, (B, S, d), to weights of experts, (B, S, N), in fp32."""
+        weights = super().forward(states)
+        if self.training and self.balance and self.row_kinds is not None:
+            self.auxiliary = self.balance * localized_balance(weights, self.row_kinds, self.spread)
+        return weights
+
+
+def localized_balance(weights: Tensor, kinds: Tensor, spread: float) -> Tensor:
+    """Return the squared coefficient of variation of Z, an expert's weight in a row, scaled by whether kinds agree.
+
+    Z = (1 + spread) Q where expert and row are of one kind, else (1 - spread) Q, with Q the sum of the expert's weights
+    over the row. The paper divides the variance by the mean, its code by the mean's square, as here.
+
+    Args:
+        weights: (B, S, N).
+        kinds: Of the rows, (B,), 0 or 1.
+        spread: delta.
+    """
+    count = weights.shape[-1]
+    own = torch.arange(count, device=weights.device) * 2 // count
+    loads = weights.sum(1) * (1 + spread * (2.0 * (own[None] == kinds[:, None]) - 1))
+    return loads.var(correction=0) / loads.mean().square()
+
+
 class Posterior(nn.Module):
     """Which of several models a text is by: softmax(log p(text so far | model j)) over models, all as likely at first.
 
     Attributes:
         settings: Which models stay.
+        weighs: That its output are weights of models.
     """
+
+    weighs = True
 
     def __init__(self, settings: Choice) -> None:
         """Nothing is learned."""

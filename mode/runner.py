@@ -121,7 +121,7 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
         "peak_memory_bytes": peak_memory(device),
     }
     if probe is not None:
-        happened["gates"] = probe.result()
+        happened |= {"gates": probe.result(), "branches": prepared.method.branches(run)}
     if trainable(model):
         save(prepared, model, happened)
         happened["kept_bytes"] = prepared.method.kept(prepared.folder).stat().st_size

@@ -52,6 +52,7 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
         observe(prepared, point)
         tracker.log({name: value for name, value in point.items() if name != "step"}, step=point["step"])
 
+    kinds = method.row_kinds(run)
     job = Job(
         settings=run.train,
         steps=steps,
@@ -62,6 +63,7 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
         inspect=method.inspect,
         lr_scales=method.lr_scales(),
         hold=hold(prepared, model, batches),
+        kinds=(lambda step: np.array([kinds[name] for name in batches.domains(step)])) if kinds else None,
     )
     return train(model, batches, job)
 

@@ -56,6 +56,7 @@ class Job:
         inspect: What the method reports of its model at every point.
         lr_scales: Factor on the learning rate for parameters whose name contains the key.
         hold: How the model is held to its backbone; None where it is not.
+        kinds: Of what kind each row of a step is, (B,), where the model wants to know (`row_kinds`).
     """
 
     settings: Train
@@ -67,6 +68,7 @@ class Job:
     inspect: Callable[[nn.Module], Point] = lambda model: {}
     lr_scales: Mapping[str, float] = field(default_factory=dict)
     hold: Hold | None = None
+    kinds: Callable[[int], NDArray[np.int64]] | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -114,8 +116,9 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
             group["lr"] = group["peak"] * schedule(step, job.steps, settings)
         rows = torch.from_numpy(batches.batch(step)).to(device)
         held = torch.from_numpy(job.hold.held(step)).to(device) if job.hold else None
+        kinds = torch.from_numpy(job.kinds(step)).to(device) if job.kinds else None
         with layers:
-            loss, states = accumulate(model, rows, held, job, device)
+            loss, states = accumulate(model, rows, held, job, device, kinds)
         torch.nn.utils.clip_grad_norm_(trainable(model).values(), settings.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -137,7 +140,7 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
 
 
 def accumulate(
-    model: nn.Module, rows: Tensor, held: Tensor | None, job: Job, device: torch.device
+    model: nn.Module, rows: Tensor, held: Tensor | None, job: Job, device: torch.device, kinds: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Run forward and backward over the micro-batches of a step.
 
@@ -147,6 +150,8 @@ def accumulate(
     settings, loss = job.settings, torch.zeros((), device=device)
     states, precision = loss, precision_of(settings, device)
     for number, micro in enumerate(rows.chunk(settings.accumulate)):
+        if kinds is not None:
+            tell_kinds(model, kinds.chunk(settings.accumulate)[number])
         with autocast(settings, device):
             states = hidden_states(model, micro[:, :-1])
         if job.hold is None or held is None:
@@ -160,6 +165,13 @@ def accumulate(
         extra = auxiliary_loss(model)
         torch.autograd.backward(part if extra is None else part + extra / settings.accumulate)
     return loss, states.detach()
+
+
+def tell_kinds(model: nn.Module, kinds: Tensor) -> None:
+    """Tell every module that wants to know of what kind the rows of the next forward pass are, (B,)."""
+    for module in model.modules():
+        if hasattr(module, "row_kinds"):
+            module.row_kinds = kinds
 
 
 def held_loss(

@@ -14,11 +14,12 @@ from mode import config
 from mode.backbone import load_model
 from mode.bank import Ledger, LowRankBank, OutputGatedBank, VectorBank, replace_linears
 from mode.checked import ConfigError
-from mode.method import Material
+from mode.method import Material, Method
 from mode.prepared import prepare_run
-from mode.router import Router
+from mode.router import LocalizedRouter, Router, localized_balance
 from mode.runner import execute, restore
 from mode.settings import RouterSettings
+from mode.train import tell_kinds
 from tests.conftest import World
 from tests.test_cost import check
 
@@ -57,6 +58,45 @@ def test_top_p_keeps_the_fewest_experts_that_hold_the_share() -> None:
         counts.append(chosen.sum().item())
     assert counts == sorted(counts)
     assert counts[0] == states().shape[0] * states().shape[1]
+
+
+def test_localized_balance_is_of_proportions_and_nothing_where_scaled_loads_are_even() -> None:
+    torch.manual_seed(0)
+    weights, kinds = torch.rand(5, 7, 6), torch.tensor([0, 1, 1, 0, 1])
+    loss = localized_balance(weights, kinds, 0.3)
+    torch.testing.assert_close(localized_balance(weights * 8, kinds, 0.3), loss)
+    own = torch.tensor([0, 0, 0, 1, 1, 1])
+    factors = torch.where(own[None] == kinds[:, None], 1.3, 0.7)
+    loads = weights.sum(1) * factors
+    torch.testing.assert_close(loss, ((loads - loads.mean()) ** 2).mean() / loads.mean() ** 2)
+    even = (1 / factors)[:, None].expand(5, 7, 6)  # more of a row for the experts of the other kind
+    assert localized_balance(even, kinds, 0.3) < 1e-10
+    assert localized_balance(even, 1 - kinds, 0.3) > 0.1
+
+
+def test_a_localized_router_has_a_loss_only_where_it_knows_the_kinds_of_rows() -> None:
+    made = LocalizedRouter(8, 4, balance=0.5, spread=0.1)
+    made(states())
+    assert made.auxiliary is None
+    tell_kinds(nn.ModuleList([made]), torch.tensor([0, 1, 1]))
+    weights = made(states())
+    torch.testing.assert_close(made.auxiliary, 0.5 * localized_balance(weights, torch.tensor([0, 1, 1]), 0.1))
+    assert made.eval()(states()).shape == (3, 5, 4)
+    assert made.auxiliary is None
+
+
+def test_kinds_of_rows_are_those_of_their_source_and_reach_every_micro_batch(world: World) -> None:
+    run = config.compose([*world.overrides, "method=loramoe", "train.replay={prose: 0.25}"], world.conf)
+    assert isinstance(run.method, Method)
+    assert run.method.row_kinds(run) == {"py": 1, "sums": 1, "prose": 0}
+    alone = config.compose([*world.overrides, "method=loramoe"], world.conf)
+    assert run.method.row_kinds(alone) == {"py": 0, "sums": 1}
+    losses = []
+    for balance in (0.0, 100.0):
+        asked = [*world.overrides, "method=loramoe", f"method.balance={balance}", "train.accumulate=2"]
+        record = execute(config.compose(asked, world.conf))
+        losses.append([point["loss"] for point in record.happened["curve"]])
+    assert losses[0] != losses[1]  # the constraint moved the routers, and so the next losses
 
 
 def test_losses_of_a_router_are_what_their_names_say() -> None:

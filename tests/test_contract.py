@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -30,11 +31,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 QUICK = ("mode", "sft", "lora", "backbone")
 ALL = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
 """Every variant; those of the quick round stand for the others."""
-IDENTITY_AT_START = ("sft", "lora", "mixlora", "molora", "mov", "backbone")
+IDENTITY_AT_START = ("sft", "lora", "loramoe", "mixlora", "molora", "mov", "backbone")
 """Methods that start as the backbone; MoDE does not unless its experts copy whole blocks."""
 
 
-SPARSE = ("btx", "mixlora", "upcycling")
+WEIGHED = ("mode", "bam", "btm", "btx", "loramoe", "mixlora", "mole", "molora", "mov", "upcycling")
+"""Methods with something that weighs experts, token by token."""
+SPARSE = ("bam", "btx", "mixlora", "upcycling")
 """Methods whose experts run on the tokens that chose them: how many those are changes the last bit of the others."""
 
 
@@ -133,6 +136,22 @@ def test_trained_weights_restore_to_the_scores_of_the_record(world: World, name:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", WEIGHED)
+def test_records_say_how_experts_were_weighed(world: World, name: str) -> None:
+    run = run_of(world, name)
+    record = execute(run)
+    chosen = getattr(getattr(run.method, "router", None), "top_k", None) or 100
+    chosen = 100 if name == "bam" else chosen  # its attention experts all run
+    for told in record.happened["gates"].values():
+        assert len(told["mean"]) == len(told["entropy"]) == len(told["active"]) >= 1
+        for mean, entropy, active in zip(*(told[key] for key in ("mean", "entropy", "active")), strict=True):
+            assert 0.0 < sum(mean) < 1.0 + 1e-5
+            assert 0.0 <= entropy <= math.log(len(mean)) + 1e-5
+            assert 1.0 <= active <= min(len(mean), chosen) + 1e-9
+            assert len(record.happened["branches"]) in (0, len(mean))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_runs_under_bf16(world: World, name: str) -> None:
     model = built(world, name)
@@ -159,6 +178,9 @@ def parameter_formula(name: str, world: World) -> int:
         return layers * layer + config_.vocab_size * width + width
     if name == "lora":
         return layers * 16 * ((width + width) * 2 + (width + kv) * 2)
+    if name == "loramoe":
+        inner = config_.intermediate_size
+        return layers * 6 * (3 * 4 * (width + inner) + 2 * width + inner)
     if name == "molora":
         wide = [(width, width), (width, kv), (width, kv), (width, width)] + 3 * [(width, config_.intermediate_size)]
         # The last matrix reads the feed-forward part's width, the others the hidden size.

@@ -12,7 +12,8 @@ import torch
 from mode import config
 from mode.backbone import load_model
 from mode.checked import ConfigError
-from mode.cost import Flops, counted, shape_of
+from mode.cost import Flops, shape_of
+from mode.flop_count import counted
 from mode.forecast import forecast
 from mode.method import Material, Method
 from mode.prepared import prepare_run
@@ -40,6 +41,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "molora": ("method=molora",),
     "molora q and v": ("method=molora", "method.target_modules=[q_proj,v_proj]"),
     "mov": ("method=mov",),
+    "loramoe": ("method=loramoe",),
     "mixlora": ("method=mixlora",),
     "upcycling": ("method=upcycling",),
     "upcycling, all experts": ("method=upcycling", "method.router.top_k=null", "method.router.renormalize=true"),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mode import config
+from mode.attention import insert_attention_banks
 from mode.backbone import load_model
 from mode.checked import ConfigError
 from mode.checkpoint import load_tensors
@@ -180,3 +181,53 @@ def test_sharing_what_the_frozen_matrices_make_is_as_if_every_expert_were_whole(
 def test_a_part_that_is_not_gated_is_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match="GPT2MLP: no gate_proj in it"):
         LowRankFeedForward(make_model("gpt2").transformer.h[0].mlp, 2, 2, 1.0, Router(16, 2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("count", [1, 3])
+def test_equal_attention_experts_are_the_models_own_and_decode_with_a_cache(family: str, count: int) -> None:
+    model, twin = make_model(family).eval(), make_model(family).eval()
+    twin.load_state_dict(model.state_dict())
+    banks = insert_attention_banks(model, [dict(twin.named_parameters())] * count, RouterSettings())
+    for made in banks:
+        nn.init.normal_(made.router.weight)
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        expected = twin(input_ids=ids).logits
+        assert (model(input_ids=ids).logits - expected).abs().max() < 1e-5
+        for made in banks:  # experts that differ have keys and values of their own
+            for expert in made.experts[1:]:
+                for value in expert.parameters():
+                    value.add_(torch.randn_like(value) * 0.1)
+        first = model(input_ids=ids[:, :6], use_cache=True)
+        rest = model(input_ids=ids[:, 6:], past_key_values=first.past_key_values).logits
+        assert (rest - model(input_ids=ids).logits[:, 6:]).abs().max() < 1e-4
+
+
+def test_bam_mixes_attention_of_branches_and_may_share_their_keys(world: World) -> None:
+    run = run_of(world, "method=bam")
+    for stage in run.method.needs(run):
+        execute(stage, weights=True)
+    needs = [prepare_run(stage).folder for stage in run.method.needs(run)]
+    states = [dict(load_model(run.backbone).named_parameters()), *(load_tensors(path / WEIGHTS)[0] for path in needs)]
+    average, key = mean(states), "model.layers.1.self_attn.k_proj.weight"
+    model = built(run, needs)
+    check(run, model)
+    attention = model.model.layers[1].self_attn
+    for expert, state in zip(attention.experts, states, strict=True):
+        assert torch.equal(expert.k_proj.weight, state[key])
+    assert torch.equal(model.model.layers[1].input_layernorm.weight, average["model.layers.1.input_layernorm.weight"])
+    shared = built(run_of(world, "method=bam", "method.shares_keys=true"), needs).model.layers[1].self_attn
+    assert all(torch.equal(expert.k_proj.weight, average[key]) for expert in shared.experts)
+    assert len({id(expert.v_proj) for expert in shared.experts}) == 1
+    assert torch.equal(shared.experts[2].q_proj.weight, states[2][key.replace("k_proj", "q_proj")])
+    x = torch.randn(1, 4, 16)
+    made = model.model.layers[0].mlp
+    weights = made.router(x)
+    assert ((weights > 0).sum(-1) == 1).all()  # one expert a token, times its probability
+    assert (weights.sum(-1) < 1).all()
+
+
+def test_bam_refuses_to_choose_among_attention_experts(world: World) -> None:
+    with pytest.raises(ConfigError, match="all attention experts run"):
+        run_of(world, "method=bam", "method.attention_router.top_k=1")

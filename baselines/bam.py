@@ -1,0 +1,80 @@
+"""BAM, Branch-Attend-Mix (Zhang et al., 2024): as BTX, but attention becomes experts too.
+
+In every decoder layer the attention of the backbone and of its fully fine-tuned copies are mixed, sum_j g_j(x) A_j(x),
+softly over all, each with keys and values of its own; a token has one feed-forward expert, whose output is multiplied
+by its probability. All other weights are the mean of theirs, the routers are random, and everything trains on the mix,
+with Switch's balance loss and the z-loss, whose weights are not published.
+
+The published block runs attention and feed-forward part in parallel; here they stay in the backbone's order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic.dataclasses import dataclass as settings
+
+from mode import config
+from mode.checked import STRICT
+from mode.cost import Cost, mixture, shape_of
+from mode.files import WEIGHTS
+from mode.method import Adaptation, Material, stages_by_domain
+from mode.settings import RouterSettings, Run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class BAM(Adaptation):
+    """Branch, attend, mix.
+
+    Attributes:
+        branch: The method that trains a model on a domain, as its YAML has it: full fine-tuning.
+        router: How tokens choose a feed-forward expert.
+        attention_router: How tokens weigh the attention experts: all of them, as published.
+        shares_keys: Whether the attention experts of a layer share keys and values, whose maps are the mean of theirs.
+    """
+
+    branch: dict[str, Any]
+    router: RouterSettings
+    attention_router: RouterSettings
+    shares_keys: bool
+
+    def __post_init__(self) -> None:
+        if self.attention_router.top_k is not None or self.attention_router.top_p is not None:
+            raise ValueError("attention_router: all attention experts run, so there is no top_k or top_p")
+
+    def needs(self, run: Run) -> tuple[Run, ...]:
+        """Return one run of full fine-tuning per target."""
+        return stages_by_domain(run, config.build_method(self.branch), run.targets)
+
+    def branches(self, run: Run) -> tuple[str, ...]:
+        """Return the names of the models that the experts come from."""
+        return "backbone", *run.targets
+
+    def build(self, run: Run, material: Material) -> nn.Module:
+        """Return the mixture of the backbone and its branches."""
+        import torch
+
+        from mode.attention import insert_attention_banks
+        from mode.checkpoint import load_tensors
+        from mode.feed_forward import insert_feed_forward_banks
+        from mode.merge import mean
+
+        model = material.backbone().requires_grad_(True)
+        own = {name: value.detach().clone() for name, value in model.named_parameters()}
+        states = [own, *(load_tensors(folder / WEIGHTS)[0] for folder in material.needs)]
+        model.load_state_dict(mean(states), strict=False)  # a tied head has one name
+        torch.manual_seed(run.seed)
+        insert_feed_forward_banks(model, states, self.router)
+        insert_attention_banks(model, states, self.attention_router, shares_keys=self.shares_keys)
+        mixed: nn.Module = model
+        return mixed
+
+    def cost(self, run: Run) -> Cost | None:
+        """Return what the mixture takes; not known where keys are shared."""
+        if self.shares_keys:
+            return None
+        shape, count = shape_of(run.backbone), len(run.targets) + 1
+        return mixture(shape, run.train.sequence_length, count, self.router.top_k, attentions=count)

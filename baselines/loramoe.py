@@ -1,0 +1,82 @@
+"""LoRAMoE (Dou et al., 2023): low-rank experts of two kinds on a frozen feed-forward part, balanced within their kind.
+
+At every matrix of a feed-forward part y = W0 x + (alpha / r) sum_i w_i B_i A_i x, with w = softmax(W x) over all N
+experts, a router for each matrix. Half of the experts are for rows of world knowledge and half for other tasks; the
+localized balancing constraint, beta var(Z) / mean(Z)^2, lets either half have more of the rows of its kind.
+
+Rows that are replayed or anchored are of the first kind and those of the targets of the second. Without such rows the
+kinds are the targets themselves in turn, which is not as published. The published dropout of 0.05 is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass as settings
+
+from mode.checked import STRICT
+from mode.cost import Cost, Layer, banks, shape_of
+from mode.method import Adaptation, Material
+from mode.settings import Run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class LoRAMoE(Adaptation):
+    """Low-rank experts of two kinds.
+
+    Attributes:
+        num_experts: N, half of them of each kind.
+        rank: r of every expert.
+        alpha: Numerator of the scale alpha / r.
+        balance: beta, weight of the localized balancing constraint.
+        spread: delta, by how much an expert may have more of its own kind's rows.
+    """
+
+    num_experts: Annotated[int, Field(gt=1, multiple_of=2)]
+    rank: Annotated[int, Field(gt=0)]
+    alpha: Annotated[float, Field(gt=0.0)]
+    balance: Annotated[float, Field(ge=0.0)]
+    spread: Annotated[float, Field(ge=0.0, lt=1.0)]
+
+    def row_kinds(self, run: Run) -> Mapping[str, int]:
+        """Return the kind of every source's rows."""
+        sources = self.mixture(run)
+        if set(sources) - set(run.targets):
+            return {name: int(name in run.targets) for name in sources}
+        return {name: number % 2 for number, name in enumerate(run.targets)}
+
+    def build(self, run: Run, material: Material) -> nn.Module:
+        """Return the backbone with experts beside its feed-forward parts; they and their routers alone train."""
+        import torch
+
+        from mode.bank import LowRankBank, replace_linears, sizes
+        from mode.router import LocalizedRouter
+
+        model: nn.Module = material.backbone()
+        model.requires_grad_(False)
+        torch.manual_seed(run.seed)
+
+        def make(path: str, base: nn.Module) -> nn.Module:
+            router = LocalizedRouter(sizes(base)[0], self.num_experts, self.balance, self.spread)
+            bank = LowRankBank(base, self.num_experts, self.rank, self.alpha / self.rank, router)
+            torch.nn.init.kaiming_uniform_(bank.down.flatten(0, 1), a=math.sqrt(5))  # as in LoRA
+            return bank
+
+        replace_linears(model, feed_forward(shape_of(run.backbone).layers[0]), make)
+        return model
+
+    def cost(self, run: Run) -> Cost:
+        """Return what experts and routers take beside a frozen backbone."""
+        shape, length = shape_of(run.backbone), run.train.sequence_length
+        return banks(shape, length, self.num_experts, self.rank, feed_forward)
+
+
+def feed_forward(layer: Layer) -> list[str]:
+    """Return the paths of the matrices of a layer's feed-forward part."""
+    return [path for stage in layer.stages[2:] for path in stage]

@@ -1,0 +1,56 @@
+"""What a step of training takes, counted by torch, to hold the closed forms of `mode.cost` against."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import flop_counter
+from torch.utils.flop_counter import FlopCounterMode
+
+from mode.cost import Flops
+from mode.loss import head, hidden_states
+
+
+def counted(model: nn.Module, rows: Tensor, context: AbstractContextManager[Any]) -> Flops:
+    """Count what a step takes per token, by torch's counter, over a forward and a backward pass on a few rows.
+
+    The head is added by its formula, since the counter does not see into the loss that is fused with it. The model's
+    gradients are gone afterwards; its weights are as they were.
+
+    Args:
+        model: A causal LM, ready to train.
+        rows: Tokens, (B, S).
+        context: Context of the forward pass, such as autocast.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=attention_on_cpu())
+    with counter:
+        with context:
+            states = hidden_states(model, rows)
+        forward = counter.get_total_flops()
+        if states.requires_grad:
+            torch.autograd.backward(states, torch.ones_like(states))
+    model.zero_grad(set_to_none=True)
+    weight, passes = head(model), states.requires_grad
+    backward = counter.get_total_flops() - forward
+    last = Flops(2.0 * weight.numel(), 2.0 * weight.numel() * (passes + (passes and weight.requires_grad)))
+    return Flops(forward / rows.numel(), backward / rows.numel()) + last
+
+
+def attention_on_cpu() -> dict[Any, Any]:
+    """Return the formulas of attention's kernels for the CPU, which torch's counter does not know."""
+    formulas: Any = flop_counter
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        return formulas.sdpa_flop_count(query, key, value)
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        return formulas.sdpa_backward_flop_count(grad, query, key, value)
+
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
