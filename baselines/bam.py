@@ -73,8 +73,8 @@ class BAM(Adaptation):
         return mixed
 
     def cost(self, run: Run) -> Cost | None:
-        """Return what the mixture takes; not known where keys are shared."""
-        if self.shares_keys:
+        """Return what the mixture takes; not known where keys are shared, or with `router.top_p`."""
+        if self.shares_keys or not self.router.known:
             return None
         shape, count = shape_of(run.backbone), len(run.targets) + 1
-        return mixture(shape, run.train.sequence_length, count, self.router.top_k, attentions=count)
+        return mixture(shape, run.train.sequence_length, count, self.router.active, attentions=count)

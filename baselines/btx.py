@@ -64,8 +64,10 @@ class BTX(Adaptation):
         mixed: nn.Module = model
         return mixed
 
-    def cost(self, run: Run) -> Cost:
-        """Return what the mixture takes."""
+    def cost(self, run: Run) -> Cost | None:
+        """Return what the mixture takes; not known where the number of a token's experts is not."""
+        if not self.router.known:
+            return None
         shape, count = shape_of(run.backbone), len(run.targets) + 1
         length = run.train.sequence_length
-        return mixture(shape, length, count, self.router.top_k, experts_train=self.train_experts)
+        return mixture(shape, length, count, self.router.active, experts_train=self.train_experts)

@@ -66,10 +66,12 @@ class MixLoRA(Adaptation):
             value.requires_grad_(key.replace(".base_layer.", ".") not in frozen)
         return mixed
 
-    def cost(self, run: Run) -> Cost:
-        """Return what experts and adapters take beside a frozen backbone."""
+    def cost(self, run: Run) -> Cost | None:
+        """Return what experts and adapters take beside a frozen backbone; not known with `router.top_p`."""
+        if not self.router.known:
+            return None
         shape, length = shape_of(run.backbone), run.train.sequence_length
-        active = min(self.router.top_k or self.num_experts, self.num_experts)
+        active = min(self.router.active or self.num_experts, self.num_experts)
         parts, added, idle = [shape.head(trains=False)], 0, 0
         for number, layer in enumerate(shape.layers):
             attention = [path for stage in layer.stages[:2] for path in stage]

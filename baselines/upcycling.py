@@ -45,7 +45,9 @@ class SparseUpcycling(Adaptation):
         upcycled: nn.Module = model
         return upcycled
 
-    def cost(self, run: Run) -> Cost:
-        """Return what the mixture takes."""
+    def cost(self, run: Run) -> Cost | None:
+        """Return what the mixture takes; not known where the number of a token's experts is not."""
+        if not self.router.known:
+            return None
         shape = shape_of(run.backbone)
-        return mixture(shape, run.train.sequence_length, self.num_experts, self.router.top_k)
+        return mixture(shape, run.train.sequence_length, self.num_experts, self.router.active)

@@ -44,7 +44,7 @@ class FeedForwardBank(nn.Module):
         """Map (B, S, d) to (B, S, d)."""
         weights, flat = self.router(x).flatten(0, -2), x.flatten(0, -2)
         settings = self.router.settings
-        if settings.top_k is None and settings.top_p is None:
+        if settings.active is None and settings.known:
             parts = [weights[:, i, None].to(x.dtype) * expert(flat) for i, expert in enumerate(self.experts)]
             mixed: Tensor = torch.stack(parts).sum(0)
             return mixed.view(x.shape)

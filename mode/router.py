@@ -46,12 +46,26 @@ class Router(nn.Linear):
         with torch.autocast(states.device.type, enabled=False):
             logits = functional.linear(states.float(), self.weight.float())
             weights = logits.softmax(-1)
+            if self.settings.sample:
+                return self.one(logits, weights)
             chosen = choose(weights, self.settings)
             self.auxiliary = self.losses(logits, weights, chosen) if self.training else None
         if chosen is None:
             return weights
         kept = weights * chosen
         return kept / kept.sum(-1, keepdim=True) if self.settings.renormalize else kept
+
+    def one(self, logits: Tensor, weights: Tensor) -> Tensor:
+        """Return 1 for one expert of every token and 0 for the others, with the gradient of its probability.
+
+        In training the expert is drawn: the largest logit after Gumbel noise, and the gradient is of its softmax.
+        """
+        soft = weights
+        if self.training:
+            soft = (logits - torch.empty_like(logits).exponential_().log()).softmax(-1)
+        hard = torch.zeros_like(soft).scatter(-1, soft.argmax(-1, keepdim=True), 1.0)
+        self.auxiliary = self.losses(logits, weights, hard > 0) if self.training else None
+        return hard + (soft - soft.detach())
 
     def losses(self, logits: Tensor, weights: Tensor, chosen: Tensor | None) -> Tensor | None:
         """Return the weighted sum of the losses that are asked for, or None."""

@@ -196,10 +196,27 @@ class RouterSettings(Choice):
     Attributes:
         z: Weight of the z-loss, the mean square of the logits' log-sum-exp.
         entropy: Weight of the mean entropy of the weights before any choice.
+        sample: Whether a token has one expert, drawn by its weight in training, and the one of most weight afterwards.
     """
 
     z: Annotated[float, Field(ge=0.0)] = 0.0
     entropy: Annotated[float, Field(ge=0.0)] = 0.0
+    sample: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sample and (self.top_k is not None or self.top_p is not None):
+            raise ValueError("sample is a way to choose one expert: it goes with neither top_k nor top_p")
+
+    @property
+    def known(self) -> bool:
+        """Whether it is known beforehand how many experts a token has."""
+        return self.top_p is None
+
+    @property
+    def active(self) -> int | None:
+        """Experts that a token has; None for all."""
+        return 1 if self.sample else self.top_k
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

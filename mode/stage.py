@@ -63,6 +63,7 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
         inspect=method.inspect,
         lr_scales=method.lr_scales(),
         hold=hold(prepared, model, batches),
+        seed=run.seed,
         kinds=(lambda step: np.array([kinds[name] for name in batches.domains(step)])) if kinds else None,
     )
     return train(model, batches, job)

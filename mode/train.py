@@ -56,6 +56,7 @@ class Job:
         inspect: What the method reports of its model at every point.
         lr_scales: Factor on the learning rate for parameters whose name contains the key.
         hold: How the model is held to its backbone; None where it is not.
+        seed: With the step, what anything random in a forward pass is a function of, as the rows are.
         kinds: Of what kind each row of a step is, (B,), where the model wants to know (`row_kinds`).
     """
 
@@ -68,6 +69,7 @@ class Job:
     inspect: Callable[[nn.Module], Point] = lambda model: {}
     lr_scales: Mapping[str, float] = field(default_factory=dict)
     hold: Hold | None = None
+    seed: int = 0
     kinds: Callable[[int], NDArray[np.int64]] | None = None
 
     @property
@@ -117,6 +119,7 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
         rows = torch.from_numpy(batches.batch(step)).to(device)
         held = torch.from_numpy(job.hold.held(step)).to(device) if job.hold else None
         kinds = torch.from_numpy(job.kinds(step)).to(device) if job.kinds else None
+        torch.manual_seed((job.seed << 32) + step)
         with layers:
             loss, states = accumulate(model, rows, held, job, device, kinds)
         torch.nn.utils.clip_grad_norm_(trainable(model).values(), settings.clip)

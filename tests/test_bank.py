@@ -99,6 +99,28 @@ def test_kinds_of_rows_are_those_of_their_source_and_reach_every_micro_batch(wor
     assert losses[0] != losses[1]  # the constraint moved the routers, and so the next losses
 
 
+def test_a_drawn_expert_has_weight_one_and_the_gradient_of_its_probability() -> None:
+    made = router(sample=True)
+    logits = states() @ made.weight.T
+    torch.manual_seed(7)
+    weights = made(states())
+    assert set(weights.unique().tolist()) == {0.0, 1.0}
+    assert (weights.sum(-1) == 1).all()
+    torch.manual_seed(7)
+    assert torch.equal(made(states()), weights)
+    draws = torch.stack([made(states()).detach() for _ in range(2000)]).mean(0)
+    assert (draws - logits.softmax(-1)).abs().max() < 0.05  # the Gumbel trick draws by probability
+    made.zero_grad()
+    (weights * torch.randn(weights.shape)).sum().backward()
+    assert made.weight.grad is not None
+    assert made.weight.grad.abs().sum() > 0
+    settled = made.eval()(states())
+    assert torch.equal(settled.argmax(-1), logits.argmax(-1))
+    for other in ({"top_k": 1}, {"top_p": 0.5}):
+        with pytest.raises(ValueError, match="neither top_k nor top_p"):
+            RouterSettings(sample=True, **other)
+
+
 def test_losses_of_a_router_are_what_their_names_say() -> None:
     logits = states() @ router().weight.T
     weights = logits.softmax(-1)

@@ -19,6 +19,7 @@ from mode.runner import execute, restore
 from tests.conftest import World
 
 IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64], [7, 7, 30, 256, 1, 90, 12, 13, 250]])
+SAMPLED = ("method.router.top_k=null", "method.router.renormalize=true", "method.router.sample=true")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "mode-1x-uninit": ("method=mode", "method.start=fresh", "method.num_experts=1"),
     "mode-2x-uninit": ("method=mode", "method.start=fresh"),
@@ -26,6 +27,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "mode-2x-frozen": ("method=mode", "method.train_experts=false"),
     "mode-2x-data": ("method=mode", "budget=data", "train.steps=6"),
     "btm-average": ("method=btm", "method.combine=average"),
+    "upcycling-sampled": ("method=upcycling", *SAMPLED),
+    "upcycling-top-p": ("method=upcycling", "method.router.top_k=null", "method.router.top_p=0.4"),
     **{name: (f"method={name}",) for name in config.choices("method") if name != "pretrain"},
 }
 QUICK = ("mode", "sft", "lora", "backbone")
@@ -35,9 +38,9 @@ IDENTITY_AT_START = ("sft", "lora", "loramoe", "mixlora", "molora", "mov", "back
 """Methods that start as the backbone; MoDE does not unless its experts copy whole blocks."""
 
 
-WEIGHED = ("mode", "bam", "btm", "btx", "loramoe", "mixlora", "mole", "molora", "mov", "upcycling")
+WEIGHED = ("mode", "bam", "btm", "btx", "loramoe", "mixlora", "mole", "molora", "mov", "upcycling", "upcycling-sampled")
 """Methods with something that weighs experts, token by token."""
-SPARSE = ("bam", "btx", "mixlora", "upcycling")
+SPARSE = ("bam", "btx", "mixlora", "upcycling", "upcycling-sampled", "upcycling-top-p")
 """Methods whose experts run on the tokens that chose them: how many those are changes the last bit of the others."""
 
 

@@ -25,6 +25,7 @@ from tests.conftest import World
 from tests.families import FAMILIES, make_model
 from tests.test_cli import call
 
+DRAWN = ("method.router.top_k=null", "method.router.renormalize=true", "method.router.sample=true")
 FRESH = ("method=mode", "method.start=fresh")
 METHODS: dict[str, tuple[str, ...]] = {
     "sft": ("method=sft",),
@@ -44,6 +45,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "loramoe": ("method=loramoe",),
     "mixlora": ("method=mixlora",),
     "upcycling": ("method=upcycling",),
+    "upcycling, drawn": ("method=upcycling", *DRAWN),
     "upcycling, all experts": ("method=upcycling", "method.router.top_k=null", "method.router.renormalize=true"),
     "btm average": ("method=btm", "method.combine=average"),
     "backbone": ("method=backbone",),
