@@ -29,7 +29,7 @@ class LowRankBank(nn.Module):
         router: Weights a of x.
     """
 
-    def __init__(self, base: nn.Module, num_experts: int, rank: int, scale: float, router: Router) -> None:
+    def __init__(self, base: nn.Module, num_experts: int, rank: int, scale: float, router: nn.Module) -> None:
         """Put experts beside a layer that change nothing yet."""
         super().__init__()
         inputs, outputs = sizes(base)

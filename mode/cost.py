@@ -361,8 +361,10 @@ def adapted(
     return add(parts)
 
 
-def banks(shape: Shape, length: int, count: int, rank: int, chosen: Callable[[Layer], Sequence[str]]) -> Cost:
-    """Return what it costs to train low-rank experts, and a router of their own, beside matrices of a frozen decoder.
+def banks(
+    shape: Shape, length: int, count: int, rank: int, chosen: Callable[[Layer], Sequence[str]], routed: bool = True
+) -> Cost:
+    """Return what it costs to train low-rank experts, and routers of their own, beside matrices of a frozen decoder.
 
     Args:
         shape: Of the decoder.
@@ -370,11 +372,12 @@ def banks(shape: Shape, length: int, count: int, rank: int, chosen: Callable[[La
         count: N, experts of a matrix; all run.
         rank: r of each.
         chosen: From a layer to the paths of its matrices that have experts.
+        routed: Whether each of these matrices has a router that reads its inputs.
     """
     parts, added = [shape.head(trains=False)], 0
     for number, layer in enumerate(shape.layers):
         sizes = {path: layer.matrices[path] for path in chosen(layer)}
-        routers = {path: inputs * count for path, (inputs, _) in sizes.items()}
+        routers = {path: inputs * count for path, (inputs, _) in sizes.items() if routed}
         parts.append(adapted(layer, length, dict.fromkeys(sizes, count * rank), upstream=number > 0, routers=routers))
         added += sum(routers.values()) + count * rank * sum(map(sum, sizes.values()))
     total = shape.parameters + added

@@ -134,7 +134,7 @@ class Method(MethodSettings):
         return zlib.crc32(",".join(self.mixture(run)).encode())
 
     def row_kinds(self, run: Run) -> Mapping[str, int]:
-        """Return a number for the rows of every source of the mix, if the model wants to know while it trains."""
+        """Return a number for the rows of every source of the mix, if the model wants to know (`row_kinds`)."""
         return {}
 
     def lr_scales(self) -> Mapping[str, float]:

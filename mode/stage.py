@@ -113,11 +113,16 @@ def score(
     prepared: Prepared, model: nn.Module, split: Any, names: tuple[str, ...] = (), probe: Probe | None = None
 ) -> dict[str, Score]:
     """Score a model on a split of the run's domains."""
+    import torch
+
     from mode.evaluate import evaluate
+    from mode.train import UNKNOWN, tell_kinds
 
     run = prepared.run
-    scores = {}
+    scores, kinds = {}, prepared.method.row_kinds(run)
     for name in names or run.scored:
+        if kinds:
+            tell_kinds(model, torch.tensor([kinds.get(name, UNKNOWN)]).to(next(model.parameters()).device))
         scores[name] = evaluate(
             model,
             prepared.packed[name].split(split),

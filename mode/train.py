@@ -170,8 +170,12 @@ def accumulate(
     return loss, states.detach()
 
 
+UNKNOWN = -1
+"""Kind of a row of none of the sources that were trained on."""
+
+
 def tell_kinds(model: nn.Module, kinds: Tensor) -> None:
-    """Tell every module that wants to know of what kind the rows of the next forward pass are, (B,)."""
+    """Tell every module that wants to know of what kind the rows of the next forward pass are, (B,), or all, (1,)."""
     for module in model.modules():
         if hasattr(module, "row_kinds"):
             module.row_kinds = kinds

@@ -11,11 +11,12 @@ import torch
 from mode import config
 from mode.backbone import fingerprint, load_model
 from mode.checkpoint import trainable
-from mode.loss import head, hidden_states, next_token_loss
+from mode.loss import auxiliary_loss, head, hidden_states, next_token_loss
 from mode.method import Material
 from mode.modular import blocks_of
 from mode.prepared import prepare_run
 from mode.runner import execute, restore
+from mode.train import tell_kinds
 from tests.conftest import World
 
 IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64], [7, 7, 30, 256, 1, 90, 12, 13, 250]])
@@ -27,6 +28,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "mode-2x-frozen": ("method=mode", "method.train_experts=false"),
     "mode-2x-data": ("method=mode", "budget=data", "train.steps=6"),
     "btm-average": ("method=btm", "method.combine=average"),
+    "moelora-guessed": ("method=moelora", "method.task=guessed"),
     "upcycling-sampled": ("method=upcycling", *SAMPLED),
     "upcycling-top-p": ("method=upcycling", "method.router.top_k=null", "method.router.top_p=0.4"),
     **{name: (f"method={name}",) for name in config.choices("method") if name != "pretrain"},
@@ -34,11 +36,14 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 QUICK = ("mode", "sft", "lora", "backbone")
 ALL = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
 """Every variant; those of the quick round stand for the others."""
-IDENTITY_AT_START = ("sft", "lora", "loramoe", "mixlora", "molora", "mov", "backbone")
+IDENTITY_AT_START = ("sft", "lora", "loramoe", "mixlora", "moelora", "molora", "mov", "backbone")
 """Methods that start as the backbone; MoDE does not unless its experts copy whole blocks."""
 
 
-WEIGHED = ("mode", "bam", "btm", "btx", "loramoe", "mixlora", "mole", "molora", "mov", "upcycling", "upcycling-sampled")
+WEIGHED = (
+    *("mode", "bam", "btm", "btx", "loramoe", "mixlora", "moelora", "mole", "molora", "mov"),
+    *("upcycling", "upcycling-sampled"),
+)
 """Methods with something that weighs experts, token by token."""
 SPARSE = ("bam", "btx", "mixlora", "upcycling", "upcycling-sampled", "upcycling-top-p")
 """Methods whose experts run on the tokens that chose them: how many those are changes the last bit of the others."""
@@ -110,9 +115,11 @@ def test_exactly_what_is_declared_trains_and_the_rest_stays_bit_identical(world:
         return
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2)
     losses = []
+    tell_kinds(model, torch.tensor([0, 1]))
     for _ in range(20):
         loss = next_token_loss(hidden_states(model, IDS[:, :-1]), head(model), IDS[:, 1:])
-        loss.backward()
+        extra = auxiliary_loss(model)
+        torch.autograd.backward(loss if extra is None else loss + extra)
         losses.append(loss.item())
         assert {key for key, parameter in model.named_parameters() if parameter.grad is not None} == names
         optimizer.step()

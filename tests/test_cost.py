@@ -43,6 +43,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "molora q and v": ("method=molora", "method.target_modules=[q_proj,v_proj]"),
     "mov": ("method=mov",),
     "loramoe": ("method=loramoe",),
+    "moelora": ("method=moelora", "train.sequence_length=256"),
+    "moelora, guessed": ("method=moelora", "method.task=guessed", "train.sequence_length=256"),
     "mixlora": ("method=mixlora",),
     "upcycling": ("method=upcycling",),
     "upcycling, drawn": ("method=upcycling", *DRAWN),
