@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import typer
 
-from cli import analyze, bench, data, expert, generate, reporting, show, tracking, train
+from cli import analyze, bench, data, expert, generate, prune, reporting, show, tracking, train
 
 app = typer.Typer(
     name="mode",
@@ -29,6 +29,7 @@ app.command("bench")(bench.bench)
 app.command("sync")(tracking.sync)
 app.command("generate")(generate.generate)
 app.command("export")(expert.export)
+app.command("prune")(prune.prune)
 app.add_typer(expert.app, name="expert")
 app.add_typer(analyze.app, name="analyze")
 app.add_typer(show.app, name="show")

@@ -146,7 +146,8 @@ def comparable(record: Record, zero: Record) -> bool:
 
 def report(
     table: Annotated[
-        str | None, typer.Argument(help="Table to render, or bench, or downstream.", autocompletion=complete("table"))
+        str | None,
+        typer.Argument(help="Table, or bench, downstream or pruning.", autocompletion=complete("table")),
     ] = None,
     overrides: Overrides = None,
     check: Annotated[

@@ -11,7 +11,7 @@ from typing import Any, Generic
 from mode.checked import ConfigError
 from mode.measurement import Kind, read_measurement
 
-SHEETS = {"bench": "mode.bench", "downstream": "mode.result"}
+SHEETS = {"bench": "mode.bench", "downstream": "mode.result", "pruning": "mode.pruning"}
 """What `mode report` renders from a folder of its own and not by a table's YAML, with the module of each."""
 
 

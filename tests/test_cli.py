@@ -39,6 +39,7 @@ FLAGS = {
     "expert remove": ["--conf", "--embed"],
     "expert show": ["--conf"],
     "export": ["--conf", "--experts", "--merge", "--precision"],
+    "prune": ["--by", "--conf", "--ratio"],
     "report": ["--check", "--conf", "--html", "--wandb"],
     "reproduce": ["--conf", "--jobs"],
     "show backbones": ["--conf"],
@@ -62,6 +63,7 @@ COMMANDS = [
     "sync",
     "generate",
     "export",
+    "prune",
     "train",
     "expert",
     "analyze",
@@ -130,6 +132,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("--downstream", "--retention", "one of them"),
     ),
     "limit without downstream": (("eval", "--limit", "3"), ("--limit", "go with --downstream")),
+    "unknown order": (("prune", "3f2a", "--by", "chang"), ("--by chang: not one of", "did you mean change?")),
+    "nothing to prune": (("prune", "3f2a"), ("3f2a: no run of that id",)),
     "not trained yet": (("eval", "method=lora"), ("is not finished", "no record in")),
 }
 USAGE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -498,7 +502,7 @@ def test_data_show_tells_size_licence_and_fingerprint(world: World) -> None:
 def test_completion_lists_a_group_from_its_folder() -> None:
     assert complete("domain")("") == config.choices("domain")
     assert complete("domain")("code,ma") == ["code,math"]
-    assert complete("method")("lo") == ["lora"]
+    assert complete("method")("lor") == ["lora", "loramoe"]
     assert complete("method")("nothing") == []
 
 
