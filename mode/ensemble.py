@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mode.clusters import Nearness
 from mode.loss import CHUNK, TokenScores, head, hidden_states, softcap, token_scores
 from mode.router import Posterior
 
@@ -22,11 +23,12 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
     """Causal LMs of one shape whose probabilities are mixed; never their logits, whose argmax is another.
 
     The layers of all members share one key-value cache: each has slots of its own, and the last slot holds what the
-    posterior needs of the tokens so far. So the library's `generate` works, with beams too.
+    judge needs of the tokens so far. So the library's `generate` works, with beams too.
 
     Attributes:
         members: The models.
-        posterior: Weights by how well each member predicted the text so far; None for equal weights.
+        judge: Weights by how well each member predicted the text so far, or by what cluster it is nearest to; None for
+            equal weights.
         looks_back: Whether a token's prediction depends on the row before it by other ways than attention.
     """
 
@@ -34,7 +36,7 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
     _supports_flash_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, members: Sequence[PreTrainedModel], posterior: Posterior | None) -> None:
+    def __init__(self, members: Sequence[PreTrainedModel], judge: Posterior | Nearness | None) -> None:
         """Put models side by side."""
         first = members[0].config
         config = copy.deepcopy(first)
@@ -43,9 +45,9 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
             config.layer_types = [*kinds * len(members), "full_attention"]
         super().__init__(config)
         self.members = nn.ModuleList(members)
-        self.posterior = posterior
+        self.judge = judge
         self.depth: int = first.num_hidden_layers
-        self.looks_back = posterior is not None
+        self.looks_back = judge is not None
 
     def forward(
         self,
@@ -83,44 +85,58 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
         return Cache(layers=cache.layers[number * self.depth : (number + 1) * self.depth])
 
     def evidence(self, states: Sequence[Tensor], input_ids: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """Return every member's log-likelihood of each token's prefix, itself included, (B, S, N), in fp64.
+        """Return what the judge goes by of each token's prefix, itself included, in fp64.
 
-        A row's first token, which nothing predicts, counts for nobody, and neither does padding.
+        It is the sum over the prefix's tokens of every member's log-likelihood of them, (B, S, N), or of their vectors,
+        (B, S, c). Padding counts for nothing, and neither does a row's first token, which nothing predicts.
 
         Args:
             states: Final hidden states of the members on the tokens at hand.
             input_ids: Those tokens, (B, S).
             mask: Which of the tokens so far are text.
-            cache: Holds the hidden states and likelihoods of the tokens before them, and takes in these.
+            cache: Holds what is known of the tokens before them, and takes in these.
         """
-        if self.posterior is None:
+        if self.judge is None:
             return torch.zeros(*input_ids.shape, len(states), dtype=torch.float64, device=input_ids.device)
         slot = len(states) * self.depth
         joined = torch.cat([one.float() for one in states], -1)
-        before = None if cache is None or not cache.get_seq_length(slot) else cache.layers[slot].keys[:, 0, -1:]
+        if isinstance(self.judge, Nearness):
+            clues = self.judge.vectors[input_ids].double()
+            text = mask
+        else:
+            before = None if cache is None or not cache.get_seq_length(slot) else cache.layers[slot].keys[:, 0, -1:]
+            clues = self.likelihoods(joined, input_ids, before)
+            # A token counts where the one that predicts it is text too.
+            text = None if mask is None else nn.functional.pad(mask, (1, 0))[:, :-1] * mask
+        if text is not None:
+            clues = clues * text[:, -clues.shape[1] :, None]
+        if cache is None:
+            return clues.cumsum(1)
+        _, every = cache.update(joined[:, None], clues[:, None], slot)
+        return cast("Tensor", every)[:, 0].cumsum(1)[:, -input_ids.shape[1] :]
+
+    def likelihoods(self, joined: Tensor, input_ids: Tensor, before: Tensor | None) -> Tensor:
+        """Return every member's log-likelihood of tokens, (B, S, N).
+
+        Args:
+            joined: Final hidden states of all members, (B, S, N d).
+            input_ids: The tokens, (B, S).
+            before: Hidden states of the token before them, (B, 1, N d); None at the beginning of a row.
+        """
         known = joined[:, :-1] if before is None else torch.cat([before, joined[:, :-1]], 1)
         seen = input_ids[:, 1:] if before is None else input_ids
         found = [
             -token_scores(part, head(member), seen, CHUNK, softcap(member)).nll.view(seen.shape)
-            for member, part in zip(self.members, known.chunk(len(states), -1), strict=True)
+            for member, part in zip(self.members, known.chunk(len(self.members), -1), strict=True)
         ]
         likelihoods = torch.stack(found, -1).double()
-        if before is None:
-            likelihoods = nn.functional.pad(likelihoods, (0, 0, 1, 0))
-        if mask is not None:
-            text = mask.bool()
-            given = nn.functional.pad(text, (1, 0))[:, :-1] & text  # a token and the one that predicts it
-            likelihoods = likelihoods * given[:, -likelihoods.shape[1] :, None]
-        if cache is None:
-            return likelihoods.cumsum(1)
-        _, every = cache.update(joined[:, None], likelihoods[:, None], slot)
-        return cast("Tensor", every)[:, 0].cumsum(1)[:, -input_ids.shape[1] :]
+        return nn.functional.pad(likelihoods, (0, 0, 1, 0)) if before is None else likelihoods
 
     def weigh(self, evidence: Tensor) -> Tensor:
-        """Return the members' weights after each token, (B, S, N), from its prefix's log-likelihoods."""
-        if self.posterior is None:
+        """Return the members' weights after each token, (B, S, N), from what is known of its prefix."""
+        if self.judge is None:
             return torch.full_like(evidence, 1.0 / evidence.shape[-1])
-        weights: Tensor = self.posterior(evidence)
+        weights: Tensor = self.judge(evidence)
         return weights
 
     def log_probabilities(self, states: Sequence[Tensor]) -> Tensor:
@@ -143,6 +159,7 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
         """
         flat = [one.flatten(0, 1).float() for one in self.states(input_ids, **options)]
         labels, shape = targets.flatten(), (*targets.shape, len(flat))
+        near = self.judge.vectors[input_ids].double().cumsum(1) if isinstance(self.judge, Nearness) else None
         likelihoods = torch.zeros(len(labels), len(flat), dtype=torch.float64, device=labels.device)
         nll, hit = torch.empty(len(labels), device=labels.device), torch.empty_like(labels, dtype=torch.bool)
         for start in range(0, len(labels), chunk):
@@ -151,7 +168,8 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
             wanted = labels[piece, None]
             likelihoods[piece] = torch.stack([one.gather(1, wanted)[:, 0] for one in found], -1).double()
             # Rows run on through the chunks, so all that comes before a chunk's tokens is known by now.
-            weights = self.weigh(earlier(likelihoods.view(shape))).flatten(0, 1)[piece]
+            evidence = earlier(likelihoods.view(shape)) if near is None else near
+            weights = self.weigh(evidence).flatten(0, 1)[piece]
             scores = mixed(found, weights)
             nll[piece], hit[piece] = -scores.gather(1, wanted)[:, 0], scores.argmax(-1) == labels[piece]
         return TokenScores(nll, hit)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from mode.data.pack import Packed, Tokens
+
 
 @dataclass(frozen=True)
 class Material:
@@ -124,6 +126,10 @@ class Method(MethodSettings):
         shares = dict.fromkeys(run.targets, each) | replay
         common = math.lcm(*(share.denominator for share in shares.values()))
         return {name: int(share * common) for name, share in shares.items()}
+
+    def stream(self, run: Run, packed: Mapping[str, Packed], name: str) -> Tokens | None:
+        """Return the tokens of a source of the mix that is no domain, if the method makes them; None for the others."""
+        return None
 
     def order(self, run: Run) -> int:
         """Return a number that, with the seed, fixes the order of the training rows.

@@ -52,13 +52,13 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
         observe(prepared, point)
         tracker.log({name: value for name, value in point.items() if name != "step"}, step=point["step"])
 
-    kinds = method.row_kinds(run)
+    kinds, seen = method.row_kinds(run), tuple(name for name in mixture if name in prepared.packed)
     job = Job(
         settings=run.train,
         steps=steps,
         lr=run.lr,
         folder=prepared.folder,
-        validate=lambda: headline(score(prepared, model, "validation", tuple(set(mixture) - {SELF}))),
+        validate=lambda: headline(score(prepared, model, "validation", seen or run.targets)),
         observe=observed,
         inspect=method.inspect,
         lr_scales=method.lr_scales(),
@@ -70,7 +70,10 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
 
 
 def tokens(prepared: Prepared, name: str, device: torch.device) -> Tokens:
-    """Return the tokens that one source of a mix trains on: a domain's, or those sampled from the backbone."""
+    """Return the tokens that one source of a mix trains on: a domain's, its method's, or the backbone's own."""
+    own = prepared.method.stream(prepared.run, prepared.packed, name)
+    if own is not None:
+        return own
     if name in prepared.packed:
         return prepared.packed[name].split(prepared.method.split).tokens
     return own_rows(prepared, device)

@@ -41,7 +41,7 @@ IDENTITY_AT_START = ("sft", "lora", "loramoe", "mixlora", "moelora", "molora", "
 
 
 WEIGHED = (
-    *("mode", "bam", "btm", "btx", "loramoe", "mixlora", "moelora", "mole", "molora", "mov"),
+    *("mode", "bam", "btm", "cbtm", "btx", "loramoe", "mixlora", "moelora", "mole", "molora", "mov"),
     *("upcycling", "upcycling-sampled"),
 )
 """Methods with something that weighs experts, token by token."""
@@ -110,7 +110,7 @@ def test_exactly_what_is_declared_trains_and_the_rest_stays_bit_identical(world:
     model = built(world, name).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     names = set(trainable(model))
-    if name.startswith(("backbone", "btm")):
+    if name.startswith(("backbone", "btm", "cbtm")):
         assert not names
         return
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from mode import config
+from mode.clusters import Nearness, find_clusters, rows_of
 from mode.ensemble import Ensemble, earlier, mixed
 from mode.likelihood import Text, log_likelihoods
 from mode.loss import head, hidden_states, score_tokens, token_scores
+from mode.prepared import prepare_run
 from mode.router import Posterior
+from mode.runner import execute
 from mode.settings import Choice
+from tests.conftest import World
 from tests.families import VOCABULARY, make_model
 
 IDS = torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
@@ -123,3 +129,71 @@ def test_a_packed_text_does_not_know_what_is_beside_it() -> None:
     for text, found in zip(texts, together, strict=True):
         (alone,) = log_likelihoods(model, [text], row=1, batch_size=1)
         assert found.total == pytest.approx(alone.total, rel=1e-5)
+
+
+def test_rows_are_clustered_by_their_tokens_into_clusters_of_one_size() -> None:
+    random = np.random.default_rng(0)
+    common = random.integers(0, 5, (60, 8))
+    kinds = random.permutation(np.repeat([0, 1, 2], 20))
+    own = 5 + 10 * kinds[:, None] + random.integers(0, 10, (60, 12))
+    rows = np.concatenate([common, own], 1).astype(np.uint16)
+    vectors, centres, members = find_clusters(rows, 3, 40)
+    assert (vectors.shape[0], centres.shape[0]) == (40, 3)
+    assert sorted(members.count(number) for number in range(3)) == [20, 20, 20]
+    found = {(int(kind), member) for kind, member in zip(kinds, members, strict=True)}
+    assert len(found) == 3  # each kind is a cluster
+    again = find_clusters(rows, 3, 40)
+    assert torch.equal(vectors, again[0])
+    assert members == again[2]
+    assert sorted(np.bincount(find_clusters(rows[:50], 4, 40)[2])) == [12, 12, 13, 13]
+
+
+def near(**settings: Any) -> Ensemble:
+    torch.manual_seed(9)
+    judge = Nearness(torch.randn(VOCABULARY, 6), torch.randn(3, 6), 0.3, Choice(**settings))
+    return Ensemble(members(3), judge).eval()
+
+
+def test_a_text_is_weighed_by_its_distance_to_the_centres_computed_by_hand() -> None:
+    model = near()
+    judge: Any = model.judge
+    each = torch.stack([probabilities(one) for one in model.members])
+    expected = torch.zeros_like(each[0])
+    for row in range(2):
+        for place in range(12):
+            total = judge.vectors[IDS[row, : place + 1]].sum(0)
+            distances = (total / total.norm() - judge.centres).square().sum(-1)
+            weights = (-distances / 0.3).softmax(0).double()
+            expected[row, place] = (weights[:, None] * each[:, row, place]).sum(0)
+    torch.testing.assert_close(probabilities(model), expected, rtol=1e-4, atol=1e-7)
+    scores = score_tokens(model, IDS[:, :-1], IDS[:, 1:], 5)
+    logs = expected[:, :-1].log().gather(-1, IDS[:, 1:, None]).flatten()
+    torch.testing.assert_close(scores.nll.double(), -logs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 1}])
+def test_nearness_decodes_with_a_cache_and_padding(settings: dict[str, Any]) -> None:
+    model = near(**settings)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), IDS], dim=1)
+    mask = (torch.arange(15) >= 3).long().expand(2, -1)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    plain = model.generate(IDS, attention_mask=torch.ones_like(IDS), use_cache=False, **options)
+    assert torch.equal(model.generate(IDS, attention_mask=torch.ones_like(IDS), **options), plain)
+    assert torch.equal(model.generate(padded, attention_mask=mask, **options)[:, 3:], plain)
+
+
+@pytest.mark.slow
+def test_branches_of_clusters_train_on_rows_of_their_own(world: World) -> None:
+    run: Any = config.compose([*world.overrides, "method=cbtm", "budget=data"], world.conf)
+    stages = run.method.needs(run)
+    assert [stage.train.steps for stage in stages] == [2, 2]
+    assert [stage.targets for stage in stages] == [("py", "sums")] * 2
+    prepared = [prepare_run(stage) for stage in stages]
+    streams = [one.method.stream(one.run, one.packed, "") for one in prepared]
+    whole = rows_of([one.split("train").tokens for one in (prepared[0].packed["py"], prepared[0].packed["sums"])], 32)
+    together = np.concatenate([stream.reshape(-1, 32) for stream in streams])
+    assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, whole.tolist()))
+    assert abs(len(streams[0]) - len(streams[1])) <= 32
+    record = execute(run)
+    assert record.happened["steps"] == 0
+    assert record.happened["branches"] == ["cluster 1", "cluster 2"]
