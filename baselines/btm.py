@@ -16,7 +16,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from mode import config
-from mode.checked import STRICT, ConfigError
+from mode.checked import STRICT
 from mode.cost import Cost, add, shape_of, untouched
 from mode.files import WEIGHTS
 from mode.method import Material, Method, stages_by_domain
@@ -24,7 +24,6 @@ from mode.settings import Choice, Run
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
@@ -90,13 +89,3 @@ class BTM(Method):
         count = 1 if self.combine == "average" else len(run.targets) + self.backbone
         total = count * one.total
         return Cost(flops=add([one.flops] * count), total=total, trainable=0, added=total - one.total, active=total)
-
-    def plain(self, model: Any) -> PreTrainedModel:
-        """Return the mean of the models.
-
-        Raises:
-            ConfigError: The models are mixed in probability, which is not one model.
-        """
-        if self.combine != "average":
-            raise ConfigError("an ensemble of models is not one model; method.combine=average is")
-        return super().plain(model)

@@ -203,11 +203,12 @@ def write_model(
         title: Heading of the card.
 
     Raises:
-        ConfigError: There is something in the folder, or no folder to put it in.
+        ConfigError: There is something in the folder, or no folder to put it in, or no class would load the model.
     """
     import torch
 
     check_vacant(folder)
+    check_loads(model, title)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -225,6 +226,19 @@ def write_model(
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_loads(model: Any, title: str) -> None:
+    """Refuse a model with parts that its class in `transformers` has not: its folder would load as another."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if model.config.model_type == "mode":
+        return
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(model.config)
+    if set(plain.state_dict()) != set(model.state_dict()):
+        raise ConfigError(f"{title}: no class of transformers loads such a model; generate and eval take its run")
 
 
 def check_vacant(folder: Path) -> None:

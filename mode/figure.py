@@ -109,8 +109,12 @@ def draw_curves(compiled: Compiled, path: Path) -> None:
     pyplot.close(figure)
 
 
+MOST_BRANCHES = 8
+"""Branches of a row whose weights are drawn one by one; records have those of all."""
+
+
 def draw_gates(compiled: Compiled, path: Path) -> bool:
-    """Draw a heat map of the mean gate weights for every row that has gates: branches by domain over blocks.
+    """Draw a heat map of the mean gate weights for every row with a few branches: these by domain over blocks.
 
     Args:
         compiled: The compiled table.
@@ -119,7 +123,7 @@ def draw_gates(compiled: Compiled, path: Path) -> bool:
     Returns:
         Whether there was anything to draw.
     """
-    lines = [line for line in compiled.lines if line.gates]
+    lines = [line for line in compiled.lines if line.gates and len(line.branches) <= MOST_BRANCHES]
     if not lines:
         return False
     import matplotlib

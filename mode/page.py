@@ -18,8 +18,9 @@ from markupsafe import Markup, escape
 
 from mode import bench, chart, result
 from mode.checked import ConfigError
-from mode.compiled import Compiled, compile_table
+from mode.compiled import Compiled, Line, compile_table
 from mode.dossier import Dossier, average_curve, dossiers
+from mode.figure import MOST_BRANCHES
 from mode.files import write_atomic
 from mode.finding import findings
 from mode.record import Record, read_records
@@ -225,10 +226,15 @@ def section(anchor: str, name: str, compiled: Compiled, records: Mapping[str, Re
         findings=tuple(findings(compiled)),
         figures=tuple(picture for picture in [*panels, chart.draw_tradeoff(compiled)] if picture),
         curves=(learning(compiled, records),),
-        gates=tuple(chart.draw_gates(line) for line in lines if line.gates and not compiled.table.choose),
+        gates=tuple(chart.draw_gates(line) for line in lines if drawable(line) and not compiled.table.choose),
         extras=tuple(extras(compiled, row_links, pair_links)),
         origins=tuple(origins(anchor, name, compiled)),
     )
+
+
+def drawable(line: Line) -> bool:
+    """Say whether a row has gates of few enough branches to draw."""
+    return bool(line.gates) and len(line.branches) <= MOST_BRANCHES
 
 
 def grid(caption: str, table: pd.DataFrame, links: Sequence[str] = (), more: Sequence[str] = ()) -> Grid:

@@ -229,6 +229,20 @@ def test_other_methods_export_as_plain_models(world: World, method: str) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["btm", "btx", "molora", "moelora"])
+def test_a_model_that_no_class_of_the_library_loads_is_generated_from_and_not_exported(
+    world: World, method: str
+) -> None:
+    run = config.compose([*world.overrides, f"method={method}"], world.conf)
+    run_id = execute(run, weights=True).id
+    assert call(world, "generate", run_id, "def f", "--max-tokens", "3").exit_code == 0
+    result = call(world, "export", run_id, str(world.root / "exported"))
+    assert result.exit_code == 2
+    assert "no class of transformers loads such a model" in result.stderr
+    assert not (world.root / "exported").exists()
+
+
 def test_an_export_loads_in_a_process_that_knows_only_the_auto_classes(world: World) -> None:
     record, recalled = composed(world)
     assert call(world, "export", record.id, str(world.root / "whole")).exit_code == 0

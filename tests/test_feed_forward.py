@@ -57,6 +57,27 @@ def test_an_expert_runs_on_its_tokens_and_the_sum_is_as_if_on_all(settings: dict
     torch.testing.assert_close(made(x), expected)
 
 
+def test_a_bank_with_top_two_is_mixtrals_block() -> None:
+    from transformers import MixtralConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    shape = MixtralConfig(hidden_size=8, intermediate_size=12, num_local_experts=3, num_experts_per_tok=2)
+    torch.manual_seed(0)
+    shape.mlp_bias = False
+    made = FeedForwardBank([LlamaMLP(shape) for _ in range(3)], Router(8, 3, RouterSettings(top_k=2), std=1.0))
+    theirs: Any = MixtralSparseMoeBlock(shape)
+    with torch.no_grad():
+        theirs.gate.weight.copy_(made.router.weight)
+        for index, expert in enumerate(made.experts):
+            assert isinstance(expert, LlamaMLP)
+            both = torch.cat([expert.gate_proj.weight, expert.up_proj.weight])
+            theirs.experts.gate_up_proj[index].copy_(both)
+            theirs.experts.down_proj[index].copy_(expert.down_proj.weight)
+        x = torch.randn(2, 5, 8)
+        torch.testing.assert_close(made(x), theirs(x))
+
+
 def test_an_expert_that_no_token_chose_has_a_gradient_of_zero() -> None:
     made = bank(top_k=1)
     made.router.weight.data.zero_()
