@@ -17,8 +17,7 @@ from pydantic.dataclasses import dataclass as settings
 from mode import config
 from mode.checked import STRICT
 from mode.cost import Cost, mixture, shape_of
-from mode.files import WEIGHTS
-from mode.method import Adaptation, Material, stages_by_domain
+from mode.method import Adaptation, Material, merged, stages_by_domain
 from mode.settings import RouterSettings, Run
 
 if TYPE_CHECKING:
@@ -58,14 +57,9 @@ class BAM(Adaptation):
         import torch
 
         from mode.attention import insert_attention_banks
-        from mode.checkpoint import load_tensors
         from mode.feed_forward import insert_feed_forward_banks
-        from mode.merge import mean
 
-        model = material.backbone().requires_grad_(True)
-        own = {name: value.detach().clone() for name, value in model.named_parameters()}
-        states = [own, *(load_tensors(folder / WEIGHTS)[0] for folder in material.needs)]
-        model.load_state_dict(mean(states), strict=False)  # a tied head has one name
+        model, states = merged(material)
         torch.manual_seed(run.seed)
         insert_feed_forward_banks(model, states, self.router)
         insert_attention_banks(model, states, self.attention_router, shares_keys=self.shares_keys)

@@ -16,8 +16,7 @@ from pydantic.dataclasses import dataclass as settings
 from mode import config
 from mode.checked import STRICT
 from mode.cost import Cost, mixture, shape_of
-from mode.files import WEIGHTS
-from mode.method import Adaptation, Material, stages_by_domain
+from mode.method import Adaptation, Material, merged, stages_by_domain
 from mode.settings import RouterSettings, Run
 
 if TYPE_CHECKING:
@@ -50,14 +49,9 @@ class BTX(Adaptation):
         """Return the mixture of the backbone and its branches."""
         import torch
 
-        from mode.checkpoint import load_tensors
         from mode.feed_forward import insert_feed_forward_banks
-        from mode.merge import mean
 
-        model = material.backbone().requires_grad_(True)
-        own = {name: value.detach().clone() for name, value in model.named_parameters()}
-        states = [own, *(load_tensors(folder / WEIGHTS)[0] for folder in material.needs)]
-        model.load_state_dict(mean(states), strict=False)  # a tied head has one name
+        model, states = merged(material)
         torch.manual_seed(run.seed)
         for bank in insert_feed_forward_banks(model, states, self.router):
             bank.experts.requires_grad_(self.train_experts)

@@ -271,6 +271,22 @@ def stages_by_domain(
     return tuple(replace(alone, targets=(domain,), train=train) for domain in domains)
 
 
+def merged(material: Material) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
+    """Merge a backbone with the models that were trained from it before.
+
+    Returns:
+        The backbone with the mean of all weights, trainable; and everyone's weights, by name, its own first.
+    """
+    from mode.checkpoint import load_tensors
+    from mode.merge import mean
+
+    model = material.backbone().requires_grad_(True)
+    own = {name: value.detach().clone() for name, value in model.named_parameters()}
+    states = [own, *(load_tensors(folder / WEIGHTS)[0] for folder in material.needs)]
+    model.load_state_dict(mean(states), strict=False)  # a tied head has one name
+    return model, states
+
+
 @settings(frozen=True, kw_only=True, config=STRICT)
 class Untouched(Method):
     """The bare backbone: the zero point of retention, scored before anything wraps it."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 LAYERS = 6
 VOCABULARY = 128
 HIDDEN = 32
@@ -47,3 +49,14 @@ def make_model(family: str, seed: int = 0) -> Any:
     options = {name: value for name, value in (SHAPE | FAMILIES[family]).items() if value is not None}
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options)).eval()
+
+
+def check_generation(model: Any, ids: torch.Tensor) -> None:
+    """See that padding on the left and a cache change nothing of what a model generates, nor of its beams."""
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= 3).long().expand(2, -1)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    plain = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(model.generate(padded, attention_mask=mask, **options)[:, 3:], plain)
+    beams = model.generate(ids, num_beams=3, **options)
+    assert torch.equal(beams, model.generate(ids, num_beams=3, use_cache=False, **options))

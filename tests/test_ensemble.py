@@ -18,7 +18,7 @@ from mode.router import Posterior
 from mode.runner import execute
 from mode.settings import Choice
 from tests.conftest import World
-from tests.families import VOCABULARY, make_model
+from tests.families import VOCABULARY, check_generation, make_model
 
 IDS = torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
 TARGETS = torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(6))
@@ -113,13 +113,7 @@ def test_decoding_with_a_cache_is_the_same(family: str, settings: dict[str, Any]
 
 def test_generation_with_padding_and_beams_is_that_without_a_cache() -> None:
     model = ensemble()
-    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), IDS], dim=1)
-    mask = (torch.arange(15) >= 3).long().expand(2, -1)
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    plain = model.generate(IDS, attention_mask=torch.ones_like(IDS), **options)
-    assert torch.equal(model.generate(padded, attention_mask=mask, **options)[:, 3:], plain)
-    beams = model.generate(IDS, num_beams=3, **options)
-    assert torch.equal(beams, model.generate(IDS, num_beams=3, use_cache=False, **options))
+    check_generation(model, IDS)
 
 
 def test_a_packed_text_does_not_know_what_is_beside_it() -> None:
@@ -174,12 +168,7 @@ def test_a_text_is_weighed_by_its_distance_to_the_centres_computed_by_hand() -> 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 1}])
 def test_nearness_decodes_with_a_cache_and_padding(settings: dict[str, Any]) -> None:
     model = near(**settings)
-    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), IDS], dim=1)
-    mask = (torch.arange(15) >= 3).long().expand(2, -1)
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    plain = model.generate(IDS, attention_mask=torch.ones_like(IDS), use_cache=False, **options)
-    assert torch.equal(model.generate(IDS, attention_mask=torch.ones_like(IDS), **options), plain)
-    assert torch.equal(model.generate(padded, attention_mask=mask, **options)[:, 3:], plain)
+    check_generation(model, IDS)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from mode.loss import auxiliary_loss, hidden_states
 from mode.model import MoDEForCausalLM, make_modular, swap_expert
 from mode.modular import blocks_of, expert_state
 from mode.settings import GateSettings
-from tests.families import VOCABULARY, make_model
+from tests.families import VOCABULARY, check_generation, make_model
 
 IDS = torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
 STATES = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0))
@@ -184,13 +184,7 @@ def test_gates_of_the_prefix_see_one_text_alone() -> None:
 
 def test_prefix_gate_generates_with_padding_and_beams() -> None:
     model = modular(scope="prefix")
-    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), IDS], dim=1)
-    mask = (torch.arange(15) >= 3).long().expand(2, -1)
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    plain = model.generate(IDS, attention_mask=torch.ones_like(IDS), **options)
-    assert torch.equal(model.generate(padded, attention_mask=mask, **options)[:, 3:], plain)
-    beams = model.generate(IDS, num_beams=3, **options)
-    assert torch.equal(beams, model.generate(IDS, num_beams=3, use_cache=False, **options))
+    check_generation(model, IDS)
 
 
 @pytest.mark.parametrize(

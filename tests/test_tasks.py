@@ -20,6 +20,7 @@ from mode.runner import execute, restore
 from mode.tasks import TaskRouter, Tasks
 from mode.train import UNKNOWN, tell_kinds
 from tests.conftest import World
+from tests.families import check_generation
 
 IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64], [7, 7, 30, 256, 1, 90, 12, 13, 250]])
 
@@ -115,13 +116,7 @@ def test_the_guess_has_a_loss_in_training_alone(world: World) -> None:
 def test_generation_with_padding_and_beams_is_that_without_a_cache(world: World) -> None:
     model = built(world, "method.task=guessed")
     nn.init.normal_(model.tasks.guess.weight, std=3.0)
-    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), IDS], dim=1)
-    mask = (torch.arange(12) >= 3).long().expand(2, -1)
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    plain = model.generate(IDS, attention_mask=torch.ones_like(IDS), **options)
-    assert torch.equal(model.generate(padded, attention_mask=mask, **options)[:, 3:], plain)
-    beams = model.generate(IDS, num_beams=3, **options)
-    assert torch.equal(beams, model.generate(IDS, num_beams=3, use_cache=False, **options))
+    check_generation(model, IDS)
 
 
 @pytest.mark.slow
