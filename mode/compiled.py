@@ -154,7 +154,8 @@ def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[s
     """Compile a table from records."""
     runs = compose_rows(table, overrides, extra)
     table = only(table, runs)
-    chosen, left_out = select(runs, records)
+    alike = [record for record in records if not table.settles or record.seed in table.seeds]
+    chosen, left_out = select(runs, alike)
     by_id = {record.id: record for record in records}
     first = next((record for found in chosen.values() for record in found), None)
     domains = tuple(first.happened["scores"]) if first else ()

@@ -89,7 +89,7 @@ class Table:
         title: Heading.
         rows: Rows in order; the one named `backbone` is the zero point of retention.
         overrides: Settings of every row.
-        seeds: Seeds to run when none are asked for.
+        seeds: Seeds to run when none are asked for, and all that count where it `settles` settings.
         experiments: Experiments that the table is also rendered for.
         budgets: Budgets that it is also rendered for.
         differences: Pairs of rows whose difference is printed.
@@ -112,6 +112,11 @@ class Table:
     curves: tuple[Curves, ...] = ()
     choose: bool = False
     published: Published | None = None
+
+    @property
+    def settles(self) -> bool:
+        """Whether settings are compared on the validation split: then a row has the table's own seeds and no more."""
+        return "evaluate.split=validation" in self.overrides
 
     @property
     def variants(self) -> list[list[str]]:

@@ -8,11 +8,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mode.checked import ConfigError
+from mode.files import CURVE
 from mode.timing import Case
 
 if TYPE_CHECKING:
@@ -65,13 +65,14 @@ def first_step(words: Sequence[str], folder: Path) -> Callable[[], float]:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             here = [f"paths.runs={place}/runs", f"paths.results={place}/results"]
             asked = [sys.executable, "-c", MAIN, *words, *here]
-            with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-                assert process.stdout is not None
-                seen = list(takewhile(lambda line: "step 1/" not in line, process.stdout))
+            with subprocess.Popen(asked, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+                while process.poll() is None and not any(path.stat().st_size for path in Path(place).rglob(CURVE)):
+                    time.sleep(0.005)
                 seconds = time.perf_counter() - begin
                 process.terminate()
+                told = process.stderr.read() if process.stderr else ""
         if process.returncode > 0:
-            raise ConfigError(f"`mode {' '.join(words)}` failed: {seen[-1].strip() if seen else 'no message'}")
+            raise ConfigError(f"`mode {' '.join(words)}` failed: {(told.strip().splitlines() or ['no message'])[-1]}")
         return seconds
 
     return action
