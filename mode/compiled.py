@@ -84,6 +84,7 @@ class Line:
             operations, seconds and tokens a second over all stages; peak memory in GB, MB that one domain adds on disk;
             n.
         gates: By domain, every block's mean gate weights over seeds, the backbone's first; empty without gates.
+        routing: By domain, the mean number of branches in use and the mean entropy as a share of the largest.
         branches: Names of the branches.
         astray: Whether a stage trained on, or took, something else than its forecast.
         runs: Id of every seed's run.
@@ -96,6 +97,7 @@ class Line:
     documents: Mapping[str, float]
     cost: Mapping[str, float]
     gates: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    routing: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     branches: tuple[str, ...] = ()
     astray: bool = False
     runs: Mapping[int, str] = field(default_factory=dict)
@@ -206,6 +208,7 @@ def make_line(
         documents=effective_documents(records[0]) if records else {},
         cost={"n": len(records), **(row_cost(records[0], costs) if records else {})},
         gates=mean_gates(records),
+        routing=routing(records),
         branches=branches(records),
         astray=any(astray(stage) for stages in costs for stage in stages),
         runs={record.seed: record.id for record in records},
@@ -265,6 +268,24 @@ def mean_gates(records: Sequence[Record]) -> dict[str, list[list[float]]]:
             for branches in zip(*(gates[domain]["mean"] for gates in found if gates), strict=True)
         ]
         for domain in found[0] or {}
+    }
+
+
+def routing(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
+    """Return, by domain, how many branches tokens had and how even their weights were; empty if unknown."""
+    found = [record.happened.get("gates") or {} for record in records]
+    if not records or not all("active" in told for gates in found for told in gates.values()):
+        return {}
+    return {
+        domain: (
+            statistics.fmean(active for gates in found for active in gates[domain]["active"]),
+            statistics.fmean(
+                entropy / math.log(len(mean)) if len(mean) > 1 else 1.0
+                for gates in found
+                for mean, entropy in zip(gates[domain]["mean"], gates[domain]["entropy"], strict=True)
+            ),
+        )
+        for domain in found[0]
     }
 
 

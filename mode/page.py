@@ -34,6 +34,7 @@ from mode.report import (
     notes,
     published_frame,
 )
+from mode.routing import ROUTING_NOTE, routing_frame
 from mode.sheet import SHEETS, find_sheet
 from mode.table import load_table, stem, with_needs
 
@@ -264,6 +265,8 @@ def extras(compiled: Compiled, rows: Sequence[str], pairs: Sequence[str]) -> Ite
     yield COST_NOTE, grid("Cost", cost_frame(compiled), rows)
     if compiled.contamination:
         yield CONTAMINATION_NOTE, grid("Contamination", contamination_frame(compiled))
+    if (routed := routing_frame(compiled)) is not None:
+        yield ROUTING_NOTE, grid("Routers", routed)
     published = published_frame(compiled)
     source = compiled.table.published
     if source is not None and published is not None and len(published):

@@ -17,6 +17,7 @@ from mode.data.contamination import PRETRAINING
 from mode.files import is_drawn
 from mode.finding import findings
 from mode.record import read_records
+from mode.routing import ROUTING_NOTE, routing_frame
 from mode.table import load_table, stem
 
 COLUMNS = {
@@ -182,6 +183,8 @@ def markdown(compiled: Compiled) -> str:
     parts += ["", COST_NOTE, "", aligned(cost_frame(compiled))]
     if compiled.contamination:
         parts += ["", CONTAMINATION_NOTE, "", aligned(contamination_frame(compiled))]
+    if (routed := routing_frame(compiled)) is not None:
+        parts += ["", ROUTING_NOTE, "", aligned(routed)]
     published = published_frame(compiled)
     if published is not None and compiled.table.published is not None:
         source = compiled.table.published
