@@ -27,7 +27,7 @@ def printed(body: str, folder: Path) -> str:
     Raises:
         AssertionError: It does not compile.
     """
-    head = "\\documentclass{article}\\usepackage[paperwidth=200cm]{geometry}\\usepackage{booktabs}"
+    head = "\\documentclass{article}\\usepackage[paperwidth=200cm,paperheight=99cm]{geometry}\\usepackage{booktabs}"
     (folder / "page.tex").write_text(f"{head}\n\\begin{{document}}\n{body}\n\\end{{document}}\n", encoding="utf-8")
     words = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "page.tex"]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, errors="replace", check=False, timeout=120)
