@@ -47,6 +47,10 @@ class Branch(Method):
     num_clusters: Annotated[int, Field(gt=0)]
     cluster: Annotated[int, Field(ge=0)]
 
+    def __post_init__(self) -> None:
+        if self.cluster >= self.num_clusters:
+            raise ValueError(f"cluster={self.cluster}: num_clusters={self.num_clusters} are counted from 0")
+
     def mixture(self, run: Run) -> dict[str, int]:
         """Return the only source of rows: the cluster."""
         return {f"cluster-{self.cluster}": 1}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mode import config
+from mode.checked import ConfigError
 from mode.clusters import Nearness, find_clusters, rows_of
 from mode.ensemble import Ensemble, earlier, mixed
 from mode.likelihood import Text, log_likelihoods
@@ -186,3 +187,8 @@ def test_branches_of_clusters_train_on_rows_of_their_own(world: World) -> None:
     record = execute(run)
     assert record.happened["steps"] == 0
     assert record.happened["branches"] == ["cluster 1", "cluster 2"]
+
+
+def test_a_cluster_that_there_is_not_is_refused(world: World) -> None:
+    with pytest.raises(ConfigError, match="cluster=2: num_clusters=2 are counted from 0"):
+        config.compose([*world.overrides, "method=cbtm-branch", "method.cluster=2"], world.conf)
