@@ -10,14 +10,13 @@ The published block runs attention and feed-forward part in parallel; here they 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass as settings
 
-from mode import config
 from mode.checked import STRICT
 from mode.cost import Cost, mixture, shape_of
-from mode.method import Adaptation, Material, merged, stages_by_domain
+from mode.method import Material, Mixture, merged
 from mode.settings import RouterSettings, Run
 
 if TYPE_CHECKING:
@@ -25,17 +24,15 @@ if TYPE_CHECKING:
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
-class BAM(Adaptation):
+class BAM(Mixture):
     """Branch, attend, mix.
 
     Attributes:
-        branch: The method that trains a model on a domain, as its YAML has it: full fine-tuning.
         router: How tokens choose a feed-forward expert.
         attention_router: How tokens weigh the attention experts: all of them, as published.
         shares_keys: Whether the attention experts of a layer share keys and values, whose maps are the mean of theirs.
     """
 
-    branch: dict[str, Any]
     router: RouterSettings
     attention_router: RouterSettings
     shares_keys: bool
@@ -43,14 +40,6 @@ class BAM(Adaptation):
     def __post_init__(self) -> None:
         if self.attention_router.top_k is not None or self.attention_router.top_p is not None:
             raise ValueError("attention_router: all attention experts run, so there is no top_k or top_p")
-
-    def needs(self, run: Run) -> tuple[Run, ...]:
-        """Return one run of full fine-tuning per target."""
-        return stages_by_domain(run, config.build_method(self.branch), run.targets)
-
-    def branches(self, run: Run) -> tuple[str, ...]:
-        """Return the names of the models that the experts come from."""
-        return "backbone", *run.targets
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the mixture of the backbone and its branches."""

@@ -9,14 +9,13 @@ The mix here is of the targets; the published one has the data of pretraining to
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass as settings
 
-from mode import config
 from mode.checked import STRICT
 from mode.cost import Cost, mixture, shape_of
-from mode.method import Adaptation, Material, merged, stages_by_domain
+from mode.method import Material, Mixture, merged
 from mode.settings import RouterSettings, Run
 
 if TYPE_CHECKING:
@@ -24,26 +23,16 @@ if TYPE_CHECKING:
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
-class BTX(Adaptation):
+class BTX(Mixture):
     """Branch, train, mix.
 
     Attributes:
-        branch: The method that trains a model on a domain, as its YAML has it: full fine-tuning.
         router: How tokens choose; without `top_k` all experts run, the published soft routing.
         train_experts: Whether the experts train on the mix too, or the rest alone.
     """
 
-    branch: dict[str, Any]
     router: RouterSettings
     train_experts: bool
-
-    def needs(self, run: Run) -> tuple[Run, ...]:
-        """Return one run of full fine-tuning per target."""
-        return stages_by_domain(run, config.build_method(self.branch), run.targets)
-
-    def branches(self, run: Run) -> tuple[str, ...]:
-        """Return the names of the models that the experts come from."""
-        return "backbone", *run.targets
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the mixture of the backbone and its branches."""

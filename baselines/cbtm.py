@@ -86,13 +86,13 @@ class CBTM(Method):
     """Branch, train, merge over clusters.
 
     Attributes:
-        branch: The rate at which a model trains on a cluster.
+        branch_lr: The rate at which a model trains on a cluster.
         num_clusters: K.
         temperature: T.
         top_k: Models that stay, the nearest first; all by default.
     """
 
-    branch: Annotated[float, Field(gt=0.0)]
+    branch_lr: Annotated[float, Field(gt=0.0)]
     num_clusters: Annotated[int, Field(gt=0)]
     temperature: Annotated[float, Field(gt=0.0)]
     top_k: Annotated[int, Field(gt=0)] | None
@@ -105,7 +105,7 @@ class CBTM(Method):
         """Return one run per cluster; they share steps or operations as those by domain do."""
         stages = []
         for cluster in range(self.num_clusters):
-            method = Branch(lr=self.branch, num_clusters=self.num_clusters, cluster=cluster)
+            method = Branch(lr=self.branch_lr, num_clusters=self.num_clusters, cluster=cluster)
             names = [f"cluster-{number}" for number in range(self.num_clusters)]
             first = stages_by_domain(run, method, names, trains=False)[0]
             stages.append(replace(first, targets=run.targets))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mode.gate import choose
+from mode.gate import choose, keep
 from mode.settings import Choice
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ class Nearness(nn.Module):
     def forward(self, sums: Tensor) -> Tensor:
         """Map the sums of prefixes' vectors, (..., c), to weights of clusters, (..., K)."""
         weights = (-squared_distances(sums, self.centres.double()) / self.temperature).softmax(-1)
-        chosen = choose(weights, self.settings)
-        return weights if chosen is None else weights * chosen / (weights * chosen).sum(-1, keepdim=True)
+        return keep(weights, choose(weights, self.settings), renormalize=True)
 
 
 def squared_distances(sums: Tensor, centres: Tensor) -> Tensor:

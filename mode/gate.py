@@ -70,10 +70,7 @@ class Gate(nn.Linear):
             chosen = choose(weights, self.settings)
             if self.training and self.settings.balance:
                 self.auxiliary = self.settings.balance * load_balance(weights, chosen)
-        if chosen is None:
-            return weights
-        kept = weights * chosen
-        return kept / kept.sum(-1, keepdim=True) if self.settings.renormalize else kept
+        return keep(weights, chosen, renormalize=self.settings.renormalize)
 
     def prefix_mean(self, x: Tensor, cache: Cache | None) -> Tensor:
         """Return the mean of every token's prefix, itself included, (B, S, d): sequence-level, yet causal."""
@@ -104,6 +101,14 @@ def choose(weights: Tensor, settings: Choice) -> Tensor | None:
         before = ordered.cumsum(-1) - ordered  # a branch stays while those before it do not hold the share yet
         return torch.zeros_like(weights, dtype=torch.bool).scatter(-1, order, before < settings.top_p)
     return None
+
+
+def keep(weights: Tensor, chosen: Tensor | None, *, renormalize: bool) -> Tensor:
+    """Return the weights of the branches that stay, (..., N), which sum to one again with `renormalize`."""
+    if chosen is None:
+        return weights
+    kept = weights * chosen
+    return kept / kept.sum(-1, keepdim=True) if renormalize else kept
 
 
 def load_balance(weights: Tensor, chosen: Tensor | None) -> Tensor:

@@ -76,17 +76,13 @@ class GateMeter:
 
     def told(self, sums: Sequence[Mapping[str, Tensor]], tokens: int) -> dict[str, Any]:
         """Return the means of one domain, over its tokens and the gates of a place."""
-        groups = [[one for one, here in zip(sums, self.places, strict=True) if here == place] for place in order(self)]
+        places_once = dict.fromkeys(self.places)
+        groups = [[one for one, here in zip(sums, self.places, strict=True) if here == place] for place in places_once]
         means = {
             key: [sum(one[key] for one in group) / (len(group) * tokens) for group in groups]
             for key in ("mean", "entropy", "active")
         }
         return {key: [rounded(value) for value in values] for key, values in means.items()}
-
-
-def order(meter: GateMeter) -> list[Any]:
-    """Return a meter's places, each once."""
-    return list(dict.fromkeys(meter.places))
 
 
 def summed(weights: Tensor) -> dict[str, Tensor]:

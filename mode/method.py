@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from mode.backbone import BackboneTokenizer, load_tokenizer, num_parameters, pretraining_data, weights_fingerprint
 from mode.checked import STRICT, ConfigError
-from mode.config import replace
+from mode.config import build_method, replace
 from mode.cost import Cost, full, shape_of, untouched
 from mode.domain import Split
 from mode.files import WEIGHTS
@@ -269,6 +269,25 @@ def stages_by_domain(
         steps = max(1, round(allowance(run) / stages / per_token(alone)))
     train = replace(alone.train, steps=steps)
     return tuple(replace(alone, targets=(domain,), train=train) for domain in domains)
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class Mixture(Adaptation):
+    """A mixture of the backbone and of copies of it that were trained a domain each before.
+
+    Attributes:
+        branch: The method that trains a copy on a domain, as its YAML has it: full fine-tuning.
+    """
+
+    branch: dict[str, Any]
+
+    def needs(self, run: Run) -> tuple[Run, ...]:
+        """Return one run of that method per target."""
+        return stages_by_domain(run, build_method(self.branch), run.targets)
+
+    def branches(self, run: Run) -> tuple[str, ...]:
+        """Return the names of the models that the experts come from."""
+        return "backbone", *run.targets
 
 
 def merged(material: Material) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:

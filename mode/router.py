@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mode.gate import choose, load_balance
+from mode.gate import choose, keep, load_balance
 from mode.settings import Choice, RouterSettings
 
 DENSE = RouterSettings()
@@ -50,10 +50,7 @@ class Router(nn.Linear):
                 return self.one(logits, weights)
             chosen = choose(weights, self.settings)
             self.auxiliary = self.losses(logits, weights, chosen) if self.training else None
-        if chosen is None:
-            return weights
-        kept = weights * chosen
-        return kept / kept.sum(-1, keepdim=True) if self.settings.renormalize else kept
+        return keep(weights, chosen, renormalize=self.settings.renormalize)
 
     def one(self, logits: Tensor, weights: Tensor) -> Tensor:
         """Return 1 for one expert of every token and 0 for the others, with the gradient of its probability.
@@ -141,5 +138,4 @@ class Posterior(nn.Module):
     def forward(self, evidence: Tensor) -> Tensor:
         """Map the log-likelihoods of prefixes, (..., N), to weights of models, (..., N)."""
         weights = evidence.softmax(-1)
-        chosen = choose(weights, self.settings)
-        return weights if chosen is None else weights * chosen / (weights * chosen).sum(-1, keepdim=True)
+        return keep(weights, choose(weights, self.settings), renormalize=True)
