@@ -1,14 +1,26 @@
-"""What the loop can ask of decoder layers: to keep fewer activations, and to be compiled."""
+"""What the loop asks of decoder layers: to keep fewer activations, to be compiled, to hold what is frozen in bf16."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mode.settings import Train
+
+COMPILED_FROM = {"cpu": 2e13, "cuda": 2e16}
+"""Operations of a stage from which compiling pays, by type of device: about five minutes' work. Compiling takes up to
+40 s, and a step of what is compiled about a seventh less on a processor; on a GPU the bound is a guess."""
+
+
+def compiles(settings: Train, device: torch.device, flops: float) -> bool:
+    """Say whether a stage's layers are to be compiled, by the operations that it takes where that decides."""
+    if settings.compile == "auto":
+        return flops >= COMPILED_FROM[device.type]
+    return settings.compile
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:
@@ -23,14 +35,23 @@ class Layers:
 
     A layer that is checkpointed keeps its input alone and forms its activations again in the backward pass, through the
     switch that `transformers` gives to every layer. Compiling is by layer: all layers of one shape share the code.
+    Autocast makes a copy in bf16 of a frozen matrix whenever it is used, and the backward pass keeps each: one that is
+    made once gives the same bits.
     """
 
-    def __init__(self, model: nn.Module, settings: Train) -> None:
-        """Choose the layers, and have them compiled when they are first used."""
+    def __init__(self, model: nn.Module, settings: Train, *, half: bool = False) -> None:
+        """Choose the layers, and have them compiled when they are first used.
+
+        Args:
+            model: The model, with what is frozen frozen.
+            settings: The loop's.
+            half: Whether products of matrices are in bf16.
+        """
         layers = decoder_layers(model)
+        self.held = [(weight, weight.data, weight.data.bfloat16()) for weight in frozen_matrices(layers) if half]
         self.again = [layer for layer in layers if forms_again(layer, settings.activation_checkpointing)]
         self.compiled: list[tuple[Any, Any]] = []
-        for layer in layers if settings.compile else ():
+        for layer in layers if settings.compile is True else ():
             layer.compile(dynamic=False)
             self.compiled.append((layer, layer._compiled_call_impl))
             layer._compiled_call_impl = None
@@ -42,6 +63,8 @@ class Layers:
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         for layer, code in self.compiled:
             layer._compiled_call_impl = code
+        for weight, _full, half in self.held:
+            weight.data = half
 
     def __exit__(self, *_: object) -> None:
         """End a step."""
@@ -49,8 +72,16 @@ class Layers:
             layer.gradient_checkpointing = False
         for layer, _code in self.compiled:
             layer._compiled_call_impl = None
+        for weight, full, _half in self.held:
+            weight.data = full
 
 
 def forms_again(layer: nn.Module, which: str) -> bool:
     """Say whether a layer's activations are to be formed again."""
     return which == "all" or (which == "frozen" and not any(each.requires_grad for each in layer.parameters()))
+
+
+def frozen_matrices(layers: list[Any]) -> list[Tensor]:
+    """Return the weights of the linear maps in decoder layers that are not trained, each once."""
+    maps = (module for layer in layers for module in layer.modules() if type(module) is nn.Linear)
+    return list(dict.fromkeys(each.weight for each in maps if not each.weight.requires_grad))

@@ -101,7 +101,7 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
     sizes, expected, taken = parameters(prepared, model), forecast(run), count(run, model)
     tracker = track(prepared)
     try:
-        trained = fit(prepared, model, tracker, observe)
+        trained = fit(prepared, model, tracker, observe, taken)
         begin = time.monotonic()
         with prepared.method.probed(model) as probe:
             scores = score(prepared, model, run.evaluate.split, probe=probe)

@@ -271,8 +271,8 @@ class Train:
             row have all.
         activation_checkpointing: Layers that keep no activations but form them again in the backward pass, which takes
             less memory and more time: `frozen` ones, where nothing trains, or `all`.
-        compile: Whether decoder layers are compiled, which takes tens of seconds before the first step: worth it for
-            runs of many minutes.
+        compile: Whether decoder layers are compiled, which takes up to 40 s before the first step, and 5 s where it
+            was done before; `auto`: in stages of about five minutes and more (`mode.layers`).
         replay: Share of the mix's rows that other domains than the targets give, by domain. Earlier stages have none.
     """
 
@@ -294,7 +294,7 @@ class Train:
     validate_every: Annotated[int, Field(ge=0)]
     examples: Annotated[int, Field(gt=0)] | None = None
     activation_checkpointing: Literal["none", "frozen", "all"] = "none"
-    compile: bool = False
+    compile: bool | Literal["auto"] = False
     replay: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] | None = None
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mode.backbone import load_model
+from mode.config import replace
 from mode.data.batches import Batches, Stream
 from mode.data.pack import Tokens
 from mode.method import Adaptation, Probe
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
 Observer = Callable[[Prepared, "Point"], None]
 
 
-def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observer) -> Trained:
-    """Train a model by the one loop, if its method trains at all."""
+def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observer, flops: float) -> Trained:
+    """Train a model by the one loop, if its method trains at all; a token takes so many operations."""
     from mode.evaluate import headline
+    from mode.layers import compiles
     from mode.train import Job, Trained, train
 
     run, method = prepared.run, prepared.method
@@ -53,8 +55,9 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
         tracker.log({name: value for name, value in point.items() if name != "step"}, step=point["step"])
 
     kinds, seen = method.row_kinds(run), tuple(name for name in mixture if name in prepared.packed)
+    total = flops * steps * run.train.batch_size * run.train.sequence_length
     job = Job(
-        settings=run.train,
+        settings=replace(run.train, compile=compiles(run.train, device, total)),
         steps=steps,
         lr=run.lr,
         folder=prepared.folder,

@@ -40,6 +40,8 @@ class Tasks(nn.Module):
         super().__init__()
         self.embedding = nn.Parameter(torch.randn(count, WIDTH))
         self.guess = Gate(hidden, count - 1, settings=GateSettings(scope="prefix")) if guessed else None
+        if self.guess is not None:
+            self.guess.weighs = False  # tasks, not experts: it is none of the routers that records tell of
         self.row_kinds: Tensor | None = None
         self.weights: Tensor | None = None
         self.auxiliary: Tensor | None = None

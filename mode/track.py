@@ -9,12 +9,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mode.checked import ConfigError
 from mode.settings import Track
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Tracker(Protocol):

@@ -108,7 +108,8 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
         ConfigError: The loss is no longer finite, or a checkpoint is damaged.
     """
     settings, device = job.settings, next(model.parameters()).device
-    optimizer, layers = make_optimizer(model, job), Layers(model, settings)
+    optimizer = make_optimizer(model, job)
+    layers = Layers(model, settings, half=precision_of(settings, device) == "bf16")
     step, seconds, curve = restore(model, optimizer, job)
     model.train()
     total = torch.zeros((), device=device)

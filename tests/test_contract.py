@@ -154,6 +154,7 @@ def test_records_say_how_experts_were_weighed(world: World, name: str) -> None:
     chosen = 100 if name == "bam" else chosen  # its attention experts all run
     for told in record.happened["gates"].values():
         assert len(told["mean"]) == len(told["entropy"]) == len(told["active"]) >= 1
+        assert len({len(mean) for mean in told["mean"]}) == 1  # the same experts everywhere, or no figure shows them
         for mean, entropy, active in zip(*(told[key] for key in ("mean", "entropy", "active")), strict=True):
             assert 0.0 < sum(mean) < 1.0 + 1e-5
             assert 0.0 <= entropy <= math.log(len(mean)) + 1e-5

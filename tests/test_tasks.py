@@ -13,6 +13,7 @@ from mode import config
 from mode.backbone import load_model
 from mode.bank import LowRankBank
 from mode.checked import ConfigError
+from mode.gates import gates_of
 from mode.loss import auxiliary_loss
 from mode.method import Material
 from mode.prepared import prepare_run
@@ -111,6 +112,13 @@ def test_the_guess_has_a_loss_in_training_alone(world: World) -> None:
     assert auxiliary_loss(model) is not None
     model.eval()(input_ids=IDS)
     assert auxiliary_loss(model) is None
+
+
+def test_what_is_told_of_routers_is_that_of_experts_alone(world: World) -> None:
+    model = built(world, "method.task=guessed")
+    routers = list(gates_of(model).values())
+    assert routers
+    assert all(isinstance(router, TaskRouter) for router in routers)
 
 
 def test_generation_with_padding_and_beams_is_that_without_a_cache(world: World) -> None:

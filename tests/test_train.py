@@ -235,6 +235,47 @@ def test_activations_formed_again_change_no_bit(world: World, method: str) -> No
     assert losses["none"] == losses["frozen"] == losses["all"]
 
 
+@pytest.mark.parametrize("method", ["lora", "mode", "mixlora"])
+def test_frozen_weights_held_in_bf16_change_no_bit(world: World, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"mode": ["method.start=fresh", "method.num_experts=1"]}.get(method, [])
+    records = []
+    for place in ("held", "cast"):
+        here = world.at(world.root / place)
+        asked = [*here.overrides, f"method={method}", *settings, "train.log_every=1", "train.precision=bf16"]
+        records.append(execute(config.compose(asked, world.conf)))
+        monkeypatch.setattr("mode.layers.frozen_matrices", lambda layers: [])
+    held, cast = records
+    assert len(curve_of(held)) == 4
+    assert curve_of(held) == curve_of(cast)
+    assert held.happened["scores"] == cast.happened["scores"]
+
+
+def test_what_is_frozen_is_in_bf16_within_a_step_alone(world: World) -> None:
+    from mode.layers import Layers, frozen_matrices
+
+    run = config.compose([*world.overrides, "method=sft"], world.conf)
+    model = load_model(run.backbone).requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    layers = Layers(model, run.train, half=True)
+    with layers:
+        kinds = {name: value.dtype for name, value in model.named_parameters()}
+    halved = {name for name, kind in kinds.items() if kind == torch.bfloat16}
+    assert halved == {name for name in kinds if name.endswith("_proj.weight")}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert len(halved) == len(layers.held)
+    assert not frozen_matrices(list(load_model(run.backbone).model.layers))
+
+
+@pytest.mark.parametrize(
+    ("setting", "flops", "expected"), [("auto", 1e13, False), ("auto", 3e13, True), (True, 1.0, True)]
+)
+def test_layers_are_compiled_where_a_stage_is_long(world: World, setting: Any, flops: float, expected: bool) -> None:
+    from mode.layers import compiles
+
+    settings = config.replace(run_of(world, "method=sft").train, compile=setting)
+    assert compiles(settings, torch.device("cpu"), flops) is expected
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_compiled_layers_train_as_plain_ones_and_are_plain_again_afterwards(world: World) -> None:

@@ -219,13 +219,16 @@ class Step:
         if anchor.source != "none":
             hold = Hold(anchor.weight, lambda step: self.held.cpu().numpy(), method.reference(self.model, load))
         self.job = Job(settings=run.train, steps=1, lr=1e-6, folder=Path(), validate=dict, hold=hold)
-        self.optimizer, self.layers = make_optimizer(self.model, self.job), Layers(self.model, run.train)
-        self.device = device
+        self.optimizer, self.device, self.precision = (
+            make_optimizer(self.model, self.job),
+            device,
+            precision_of(run.train, device),
+        )
+        self.layers = Layers(self.model, run.train, half=self.precision == "bf16")
         self.bytes = sum(parameter.nbytes for parameter in trainable(self.model).values())
         waste(self.model)
         cost = method.cost(asked)
         self.flops = size * length * cost.flops.total if cost and not hold else 0.0
-        self.precision = precision_of(run.train, device)
 
     def __call__(self) -> None:
         """Make a step as the loop does."""
