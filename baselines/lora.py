@@ -9,9 +9,10 @@ from pydantic.dataclasses import dataclass as settings
 
 from mode.backbone import stack
 from mode.checked import STRICT, ConfigError
-from mode.cost import Cost, Layer, Shape, adapted, add, beside, is_named, shape_of
-from mode.method import Adaptation, Material
-from mode.settings import Budget, Run
+from mode.cost import Cost, Layer, Shape, adapted, add, is_named, shape_of
+from mode.low_rank import LowRank
+from mode.method import Material
+from mode.settings import Run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,18 +20,14 @@ if TYPE_CHECKING:
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
-class LoRA(Adaptation):
+class LoRA(LowRank):
     """Low-rank adapters.
 
     Attributes:
-        rank: r; the MoDE paper uses 16.
-        alpha: Numerator of the scale alpha / r.
         target_modules: Linear layers that get an adapter: those of `attention`, as in the MoDE paper, or named ones.
         rank_stabilized: Scale by alpha / sqrt(r) instead (Kalajdzievski, 2023).
     """
 
-    rank: Annotated[int, Field(gt=0)]
-    alpha: Annotated[float, Field(gt=0.0)]
     target_modules: Literal["attention"] | Annotated[tuple[str, ...], Field(min_length=1)]
     rank_stabilized: bool = False
 
@@ -51,11 +48,11 @@ class LoRA(Adaptation):
         if unknown:
             known = ", ".join(sorted(linears))
             raise ConfigError(f"method.target_modules: {unknown[0]} is not one of the backbone's {known}")
-        rank = self.rank_for(run)
+        sized = self.sized(run)
         torch.manual_seed(run.seed)
         config = LoraConfig(
-            r=rank,
-            lora_alpha=self.alpha * (rank / self.rank),  # type: ignore[arg-type]
+            r=sized.rank,
+            lora_alpha=sized.alpha,  # type: ignore[arg-type]
             target_modules=list(names),
             use_rslora=self.rank_stabilized,
             fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in linears.values()),
@@ -63,34 +60,13 @@ class LoRA(Adaptation):
         adapted: nn.Module = inject_adapter_in_model(config, model)
         return adapted
 
-    def effective(self, run: Run) -> Budget:
-        """Return the budget that identifies a run: one of parameters decides the rank."""
-        return run.budget if run.budget.policy == "params" else super().effective(run)
-
-    def rank_for(self, run: Run) -> int:
-        """Return the rank: as set, or the one with which adapters have as many parameters as a budget's model.
-
-        A rank that is raised keeps alpha / r, and so the scale of what the adapters add.
-        """
-        budget = run.budget
-        if budget.num_blocks is None or budget.expert_layers is None:
-            return self.rank
-        shape = shape_of(run.backbone)
-        wanted = sum(beside(shape, len(run.targets), budget.num_blocks, budget.expert_layers))
-        one = self.size(shape)
-        if one == 0:
-            raise ConfigError(
-                f"method.target_modules={list(self.target_modules)}: budget=params counts names within a layer"
-            )
-        return max(1, round(wanted / one))
-
     def size(self, shape: Shape) -> int:
         """Return the parameters of adapters of rank 1: inputs and outputs of every matrix that has one."""
         return sum(sum(layer.matrices[path]) for layer in shape.layers for path in self.targets(layer))
 
     def cost(self, run: Run) -> Cost:
         """Return what the adapters take beside a frozen backbone."""
-        shape, rank, length = shape_of(run.backbone), self.rank_for(run), run.train.sequence_length
+        shape, rank, length = shape_of(run.backbone), self.sized(run).rank, run.train.sequence_length
         parts = [shape.head(trains=False)]
         for number, layer in enumerate(shape.layers):
             ranks = dict.fromkeys(self.targets(layer), rank)

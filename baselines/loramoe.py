@@ -19,7 +19,8 @@ from pydantic.dataclasses import dataclass as settings
 
 from mode.checked import STRICT
 from mode.cost import Cost, Layer, banks, shape_of
-from mode.method import Adaptation, Material
+from mode.low_rank import LowRank
+from mode.method import Material
 from mode.settings import Run
 
 if TYPE_CHECKING:
@@ -27,20 +28,16 @@ if TYPE_CHECKING:
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
-class LoRAMoE(Adaptation):
+class LoRAMoE(LowRank):
     """Low-rank experts of two kinds.
 
     Attributes:
         num_experts: N, half of them of each kind.
-        rank: r of every expert.
-        alpha: Numerator of the scale alpha / r.
         balance: beta, weight of the localized balancing constraint.
         spread: delta, by how much an expert may have more of its own kind's rows.
     """
 
     num_experts: Annotated[int, Field(gt=1, multiple_of=2)]
-    rank: Annotated[int, Field(gt=0)]
-    alpha: Annotated[float, Field(gt=0.0)]
     balance: Annotated[float, Field(ge=0.0)]
     spread: Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -61,10 +58,11 @@ class LoRAMoE(Adaptation):
         model: nn.Module = material.backbone()
         model.requires_grad_(False)
         torch.manual_seed(run.seed)
+        rank = self.sized(run).rank
 
         def make(path: str, base: nn.Module) -> nn.Module:
             router = LocalizedRouter(sizes(base)[0], self.num_experts, self.balance, self.spread)
-            bank = LowRankBank(base, self.num_experts, self.rank, self.alpha / self.rank, router)
+            bank = LowRankBank(base, self.num_experts, rank, self.scale, router)
             torch.nn.init.kaiming_uniform_(bank.down.flatten(0, 1), a=math.sqrt(5))  # as in LoRA
             return bank
 
@@ -74,7 +72,7 @@ class LoRAMoE(Adaptation):
     def cost(self, run: Run) -> Cost:
         """Return what experts and routers take beside a frozen backbone."""
         shape, length = shape_of(run.backbone), run.train.sequence_length
-        return banks(shape, length, self.num_experts, self.rank, feed_forward)
+        return banks(shape, length, self.num_experts, self.sized(run).rank, feed_forward)
 
 
 def feed_forward(layer: Layer) -> list[str]:

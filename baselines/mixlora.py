@@ -14,7 +14,8 @@ from pydantic.dataclasses import dataclass as settings
 from mode.backbone import stack
 from mode.checked import STRICT
 from mode.cost import Cost, adapted, add, shape_of
-from mode.method import Adaptation, Material
+from mode.low_rank import LowRank
+from mode.method import Material
 from mode.settings import RouterSettings, Run
 
 if TYPE_CHECKING:
@@ -22,19 +23,15 @@ if TYPE_CHECKING:
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
-class MixLoRA(Adaptation):
+class MixLoRA(LowRank):
     """Low-rank experts of the feed-forward part.
 
     Attributes:
         num_experts: N.
-        rank: r of every expert, and of attention's adapters.
-        alpha: Numerator of the scale alpha / r.
         router: How tokens choose.
     """
 
     num_experts: Annotated[int, Field(gt=0)]
-    rank: Annotated[int, Field(gt=0)]
-    alpha: Annotated[float, Field(gt=0.0)]
     router: RouterSettings
 
     def build(self, run: Run, material: Material) -> nn.Module:
@@ -49,16 +46,17 @@ class MixLoRA(Adaptation):
         from mode.feed_forward import PART, LowRankFeedForward
         from mode.router import Router
 
+        sized = self.sized(run)
         model: Any = material.backbone().requires_grad_(False)
         torch.manual_seed(run.seed)
         trunk, name = stack(model)
         for layer in getattr(trunk, name):
             router = Router(model.config.get_text_config().hidden_size, self.num_experts, self.router)
-            base, scale = getattr(layer, PART), self.alpha / self.rank
-            setattr(layer, PART, LowRankFeedForward(base, self.num_experts, self.rank, scale, router))
+            base = getattr(layer, PART)
+            setattr(layer, PART, LowRankFeedForward(base, self.num_experts, sized.rank, self.scale, router))
         shape = shape_of(run.backbone)
         names = [path for stage in shape.layers[0].stages[:2] for path in stage]
-        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=names)  # type: ignore[arg-type]
+        config = LoraConfig(r=sized.rank, lora_alpha=sized.alpha, target_modules=names)  # type: ignore[arg-type]
         frozen = {key for key, value in model.named_parameters() if not value.requires_grad}
         mixed: nn.Module = inject_adapter_in_model(config, model)
         for key, value in mixed.named_parameters():
@@ -70,17 +68,17 @@ class MixLoRA(Adaptation):
         """Return what experts and adapters take beside a frozen backbone; not known with `router.top_p`."""
         if not self.router.known:
             return None
-        shape, length = shape_of(run.backbone), run.train.sequence_length
+        shape, length, rank = shape_of(run.backbone), run.train.sequence_length, self.sized(run).rank
         active = min(self.router.active or self.num_experts, self.num_experts)
         parts, added, idle = [shape.head(trains=False)], 0, 0
         for number, layer in enumerate(shape.layers):
             attention = [path for stage in layer.stages[:2] for path in stage]
             experts = [path for stage in layer.stages[2:] for path in stage]
-            ranks = dict.fromkeys(attention, self.rank) | dict.fromkeys(experts, active * self.rank)
+            ranks = dict.fromkeys(attention, rank) | dict.fromkeys(experts, active * rank)
             routed = {experts[0]: shape.hidden * self.num_experts}
             parts.append(adapted(layer, length, ranks, upstream=number > 0, routers=routed))
-            one = self.rank * sum(sum(layer.matrices[path]) for path in experts)
-            added += self.rank * sum(sum(layer.matrices[path]) for path in attention)
+            one = rank * sum(sum(layer.matrices[path]) for path in experts)
+            added += rank * sum(sum(layer.matrices[path]) for path in attention)
             added += self.num_experts * one + sum(routed.values())
             idle += (self.num_experts - active) * one
         total = shape.parameters + added

@@ -21,7 +21,8 @@ from pydantic.dataclasses import dataclass as settings
 
 from mode.checked import STRICT
 from mode.cost import Cost, Flops, banks, shape_of
-from mode.method import Adaptation, Material
+from mode.low_rank import LowRank
+from mode.method import Material
 from mode.settings import Run
 
 if TYPE_CHECKING:
@@ -29,24 +30,25 @@ if TYPE_CHECKING:
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
-class MOELoRA(Adaptation):
+class MOELoRA(LowRank):
     """Low-rank experts weighed by the task.
 
     Attributes:
         num_experts: N.
-        rank: r of all experts together.
-        alpha: Numerator of the scale alpha / r.
         task: How a task is known after training.
     """
 
     num_experts: Annotated[int, Field(gt=0)]
-    rank: Annotated[int, Field(gt=0)]
-    alpha: Annotated[float, Field(gt=0.0)]
     task: Literal["told", "guessed"]
 
     def __post_init__(self) -> None:
         if self.rank % self.num_experts:
             raise ValueError(f"rank={self.rank} does not divide over num_experts={self.num_experts}")
+
+    @property
+    def least_rank(self) -> int:
+        """Return the least rank, of which others are multiples: every expert has the same."""
+        return self.num_experts
 
     def row_kinds(self, run: Run) -> Mapping[str, int]:
         """Return the task of every source's rows."""
@@ -62,12 +64,13 @@ class MOELoRA(Adaptation):
         model = material.backbone()
         model.requires_grad_(False)
         torch.manual_seed(run.seed)
+        each = self.sized(run).rank // self.num_experts
         hidden = model.config.get_text_config().hidden_size
         tasks = Tasks(len(self.row_kinds(run)), hidden, guessed=self.task == "guessed")
 
         def make(path: str, base: nn.Module) -> nn.Module:
             router = TaskRouter(tasks, self.num_experts)
-            bank = LowRankBank(base, self.num_experts, self.rank // self.num_experts, self.alpha / self.rank, router)
+            bank = LowRankBank(base, self.num_experts, each, self.scale, router)
             torch.nn.init.normal_(bank.down, std=0.01)
             return bank
 
@@ -81,7 +84,7 @@ class MOELoRA(Adaptation):
         from mode.tasks import WIDTH
 
         shape, length, tasks = shape_of(run.backbone), run.train.sequence_length, len(self.row_kinds(run))
-        each = self.rank // self.num_experts
+        each = self.sized(run).rank // self.num_experts
         found = banks(shape, length, self.num_experts, each, lambda layer: list(layer.matrices), routed=False)
         guess, linears = self.task == "guessed", sum(len(layer.matrices) for layer in shape.layers)
         more = tasks * WIDTH + linears * self.num_experts * (WIDTH + 1) + guess * tasks * (shape.hidden + 1)

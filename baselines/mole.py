@@ -72,7 +72,7 @@ class MoLE(Adaptation):
         model.requires_grad_(False)
         experts = [factors(load_tensors(folder / WEIGHTS)[0]) for folder in material.needs]
         ledger = Ledger(self.balance)
-        scale = self.expert.alpha / self.expert.rank
+        scale = self.expert.scale
 
         def make(path: str, base: nn.Module) -> nn.Module:
             down, up = (torch.stack([expert[path][part] for expert in experts]) for part in (0, 1))

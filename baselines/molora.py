@@ -14,7 +14,8 @@ from pydantic.dataclasses import dataclass as settings
 
 from mode.checked import STRICT
 from mode.cost import Cost, Layer, banks, is_named, shape_of
-from mode.method import Adaptation, Material
+from mode.low_rank import LowRank
+from mode.method import Material
 from mode.settings import RouterSettings, Run
 
 if TYPE_CHECKING:
@@ -22,20 +23,16 @@ if TYPE_CHECKING:
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
-class MoLORA(Adaptation):
+class MoLORA(LowRank):
     """Mixture of LoRA experts with a router at every layer.
 
     Attributes:
         num_experts: N.
-        rank: r of every expert.
-        alpha: Numerator of the scale alpha / r.
         target_modules: Linear layers with experts, by the ends of their paths; or `all`.
         router: How the router chooses; dense by default, as published.
     """
 
     num_experts: Annotated[int, Field(gt=0)]
-    rank: Annotated[int, Field(gt=0)]
-    alpha: Annotated[float, Field(gt=0.0)]
     target_modules: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)]
     router: RouterSettings = RouterSettings()
 
@@ -53,10 +50,11 @@ class MoLORA(Adaptation):
         model: nn.Module = material.backbone()
         model.requires_grad_(False)
         torch.manual_seed(run.seed)
+        rank = self.sized(run).rank
 
         def make(path: str, base: nn.Module) -> nn.Module:
             router = Router(sizes(base)[0], self.num_experts, self.router)
-            return LowRankBank(base, self.num_experts, self.rank, self.alpha / self.rank, router)
+            return LowRankBank(base, self.num_experts, rank, self.scale, router)
 
         replace_linears(model, self.target_modules, make)
         return model
@@ -64,7 +62,7 @@ class MoLORA(Adaptation):
     def cost(self, run: Run) -> Cost:
         """Return what experts and routers take beside a frozen backbone."""
         shape, length = shape_of(run.backbone), run.train.sequence_length
-        return banks(shape, length, self.num_experts, self.rank, self.targets)
+        return banks(shape, length, self.num_experts, self.sized(run).rank, self.targets)
 
     def targets(self, layer: Layer) -> list[str]:
         """Return the paths of a layer's matrices that have experts."""

@@ -11,8 +11,10 @@ import torch
 
 from mode import config
 from mode.backbone import load_model
+from mode.bank import LowRankBank
 from mode.checked import ConfigError
 from mode.cost import Flops, shape_of
+from mode.feed_forward import LowRankFeedForward
 from mode.flop_count import counted
 from mode.forecast import forecast
 from mode.method import Material, Method
@@ -153,19 +155,29 @@ def test_equal_tokens_are_shared_by_the_stages(world: World, name: str, policy: 
     assert sum(stage.steps for stage in stages if stage) == 31
 
 
-def test_equal_parameters_raise_the_rank_of_adapters(world: World) -> None:
-    lora, mode = (run_of(world, f"method={name}", "budget=params") for name in ("lora", "mode"))
-    plain = run_of(world, "method=lora")
-    told = [forecast(run) for run in (lora, mode, plain)]
-    assert all(told)
-    adapters, experts, before = (each.trainable for each in told if each)
-    step = before / plain.method.rank  # type: ignore[attr-defined]
+@pytest.mark.parametrize("name", ["lora", "molora", "loramoe", "mixlora", "moelora"])
+def test_equal_parameters_raise_the_rank_of_adapters(world: World, name: str) -> None:
+    matched, plain = (run_of(world, f"method={name}", *more) for more in (["budget=params"], []))
+    told = [forecast(run) for run in (matched, run_of(world, "method=mode", "budget=params"))]
+    adapters, experts = (each.trainable for each in told if each)
+    settings: Any = plain.method
+    least = settings.least_rank
+    step = settings.trains(plain, 2 * least) - settings.trains(plain, least)
     assert abs(adapters - experts) <= step / 2
-    model = built(lora)
+    model = built(matched)
     assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == adapters
-    (scale,) = {module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")}
-    settings: Any = lora.method
-    assert scale == pytest.approx(settings.alpha / settings.rank)
+    scales = {module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")}
+    scales |= {module.scale for module in model.modules() if isinstance(module, LowRankBank | LowRankFeedForward)}
+    assert max(scales) == pytest.approx(min(scales)) == pytest.approx(settings.alpha / settings.rank)
+
+
+def test_a_rank_that_changes_nothing_or_costs_nobody_knows_what_is_refused(world: World) -> None:
+    for name, setting, message in (
+        ("lora", "method.target_modules=[model.layers.0.mlp.up_proj]", "on none of the matrices"),
+        ("mixlora", "method.router={top_k: null, top_p: 0.5}", "does not say what it trains"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            built(run_of(world, f"method={name}", setting, "budget=params"))
 
 
 @pytest.mark.slow
