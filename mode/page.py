@@ -16,7 +16,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from mode import bench, chart, result
+from mode import bench, chart, pruning, result
 from mode.checked import ConfigError
 from mode.compiled import Compiled, Line, compile_table
 from mode.dossier import Dossier, average_curve, dossiers
@@ -90,7 +90,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Bench:
-    """A benchmark, or all results of downstream tasks, as the page shows it."""
+    """A benchmark, or all results of a sheet such as that of downstream tasks, as the page shows it."""
 
     anchor: str
     title: str
@@ -105,7 +105,7 @@ class Contents:
 
     sections: tuple[Section, ...]
     benches: tuple[Bench, ...]
-    tasks: Bench | None
+    sheets: tuple[Bench, ...]
     runs: tuple[Dossier, ...]
     known: frozenset[str] = field(default_factory=frozenset)
 
@@ -153,8 +153,8 @@ def contents(
         if name not in SHEETS and (found := told(name, records, overrides, extra, alone=len(tables) == 1)) is not None
     ]
     benches = tuple(made_bench(each, way) for each in bench.SHEET.read(results)) if bench.SHEET.name in names else ()
-    tasks = downstream(results, way) if result.SHEET.name in names else None
-    if not compiled and not benches and not tasks:
+    sheets = tuple(made for name in names if (made := made_sheet(name, results, way)) is not None)
+    if not compiled and not benches and not sheets:
         name = next(iter(names))
         makes = find_sheet(name).make if name in SHEETS else f"mode reproduce {name}"
         raise ConfigError(f"no record of {name} in {results}: `{makes}` makes them")
@@ -162,7 +162,7 @@ def contents(
         records = used([each for _, _, each in compiled], records)
     by_id = {record.id: record for record in records}
     sections = tuple(section(anchor, name, each, by_id) for anchor, name, each in sorted(compiled, key=order))
-    return Contents(sections, benches, tasks, tuple(dossiers(records, places(sections), way, extra)), frozenset(by_id))
+    return Contents(sections, benches, sheets, tuple(dossiers(records, places(sections), way, extra)), frozenset(by_id))
 
 
 def told(
@@ -305,13 +305,15 @@ def made_bench(benchmark: bench.Benchmark, way: str) -> Bench:
     )
 
 
-def downstream(results: Path, way: str) -> Bench | None:
-    """Make the section of downstream tasks; None without a result."""
-    found = result.SHEET.read(results)
-    if not found:
+def made_sheet(name: str, results: Path, way: str) -> Bench | None:
+    """Make the section of downstream tasks or of pruned runs; None of anything else, or without a result."""
+    if name == result.SHEET.name and (scored := result.SHEET.read(results)):
+        title, about, table = "Downstream tasks", result.INTRO, pd.DataFrame([result.row(each) for each in scored])
+    elif name == pruning.SHEET.name and (pruned := pruning.SHEET.read(results)):
+        title, about, table = "Pruning", pruning.INTRODUCTION, pruning.frame(pruned)
+    else:
         return None
-    table, name = pd.DataFrame([result.row(each) for each in found]), result.SHEET.name
-    return Bench(name, "Downstream tasks", result.INTRO, grid("Downstream tasks", table), f"{way}/{name}.md")
+    return Bench(name, title, about, grid(title, table), f"{way}/{name}.md")
 
 
 def prose(text: str) -> Markup:

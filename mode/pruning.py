@@ -211,8 +211,8 @@ def case(
     }
 
 
-def render(found: Sequence[Pruned]) -> dict[str, str]:
-    """Render measurements in Markdown and as CSV."""
+def frame(found: Sequence[Pruned]) -> pd.DataFrame:
+    """Return measurements as a table of texts: a row for every run, order and share."""
     rows = [
         {
             "Method": each.asked["method"],
@@ -224,7 +224,12 @@ def render(found: Sequence[Pruned]) -> dict[str, str]:
         for each in sorted(found, key=lambda each: each.filename)
         for one in each.happened["cases"]
     ]
-    table = pd.DataFrame(rows).fillna("–")
+    return pd.DataFrame(rows).fillna("–")
+
+
+def render(found: Sequence[Pruned]) -> dict[str, str]:
+    """Render measurements in Markdown and as CSV."""
+    table = frame(found)
     markdown = str(table.to_markdown(index=False, disable_numparse=True))
     return {"md": f"# Pruning\n\n{INTRODUCTION}\n\n{markdown}\n", "csv": str(table.to_csv(index=False))}
 

@@ -114,6 +114,10 @@ def test_every_kind_of_mixture_can_be_pruned_and_reported(world: World, method: 
     assert cases[0]["accuracy"]["py"] == record.happened["scores"]["py"]["accuracy"]
     assert call(world, "report", "pruning").exit_code == 0
     assert SHEET.stale(world.root / "results") == []
+    assert call(world, "report", "pruning", "--html").exit_code == 0
+    page = (world.root / "results" / "report.html").read_text("utf-8")
+    assert '<section id="pruning">' in page
+    assert prepared.id in page
 
 
 def test_what_cannot_be_pruned_is_told_in_one_line(world: World) -> None:
