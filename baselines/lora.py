@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from mode.backbone import stack
 from mode.checked import STRICT, ConfigError
+from mode.config import replace
 from mode.cost import Cost, Layer, Shape, adapted, add, is_named, shape_of
 from mode.low_rank import LowRank
 from mode.method import Material
@@ -59,6 +60,13 @@ class LoRA(LowRank):
         )
         adapted: nn.Module = inject_adapter_in_model(config, model)
         return adapted
+
+    def at(self, rank: int) -> Self:
+        """Return the method at another rank: with the same alpha / r, or as it is if that is to shrink."""
+        if not self.rank_stabilized:
+            return super().at(rank)
+        changed: Self = replace(self, rank=rank)
+        return changed
 
     def size(self, shape: Shape) -> int:
         """Return the parameters of adapters of rank 1: inputs and outputs of every matrix that has one."""

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from mode import parallel
 
 # A busy neighbour core slows spinning OpenMP threads many times over; waiting ones it does not. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+if parallel.size() > 1:  # DDP warns of a search for idle experts where none was idle
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import typer
 
-from cli import analyze, bench, data, expert, generate, prune, reporting, show, tracking, train
+from cli import analyze, bench, data, expert, generate, launch, prune, reporting, show, tracking, train
 
 app = typer.Typer(
     name="mode",
@@ -22,6 +29,9 @@ app = typer.Typer(
 )
 app.add_typer(train.app, name="train")
 app.command("compose")(train.compose)
+app.command("launch", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})(
+    launch.launch
+)
 app.command("eval")(reporting.evaluate)
 app.command("report")(reporting.report)
 app.command("reproduce")(reporting.reproduce)
@@ -37,8 +47,9 @@ app.add_typer(data.app, name="data")
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; of several processes the first alone is heard."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(sys.stdout if parallel.is_main() else nowhere):
+        app()
 
 
 if __name__ == "__main__":

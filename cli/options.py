@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from mode.settings import Run
 
 Result = TypeVar("Result")
+SECOND_OPINION = 3.0
+"""Seconds that a process waits for the first to tell a mistake."""
 
 
 def complete(group: str) -> Callable[[str], list[str]]:
@@ -49,12 +52,15 @@ ConfOption = Annotated[
 @contextmanager
 def told() -> Iterator[None]:
     """Tell a mistake in one line on stderr, exit code 2; Ctrl-C says that the run goes on where it stopped."""
+    from mode import parallel
     from mode.checked import ConfigError
 
     try:
         yield
     except ConfigError as error:
-        print(f"mode: {error}", file=sys.stderr)
+        if not parallel.is_main():  # what the first says too is said once: whoever launched them ends this one first
+            time.sleep(SECOND_OPINION)
+        print(f"mode: {who()}{error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         print("mode: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -66,6 +72,17 @@ def told() -> Iterator[None]:
         place = f"{error.filename}: " if error.filename else ""
         print(f"mode: {place}{error.strerror or error}", file=sys.stderr)
         raise typer.Exit(2) from None
+
+
+def who() -> str:
+    """Say which of several processes speaks, if it is not the first.
+
+    >>> who()
+    ''
+    """
+    from mode import parallel
+
+    return "" if parallel.is_main() else f"process {parallel.rank()}: "
 
 
 def with_domains(overrides: Sequence[str], domain: str | None) -> list[str]:

@@ -158,7 +158,7 @@ def launch(
     single: bool = False,
 ) -> None:
     """Compose the runs that overrides describe, check them all, then execute them in order."""
-    from mode import config
+    from mode import config, parallel
     from mode.checked import ConfigError
 
     sets = config.expand(overrides) if sweep else [list(overrides)]
@@ -175,6 +175,8 @@ def launch(
             show_config(run)
         return
     if sweep:
+        if parallel.size() > 1:
+            raise ConfigError("--sweep is one run after the other; it does not go with several processes")
         if again:
             raise ConfigError("--again trains one run anew; it does not go with --sweep")
         execute_all(runs)

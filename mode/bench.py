@@ -18,6 +18,7 @@ from mode.checked import ConfigError, nearest
 from mode.device import allocated, device_name, set_up
 from mode.measurement import Measurement
 from mode.modular_method import MoDE
+from mode.objective import precision_of
 from mode.record import surroundings
 from mode.settings import Run
 from mode.sheet import Sheet
@@ -30,7 +31,6 @@ from mode.suites.machine import MACHINE, limits
 from mode.suites.startup import startup
 from mode.suites.step import options, scale, steps
 from mode.timing import Case, interleave, ratio
-from mode.train import precision_of
 
 SCHEMA = 1
 SUITES: dict[str, Callable[[Run, MoDE, torch.device, Path], tuple[list[Case], dict[str, int]]]] = {

@@ -12,6 +12,7 @@ from itertools import accumulate
 
 import torch
 
+from mode import parallel
 from mode.checked import ConfigError
 from mode.settings import Run
 
@@ -24,7 +25,7 @@ def set_up(run: Run) -> torch.device:
     if run.train.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device=cuda: this machine has no CUDA device; train.device=auto takes what there is")
     cuda = run.train.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if cuda else "cpu")
+    return torch.device("cuda", parallel.local_rank()) if cuda else torch.device("cpu")
 
 
 def has_cuda() -> bool:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from mode import parallel
 from mode.checked import ConfigError
 from mode.data.pack import PackedSplit
 from mode.loss import score_tokens
@@ -54,7 +55,7 @@ def evaluate(
 
     Rows are consecutive windows that overlap by one token, so the tokens scored do not depend on the method, and a
     token's context is at most the `sequence_length` tokens before it in the stream. The last, shorter row is padded;
-    padding comes after the tokens that count and is not scored.
+    padding comes after the tokens that count and is not scored. Several processes share the rows (`mode.parallel`).
 
     Args:
         model: A causal LM.
@@ -68,8 +69,10 @@ def evaluate(
     was_training = model.training
     model.eval()
     num_scored = len(split.tokens) - 1
-    nll, hit = np.empty(num_scored, np.float64), np.empty(num_scored, np.bool_)
-    for start in range(0, num_scored, batch_size * sequence_length):
+    nll, hit = np.zeros(num_scored, np.float64), np.zeros(num_scored, np.bool_)
+    starts = range(0, num_scored, batch_size * sequence_length)
+    shared = len(starts) >= parallel.size()  # then every process has some, and its probe something to tell
+    for start in starts[parallel.rank() :: parallel.size()] if shared else starts:
         stop = min(num_scored, start + batch_size * sequence_length)
         stream = torch.from_numpy(np.asarray(split.tokens[start : stop + 1], np.int64)).to(device)
         inputs, targets = fold(stream[:-1], sequence_length), fold(stream[1:], sequence_length)
@@ -78,7 +81,9 @@ def evaluate(
         hit[start:stop] = scores.hit[: stop - start].cpu().numpy()
         probe(stop - start)
     model.train(was_training)
-    return summarise(nll, hit, split)
+    if shared:
+        nll, hit = (parallel.total(torch.from_numpy(each.astype(np.float64))).numpy() for each in (nll, hit))
+    return summarise(nll, hit > 0, split)
 
 
 def fold(stream: torch.Tensor, sequence_length: int) -> torch.Tensor:

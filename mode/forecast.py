@@ -9,8 +9,8 @@ import torch
 
 from mode.flop_count import counted
 from mode.method import Method, anchoring_flops
+from mode.objective import autocast
 from mode.settings import Run
-from mode.train import autocast
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mode import parallel
+
 
 def gates_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules whose output are weights of experts (`weighs`), by their paths, in order."""
@@ -72,7 +74,11 @@ class GateMeter:
 
         Of a MoDE block, branch 0 is the backbone.
         """
-        return {domain: self.told(sums, self.tokens[domain]) for domain, sums in self.sums.items()}
+        found = {}
+        for domain, sums in self.sums.items():
+            everyone = [{key: parallel.total(value) for key, value in one.items()} for one in sums]
+            found[domain] = self.told(everyone, int(parallel.total(torch.tensor(self.tokens[domain]))))
+        return found
 
     def told(self, sums: Sequence[Mapping[str, Tensor]], tokens: int) -> dict[str, Any]:
         """Return the means of one domain, over its tokens and the gates of a place."""

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mode import parallel
 from mode.measurement import Measurement, read_measurement
 from mode.settings import Run
 
@@ -103,6 +104,7 @@ def provenance(
         "needs": list(needs),
         "precision": precision,
         **surroundings(device, run.train.threads),
+        **parallel.layout(),
     }
 
 

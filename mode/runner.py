@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mode import config
+from mode import config, parallel
 from mode.backbone import load_model
 from mode.checked import ConfigError
 from mode.data.contamination import contamination
@@ -15,10 +16,10 @@ from mode.files import AGAIN, CHECKPOINT, CURVE, SETTINGS, WEIGHTS, write_atomic
 from mode.lock import only_one
 from mode.method import Material
 from mode.prepared import Prepared, finished, has_weights, prepare_run
-from mode.record import SCHEMA, Record, provenance, read_record
+from mode.record import SCHEMA, Record, provenance
 from mode.settings import Run
 from mode.stage import Observer, fit, own_rows_fingerprint, score
-from mode.track import Tracker, make_tracker
+from mode.track import NoTracker, Tracker, make_tracker
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,25 +47,39 @@ def execute(
     Raises:
         ConfigError: Something in the configuration, the data or an artefact is wrong.
     """
-    prepared = prepare_run(run)
+    with parallel.main_first():
+        prepared = prepare_run(run)
 
     def done() -> Record | None:
         record = finished(prepared)
-        return record if record is not None and not again and (has_weights(prepared) or not weights) else None
+        there = record is not None and not again and (has_weights(prepared) or not weights)
+        return standing(prepared) if parallel.agreed(there) else None
 
     # Only those who train take the lock, so runs that stand on the same finished one never meet at it.
     if (record := done()) is not None:
         return record
-    with only_one(prepared.folder):
+    with only_one(prepared.folder) if parallel.is_main() else nullcontext():
         if (record := done()) is not None:
             return record
-        if again:
+        if again and parallel.is_main():
             start_over(prepared.folder)
         needs = []
         for stage in prepared.method.needs(run):
             execute(stage, weights=True, observe=observe)
             needs.append(prepare_run(stage))
         return work(prepared, needs, observe, again=again)
+
+
+def standing(prepared: Prepared) -> Record:
+    """Return the record of a run that has one.
+
+    Raises:
+        ConfigError: It is not here: processes on several machines have different folders of results.
+    """
+    record = finished(prepared)
+    if record is None:
+        raise ConfigError(f"{prepared.results}: another folder than that of the first process; paths.* must be shared")
+    return record
 
 
 def start_over(folder: Path) -> None:
@@ -78,11 +93,10 @@ def start_over(folder: Path) -> None:
 
 def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again: bool) -> Record:
     """Train, evaluate and record one run whose needs are met."""
-    from mode.checkpoint import trainable
     from mode.device import device_name, peak_memory, set_up
     from mode.evaluate import check_finite
     from mode.forecast import count, forecast
-    from mode.train import precision_of
+    from mode.objective import precision_of
 
     run, device = prepared.run, set_up(prepared.run)
     sky = provenance(
@@ -96,7 +110,8 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
     )
     model = build(prepared, needs).to(device)
     check_context(model, run)
-    write_atomic(prepared.folder / SETTINGS, config.to_yaml(run).encode())
+    if parallel.is_main():
+        write_atomic(prepared.folder / SETTINGS, config.to_yaml(run).encode())
     # The count comes before training, so that a model that it cannot cope with costs nothing.
     sizes, expected, taken = parameters(prepared, model), forecast(run), count(run, model)
     tracker = track(prepared)
@@ -122,10 +137,10 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
     }
     if probe is not None:
         happened |= {"gates": probe.result(), "branches": prepared.method.branches(run)}
-    if trainable(model):
-        save(prepared, model, happened)
-        happened["kept_bytes"] = prepared.method.kept(prepared.folder).stat().st_size
-    return settle(prepared, Record(SCHEMA, prepared.id, prepared.asked, happened, sky), again=again)
+    if parallel.is_main():
+        settle(prepared, model, Record(SCHEMA, prepared.id, prepared.asked, happened, sky), again=again)
+    parallel.wait()
+    return standing(prepared)
 
 
 def told(prepared: Prepared, trained: Trained, scores: Mapping[str, Score], own_rows: str | None) -> dict[str, Any]:
@@ -155,20 +170,21 @@ def check_context(model: nn.Module, run: Run) -> None:
         )
 
 
-def settle(prepared: Prepared, record: Record, *, again: bool) -> Record:
-    """Write a finished run's record and let its checkpoint go, in this order.
+def settle(prepared: Prepared, model: nn.Module, record: Record, *, again: bool) -> None:
+    """Write a finished run's weights and its record, and let its checkpoint go, in this order.
 
     A run killed before its record stands goes on from its last checkpoint, with nothing left to train. A record is
     never edited: one that stands already, of a run trained anew for its weights, stays as it is.
     """
-    standing = None if again else finished(prepared)
-    if standing is not None:
-        (prepared.folder / CHECKPOINT).unlink(missing_ok=True)
-        return standing
-    path = record.write(prepared.results / "records")
+    from mode.checkpoint import trainable
+
+    if trainable(model):
+        save(prepared, model, record.happened)
+        record.happened["kept_bytes"] = prepared.method.kept(prepared.folder).stat().st_size
+    if again or finished(prepared) is None:
+        record.write(prepared.results / "records")
     for name in (CHECKPOINT, AGAIN):
         (prepared.folder / name).unlink(missing_ok=True)
-    return read_record(path)
 
 
 def build(prepared: Prepared, needs: list[Prepared]) -> nn.Module:
@@ -210,7 +226,9 @@ def parameters(prepared: Prepared, model: nn.Module) -> dict[str, int]:
 
 
 def track(prepared: Prepared) -> Tracker:
-    """Open the tracker of a run."""
+    """Open the tracker of a run; of several processes the first has one."""
+    if not parallel.is_main():
+        return NoTracker()
     run, name = prepared.run, type(prepared.method).__name__
     return make_tracker(
         run.track,

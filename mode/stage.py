@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mode import parallel
 from mode.backbone import load_model
 from mode.config import replace
 from mode.data.batches import Batches, Stream
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mode.evaluate import Score
+    from mode.objective import Hold
     from mode.track import Tracker
-    from mode.train import Hold, Point, Trained
+    from mode.train import Point, Trained
 
 Observer = Callable[[Prepared, "Point"], None]
 
@@ -51,7 +53,8 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
     )
 
     def observed(point: Point) -> None:
-        observe(prepared, point)
+        if parallel.is_main():
+            observe(prepared, point)
         tracker.log({name: value for name, value in point.items() if name != "step"}, step=point["step"])
 
     kinds, seen = method.row_kinds(run), tuple(name for name in mixture if name in prepared.packed)
@@ -89,7 +92,8 @@ def own_rows(prepared: Prepared, device: torch.device) -> Tokens:
     run, method = prepared.run, prepared.method
     assert isinstance(method, Adaptation)
     cache = Path(run.paths.cache).expanduser()
-    return sampled(method.anchor, run.backbone, prepared.backbone, run.train.sequence_length, cache, device)
+    with parallel.main_first():
+        return sampled(method.anchor, run.backbone, prepared.backbone, run.train.sequence_length, cache, device)
 
 
 def own_rows_fingerprint(prepared: Prepared, device: torch.device) -> str | None:
@@ -102,7 +106,7 @@ def own_rows_fingerprint(prepared: Prepared, device: torch.device) -> str | None
 
 def hold(prepared: Prepared, model: nn.Module, batches: Batches) -> Hold | None:
     """Return how a model is held to its backbone, if its method asks for it."""
-    from mode.train import Hold
+    from mode.objective import Hold
 
     method, run = prepared.method, prepared.run
     if not isinstance(method, Adaptation) or method.anchor.source == "none":
@@ -122,7 +126,7 @@ def score(
     import torch
 
     from mode.evaluate import evaluate
-    from mode.train import UNKNOWN, tell_kinds
+    from mode.objective import UNKNOWN, tell_kinds
 
     run = prepared.run
     scores, kinds = {}, prepared.method.row_kinds(run)

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,31 +16,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mode import parallel
 from mode.checked import ConfigError
 from mode.checkpoint import load_checkpoint, save_checkpoint, trainable
 from mode.data.batches import Batches
 from mode.files import CHECKPOINT, CURVE, write_atomic
 from mode.layers import Layers
-from mode.loss import auxiliary_loss, divergence, head, hidden_states, next_token_loss, softcap, token_scores
+from mode.loss import head, softcap, token_scores
+from mode.objective import Hold, Objective, precision_of
 from mode.settings import Train
 
 Point = dict[str, Any]
 """One point of the training curve: step, loss, accuracy, lr, seconds, and what the method reports of its model."""
-
-
-@dataclass(frozen=True)
-class Hold:
-    """How a model is held to its backbone on some rows.
-
-    Attributes:
-        weight: Factor on KL(backbone || model) beside the cross-entropy of the other rows.
-        held: Which rows of a step are such rows, (B,).
-        reference: What the backbone says of rows of tokens: its final hidden states, and its head.
-    """
-
-    weight: float
-    held: Callable[[int], NDArray[np.bool_]]
-    reference: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -97,7 +85,9 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
     """Train the parameters of a model that require a gradient, from the latest checkpoint if there is one.
 
     Two runs of the same configuration end bit-identical on the same machine, whether or not one of them was
-    interrupted: a batch is a function of (seed, step), and checkpoints fall on points of the curve.
+    interrupted: a batch is a function of (seed, step), and checkpoints fall on points of the curve. Several processes
+    (`mode.parallel`) share the rows of every step: their gradients are those of one process with as many times
+    `accumulate`, whose curve differs in the accuracy alone, which is the mean of all last micro-batches here.
 
     Args:
         model: A causal LM.
@@ -108,21 +98,21 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
         ConfigError: The loss is no longer finite, or a checkpoint is damaged.
     """
     settings, device = job.settings, next(model.parameters()).device
+    parallel.check_shares(settings.batch_size, settings.accumulate)
     optimizer = make_optimizer(model, job)
     layers = Layers(model, settings, half=precision_of(settings, device) == "bf16")
     step, seconds, curve = restore(model, optimizer, job)
     model.train()
+    objective = parallel.replicated(Objective(model, settings, job.hold))
     total = torch.zeros((), device=device)
     begin = time.monotonic()
     while step < job.steps:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, job.steps, settings)
-        rows = torch.from_numpy(batches.batch(step)).to(device)
-        held = torch.from_numpy(job.hold.held(step)).to(device) if job.hold else None
-        kinds = torch.from_numpy(job.kinds(step)).to(device) if job.kinds else None
-        torch.manual_seed((job.seed << 32) + step)
+        rows, held, kinds = share(batches, job, step, device)
+        torch.manual_seed(parallel.own_seed((job.seed << 32) + step))
         with layers:
-            loss, states = accumulate(model, rows, held, job, device, kinds)
+            loss, states = accumulate(objective, rows, settings.accumulate, held, kinds)
         torch.nn.utils.clip_grad_norm_(trainable(model).values(), settings.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -130,7 +120,7 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
         step += 1
         if step % settings.log_every == 0 or step == job.steps:
             since = (step - 1) % settings.log_every + 1
-            mean = float(total) / since  # waits for the device, so it comes before the clock is read
+            mean = float(parallel.mean(total)) / since  # waits for the device, so it comes before the clock is read
             seconds += time.monotonic() - begin
             point = measure(model, job, step, mean, states, rows, held)
             curve.append(point | {"seconds": round(seconds, 3)})
@@ -143,85 +133,41 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
     return Trained(steps=job.steps, tokens=tokens, seconds=seconds, curve=curve)
 
 
+def share(batches: Batches, job: Job, step: int, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return this process's rows of a step, (B, S + 1), and of each whether it is held and of what kind it is, (B,)."""
+
+    def mine(values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(parallel.share(values)).to(device)
+
+    held = mine(job.hold.held(step)) if job.hold else None
+    return mine(batches.batch(step)), held, mine(job.kinds(step)) if job.kinds else None
+
+
 def accumulate(
-    model: nn.Module, rows: Tensor, held: Tensor | None, job: Job, device: torch.device, kinds: Tensor | None = None
+    objective: nn.Module, rows: Tensor, parts: int, held: Tensor | None = None, kinds: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Run forward and backward over the micro-batches of a step.
 
-    Returns:
-        The mean loss of the step, and the last micro-batch's hidden states, (B / accumulate, S, d).
-    """
-    settings, loss = job.settings, torch.zeros((), device=device)
-    states, precision = loss, precision_of(settings, device)
-    for number, micro in enumerate(rows.chunk(settings.accumulate)):
-        if kinds is not None:
-            tell_kinds(model, kinds.chunk(settings.accumulate)[number])
-        with autocast(settings, device):
-            states = hidden_states(model, micro[:, :-1])
-        if job.hold is None or held is None:
-            part = next_token_loss(states, head(model), micro[:, 1:], softcap(model), precision) / settings.accumulate
-        else:
-            chosen = held.chunk(settings.accumulate)[number]
-            with torch.no_grad(), autocast(settings, device):
-                known = job.hold.reference(micro[chosen, :-1]) if chosen.any() else None
-            part = held_loss(model, states, micro, chosen, known, job.hold.weight, precision) / settings.accumulate
-        loss += part.detach()
-        extra = auxiliary_loss(model)
-        torch.autograd.backward(part if extra is None else part + extra / settings.accumulate)
-    return loss, states.detach()
-
-
-UNKNOWN = -1
-"""Kind of a row of none of the sources that were trained on."""
-
-
-def tell_kinds(model: nn.Module, kinds: Tensor) -> None:
-    """Tell every module that wants to know of what kind the rows of the next forward pass are, (B,), or all, (1,)."""
-    for module in model.modules():
-        if hasattr(module, "row_kinds"):
-            module.row_kinds = kinds
-
-
-def held_loss(
-    model: nn.Module,
-    states: Tensor,
-    rows: Tensor,
-    held: Tensor,
-    known: tuple[Tensor, Tensor] | None,
-    weight: float,
-    precision: str,
-) -> Tensor:
-    """Return the mean over a micro-batch's tokens: cross-entropy of free rows, weighted divergence of held ones.
-
     Args:
-        model: The model that trains.
-        states: Its final hidden states, (B, S, d).
+        objective: An `Objective`, or several processes' (`mode.parallel.replicated`).
         rows: Tokens, (B, S + 1).
+        parts: Micro-batches.
         held: Which rows are held to the backbone, (B,).
-        known: The backbone's final hidden states on those, (held rows, S, d), and its head, (V, d); None without any.
-        weight: Factor on their divergence.
-        precision: Of the cross-entropy's products of matrices.
+        kinds: Of what kind each row is, (B,), where the model wants to know.
+
+    Returns:
+        The mean loss of the step, and the last micro-batch's hidden states, (B / parts, S, d).
     """
-    loss, cap = torch.zeros((), device=states.device), softcap(model)
-    free, count = ~held, len(rows)
-    if free.any():
-        loss = loss + next_token_loss(states[free], head(model), rows[free, 1:], cap, precision) * (free.sum() / count)
-    if known is not None:
-        loss = loss + weight * divergence(states[held], head(model), *known, cap) * (held.sum() / count)
-    return loss
-
-
-def autocast(settings: Train, device: torch.device) -> torch.autocast:
-    """Return the context of the forward pass."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision_of(settings, device) == "bf16")
-
-
-def precision_of(settings: Train, device: torch.device) -> str:
-    """Return the precision of the forward pass: with `auto`, bf16 on an accelerator that has it, else fp32."""
-    if settings.precision != "auto":
-        return settings.precision
-    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if has_it else "fp32"
+    loss = torch.zeros((), device=rows.device)
+    states = loss
+    for number, micro in enumerate(rows.chunk(parts)):
+        some = [None if each is None else each.chunk(parts)[number] for each in (held, kinds)]
+        with nullcontext() if number == parts - 1 else parallel.unsynchronized(objective):
+            found, extra, states = objective(micro, *some)
+            part = found / parts
+            loss += part.detach()
+            torch.autograd.backward(part if extra is None else part + extra / parts)
+    return loss, states.detach()
 
 
 def make_optimizer(model: nn.Module, job: Job) -> torch.optim.AdamW:
@@ -273,7 +219,8 @@ def measure(
         states, targets = (states[free], targets[free]) if free.any() else (states, targets)
     scores = token_scores(states, head(model), targets, cap=softcap(model))
     lr = job.lr * schedule(step - 1, job.steps, job.settings)
-    point: Point = {"step": step, "loss": loss, "accuracy": float(scores.hit.float().mean()), "lr": lr}
+    accuracy = float(parallel.mean(scores.hit.float().mean()))
+    point: Point = {"step": step, "loss": loss, "accuracy": accuracy, "lr": lr}
     point |= job.inspect(model)
     every = job.settings.validate_every
     if every and (step % every == 0 or step == job.steps):
@@ -284,6 +231,8 @@ def measure(
 
 def append(job: Job, point: Point, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Append a point to the curve, and save a checkpoint where one is due."""
+    if not parallel.is_main():
+        return
     with job.curve.open("a", encoding="utf-8") as file:
         file.write(json.dumps(point) + "\n")
     if point["step"] % job.settings.checkpoint_every == 0 or point["step"] == job.steps:
@@ -298,7 +247,8 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, job: Job) -> tup
         counters = load_checkpoint(job.checkpoint, model, optimizer)
         step, seconds = int(str(counters["step"])), float(str(counters["seconds"]))
         curve = [point for point in read_curve(job.curve) if point["step"] <= step]
-    write_atomic(job.curve, "".join(json.dumps(point) + "\n" for point in curve).encode())
+    if parallel.is_main():
+        write_atomic(job.curve, "".join(json.dumps(point) + "\n" for point in curve).encode())
     return step, seconds, curve
 
 

@@ -22,10 +22,11 @@ from mode.loss import CHUNK, divergence, head, hidden_states, next_token_loss
 from mode.method import Adaptation
 from mode.model import make_modular
 from mode.modular import blocks_of
+from mode.objective import Hold, Objective
 from mode.prepared import prepare_run
 from mode.runner import execute
 from mode.settings import Anchor, Backbone, GateSettings, Run
-from mode.train import Hold, Job, accumulate
+from mode.train import accumulate
 from tests.conftest import World
 
 IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64], [7, 7, 30, 256, 1, 90, 12, 13, 250]])
@@ -92,8 +93,7 @@ def test_the_loss_is_the_mean_over_rows_of_cross_entropy_or_weighted_divergence(
     rows = torch.cat([IDS, IDS.flip(1)])
     mask = torch.tensor(held, dtype=torch.bool)
     hold = Hold(3.0, lambda step: mask.numpy(), lambda ids: (hidden_states(frozen, ids), head(frozen)))
-    job = Job(settings=run.train, steps=1, lr=1.0, folder=Path(), validate=dict, hold=hold)
-    loss, _ = accumulate(model, rows, mask, job, torch.device("cpu"))
+    loss, _ = accumulate(Objective(model, run.train, hold), rows, run.train.accumulate, mask)
     expected = torch.zeros(())
     for row, is_held in zip(rows, held, strict=True):
         logits, known = model(row[None, :-1]).logits[0], frozen(row[None, :-1]).logits[0].softmax(-1).detach()

@@ -15,11 +15,11 @@ from mode.backbone import load_model
 from mode.bank import Ledger, LowRankBank, OutputGatedBank, VectorBank, replace_linears
 from mode.checked import ConfigError
 from mode.method import Material, Method
+from mode.objective import tell_kinds
 from mode.prepared import prepare_run
 from mode.router import LocalizedRouter, Router, localized_balance
 from mode.runner import execute, restore
 from mode.settings import RouterSettings
-from mode.train import tell_kinds
 from tests.conftest import World
 from tests.test_cost import check
 

@@ -39,6 +39,7 @@ FLAGS = {
     "expert remove": ["--conf", "--embed"],
     "expert show": ["--conf"],
     "export": ["--conf", "--experts", "--merge", "--precision"],
+    "launch": ["--nproc"],
     "prune": ["--by", "--conf", "--ratio"],
     "report": ["--check", "--conf", "--html", "--wandb"],
     "reproduce": ["--conf", "--jobs"],
@@ -56,6 +57,7 @@ FLAGS = {
 }
 COMMANDS = [
     "compose",
+    "launch",
     "eval",
     "report",
     "reproduce",

@@ -171,6 +171,13 @@ def test_equal_parameters_raise_the_rank_of_adapters(world: World, name: str) ->
     assert max(scales) == pytest.approx(min(scales)) == pytest.approx(settings.alpha / settings.rank)
 
 
+def test_a_rank_stabilised_adapter_keeps_alpha_when_its_rank_is_raised(world: World) -> None:
+    run = run_of(world, "method=lora", "method.rank_stabilized=true", "budget=params")
+    settings: Any = run.method
+    assert settings.sized(run).rank > settings.rank
+    assert settings.sized(run).alpha == settings.alpha
+
+
 def test_a_rank_that_changes_nothing_or_costs_nobody_knows_what_is_refused(world: World) -> None:
     for name, setting, message in (
         ("lora", "method.target_modules=[model.layers.0.mlp.up_proj]", "on none of the matrices"),

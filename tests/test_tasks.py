@@ -16,10 +16,10 @@ from mode.checked import ConfigError
 from mode.gates import gates_of
 from mode.loss import auxiliary_loss
 from mode.method import Material
+from mode.objective import UNKNOWN, tell_kinds
 from mode.prepared import prepare_run
 from mode.runner import execute, restore
 from mode.tasks import TaskRouter, Tasks
-from mode.train import UNKNOWN, tell_kinds
 from tests.conftest import World
 from tests.families import check_generation
 

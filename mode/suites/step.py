@@ -17,10 +17,11 @@ from mode.cost import layers_per_block, shape_of
 from mode.layers import Layers
 from mode.loss import hidden_states
 from mode.method import Adaptation, Material
+from mode.objective import Hold, Objective, precision_of
 from mode.settings import SELF, Anchor
 from mode.suites.peers import peers
 from mode.timing import Case
-from mode.train import Hold, Job, accumulate, make_optimizer, precision_of
+from mode.train import Job, accumulate, make_optimizer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -219,6 +220,7 @@ class Step:
         if anchor.source != "none":
             hold = Hold(anchor.weight, lambda step: self.held.cpu().numpy(), method.reference(self.model, load))
         self.job = Job(settings=run.train, steps=1, lr=1e-6, folder=Path(), validate=dict, hold=hold)
+        self.objective = Objective(self.model, run.train, hold)
         self.optimizer, self.device, self.precision = (
             make_optimizer(self.model, self.job),
             device,
@@ -233,7 +235,7 @@ class Step:
     def __call__(self) -> None:
         """Make a step as the loop does."""
         with self.layers:
-            accumulate(self.model, self.rows, self.held if self.job.hold else None, self.job, self.device)
+            accumulate(self.objective, self.rows, self.job.settings.accumulate, self.held if self.job.hold else None)
         torch.nn.utils.clip_grad_norm_(self.learning(), self.job.settings.clip)
         self.optimizer.step()
         self.model.zero_grad(set_to_none=True)

@@ -1,0 +1,36 @@
+"""mode launch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cli.options import told
+
+ABLE = ("train", "compose")
+"""Commands that several processes can share."""
+
+
+def launch(
+    command: Annotated[
+        list[str], typer.Argument(metavar="COMMAND...", help="What to run, such as train baseline sft --domain code.")
+    ],
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes; with GPUs, one for each.")] = 2,
+) -> None:
+    """Run `mode train` or `mode compose` on several processes of this machine that share the rows of every step.
+
+    The same as `torchrun --nproc-per-node K -m cli COMMAND`, with mistakes told in one line. Options of `launch` come
+    before the command.
+
+    Example: mode launch --nproc 2 train baseline sft --domain code
+    """
+    with told():
+        from mode.checked import ConfigError, nearest
+
+        if command[0] not in ABLE:
+            raise ConfigError(f"launch {command[0]}: not one of {', '.join(ABLE)}{nearest(command[0], ABLE)}")
+        from mode.launch import launch as start
+
+        code = start(command, nproc)
+    raise typer.Exit(code)

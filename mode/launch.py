@@ -1,0 +1,63 @@
+"""Start a command on several processes of this machine by torch's elastic agent, and say in one line why they ended."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+
+def launch(command: Sequence[str], nproc: int) -> int:
+    """Run a command of `mode` on several processes, of which the first alone is heard, and return its exit code.
+
+    Raises:
+        KeyboardInterrupt: It was interrupted.
+    """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says, `tell` says shorter
+    with tempfile.TemporaryDirectory() as logs:
+        settings = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=nproc,
+            run_id=str(uuid.uuid4()),
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=dict.fromkeys(range(1, nproc), Std.ALL)),
+        )
+        try:
+            elastic_launch(settings, sys.executable)("-m", "cli", *command)
+        except ChildFailedError as error:
+            return tell(error, Path(logs))
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            return 128 + int(error.sigval)
+    return 0
+
+
+def tell(error: ChildFailedError, logs: Path) -> int:
+    """Say in one line why the processes ended, unless the first has said it already, and return the exit code."""
+    first = error.failures.get(0)
+    if first is not None and first.exitcode > 0:
+        return int(first.exitcode)
+    rank, failure = error.get_first_failure()
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        print(
+            f"mode: process {rank} was ended by {name}; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return 1
+    lines = [line for log in logs.rglob(f"{rank}/stderr.log") for line in log.read_text("utf-8").splitlines()]
+    print(lines[-1] if lines else f"mode: process {rank} failed", file=sys.stderr)
+    return int(failure.exitcode)

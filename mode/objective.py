@@ -1,0 +1,121 @@
+"""What a step minimises on some rows: next-token loss, divergence of held rows, and what modules ask for beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mode.loss import auxiliary_loss, divergence, head, hidden_states, next_token_loss, softcap
+from mode.settings import Train
+
+
+@dataclass(frozen=True)
+class Hold:
+    """How a model is held to its backbone on some rows.
+
+    Attributes:
+        weight: Factor on KL(backbone || model) beside the cross-entropy of the other rows.
+        held: Which rows of a step are such rows, (B,).
+        reference: What the backbone says of rows of tokens: its final hidden states, and its head.
+    """
+
+    weight: float
+    held: Callable[[int], NDArray[np.bool_]]
+    reference: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Objective(nn.Module):
+    """A model with what it minimises, so that one forward pass is all of a micro-batch: what DDP needs."""
+
+    def __init__(self, model: nn.Module, settings: Train, hold: Hold | None) -> None:
+        """Wrap a model.
+
+        Args:
+            model: A causal LM.
+            settings: The loop's.
+            hold: How it is held to its backbone; None where it is not.
+        """
+        super().__init__()
+        self.model, self.settings, self.hold = model, settings, hold
+
+    def forward(
+        self, rows: Tensor, held: Tensor | None = None, kinds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return the loss of a micro-batch, what modules ask for beside it, and the hidden states, (B, S, d).
+
+        Args:
+            rows: Tokens, (B, S + 1).
+            held: Which rows are held to the backbone, (B,).
+            kinds: Of what kind each row is, (B,), where modules want to know.
+        """
+        model, device = self.model, rows.device
+        precision = precision_of(self.settings, device)
+        if kinds is not None:
+            tell_kinds(model, kinds)
+        with autocast(self.settings, device):
+            states = hidden_states(model, rows[:, :-1])
+        if self.hold is None or held is None:
+            loss = next_token_loss(states, head(model), rows[:, 1:], softcap(model), precision)
+        else:
+            with torch.no_grad(), autocast(self.settings, device):
+                known = self.hold.reference(rows[held, :-1]) if held.any() else None
+            loss = held_loss(model, states, rows, held, known, self.hold.weight, precision)
+        return loss, auxiliary_loss(model), states
+
+
+UNKNOWN = -1
+"""Kind of a row of none of the sources that were trained on."""
+
+
+def tell_kinds(model: nn.Module, kinds: Tensor) -> None:
+    """Tell every module that wants to know of what kind the rows of the next forward pass are, (B,), or all, (1,)."""
+    for module in model.modules():
+        if hasattr(module, "row_kinds"):
+            module.row_kinds = kinds
+
+
+def held_loss(
+    model: nn.Module,
+    states: Tensor,
+    rows: Tensor,
+    held: Tensor,
+    known: tuple[Tensor, Tensor] | None,
+    weight: float,
+    precision: str,
+) -> Tensor:
+    """Return the mean over a micro-batch's tokens: cross-entropy of free rows, weighted divergence of held ones.
+
+    Args:
+        model: The model that trains.
+        states: Its final hidden states, (B, S, d).
+        rows: Tokens, (B, S + 1).
+        held: Which rows are held to the backbone, (B,).
+        known: The backbone's final hidden states on those, (held rows, S, d), and its head, (V, d); None without any.
+        weight: Factor on their divergence.
+        precision: Of the cross-entropy's products of matrices.
+    """
+    loss, cap = torch.zeros((), device=states.device), softcap(model)
+    free, count = ~held, len(rows)
+    if free.any():
+        loss = loss + next_token_loss(states[free], head(model), rows[free, 1:], cap, precision) * (free.sum() / count)
+    if known is not None:
+        loss = loss + weight * divergence(states[held], head(model), *known, cap) * (held.sum() / count)
+    return loss
+
+
+def autocast(settings: Train, device: torch.device) -> torch.autocast:
+    """Return the context of the forward pass."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision_of(settings, device) == "bf16")
+
+
+def precision_of(settings: Train, device: torch.device) -> str:
+    """Return the precision of the forward pass: with `auto`, bf16 on an accelerator that has it, else fp32."""
+    if settings.precision != "auto":
+        return settings.precision
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_it else "fp32"
