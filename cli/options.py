@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -51,12 +52,16 @@ ConfOption = Annotated[
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Tell a mistake in one line on stderr, exit code 2; Ctrl-C says that the run goes on where it stopped."""
+    """Tell a mistake in one line on stderr, exit code 2; Ctrl-C says that the run goes on where it stopped.
+
+    So does SIGTERM, which schedulers send, and what was started for it ends with it.
+    """
     from mode import parallel
     from mode.checked import ConfigError
 
     try:
-        yield
+        with interrupted_by_sigterm() if parallel.size() == 1 else nullcontext():
+            yield
     except ConfigError as error:
         if not parallel.is_main():  # what the first says too is said once: whoever launched them ends this one first
             time.sleep(SECOND_OPINION)
@@ -65,6 +70,12 @@ def told() -> Iterator[None]:
     except KeyboardInterrupt:
         print("mode: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise typer.Exit(130) from None
+    except RuntimeError as error:
+        if not parallel.is_loss(error):
+            raise
+        time.sleep(SECOND_OPINION)  # whoever launched them knows which, and ends this one first
+        print(f"mode: {who()}lost another process; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(1) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
@@ -72,6 +83,20 @@ def told() -> Iterator[None]:
         place = f"{error.filename}: " if error.filename else ""
         print(f"mode: {place}{error.strerror or error}", file=sys.stderr)
         raise typer.Exit(2) from None
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Take SIGTERM as Ctrl-C for a while."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def who() -> str:

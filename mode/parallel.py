@@ -146,6 +146,13 @@ def unsynchronized(module: nn.Module) -> AbstractContextManager[None]:
     return held
 
 
+def is_loss(error: RuntimeError) -> bool:
+    """Say whether an error is that another process is gone: torch has no class of its own for it with gloo."""
+    from torch import distributed
+
+    return size() > 1 and (isinstance(error, distributed.DistError) or "gloo" in str(error))
+
+
 def layout() -> dict[str, Any]:
     """Describe how a run is spread over processes; empty alone."""
     return {} if size() == 1 else {"layout": {"kind": "ddp", "processes": size()}}

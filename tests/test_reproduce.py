@@ -5,7 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -345,6 +349,27 @@ def test_an_interrupted_table_leaves_no_process_behind(own: World) -> None:
     for process in multiprocessing.active_children():
         process.join(10)
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_a_table_that_is_terminated_takes_its_runs_with_it(own: World) -> None:
+    write_table(own.conf, "one", {"sft": ["method=sft"]}, seeds=[0])
+    long = [*own.overrides, "train.steps=100000", "--conf", str(own.conf)]
+    command = [sys.executable, "-m", "cli", "reproduce", "one", *long]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list((own.root / "runs").rglob("curve.jsonl")):
+            time.sleep(0.02)
+        process.terminate()
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert told.splitlines()[-1] == "mode: stopped; the same command goes on from the last checkpoint"
+    (curve,) = (own.root / "runs").rglob("curve.jsonl")
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with suppress(ConfigError), only_one(curve.parent):  # nobody trains there any more
+            return
+        time.sleep(0.1)
+    pytest.fail("a run goes on without its table")
 
 
 @pytest.mark.slow

@@ -1,0 +1,182 @@
+"""Several processes that train one run: the same as alone, in one line when one of them dies, and on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mode import config, parallel
+from mode.checked import ConfigError
+from mode.record import read_records
+from mode.runner import execute
+from tests.conftest import World
+
+pytestmark = pytest.mark.slow
+EVERY = ("train.log_every=1", "train.checkpoint_every=4", "train.validate_every=0")
+LOOP = ("train.steps=5", "train.batch_size=4", *EVERY)
+LONG = ("train.steps=60", "train.batch_size=16", *EVERY)
+METHODS: dict[str, tuple[str, ...]] = {
+    "sft": ("method=sft",),
+    "sft in bf16": ("method=sft", "train.precision=bf16"),
+    "sft in micro-batches": ("method=sft", "train.accumulate=2"),
+    "lora": ("method=lora",),
+    "mode": ("method=mode",),
+    "mode frozen": ("method=mode", "method.train_experts=false"),
+    "mode held to its backbone": ("method=mode-anchored", "method.anchor.source=prose", "method.anchor.share=0.25"),
+    "btx": ("method=btx",),
+    "upcycling": ("method=upcycling",),
+    "bam": ("method=bam",),
+    "mole": ("method=mole",),
+    "loramoe": ("method=loramoe",),
+    "mixlora": ("method=mixlora",),
+    "molora": ("method=molora",),
+    "mov": ("method=mov",),
+    "moelora": ("method=moelora", "method.task=guessed"),
+    "btm": ("method=btm",),
+    "cbtm": ("method=cbtm",),
+}
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from mode import config
+from mode.runner import execute
+asked, conf = json.loads(sys.argv[1]), Path(sys.argv[2])
+for overrides in asked:
+    execute(config.compose(overrides, conf))
+"""
+
+
+def together(count: int, arguments: Sequence[str]) -> None:
+    """Run a program on several processes, as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in range(count):
+        own = os.environ | shared | {"RANK": str(rank)}
+        processes.append(subprocess.Popen([sys.executable, *arguments], env=own, stderr=subprocess.PIPE))
+    told = [process.communicate(timeout=300)[1].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(told)
+
+
+@pytest.fixture(scope="module")
+def records(shared_world: World, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Any, Any]]:
+    """The record of every method on two processes, and on one with twice the micro-batches."""
+    alone, both = (shared_world.at(tmp_path_factory.mktemp(name)) for name in ("alone", "both"))
+    asked = {name: [*both.overrides, *LOOP, *overrides] for name, overrides in METHODS.items()}
+    together(2, ["-c", SCRIPT, json.dumps(list(asked.values())), str(both.conf)])
+    found = {}
+    for name, overrides in METHODS.items():
+        parts = 4 if "train.accumulate=2" in overrides else 2
+        given = [*alone.overrides, *LOOP, *overrides, f"train.accumulate={parts}"]
+        found[name] = execute(config.compose(asked[name], both.conf)), execute(config.compose(given, alone.conf))
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_train_as_one_does(records: Mapping[str, tuple[Any, Any]], name: str) -> None:
+    both, alone = records[name]
+    assert both.provenance["layout"] == {"kind": "ddp", "processes": 2}
+    assert "layout" not in alone.provenance
+    close = 2e-2 if "bf16" in name else 1e-4
+    losses = [[point["loss"] for point in record.happened["curve"]] for record in (both, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=close)
+    for domain, score in alone.happened["scores"].items():
+        found = both.happened["scores"][domain]
+        assert found["tokens"] == score["tokens"]
+        assert found["loss"] == pytest.approx(score["loss"], rel=close)
+    for domain, gates in (alone.happened.get("gates") or {}).items():
+        for place, mean in enumerate(gates["mean"]):
+            assert both.happened["gates"][domain]["mean"][place] == pytest.approx(mean, abs=5e-3)
+
+
+def test_every_method_that_trains_is_among_them() -> None:
+    named = {each.removeprefix("method=") for overrides in METHODS.values() for each in overrides[:1]}
+    assert set(config.choices("method")) - named == {"backbone", "pretrain", "cbtm-branch"}
+
+
+def test_rows_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    message = r"^train.batch_size=8 does not divide over 3 processes and train.accumulate=2$"
+    with pytest.raises(ConfigError, match=message):
+        parallel.check_shares(8, 2)
+    parallel.check_shares(12, 2)
+    monkeypatch.setenv("RANK", "2")
+    assert parallel.share(list(range(6))) == [4, 5]
+    assert parallel.own_seed(5) != 5
+    monkeypatch.setenv("RANK", "0")
+    assert parallel.own_seed(5) == 5
+
+
+def words(world: World, *overrides: str) -> list[str]:
+    """Return the command that trains a run of the world."""
+    return ["train", "baseline", "sft", *world.overrides, *overrides, "--conf", str(world.conf)]
+
+
+def launched(count: int, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run `mode launch`."""
+    asked = [sys.executable, "-m", "cli", "launch", "--nproc", str(count), *command]
+    return subprocess.run(asked, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_a_job_one_of_whose_processes_is_killed_says_so_and_goes_on(shared_world: World, tmp_path: Path) -> None:
+    whole, killed = shared_world.at(tmp_path / "whole"), shared_world.at(tmp_path / "killed")
+    assert launched(2, words(whole, *LONG)).returncode == 0
+    asked = [sys.executable, "-m", "cli", "launch", "--nproc", "2", *words(killed, *LONG)]
+    with subprocess.Popen(asked, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as job:
+        while job.poll() is None and not any(
+            len(path.read_text("utf-8").splitlines()) > 10 for path in (killed.root / "runs").rglob("curve.jsonl")
+        ):
+            time.sleep(0.01)
+        second = next(pid for pid in children(job.pid) if b"\0RANK=1\0" in environment(pid))
+        os.kill(second, signal.SIGKILL)
+        told = job.communicate(timeout=60)[1].splitlines()
+    assert job.returncode == 1
+    assert told[-1] == "mode: process 1 was ended by SIGKILL; the same command goes on from the last checkpoint"
+    assert not any("Traceback" in line for line in told)
+    done = launched(2, words(killed, *LONG))
+    assert done.returncode == 0, done.stderr
+    expected, resumed = (read_records(each.root / "results")[0] for each in (whole, killed))
+    losses = [[point["loss"] for point in record.happened["curve"]] for record in (expected, resumed)]
+    assert losses[0] == losses[1]
+    assert expected.happened["scores"] == resumed.happened["scores"]
+
+
+def children(parent: int) -> list[int]:
+    """Return the processes that one started."""
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def environment(pid: int) -> bytes:
+    """Return the environment that a process was started with."""
+    return b"\0" + Path(f"/proc/{pid}/environ").read_bytes() + b"\0"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train baseline sft train.batch_size=3", "mode: train.batch_size=3 does not divide over 2 processes"),
+        ("train baseline sfft", "did you mean sft?"),
+        ("reproduce table1", "mode: launch reproduce: not one of train, compose"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(shared_world: World, tmp_path: Path, command: str, message: str) -> None:
+    world = shared_world.at(tmp_path)
+    given = command.split()
+    settings = [word for word in given if "=" in word]
+    done = launched(2, [*given[: len(given) - len(settings)], *world.overrides, *settings, "--conf", str(world.conf)])
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].endswith(message)
+    assert "Traceback" not in done.stderr
+    assert sum(line.startswith("mode:") for line in done.stderr.splitlines()) == 1
