@@ -17,7 +17,7 @@ if parallel.size() > 1:  # DDP warns of a search for idle experts where none was
 
 import typer
 
-from cli import analyze, bench, data, expert, generate, launch, prune, reporting, show, tracking, train
+from cli import analyze, bench, data, expert, generate, launch, plan, prune, reporting, show, tracking, train
 
 app = typer.Typer(
     name="mode",
@@ -35,6 +35,7 @@ app.command("launch", context_settings={"allow_interspersed_args": False, "ignor
 app.command("eval")(reporting.evaluate)
 app.command("report")(reporting.report)
 app.command("reproduce")(reporting.reproduce)
+app.command("plan")(plan.plan)
 app.command("bench")(bench.bench)
 app.command("sync")(tracking.sync)
 app.command("generate")(generate.generate)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from mode.backbone import locate, stack
 from mode.checked import ConfigError
+from mode.random_weights import architecture
 from mode.settings import Backbone
 
 if TYPE_CHECKING:
@@ -277,7 +278,10 @@ def shape_of(backbone: Backbone) -> Shape:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = AutoConfig.from_pretrained(locate(backbone), trust_remote_code=False)
+    if backbone.random is not None:  # a plan of a large one draws no weights
+        settings = architecture(backbone.random)
+    else:
+        settings = AutoConfig.from_pretrained(locate(backbone), trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)
     trunk, name = stack(model)

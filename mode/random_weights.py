@@ -6,6 +6,7 @@ import hashlib
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mode.checked import ConfigError
 from mode.files import make_folder
@@ -28,14 +29,29 @@ def drawn(weights: RandomWeights) -> Path:
 def draw(weights: RandomWeights, folder: Path) -> None:
     """Write a freshly initialised model as safetensors in fp32."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    settings = dict(weights.config)
+    config = architecture(weights)
     try:
-        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         torch.manual_seed(weights.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (KeyError, TypeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"backbone.random.config: no causal LM of this configuration: {reason}") from error
     model.save_pretrained(folder)
+
+
+def architecture(weights: RandomWeights) -> Any:
+    """Return the configuration that the weights are drawn for, without drawing them.
+
+    Raises:
+        ConfigError: `transformers` knows no such configuration.
+    """
+    from transformers import AutoConfig
+
+    settings = dict(weights.config)
+    try:
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"backbone.random.config: no such configuration: {reason}") from error

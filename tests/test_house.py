@@ -7,10 +7,12 @@ import re
 import subprocess
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mode import config, identity
+from mode.plan import Device, Link, read
 from mode.table import load_table, row_run
 
 ROOT = Path(__file__).parent.parent
@@ -69,11 +71,21 @@ def test_the_top_level_is_the_one_agreed_on() -> None:
     assert names >= {"cli", "mode", "conf", "baselines", "tests", "setup.cfg"}
 
 
+OTHERS = {"device", "domain", "downstream", "link", "table"}
+"""Groups of configuration that are not chosen for a run."""
+
+
+@pytest.mark.parametrize(("group", "kind"), [("device", Device), ("link", Link)])
+def test_every_device_and_link_checks(group: str, kind: type[Any]) -> None:
+    for name in members(group):
+        assert isinstance(read(kind, group, name), kind)
+
+
 def test_conf_holds_data_only() -> None:
     found = [path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*") if path.is_file()]
     odd = [path for path in found if path.suffix != ".yaml" and "__pycache__" not in path.parts]
     assert odd == [Path("__init__.py")]
-    assert {path.parts[0] for path in YAMLS} == {*config.GROUPS, "domain", "downstream", "table", "run.yaml"}
+    assert {path.parts[0] for path in YAMLS} == {*config.GROUPS, *OTHERS, "run.yaml"}
     assert [path for path in YAMLS if len(path.parts) > 2] == []
 
 
