@@ -186,10 +186,12 @@ def test_the_step_suite_makes_real_steps_of_every_method(world: World) -> None:
     assert sizes["LoRA"] < sizes["MoDE, one expert"] < sizes["MoDE, two experts"]
     assert len({(case.job, case.variant) for case in cases}) == len(cases)
     loops = [case for case in cases if "loops" in case.job]
-    assert {case.variant for case in loops} == {"Trainer", "SFTTrainer", "mode", "mode, bf16"} - (
+    quick = "mode, compiled layers"
+    assert {case.variant for case in loops} == {"Trainer", "SFTTrainer", "mode", quick, "mode, bf16"} - (
         set() if can_bf16(CPU) else {"mode, bf16"}
     )
-    assert all(case.action() > 0 for case in loops if "fp32" in case.job)  # type: ignore[operator]
+    plain = [case for case in loops if "fp32" in case.job and case.variant != quick]
+    assert all(case.action() > 0 for case in plain)  # type: ignore[operator]
     for case in [case for case in cases if case not in loops]:
         step: Any = case.action
         before = {name: value.clone() for name, value in trainable(step.model).items()}

@@ -50,6 +50,9 @@ def peers(run: Run, methods: Mapping[str, Adaptation], device: torch.device, fol
                 loop = other_loop(other, run, method, precision, device, folder)
                 cases.append(case(job, other, loop, run, precision))
             cases.append(case(job, "mode", own_loop(run, method, precision, device, folder), run, precision))
+            if precision == "fp32":
+                quick = own_loop(run, method, precision, device, folder, compiled=True)
+                cases.append(case(job, "mode, compiled layers", quick, run, precision))
             if precision == "fp32" and can_bf16(device):
                 cases.append(case(job, "mode, bf16", own_loop(run, method, "bf16", device, folder), run, "bf16"))
     return cases
@@ -79,9 +82,11 @@ class Rows:
         return self.rows
 
 
-def own_loop(run: Run, method: Adaptation, precision: str, device: torch.device, folder: Path) -> Callable[[], float]:
+def own_loop(
+    run: Run, method: Adaptation, precision: str, device: torch.device, folder: Path, *, compiled: bool = False
+) -> Callable[[], float]:
     """Return an action that trains a model by this project's loop for some steps, and returns their seconds."""
-    settings = config.replace(run.train, precision=precision, log_every=1)
+    settings = config.replace(run.train, precision=precision, log_every=1, compile=compiled)
     asked = config.replace(run, method=method, train=settings)
     load = partial(load_model, run.backbone)
     model = method.build(asked, Material(backbone=load)).to(device)
