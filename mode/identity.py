@@ -12,7 +12,7 @@ from mode.settings import Run
 
 RECIPE = 1
 """Part of every run's identity; raised with the golden losses, when the mathematics of the loop changes."""
-NO_EFFECT = ("log_every", "checkpoint_every", "validate_every")
+NO_EFFECT = ("log_every", "checkpoint_every", "validate_every", "layout")
 """Settings of the loop that no weight depends on."""
 NOT_IDENTITY = ("paths", "track", "domains")
 """Settings that do not change what a run is; domains enter its identity through the fingerprints of their data."""
@@ -31,7 +31,7 @@ def asked(run: Run) -> dict[str, Any]:
     for name in run.method.unused():
         method.pop(name, None)
     for name in NO_EFFECT:
-        plain["train"].pop(name)
+        plain["train"].pop(name, None)
     plain["budget"] = plain_settings(run.method.effective(run))
     plain["method"] = {"_target_": f"{type(run.method).__module__}.{type(run.method).__qualname__}", **method}
     return plain

@@ -51,6 +51,7 @@ class Block(nn.Module):
         weights: Mean branch weights of the last forward pass, (N + 1,).
         calls: What the decoder gave to the block's layers so far in this pass.
         alone: Whether the experts are left out, so that the block is the backbone's.
+        spread: How the branches are spread over processes (`mode.mpmd.Join`); None where all run here.
     """
 
     def __init__(self, backbone: Sequence[nn.Module], experts: Sequence[Sequence[nn.Module]], gate: Gate) -> None:
@@ -62,11 +63,14 @@ class Block(nn.Module):
         self.weights: Tensor | None = None
         self.calls: list[Call] = []
         self.alone = False
+        self.spread: Any = None
 
     def forward(self, hidden_states: Tensor, calls: Sequence[Call]) -> Tensor:
         """Map a block's input, (B, S, d), to its output, (B, S, d), with what is meant for each of its layers."""
         if self.alone:
             return run_layers(self.backbone, hidden_states, calls)
+        if self.spread is not None:
+            hidden_states = self.spread.enter(hidden_states)
         outputs = []
         if self.gate.settings.reads == "output":
             outputs.append(run_layers(self.backbone, hidden_states, calls))
@@ -75,9 +79,11 @@ class Block(nn.Module):
         branches = [self.backbone, *self.experts]
         mixed: Tensor = torch.zeros((), device=hidden_states.device)
         for index, layers in enumerate(branches):
+            if self.spread is not None and index not in self.spread.mine:
+                continue
             output = outputs[index] if index < len(outputs) else run_layers(layers, hidden_states, calls)
             mixed = mixed + weights[..., index : index + 1].to(output.dtype) * output
-        return mixed
+        return mixed if self.spread is None else self.spread.leave(mixed)
 
 
 class Turn(nn.Module):

@@ -32,16 +32,19 @@ class Hold:
 class Objective(nn.Module):
     """A model with what it minimises, so that one forward pass is all of a micro-batch: what DDP needs."""
 
-    def __init__(self, model: nn.Module, settings: Train, hold: Hold | None) -> None:
+    def __init__(
+        self, model: nn.Module, settings: Train, hold: Hold | None, part: Callable[[Tensor], Tensor] = lambda rows: rows
+    ) -> None:
         """Wrap a model.
 
         Args:
             model: A causal LM.
             settings: The loop's.
             hold: How it is held to its backbone; None where it is not.
+            part: Returns the rows whose hidden states come out of the model, of all that go in.
         """
         super().__init__()
-        self.model, self.settings, self.hold = model, settings, hold
+        self.model, self.settings, self.hold, self.part = model, settings, hold, part
 
     def forward(
         self, rows: Tensor, held: Tensor | None = None, kinds: Tensor | None = None
@@ -60,7 +63,7 @@ class Objective(nn.Module):
         with autocast(self.settings, device):
             states = hidden_states(model, rows[:, :-1])
         if self.hold is None or held is None:
-            loss = next_token_loss(states, head(model), rows[:, 1:], softcap(model), precision)
+            loss = next_token_loss(states, head(model), self.part(rows[:, 1:]), softcap(model), precision)
         else:
             with torch.no_grad(), autocast(self.settings, device):
                 known = self.hold.reference(rows[held, :-1]) if held.any() else None

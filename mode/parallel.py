@@ -120,9 +120,13 @@ def check_shares(batch_size: int, accumulate: int) -> None:
         raise ConfigError(f"train.batch_size={batch_size} does not divide over {size()} processes{parts}")
 
 
-def own_seed(seed: int) -> int:
-    """Return a seed of this process's own; that of the first is the one given."""
-    return (seed + rank() * GOLDEN) % 2**64
+def own_seed(seed: int, number: int) -> int:
+    """Return a seed for one of several; that of the first is the one given.
+
+    >>> own_seed(5, 0), own_seed(5, 1) != 5
+    (5, True)
+    """
+    return (seed + number * GOLDEN) % 2**64
 
 
 def replicated(module: nn.Module) -> nn.Module:
@@ -142,7 +146,7 @@ def replicated(module: nn.Module) -> nn.Module:
 
 def unsynchronized(module: nn.Module) -> AbstractContextManager[None]:
     """Let backward passes add to gradients that stay this process's own for now."""
-    held: AbstractContextManager[None] = module.no_sync() if size() > 1 else nullcontext()  # type: ignore[operator]
+    held: AbstractContextManager[None] = getattr(module, "no_sync", nullcontext)()
     return held
 
 
@@ -153,6 +157,6 @@ def is_loss(error: RuntimeError) -> bool:
     return size() > 1 and (isinstance(error, distributed.DistError) or "gloo" in str(error))
 
 
-def layout() -> dict[str, Any]:
+def layout(kind: str) -> dict[str, Any]:
     """Describe how a run is spread over processes; empty alone."""
-    return {} if size() == 1 else {"layout": {"kind": "ddp", "processes": size()}}
+    return {} if size() == 1 else {"layout": {"kind": kind, "processes": size()}}

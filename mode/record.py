@@ -104,7 +104,7 @@ def provenance(
         "needs": list(needs),
         "precision": precision,
         **surroundings(device, run.train.threads),
-        **parallel.layout(),
+        **parallel.layout(run.train.layout),
     }
 
 

@@ -273,6 +273,8 @@ class Train:
             less memory and more time: `frozen` ones, where nothing trains, or `all`.
         compile: Whether decoder layers are compiled, which takes up to 40 s before the first step, and 5 s where it
             was done before; `auto`: in stages of about five minutes and more (`mode.layers`).
+        layout: How several processes share a run: `ddp`, each all of the model and its part of the rows; `mpmd`, each
+            some branches of a MoDE model. The result is the same but for rounding.
         replay: Share of the mix's rows that other domains than the targets give, by domain. Earlier stages have none.
     """
 
@@ -295,6 +297,7 @@ class Train:
     examples: Annotated[int, Field(gt=0)] | None = None
     activation_checkpointing: Literal["none", "frozen", "all"] = "none"
     compile: bool | Literal["auto"] = False
+    layout: Literal["ddp", "mpmd"] = "ddp"
     replay: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] | None = None
 
     def __post_init__(self) -> None:

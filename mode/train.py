@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ from mode.layers import Layers
 from mode.loss import head, softcap, token_scores
 from mode.objective import Hold, Objective, precision_of
 from mode.settings import Train
+from mode.spread import Copies, spread_over
+
+if TYPE_CHECKING:
+    from mode.mpmd import Branches
 
 Point = dict[str, Any]
 """One point of the training curve: step, loss, accuracy, lr, seconds, and what the method reports of its model."""
@@ -98,22 +102,22 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
         ConfigError: The loss is no longer finite, or a checkpoint is damaged.
     """
     settings, device = job.settings, next(model.parameters()).device
-    parallel.check_shares(settings.batch_size, settings.accumulate)
+    spread = spread_over(model, job.hold is not None, settings, device)
     optimizer = make_optimizer(model, job)
     layers = Layers(model, settings, half=precision_of(settings, device) == "bf16")
     step, seconds, curve = restore(model, optimizer, job)
     model.train()
-    objective = parallel.replicated(Objective(model, settings, job.hold))
+    objective = spread.wrap(Objective(model, settings, job.hold, spread.part))
     total = torch.zeros((), device=device)
     begin = time.monotonic()
     while step < job.steps:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, job.steps, settings)
-        rows, held, kinds = share(batches, job, step, device)
-        torch.manual_seed(parallel.own_seed((job.seed << 32) + step))
-        with layers:
-            loss, states = accumulate(objective, rows, settings.accumulate, held, kinds)
-        torch.nn.utils.clip_grad_norm_(trainable(model).values(), settings.clip)
+        rows, held, kinds = share(batches, job, step, spread, device)
+        torch.manual_seed(spread.seed((job.seed << 32) + step))
+        with layers, spread():
+            loss, states = accumulate(objective, rows, settings.accumulate, held, kinds, spread.slots)
+        spread.clip(settings.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         total += loss
@@ -122,29 +126,36 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
             since = (step - 1) % settings.log_every + 1
             mean = float(parallel.mean(total)) / since  # waits for the device, so it comes before the clock is read
             seconds += time.monotonic() - begin
-            point = measure(model, job, step, mean, states, rows, held)
+            spread.collect(optimizer)
+            point = measure(model, job, step, mean, states, spread, rows, held)
             curve.append(point | {"seconds": round(seconds, 3)})
             append(job, curve[-1], optimizer, model)
-            report = dict(curve[-1], tokens_per_second=throughput(curve, settings))
-            job.observe(report)
+            job.observe(dict(curve[-1], tokens_per_second=throughput(curve, settings)))
             total.zero_()
             begin = time.monotonic()
     tokens = job.steps * settings.batch_size * settings.sequence_length
     return Trained(steps=job.steps, tokens=tokens, seconds=seconds, curve=curve)
 
 
-def share(batches: Batches, job: Job, step: int, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def share(
+    batches: Batches, job: Job, step: int, spread: Copies | Branches, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return this process's rows of a step, (B, S + 1), and of each whether it is held and of what kind it is, (B,)."""
 
     def mine(values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(parallel.share(values)).to(device)
+        return torch.from_numpy(spread.rows(values)).to(device)
 
     held = mine(job.hold.held(step)) if job.hold else None
     return mine(batches.batch(step)), held, mine(job.kinds(step)) if job.kinds else None
 
 
 def accumulate(
-    objective: nn.Module, rows: Tensor, parts: int, held: Tensor | None = None, kinds: Tensor | None = None
+    objective: nn.Module,
+    rows: Tensor,
+    parts: int,
+    held: Tensor | None = None,
+    kinds: Tensor | None = None,
+    slots: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Run forward and backward over the micro-batches of a step.
 
@@ -154,6 +165,7 @@ def accumulate(
         parts: Micro-batches.
         held: Which rows are held to the backbone, (B,).
         kinds: Of what kind each row is, (B,), where the model wants to know.
+        slots: Processes that share every row, and of whose losses the mean is meant.
 
     Returns:
         The mean loss of the step, and the last micro-batch's hidden states, (B / parts, S, d).
@@ -166,7 +178,8 @@ def accumulate(
             found, extra, states = objective(micro, *some)
             part = found / parts
             loss += part.detach()
-            torch.autograd.backward(part if extra is None else part + extra / parts)
+            whole = part if extra is None else part + extra / parts
+            torch.autograd.backward(whole if slots == 1 else whole / slots)
     return loss, states.detach()
 
 
@@ -205,7 +218,14 @@ def schedule(step: int, steps: int, settings: Train) -> float:
 
 
 def measure(
-    model: nn.Module, job: Job, step: int, loss: float, states: Tensor, rows: Tensor, held: Tensor | None
+    model: nn.Module,
+    job: Job,
+    step: int,
+    loss: float,
+    states: Tensor,
+    spread: Copies | Branches,
+    rows: Tensor,
+    held: Tensor | None,
 ) -> Point:
     """Return a point of the curve: the mean loss since the last point, and the last micro-batch's accuracy.
 
@@ -213,7 +233,7 @@ def measure(
     """
     if not math.isfinite(loss):
         raise ConfigError(f"the loss is {loss} at step {step}; try a lower train.lr than {job.lr:g}")
-    targets = rows.chunk(job.settings.accumulate)[-1][:, 1:]
+    targets = spread.part(rows.chunk(job.settings.accumulate)[-1])[:, 1:]
     if held is not None:
         free = ~held.chunk(job.settings.accumulate)[-1]
         states, targets = (states[free], targets[free]) if free.any() else (states, targets)

@@ -114,9 +114,6 @@ def test_rows_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     parallel.check_shares(12, 2)
     monkeypatch.setenv("RANK", "2")
     assert parallel.share(list(range(6))) == [4, 5]
-    assert parallel.own_seed(5) != 5
-    monkeypatch.setenv("RANK", "0")
-    assert parallel.own_seed(5) == 5
 
 
 def words(world: World, *overrides: str) -> list[str]:

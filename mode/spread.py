@@ -1,0 +1,84 @@
+"""How a training step is spread over processes: copies of the model that share rows, or branches side by side."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mode import parallel
+from mode.checked import ConfigError
+from mode.checkpoint import trainable
+from mode.settings import Train
+
+if TYPE_CHECKING:
+    from mode.mpmd import Branches
+
+
+class Copies:
+    """A model that every process has all of, each with its part of the rows (DDP); or a single process's.
+
+    Attributes:
+        slots: Processes that a row is shared by: 1.
+    """
+
+    slots = 1
+
+    def __init__(self, model: nn.Module) -> None:
+        """Take a model."""
+        self.model = model
+
+    def __call__(self) -> AbstractContextManager[None]:
+        """Do nothing about a step."""
+        return nullcontext()
+
+    def rows(self, values: Any) -> Any:
+        """Return the rows of a step that this process reads."""
+        return parallel.share(values)
+
+    def part(self, rows: Tensor) -> Tensor:
+        """Return the rows whose loss this process has: all that it reads."""
+        return rows
+
+    def seed(self, seed: int) -> int:
+        """Return a seed of this process's own."""
+        return parallel.own_seed(seed, parallel.rank())
+
+    def wrap(self, objective: nn.Module) -> nn.Module:
+        """Return what a step runs, with gradients that are the mean over all processes."""
+        return parallel.replicated(objective)
+
+    def clip(self, most: float) -> None:
+        """Scale gradients so that their norm is `most` at most."""
+        torch.nn.utils.clip_grad_norm_(trainable(self.model).values(), most)
+
+    def collect(self, optimizer: torch.optim.Optimizer) -> None:
+        """Do nothing: every process has all weights."""
+
+
+def spread_over(model: nn.Module, held: bool, settings: Train, device: torch.device) -> Copies | Branches:
+    """Spread a model over the processes that there are.
+
+    Args:
+        model: The model.
+        held: Whether it is held to its backbone on some rows.
+        settings: The loop's.
+        device: This process's.
+
+    Raises:
+        ConfigError: The layout does not fit the model or the number of processes, or rows do not divide.
+    """
+    if settings.layout == "mpmd" and parallel.size() == 1:
+        raise ConfigError("train.layout=mpmd needs several processes: `mode launch --nproc 2 train ...`")
+    if settings.layout == "mpmd" and held:
+        raise ConfigError("train.layout=mpmd: an anchored model needs its backbone everywhere, as in ddp")
+    if settings.layout == "mpmd":
+        from mode.mpmd import Branches
+
+        made: Copies | Branches = Branches(model, device)
+    else:
+        made = Copies(model)
+    parallel.check_shares(settings.batch_size, settings.accumulate)
+    return made

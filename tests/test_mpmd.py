@@ -1,0 +1,159 @@
+"""Branches side by side: gradients and runs are those of one process, and a step has the collectives it should have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+
+from mode import config
+from mode.backbone import load_model
+from mode.checked import ConfigError
+from mode.checkpoint import load_tensors
+from mode.method import Material
+from mode.mpmd import Branches
+from mode.objective import Objective
+from mode.prepared import prepare_run
+from mode.runner import WEIGHTS, execute
+from mode.spread import spread_over
+from mode.train import accumulate
+from tests.conftest import World
+from tests.test_parallel import EVERY, SCRIPT, together
+
+CPU = torch.device("cpu")
+FRESH = ("method=mode", "method.start=fresh", "train.batch_size=8")
+GRADIENTS = """
+import json, sys
+from pathlib import Path
+import torch
+from mode import config
+from mode.checkpoint import trainable
+from mode.mpmd import Branches
+from mode.objective import Objective
+from mode.train import accumulate
+from tests.test_mpmd import noisy
+run = config.compose(json.loads(sys.argv[1]), Path(sys.argv[2]))
+alone, spread = noisy(run), noisy(run)
+rows = torch.randint(300, (8, 33), generator=torch.Generator().manual_seed(1))
+most = float(sys.argv[3])
+accumulate(Objective(alone, run.train, None), rows, run.train.accumulate)
+torch.nn.utils.clip_grad_norm_(trainable(alone).values(), most)
+branches = Branches(spread, torch.device("cpu"))
+with branches():
+    objective = branches.wrap(Objective(spread, run.train, None, branches.part))
+    accumulate(objective, branches.rows(rows), run.train.accumulate, slots=branches.slots)
+branches.clip(most)
+found = {name: parameter.grad for name, parameter in trainable(spread).items() if parameter.grad is not None}
+own = [f".experts.{index - 1}." for index in branches.mine if index]
+expected = {
+    name: parameter.grad
+    for name, parameter in trainable(alone).items()
+    if ".experts." not in name or any(part in name for part in own)
+}
+assert found.keys() == expected.keys()
+for name, grad in expected.items():
+    assert grad.norm() > 0, name
+    assert (found[name] - grad).norm() / grad.norm() < 1e-4, name
+"""
+
+
+def noisy(run: Any) -> Any:
+    """Return a run's model with gates that prefer something and experts that differ from the backbone."""
+    model = run.method.build(run, Material(backbone=lambda: load_model(run.backbone))).train()
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=random)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "experts", "most", "parts"), [(2, 1, 1e9, 1), (2, 2, 0.01, 2), (4, 1, 0.01, 1), (3, 4, 1e9, 1)]
+)
+def test_gradients_are_those_of_one_process(
+    shared_world: World, tmp_path: Path, processes: int, experts: int, most: float, parts: int
+) -> None:
+    world = shared_world.at(tmp_path)
+    rows = 12 if processes == 3 else 8
+    settings = [*FRESH, f"method.num_experts={experts}", f"train.accumulate={parts}", f"train.batch_size={rows}"]
+    script = GRADIENTS.replace("(8, 33)", f"({rows}, 33)")
+    together(processes, ["-c", script, json.dumps([*world.overrides, *settings]), str(world.conf), str(most)])
+
+
+@pytest.mark.slow
+def test_a_run_side_by_side_is_that_of_one_process(shared_world: World, tmp_path: Path) -> None:
+    loop = ("method=mode", "train.steps=6", "train.batch_size=4", *EVERY)
+    both, alone = (shared_world.at(tmp_path / name) for name in ("both", "alone"))
+    asked = [*both.overrides, *loop, "train.layout=mpmd"]
+    together(2, ["-c", SCRIPT, json.dumps([asked]), str(both.conf)])
+    run = config.compose(asked, both.conf)
+    other = config.compose([*alone.overrides, *loop], alone.conf)
+    assert prepare_run(run).id == prepare_run(other).id  # the layout changes no result, so it is the same run
+    for stage, single in zip([*run.method.needs(run), run], [*other.method.needs(other), other], strict=True):  # type: ignore[attr-defined]
+        found, expected = execute(stage), execute(single)
+        assert found.provenance["layout"] == {"kind": "mpmd", "processes": 2}
+        losses = [[point["loss"] for point in record.happened["curve"]] for record in (found, expected)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        for domain, score in expected.happened["scores"].items():
+            assert found.happened["scores"][domain]["loss"] == pytest.approx(score["loss"], rel=1e-4)
+        weights, plain = (load_tensors(prepare_run(each).folder / WEIGHTS)[0] for each in (stage, single))
+        for name, value in plain.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-2, atol=2e-3)
+
+
+@pytest.fixture
+def alone_of_two(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """One of two processes, the other of which is imagined."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:(For backward|Full backward)")  # what counts has hooks
+@pytest.mark.parametrize("blocks", [1, 2, 3, 6])
+@pytest.mark.usefixtures("alone_of_two")
+def test_a_step_has_the_collectives_of_the_formula(world: World, blocks: int) -> None:
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    run: Any = config.compose([*world.overrides, *FRESH, f"method.num_blocks={blocks}"], world.conf)
+    model = noisy(run)
+    branches = Branches(model, CPU)
+    with branches(), CommDebugMode() as seen:
+        accumulate(Objective(model, run.train, None, branches.part), torch.randint(300, (8, 33)), 1, slots=2)
+    counts = {str(name).rpartition(".")[2]: count for name, count in seen.get_comm_counts().items()}
+    reduced = {"all_reduce": 2 * (blocks - 1)} if blocks > 1 else {}
+    assert counts == reduced | {"reduce_scatter_tensor": 1, "all_gather_into_tensor": 1}
+    assert all(block.spread is None for block in branches.blocks)
+
+
+@pytest.mark.usefixtures("alone_of_two")
+@pytest.mark.parametrize(
+    ("settings", "held", "message"),
+    [
+        (["method=sft"], False, "MoDE alone has branches to spread"),
+        ([*FRESH, "method.gate.reads=output"], False, "goes with method.head_rank=0 and method.gate.reads=input"),
+        ([*FRESH, "method.head_rank=2"], False, "goes with method.head_rank=0"),
+        ([*FRESH], True, "an anchored model needs its backbone everywhere"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused(world: World, settings: list[str], held: bool, message: str) -> None:
+    run: Any = config.compose([*world.overrides, *settings, "train.layout=mpmd"], world.conf)
+    model = run.method.build(run, Material(backbone=lambda: load_model(run.backbone)))
+    with pytest.raises(ConfigError, match=message):
+        spread_over(model, held, run.train, CPU)
+
+
+def test_one_process_has_nothing_to_spread_over(world: World) -> None:
+    run: Any = config.compose([*world.overrides, *FRESH, "train.layout=mpmd"], world.conf)
+    with pytest.raises(ConfigError, match="needs several processes: `mode launch --nproc 2"):
+        execute(run)
