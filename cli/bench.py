@@ -14,7 +14,8 @@ def bench(
     suite: Annotated[
         str,
         typer.Argument(
-            metavar="SUITE", help="step, options, scale, loss, data: training; eval, generate, edge: use; startup."
+            metavar="SUITE",
+            help="step, options, scale, loss, data, sharding: training; eval, generate, edge: use; startup.",
         ),
     ],
     overrides: Overrides = None,

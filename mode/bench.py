@@ -28,6 +28,7 @@ from mode.suites.evaluation import evaluation
 from mode.suites.generation import generation
 from mode.suites.loss import losses
 from mode.suites.machine import MACHINE, limits
+from mode.suites.sharding import sharding
 from mode.suites.startup import startup
 from mode.suites.step import options, scale, steps
 from mode.timing import Case, interleave, ratio
@@ -41,6 +42,7 @@ SUITES: dict[str, Callable[[Run, MoDE, torch.device, Path], tuple[list[Case], di
     "loss": losses,
     "options": options,
     "scale": scale,
+    "sharding": sharding,
     "startup": startup,
     "step": steps,
 }

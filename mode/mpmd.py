@@ -117,7 +117,9 @@ class Branches:
         """Send a slot's weight and its moments to the other slots."""
         state = optimizer.state[parameter]
         if self.slot != owner:
-            state |= {moment: torch.empty_like(parameter.data) for moment in MOMENTS} | {"step": torch.zeros(())}
+            state |= {moment: torch.empty_like(parameter.data) for moment in MOMENTS} | {
+                "step": torch.zeros((), device=parameter.device)
+            }
         for tensor in (parameter.data, state["step"], *(state[moment] for moment in MOMENTS)):
             distributed.broadcast(tensor, group=self.branch.get_group(), group_src=owner)
 

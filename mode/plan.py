@@ -108,12 +108,14 @@ class Work:
         head: What the head takes.
         hidden: Size of a hidden state, d.
         tokens: Tokens of a step, G.
+        half: Bytes in which weights and hidden states are sent, s.
     """
 
     blocks: tuple[tuple[Branch, ...], ...]
     head: Branch
     hidden: int
     tokens: int
+    half: int = HALF
 
     @property
     def whole(self) -> Branch:
@@ -240,17 +242,17 @@ def ddp(work: Work, devices: int, device: Device, link: Link) -> Estimate:
     return Estimate("ddp", seconds, computing, traffic, held(whole, 1, share))
 
 
-def sharded(branch: Branch, devices: int) -> tuple[float, float]:
+def sharded(branch: Branch, devices: int, half: int) -> tuple[float, float]:
     """Return the bytes and the messages of a branch's weights in shards over some devices."""
     back = branch.weights if branch.flops.backward else 0
-    volume = (HALF * (branch.weights + back) + WHOLE * branch.trained) * (devices - 1) / devices
+    volume = (half * (branch.weights + back) + WHOLE * branch.trained) * (devices - 1) / devices
     rounds = branch.layers * (1 + bool(back) + bool(branch.trained))
     return volume, float(rounds * (devices - 1))
 
 
-def all_sharded(branches: Sequence[Branch], devices: int) -> tuple[float, float]:
+def all_sharded(branches: Sequence[Branch], devices: int, half: int) -> tuple[float, float]:
     """Return the same of several branches."""
-    volumes, messages = zip(*(sharded(branch, devices) for branch in branches), strict=True)
+    volumes, messages = zip(*(sharded(branch, devices, half) for branch in branches), strict=True)
     return sum(volumes), sum(messages)
 
 
@@ -258,7 +260,8 @@ def fsdp(work: Work, devices: int, device: Device, link: Link) -> Estimate:
     """Predict a step with the weights in shards over all devices."""
     whole, share = work.whole, work.tokens / devices
     computing = share * whole.flops.total / device.flops
-    traffic, messages = all_sharded([work.head, *(branch for block in work.blocks for branch in block)], devices)
+    parts = [work.head, *(branch for block in work.blocks for branch in block)]
+    traffic, messages = all_sharded(parts, devices, work.half)
     seconds = hidden_behind(computing, traffic / link.bandwidth + messages * link.latency)
     return Estimate("fsdp", seconds, computing, traffic, held(whole, devices, share))
 
@@ -284,12 +287,12 @@ def mpmd(work: Work, slots: Slots, micro: int, device: Device, link: Link) -> Es
     computing = bound + (rate * sum(ahead) - bound) / micro + rate * work.head.flops.total / all_devices
     fewest = min(devices for _, devices in slots)
     times_sent = 2 * (len(work.blocks) - 1) + 1
-    exchange = times_sent * 2 * (count - 1) / count * HALF * work.hidden * work.tokens / fewest
+    exchange = times_sent * 2 * (count - 1) / count * work.half * work.hidden * work.tokens / fewest
     waiting = (exchange / link.bandwidth + times_sent * micro * 2 * (count - 1) * link.latency) / micro
     traffic, behind, memory = 0.0, 0.0, 0.0
     for chosen, devices in slots:
         mine = [work.head, *(block[index] for block in work.blocks for index in chosen)]
-        volume, messages = all_sharded(mine, devices)
+        volume, messages = all_sharded(mine, devices, work.half)
         traffic, behind = max(traffic, volume), max(behind, volume / link.bandwidth + messages * link.latency)
         memory = max(memory, held(sum(mine, start=IDLE), devices, work.tokens / devices))
     seconds = hidden_behind(computing, behind) + waiting

@@ -33,8 +33,8 @@ H100 = Device(flops=4e14, memory=80e9)
 PAIR = (((0,), 8), ((1,), 8))
 
 
-def work(backbone: str, *overrides: str, tokens: int = 65536) -> Work:
-    fresh = ("method=mode", "method.start=fresh", "method.num_experts=1", "train.sequence_length=4096")
+def work(backbone: str, *overrides: str, tokens: int = 65536, length: int = 4096) -> Work:
+    fresh = ("method=mode", "method.start=fresh", "method.num_experts=1", f"train.sequence_length={length}")
     return with_tokens(work_of(config.compose([*fresh, f"backbone={backbone}", *overrides])), tokens)
 
 
@@ -152,3 +152,28 @@ def test_a_plan_is_printed_and_mistakes_are_told(world: World, tmp_path: Path) -
     (tmp_path / "device" / "mine.yaml").write_text("flops: -1\nmemory: 1e9\n")
     with pytest.raises(ConfigError, match=r"^device/mine.yaml: flops: "):
         read(Device, "device", "mine", tmp_path)
+
+
+THREE = (((0,), 4), ((1, 2), 2), ((3, 4), 2))
+"""Slots of the paper's Figure 4a: the backbone on four devices, pairs of experts on two."""
+FIVE = (((0,), 4), ((1,), 1), ((2,), 1), ((3,), 1), ((4,), 1))
+APART = (((0,), 6), ((1,), 1), ((2,), 1))
+
+
+def side_by_side(slots: Any, experts: int, num_blocks: int, expert_layers: int, tokens: int) -> float:
+    """Return the predicted time of a step side by side over that in shards, on the paper's devices and backbone."""
+    settings = (f"method.num_experts={experts}", f"method.num_blocks={num_blocks}")
+    step = work("paper-1.6b", *settings, f"method.expert_layers={expert_layers}", tokens=tokens, length=1024)
+    device, link = read(Device, "device", "tpuv5e"), read(Link, "link", "ici")
+    return mpmd(step, slots, 1, device, link).seconds / fsdp(step, 8, device, link).seconds
+
+
+def test_the_published_speed_up_is_that_of_few_tokens_a_step() -> None:
+    """Figure 4 of the paper, which does not tell its tokens a step; docs/sharding.md has these figures."""
+    tokens = (1024, 4096, 8192, 16384)
+    assert [side_by_side(THREE, 4, 2, 3, each) for each in tokens] == pytest.approx([0.27, 0.63, 1.12, 1.29], abs=0.01)
+    assert side_by_side(FIVE, 4, 2, 3, 4096) == pytest.approx(0.63, abs=0.01)
+    layers = [side_by_side(APART, 2, 2, each, 4096) for each in (2, 3, 4, 5)]
+    assert layers == pytest.approx([0.87, 0.99, 1.07, 1.14], abs=0.01)
+    merges = [side_by_side(THREE, 4, blocks, 6 // blocks, 4096) for blocks in (2, 3, 6)]
+    assert merges == pytest.approx([0.63, 0.62, 0.62], abs=0.01)

@@ -24,6 +24,7 @@ from mode.suites.evaluation import evaluation
 from mode.suites.generation import generation
 from mode.suites.loss import full_logits, fused, losses
 from mode.suites.peers import can_bf16
+from mode.suites.sharding import variants
 from mode.suites.startup import command, first_step, script
 from mode.suites.step import options, scale, steps
 from tests.conftest import World
@@ -175,6 +176,19 @@ def test_the_first_step_of_a_run_is_seen(world: World) -> None:
     settings = [each for each in world.overrides if not each.startswith("paths.")]
     words = ["train", "baseline", "sft", "train.log_every=1", "--conf", str(world.conf), *settings]
     assert 0 < first_step([*words, f"paths.cache={world.root}/cache"], world.root)() < 120
+
+
+@pytest.mark.slow
+def test_the_sharding_suite_times_every_layout_beside_its_prediction(world: World) -> None:
+    run: Run = run_of(world)
+    jobs = variants(run, run.method)  # type: ignore[arg-type]
+    assert list(jobs) == ["width 1, 1024 tokens", "width 1, 256 tokens", "width 1, 64 tokens"]
+    assert {each.method.expert_layers for each in jobs.values()} == {1}  # type: ignore[attr-defined]
+    result = call(world, "bench", "sharding", "--rounds", "1")
+    assert result.exit_code == 0, result.output
+    for job in jobs:
+        for layout in ("one process", "copies", "copies, planned", "side by side", "side by side, planned"):
+            assert f"| {job} | {layout} |" in result.stdout
 
 
 @pytest.mark.slow

@@ -1,0 +1,216 @@
+"""The suite `sharding`: a step on two processes of this machine, as copies and side by side, measured and planned."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from torch import distributed, nn
+
+from mode import config, parallel
+from mode.backbone import load_model
+from mode.cost import layers_per_block, shape_of
+from mode.layers import Layers
+from mode.method import Material
+from mode.objective import Objective
+from mode.plan import WHOLE, Device, Estimate, Link, ddp, mpmd, work_of
+from mode.spread import Copies, spread_over
+from mode.timing import Case
+from mode.train import Job, accumulate, make_optimizer
+
+if TYPE_CHECKING:
+    from mode.modular_method import MoDE
+    from mode.settings import Run
+
+PROCESSES = 2
+ROWS = ((4, 256), (2, 128), (2, 32))
+"""Rows of a step and tokens of each: what is sent weighs more and more."""
+WIDTHS = (1, 2)
+"""Factors on the hidden size, where weights are random."""
+LAYOUTS = ("one process", "copies", "side by side")
+NUMBERS = (16_000_000, 1_000)
+"""Numbers that are summed over processes to see what a link does, and what a message costs."""
+
+
+def sharding(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return what to time: one process, copies of the model, and branches side by side, each with its prediction.
+
+    The prediction knows of this machine the rate of one process at the first job, and what summing takes.
+
+    Args:
+        run: Names the backbone; rows are the suite's own.
+        method: Shape of blocks and experts: one expert, of half a block where that has several layers.
+        device: Not used: processes are on the CPU.
+        folder: For the runs' settings.
+    """
+    team = Team(folder)
+    jobs = {name: team.settle(each) for name, each in variants(run, method).items()}
+    first = next(iter(jobs))
+    alone = statistics.median(team.seconds(jobs[first], LAYOUTS[0]) for _ in range(4))
+    shape = {name: replace(work_of(each), half=WHOLE) for name, each in variants(run, method).items()}
+    work = shape[first]
+    rate = work.tokens * work.whole.flops.total / alone
+    machine, link = Device(flops=rate, memory=1e12), measured_link(team)
+    cases = []
+    for name, file in jobs.items():
+        plans = {
+            "copies": ddp(shape[name], PROCESSES, machine, link),
+            "side by side": mpmd(shape[name], (((0,), 1), ((1,), 1)), 1, machine, link),
+        }
+        for layout in LAYOUTS:
+            step = partial(team.seconds, file, layout)
+            cases.append(Case(name, layout, step, tokens=shape[name].tokens))
+            if layout in plans:
+                told = partial(planned, plans[layout])
+                cases.append(Case(name, f"{layout}, planned", told, tokens=shape[name].tokens))
+    return cases, {}
+
+
+def planned(estimate: Estimate) -> float:
+    """Return the predicted seconds of a step."""
+    return estimate.seconds
+
+
+def measured_link(team: Team) -> Link:
+    """Return what summing over the processes shows of their link."""
+    large, small = (statistics.median(team.summing(count) for _ in range(5)) for count in NUMBERS)
+    sent = 2 * WHOLE * NUMBERS[0] * (PROCESSES - 1) / PROCESSES
+    return Link(bandwidth=sent / large, latency=small / (2 * (PROCESSES - 1)))
+
+
+def variants(run: Run, method: MoDE) -> dict[str, Run]:
+    """Return the runs whose steps are timed, by job."""
+    per_block = layers_per_block(len(shape_of(run.backbone).layers), method.num_blocks)
+    half = max(1, per_block // 2)
+    one = config.replace(method, start="fresh", num_experts=1, experts=(), expert_layers=half, train_experts=True)
+    found = {}
+    for factor in WIDTHS if run.backbone.random else (1,):
+        backbone = run.backbone
+        if backbone.random:
+            shape = dict(backbone.random.config)
+            shape |= {key: factor * int(shape[key]) for key in ("hidden_size", "intermediate_size") if key in shape}
+            backbone = config.replace(backbone, random=config.replace(backbone.random, config=shape))
+        for rows, length in ROWS:
+            train = config.replace(run.train, batch_size=rows, accumulate=1, sequence_length=length, precision="fp32")
+            name = f"width {factor}, {rows * length} tokens"
+            found[name] = config.replace(run, backbone=backbone, method=one, train=train)
+    return found
+
+
+class Team:
+    """Processes that wait for what to do, told on their standard input; the first answers with seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        """Start them."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        shared = {"WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        self.folder = folder
+        self.members = [
+            subprocess.Popen(
+                [sys.executable, "-m", __name__],
+                env=os.environ | shared | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(PROCESSES)
+        ]
+
+    def settle(self, run: Run) -> str:
+        """Write a run's settings to a file, and return its path."""
+        path = self.folder / f"{len(list(self.folder.iterdir()))}.yaml"
+        path.write_text(config.to_yaml(run), encoding="utf-8")
+        return str(path)
+
+    def ask(self, *words: str | int) -> float:
+        """Let all do something, and return the seconds that it took."""
+        for member in self.members:
+            assert member.stdin is not None
+            member.stdin.write(json.dumps(words) + "\n")
+            member.stdin.flush()
+        answers = [member.stdout.readline() for member in self.members if member.stdout is not None]
+        return float(answers[0])
+
+    def seconds(self, file: str, layout: str) -> float:
+        """Return the seconds of a step."""
+        return self.ask("step", file, layout)
+
+    def summing(self, count: int) -> float:
+        """Return the seconds that summing so many numbers takes."""
+        return self.ask("sum", count)
+
+
+def member() -> None:
+    """Do what is asked on standard input, as one of the processes."""
+    torch.set_num_threads(1)
+    parallel.meet()
+    steps: dict[tuple[str, str], Callable[[], None]] = {}
+    action: Callable[[], object]
+    for line in sys.stdin:
+        kind, *words = json.loads(line)
+        if kind == "sum":
+            action = partial(distributed.all_reduce, torch.ones(words[0]))
+        else:
+            file, layout = words
+            action = steps[file, layout] = steps.get((file, layout)) or make_step(Path(file), layout)
+        distributed.barrier()
+        begin = time.perf_counter()
+        action()
+        distributed.barrier()
+        print(time.perf_counter() - begin, flush=True)
+
+
+class Alone(Copies):
+    """A model of one of several processes, which has nothing to do with the others."""
+
+    def rows(self, values: Any) -> Any:
+        """Return all rows."""
+        return values
+
+    def wrap(self, objective: nn.Module) -> nn.Module:
+        """Return the objective as it is."""
+        return objective
+
+
+def make_step(file: Path, layout: str) -> Callable[[], None]:
+    """Return an optimizer step, as the loop makes it, under a layout; alone it is the first process's."""
+    if layout == LAYOUTS[0] and not parallel.is_main():
+        return lambda: None
+    run = config.check(yaml.safe_load(file.read_text("utf-8")))
+    method: Any = run.method
+    model: nn.Module = method.build(run, Material(backbone=partial(load_model, run.backbone))).train()
+    train = config.replace(run.train, layout="mpmd" if layout == LAYOUTS[2] else "ddp")
+    spread = Alone(model) if layout == LAYOUTS[0] else spread_over(model, False, train, torch.device("cpu"))
+    job = Job(settings=train, steps=1, lr=1e-6, folder=Path(), validate=dict)
+    optimizer, layers = make_optimizer(model, job), Layers(model, train)
+    objective = spread.wrap(Objective(model, train, None, spread.part))
+    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    shape = (train.batch_size, train.sequence_length + 1)
+    rows = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        with layers, spread():
+            accumulate(objective, spread.rows(rows), 1, slots=spread.slots)
+        spread.clip(train.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+if __name__ == "__main__":
+    member()
