@@ -68,10 +68,10 @@ def first_step(words: Sequence[str], folder: Path) -> Callable[[], float]:
             with subprocess.Popen(asked, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
                 while process.poll() is None and not any(path.stat().st_size for path in Path(place).rglob(CURVE)):
                     time.sleep(0.005)
-                seconds = time.perf_counter() - begin
+                seconds, ended = time.perf_counter() - begin, process.poll()
                 process.terminate()
                 told = process.stderr.read() if process.stderr else ""
-        if process.returncode > 0:
+        if ended:
             raise ConfigError(f"`mode {' '.join(words)}` failed: {(told.strip().splitlines() or ['no message'])[-1]}")
         return seconds
 
