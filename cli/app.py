@@ -49,6 +49,11 @@ app.add_typer(data.app, name="data")
 
 def main() -> None:
     """Run the command line; of several processes the first alone is heard."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if parallel.size() > 1 and command not in launch.ABLE:
+        if parallel.is_main():
+            print(f"mode: {command}: several processes can share {' or '.join(launch.ABLE)} alone", file=sys.stderr)
+        raise SystemExit(2)
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(sys.stdout if parallel.is_main() else nowhere):
         app()
 

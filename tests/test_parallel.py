@@ -160,6 +160,14 @@ def environment(pid: int) -> bytes:
     return b"\0" + Path(f"/proc/{pid}/environ").read_bytes() + b"\0"
 
 
+def test_other_commands_are_refused_to_several_processes() -> None:
+    for rank, told in (("0", "mode: reproduce: several processes can share train or compose alone\n"), ("1", "")):
+        several = os.environ | {"WORLD_SIZE": "2", "RANK": rank}
+        asked = [sys.executable, "-m", "cli", "reproduce", "table1"]
+        done = subprocess.run(asked, env=several, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (2, told)
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
