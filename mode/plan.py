@@ -10,8 +10,8 @@ With P weights, of which T train, s = 2 bytes a weight sent (bf16) and 4 a gradi
             both passes; then its output, d numbers a token, is summed over slots: 2 (B - 1) + 1 times in a step,
                                                      2 (K - 1) / K s d tokens bytes each
 
-Most traffic hides behind computing (`OVERLAP`). An exchange between slots cannot, unless several micro-batches are in
-flight: with m of them 1 / m of the exchange and of the waiting for slower slots is left.
+Most traffic hides behind computing (`Link.overlap`). An exchange between slots cannot, unless several micro-batches are
+in flight: with m of them 1 / m of the exchange and of the waiting for slower slots is left.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mode.settings import Run
 HALF, WHOLE = 2, 4
 """Bytes of a number in bf16 and in fp32."""
 OVERLAP = 0.8
-"""Share of the shorter of computing and traffic that hides behind the longer."""
+"""Share of the shorter of computing and traffic that hides behind the longer, where a link does not say."""
 MICRO = (1, 2, 4, 8)
 """Micro-batches in flight that are tried."""
 BUCKET = 25e6
@@ -48,10 +48,17 @@ class Device:
     Attributes:
         flops: Operations a second that dense training reaches.
         memory: Bytes.
+        layer: Seconds that a layer takes in a step however few its tokens are: starting its operations, and its update.
     """
 
     flops: Annotated[float, Field(gt=0.0)]
     memory: Annotated[float, Field(gt=0.0)]
+    layer: Annotated[float, Field(ge=0.0)] = 0.0
+
+    def seconds(self, branch: Branch, tokens: float) -> tuple[float, float]:
+        """Return what the forward and the backward pass of so many tokens take here."""
+        fixed = branch.layers * self.layer / 2
+        return tokens * branch.flops.forward / self.flops + fixed, tokens * branch.flops.backward / self.flops + fixed
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
@@ -61,10 +68,16 @@ class Link:
     Attributes:
         bandwidth: Bytes a second, of each device and direction.
         latency: Seconds of a message.
+        overlap: Share of the shorter of computing and traffic that hides behind the longer.
     """
 
     bandwidth: Annotated[float, Field(gt=0.0)]
     latency: Annotated[float, Field(ge=0.0)]
+    overlap: Annotated[float, Field(ge=0.0, le=1.0)] = OVERLAP
+
+    def hides(self, computing: float, sending: float) -> float:
+        """Return the seconds of computing and sending, of which the shorter hides behind the longer in part."""
+        return max(computing, sending) + (1 - self.overlap) * min(computing, sending)
 
 
 @dataclass(frozen=True)
@@ -227,18 +240,13 @@ def held(branch: Branch, shards: int, tokens: float) -> float:
     return (WHOLE * branch.weights + 3 * WHOLE * branch.trained) / shards + read + tokens * branch.kept
 
 
-def hidden_behind(computing: float, traffic: float) -> float:
-    """Return the seconds of computing and traffic of which the shorter hides behind the longer in part."""
-    return OVERLAP * max(computing, traffic) + (1 - OVERLAP) * (computing + traffic)
-
-
 def ddp(work: Work, devices: int, device: Device, link: Link) -> Estimate:
     """Predict a step with a copy of the model on every device."""
     whole, share = work.whole, work.tokens / devices
-    computing = share * whole.flops.total / device.flops
+    computing = sum(device.seconds(whole, share))
     traffic = 2.0 * WHOLE * whole.trained * (devices - 1) / devices
     messages = 2 * (devices - 1) * -(-WHOLE * whole.trained // BUCKET)
-    seconds = hidden_behind(computing, traffic / link.bandwidth + messages * link.latency)
+    seconds = link.hides(computing, traffic / link.bandwidth + messages * link.latency)
     return Estimate("ddp", seconds, computing, traffic, held(whole, 1, share))
 
 
@@ -259,10 +267,10 @@ def all_sharded(branches: Sequence[Branch], devices: int, half: int) -> tuple[fl
 def fsdp(work: Work, devices: int, device: Device, link: Link) -> Estimate:
     """Predict a step with the weights in shards over all devices."""
     whole, share = work.whole, work.tokens / devices
-    computing = share * whole.flops.total / device.flops
+    computing = sum(device.seconds(whole, share))
     parts = [work.head, *(branch for block in work.blocks for branch in block)]
     traffic, messages = all_sharded(parts, devices, work.half)
-    seconds = hidden_behind(computing, traffic / link.bandwidth + messages * link.latency)
+    seconds = link.hides(computing, traffic / link.bandwidth + messages * link.latency)
     return Estimate("fsdp", seconds, computing, traffic, held(whole, devices, share))
 
 
@@ -276,15 +284,14 @@ def mpmd(work: Work, slots: Slots, micro: int, device: Device, link: Link) -> Es
     ahead = [0.0, 0.0]
     alone: list[list[float]] = [[0.0, 0.0] for _ in slots]
     for block in work.blocks:
-        each = [sum((block[index] for index in chosen), start=IDLE).flops for chosen, _ in slots]
-        for way, name in enumerate(("forward", "backward")):
-            times = [getattr(flops, name) / devices for flops, (_, devices) in zip(each, slots, strict=True)]
-            ahead[way] += max(times)
-            for slot, one in enumerate(times):
-                alone[slot][way] += one
-    rate = work.tokens / device.flops
-    bound = rate * max(map(sum, alone))
-    computing = bound + (rate * sum(ahead) - bound) / micro + rate * work.head.flops.total / all_devices
+        each = [sum((block[index] for index in chosen), start=IDLE) for chosen, _ in slots]
+        spent = [device.seconds(one, work.tokens / devices) for one, (_, devices) in zip(each, slots, strict=True)]
+        for way in range(2):
+            ahead[way] += max(both[way] for both in spent)
+            for slot, both in enumerate(spent):
+                alone[slot][way] += both[way]
+    bound = max(map(sum, alone))
+    computing = bound + (sum(ahead) - bound) / micro + sum(device.seconds(work.head, work.tokens / all_devices))
     fewest = min(devices for _, devices in slots)
     times_sent = 2 * (len(work.blocks) - 1) + 1
     exchange = times_sent * 2 * (count - 1) / count * work.half * work.hidden * work.tokens / fewest
@@ -295,7 +302,7 @@ def mpmd(work: Work, slots: Slots, micro: int, device: Device, link: Link) -> Es
         volume, messages = all_sharded(mine, devices, work.half)
         traffic, behind = max(traffic, volume), max(behind, volume / link.bandwidth + messages * link.latency)
         memory = max(memory, held(sum(mine, start=IDLE), devices, work.tokens / devices))
-    seconds = hidden_behind(computing, behind) + waiting
+    seconds = link.hides(computing, behind) + waiting
     return Estimate("mpmd", seconds, computing, traffic + exchange, memory, written(slots), micro)
 
 

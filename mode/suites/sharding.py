@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from mode.cost import layers_per_block, shape_of
 from mode.layers import Layers
 from mode.method import Material
 from mode.objective import Objective
-from mode.plan import WHOLE, Device, Estimate, Link, ddp, mpmd, work_of
+from mode.plan import WHOLE, Device, Estimate, Link, Work, ddp, mpmd, work_of
 from mode.spread import Copies, spread_over
 from mode.timing import Case
 from mode.train import Job, accumulate, make_optimizer
@@ -47,7 +47,8 @@ NUMBERS = (16_000_000, 1_000)
 def sharding(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
     """Return what to time: one process, copies of the model, and branches side by side, each with its prediction.
 
-    The prediction knows of this machine the rate of one process at the first job, and what summing takes.
+    The predictions know of this machine what one process takes at the first width, with the most and the fewest
+    tokens, and what summing over the processes takes.
 
     Args:
         run: Names the backbone; rows are the suite's own.
@@ -57,12 +58,8 @@ def sharding(run: Run, method: MoDE, device: torch.device, folder: Path) -> tupl
     """
     team = Team(folder)
     jobs = {name: team.settle(each) for name, each in variants(run, method).items()}
-    first = next(iter(jobs))
-    alone = statistics.median(team.seconds(jobs[first], LAYOUTS[0]) for _ in range(4))
     shape = {name: replace(work_of(each), half=WHOLE) for name, each in variants(run, method).items()}
-    work = shape[first]
-    rate = work.tokens * work.whole.flops.total / alone
-    machine, link = Device(flops=rate, memory=1e12), measured_link(team)
+    machine, link = measured_machine(team, jobs, shape), measured_link(team)
     cases = []
     for name, file in jobs.items():
         plans = {
@@ -83,11 +80,23 @@ def planned(estimate: Estimate) -> float:
     return estimate.seconds
 
 
+def measured_machine(team: Team, jobs: Mapping[str, str], shape: Mapping[str, Work]) -> Device:
+    """Return what one process does, from its steps with the most and the fewest tokens at the first width."""
+    names = list(jobs)
+    most, least = names[0], names[len(ROWS) - 1]
+    times = [statistics.median(team.seconds(jobs[name], LAYOUTS[0]) for _ in range(5)) for name in (most, least)]
+    totals = [shape[name].tokens * shape[name].whole.flops.total for name in (most, least)]
+    rate = (totals[0] - totals[1]) / (times[0] - times[1])
+    return Device(flops=rate, memory=1e12, layer=max(0.0, (times[1] - totals[1] / rate) / shape[least].whole.layers))
+
+
 def measured_link(team: Team) -> Link:
     """Return what summing over the processes shows of their link."""
     large, small = (statistics.median(team.summing(count) for _ in range(5)) for count in NUMBERS)
     sent = 2 * WHOLE * NUMBERS[0] * (PROCESSES - 1) / PROCESSES
-    return Link(bandwidth=sent / large, latency=small / (2 * (PROCESSES - 1)))
+    latency = small / (2 * (PROCESSES - 1))
+    # The processor that computes is the one that sends, so nothing hides.
+    return Link(bandwidth=sent / large, latency=latency, overlap=0.0)
 
 
 def variants(run: Run, method: MoDE) -> dict[str, Run]:
@@ -122,7 +131,7 @@ class Team:
         self.members = [
             subprocess.Popen(
                 [sys.executable, "-m", __name__],
-                env=os.environ | shared | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
+                env=os.environ | shared | {"RANK": str(rank), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
