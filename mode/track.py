@@ -7,7 +7,8 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -92,13 +93,40 @@ class WandbTracker:
         self.run.log({**shown, **{name: wandb.Image(str(path)) for name, path in figures.items()}})
 
 
+class LateTracker:
+    """Opens another when there is something to log: a run's first step need not wait for what only shows it."""
+
+    def __init__(self, make: Callable[[], Tracker]) -> None:
+        """Open nothing yet."""
+        self.make = make
+
+    @cached_property
+    def opened(self) -> Tracker:
+        """Return the other, opening it now if it is not open."""
+        return self.make()
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Log values at a step."""
+        self.opened.log(values, step)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Log the final values and close."""
+        self.opened.finish(summary)
+
+    def abandon(self) -> None:
+        """Close without final values what is open."""
+        if "opened" in vars(self):
+            self.opened.abandon()
+
+
 def make_tracker(
     track: Track, *, run_id: str, name: str, job_type: str, config: Mapping[str, Any], folder: Path
 ) -> Tracker:
-    """Return the tracker that the settings ask for."""
+    """Return the tracker that the settings ask for; one that has to reach a server opens now, since that can fail."""
     if track.mode == "none":
         return NoTracker()
-    return WandbTracker(track, run_id=run_id, name=name, job_type=job_type, config=config, folder=folder)
+    make = partial(WandbTracker, track, run_id=run_id, name=name, job_type=job_type, config=config, folder=folder)
+    return LateTracker(make) if track.mode == "offline" else make()
 
 
 def unsynced(runs: Path) -> list[Path]:

@@ -175,6 +175,17 @@ def test_an_interrupted_run_is_closed_and_goes_on_under_its_own_id(world: World)
 
 
 @pytest.mark.slow
+def test_an_offline_tracker_opens_with_what_is_logged_first(tmp_path: Path) -> None:
+    settings = Track(mode="offline", project="p")
+    tracker = make_tracker(settings, run_id="x", name="n", job_type="j", config={}, folder=tmp_path)
+    tracker.abandon()
+    assert not list(tmp_path.iterdir())
+    tracker.log({"loss": 1.0}, step=1)
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+    tracker.finish({})
+
+
+@pytest.mark.slow
 def test_tracking_changes_neither_a_runs_id_nor_its_numbers(world: World, tmp_path: Path) -> None:
     tracked = execute(compose(world, "method=sft"))
     plain = config.compose([*world.at(tmp_path / "other").overrides, "method=sft"], world.conf)
