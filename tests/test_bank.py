@@ -85,6 +85,7 @@ def test_a_localized_router_has_a_loss_only_where_it_knows_the_kinds_of_rows() -
     assert made.auxiliary is None
 
 
+@pytest.mark.slow
 def test_kinds_of_rows_are_those_of_their_source_and_reach_every_micro_batch(world: World) -> None:
     run = config.compose([*world.overrides, "method=loramoe", "train.replay={prose: 0.25}"], world.conf)
     assert isinstance(run.method, Method)

@@ -243,6 +243,7 @@ def test_a_model_that_no_class_of_the_library_loads_is_generated_from_and_not_ex
     assert not (world.root / "exported").exists()
 
 
+@pytest.mark.slow
 def test_an_export_loads_in_a_process_that_knows_only_the_auto_classes(world: World) -> None:
     record, recalled = composed(world)
     assert call(world, "export", record.id, str(world.root / "whole")).exit_code == 0

@@ -23,7 +23,7 @@ from tests.conftest import World
 
 pytestmark = pytest.mark.slow
 EVERY = ("train.log_every=1", "train.checkpoint_every=4", "train.validate_every=0")
-LOOP = ("train.steps=5", "train.batch_size=4", *EVERY)
+LOOP = ("train.steps=3", "train.batch_size=4", *EVERY)
 LONG = ("train.steps=60", "train.batch_size=16", *EVERY)
 METHODS: dict[str, tuple[str, ...]] = {
     "sft": ("method=sft",),

@@ -384,6 +384,7 @@ def test_table_one_on_a_real_model_runs_dry(world: World) -> None:
     assert len({record.id for record in records}) == len(load_table("table1").rows) == 9
 
 
+@pytest.mark.slow
 def test_a_table_that_is_rendered_already_is_not_drawn_again(own: World) -> None:
     write_table(own.conf, "one", {"sft": ["method=sft"]}, seeds=[0])
     result = call(own, "reproduce", "one")
