@@ -61,8 +61,9 @@ def execute(
     with only_one(prepared.folder) if parallel.is_main() else nullcontext():
         if (record := done()) is not None:
             return record
-        if again and parallel.is_main():
-            start_over(prepared.folder)
+        if again:
+            with parallel.main_first():  # others must not go on from what is to be forgotten
+                start_over(prepared.folder)
         needs = []
         for stage in prepared.method.needs(run):
             execute(stage, weights=True, observe=observe)
@@ -85,7 +86,7 @@ def standing(prepared: Prepared) -> Record:
 def start_over(folder: Path) -> None:
     """Forget what was trained before, once: a run that is started over and interrupted goes on where it stopped."""
     marker = folder / AGAIN
-    if not marker.exists():
+    if parallel.is_main() and not marker.exists():
         for name in (CHECKPOINT, CURVE, WEIGHTS):
             (folder / name).unlink(missing_ok=True)
         marker.touch()
