@@ -73,17 +73,13 @@ def noisy(run: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "experts", "most", "parts"), [(2, 1, 1e9, 1), (2, 2, 0.01, 2), (4, 1, 0.01, 1), (3, 4, 1e9, 1)]
-)
+@pytest.mark.parametrize(("processes", "experts", "most", "parts"), [(2, 1, 1e9, 1), (2, 2, 0.01, 2), (4, 1, 0.01, 1)])
 def test_gradients_are_those_of_one_process(
     shared_world: World, tmp_path: Path, processes: int, experts: int, most: float, parts: int
 ) -> None:
     world = shared_world.at(tmp_path)
-    rows = 12 if processes == 3 else 8
-    settings = [*FRESH, f"method.num_experts={experts}", f"train.accumulate={parts}", f"train.batch_size={rows}"]
-    script = GRADIENTS.replace("(8, 33)", f"({rows}, 33)")
-    together(processes, ["-c", script, json.dumps([*world.overrides, *settings]), str(world.conf), str(most)])
+    settings = [*FRESH, f"method.num_experts={experts}", f"train.accumulate={parts}"]
+    together(processes, ["-c", GRADIENTS, json.dumps([*world.overrides, *settings]), str(world.conf), str(most)])
 
 
 @pytest.mark.slow
