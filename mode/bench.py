@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,21 @@ from mode.suites.evaluation import evaluation
 from mode.suites.generation import generation
 from mode.suites.loss import losses
 from mode.suites.machine import MACHINE, limits
+from mode.suites.peers import loops
 from mode.suites.sharding import sharding
 from mode.suites.startup import startup
 from mode.suites.step import options, scale, steps
 from mode.timing import Case, interleave, ratio
 
 SCHEMA = 1
-SUITES: dict[str, Callable[[Run, MoDE, torch.device, Path], tuple[list[Case], dict[str, int]]]] = {
+Cases = list[Case] | Iterator[list[Case]]
+"""What a suite times: all in turn, or group by group."""
+SUITES: dict[str, Callable[[Run, MoDE, torch.device, Path], tuple[Cases, dict[str, int]]]] = {
     "data": batches,
     "edge": edge,
     "eval": evaluation,
     "generate": generation,
+    "loops": loops,
     "loss": losses,
     "options": options,
     "scale": scale,
@@ -46,7 +51,7 @@ SUITES: dict[str, Callable[[Run, MoDE, torch.device, Path], tuple[list[Case], di
     "startup": startup,
     "step": steps,
 }
-ROWS = ("data", "eval", "loss", "options", "scale", "step")
+ROWS = ("data", "eval", "loops", "loss", "options", "scale", "step")
 """Suites that work on rows of tokens, as many and as long as a run's."""
 HEADS = ("Job", "Variant", "Median", "Ratio", "Quartiles")
 USAGE = ("GFLOP", "Of peak", "Peak MB")
@@ -105,10 +110,10 @@ def measure(
     seen = surroundings(device_name(device), run.train.threads)
     with tempfile.TemporaryDirectory() as folder:
         cases, sizes = SUITES[name](run, run.method, device, Path(folder))
-        if any(case.flops for case in cases):
-            cases += limits(device)
-        seconds = interleave(cases, rounds, done)
-        told = [tell(case, times, device) for case, times in zip(cases, seconds, strict=True)]
+        told: list[dict[str, Any]] = []
+        groups: Iterable[list[Case]] = [cases] if isinstance(cases, list) else cases
+        for group in groups:
+            told += time_group(group, rounds, done, device)
     asked = describe(name, run, run.method, device)
     fingerprint = weights_fingerprint(run.backbone)
     identity = json.dumps([asked, fingerprint, seen["machine"]], sort_keys=True)
@@ -120,6 +125,24 @@ def measure(
         provenance={"backbone": fingerprint, **seen},
     )
     return benchmark, benchmark.write(results)
+
+
+def time_group(
+    cases: list[Case], rounds: int, done: Callable[[int], None], device: torch.device
+) -> list[dict[str, Any]]:
+    """Time cases in turn, and the machine among them where operations are known; return what a record says of them.
+
+    The list is emptied, so that models are gone when the next group's are made.
+    """
+    if any(case.flops for case in cases):
+        cases += limits(device)
+    seconds = interleave(cases, rounds, done)
+    told = [tell(case, times, device) for case, times in zip(cases, seconds, strict=True)]
+    cases.clear()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return told
 
 
 def tell(case: Case, seconds: Sequence[float], device: torch.device) -> dict[str, Any]:
@@ -144,7 +167,7 @@ def describe(name: str, run: Run, method: MoDE, device: torch.device) -> dict[st
         "expert_layers": method.expert_layers,
         "gate": asdict(method.gate),
         "threads": run.train.threads,
-        "precision": precision_of(run.train, device) if name in ("scale", "step") else "fp32",
+        "precision": precision_of(run.train, device) if name in ("loops", "scale", "step") else "fp32",
         **({"rows": [run.train.batch_size, run.train.sequence_length]} if name in ROWS else {}),
     }
 
@@ -220,6 +243,7 @@ def usage(case: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> tuple[
     peak = f"{case['peak'] / 1e6:,.1f}" if "peak" in case else ""
     if "flops" not in case or case["job"] == MACHINE:
         return "", "", peak
-    limit = next(other for other in cases if other["job"] == MACHINE and other.get("precision") == case["precision"])
+    after = cases[cases.index(case) :]  # a group's own limits are the last of its cases
+    limit = next(other for other in after if other["job"] == MACHINE and other.get("precision") == case["precision"])
     rate = ratio(limit["seconds"], case["seconds"]).median / (limit["flops"] / case["flops"])
     return f"{case['flops'] / 1e9:,.1f}", f"{100 * rate:.0f} %", peak

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from fractions import Fraction
 from typing import Annotated
 
 from pydantic import ConfigDict, Field
@@ -28,3 +29,12 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     """
     found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
     return f"; did you mean {found[0]}?" if found else ""
+
+
+def exact(share: float) -> Fraction:
+    """Return a share of rows as the nearest fraction with a denominator up to 100.
+
+    >>> exact(0.125)
+    Fraction(1, 8)
+    """
+    return Fraction(share).limit_denominator(100)

@@ -1,4 +1,4 @@
-"""What the loop asks of decoder layers: to keep fewer activations, to be compiled, to hold what is frozen in bf16."""
+"""What the loop asks of decoder layers: fewer activations, to be compiled, what is frozen in bf16, no masks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mode.settings import Train
+from mode.branches import causal_attention
+from mode.checked import ConfigError
+from mode.train_settings import Train
+
+UNMASKED = "mode_unmasked"
+"""Name by which `transformers` knows its own attention without a mask beside it."""
 
 COMPILED_FROM = {"cpu": 2e13, "cuda": 2e16}
 """Operations of a stage from which compiling pays, by type of device: about five minutes' work. Compiling takes up to
@@ -36,7 +41,8 @@ class Layers:
     A layer that is checkpointed keeps its input alone and forms its activations again in the backward pass, through the
     switch that `transformers` gives to every layer. Compiling is by layer: all layers of one shape share the code.
     Autocast makes a copy in bf16 of a frozen matrix whenever it is used, and the backward pass keeps each: one that is
-    made once gives the same bits.
+    made once gives the same bits. Rows have no padding, so attention is causal without a mask; to find that out anew in
+    every pass, as the library does, is to wait for the device.
     """
 
     def __init__(self, model: nn.Module, settings: Train, *, half: bool = False) -> None:
@@ -46,7 +52,20 @@ class Layers:
             model: The model, with what is frozen frozen.
             settings: The loop's.
             half: Whether products of matrices are in bf16.
+
+        Raises:
+            ConfigError: Streams are asked for without a CUDA device, or batched experts whose attention is not torch's
+                own over whole rows.
         """
+        if settings.branches == "streams" and next(model.parameters()).device.type != "cuda":
+            raise ConfigError("train.branches=streams needs a CUDA device; loop and batched go without one")
+        self.blocks: list[Any] = [block for block in model.modules() if hasattr(block, "beside")]
+        self.branches = settings.branches
+        self.unmasked = unmasked(model, settings.sequence_length)
+        if settings.branches == "batched" and self.blocks and not self.unmasked:
+            raise ConfigError(
+                "train.branches=batched: not with layers that see a part of the row alone; loop goes with all"
+            )
         layers = decoder_layers(model)
         self.held = [(weight, weight.data, weight.data.bfloat16()) for weight in frozen_matrices(layers) if half]
         self.again = [layer for layer in layers if forms_again(layer, settings.activation_checkpointing)]
@@ -65,6 +84,10 @@ class Layers:
             layer._compiled_call_impl = code
         for weight, _full, half in self.held:
             weight.data = half
+        for block in self.blocks:
+            block.beside = self.branches
+        for config in self.unmasked:
+            config._attn_implementation = UNMASKED
 
     def __exit__(self, *_: object) -> None:
         """End a step."""
@@ -74,6 +97,10 @@ class Layers:
             layer._compiled_call_impl = None
         for weight, full, _half in self.held:
             weight.data = full
+        for block in self.blocks:
+            block.beside = "loop"
+        for config in self.unmasked:
+            config._attn_implementation = "sdpa"
 
 
 def forms_again(layer: nn.Module, which: str) -> bool:
@@ -85,3 +112,22 @@ def frozen_matrices(layers: list[Any]) -> list[Tensor]:
     """Return the weights of the linear maps in decoder layers that are not trained, each once."""
     maps = (module for layer in layers for module in layer.modules() if type(module) is nn.Linear)
     return list(dict.fromkeys(each.weight for each in maps if not each.weight.requires_grad))
+
+
+def unmasked(model: nn.Module, length: int) -> list[Any]:
+    """Return the configurations by which decoders attend that need no mask for rows of so many tokens.
+
+    Those are decoders with torch's own attention where no layer sees less than the whole row.
+    """
+    from transformers import AttentionInterface, PretrainedConfig
+
+    AttentionInterface.register(UNMASKED, causal_attention)
+    configs = (getattr(module, "config", None) for module in model.modules())
+    found = {id(each): each for each in configs if isinstance(each, PretrainedConfig)}
+    return [each for each in found.values() if each._attn_implementation == "sdpa" and sees(each, length)]
+
+
+def sees(config: Any, length: int) -> bool:
+    """Say whether all layers of a decoder see the whole of rows of so many tokens."""
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    return window is None or window >= length

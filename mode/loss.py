@@ -5,6 +5,7 @@ Shapes: B rows, S tokens per row, d hidden size, V vocabulary size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,14 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 512
-"""Tokens per chunk of the training loss. torch's own choice is several times slower on CPU for small vocabularies."""
+"""Tokens per chunk of the training loss on a processor, where torch's own choice is several times slower for small
+vocabularies."""
 HALF_CHUNK = 256
 """The same in bf16, where a chunk's logits are held in both precisions."""
+CUDA_CHUNK = 2048
+"""The same on a GPU, whose products of matrices want more rows."""
+NATIVE = hasattr(nn, "LinearCrossEntropyOptions")
+"""Whether torch has the fused loss, which came with 2.13."""
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, **options: Any) -> Tensor:
@@ -51,7 +57,8 @@ def next_token_loss(
 
     The native fused function forms the gradients chunk by chunk in the forward pass and skips the weight's when the
     head is frozen. It knows no bounded logits: those are formed chunk by chunk, and again in the backward pass. Nor
-    does it keep sums in fp32 where products are in bf16: `HalfLoss` does.
+    does it keep sums in fp32 where products are in bf16: `ChunkedLoss` does, which also stands in for it where torch
+    has none yet.
 
     Args:
         states: Final hidden states, (B, S, d).
@@ -61,11 +68,13 @@ def next_token_loss(
         precision: Of the products of matrices, `fp32` or `bf16`; all else is in fp32.
     """
     flat, labels = states.reshape(-1, states.shape[-1]).float(), targets.reshape(-1)
-    if cap is None and precision == "bf16":
-        half: Tensor = HalfLoss.apply(flat, weight, labels)  # type: ignore[no-untyped-call]
-        return half
+    if cap is None and (precision == "bf16" or not NATIVE):
+        kind = torch.bfloat16 if precision == "bf16" else torch.float32
+        chunked: Tensor = ChunkedLoss.apply(flat, weight, labels, kind)  # type: ignore[no-untyped-call]
+        return chunked
     if cap is None:
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None)
+        chunk = chunk_of(flat.device, torch.float32)
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
         loss: Tensor = functional.linear_cross_entropy(flat, weight.float(), labels, options=options)
         return loss
     total = torch.zeros((), device=flat.device)
@@ -74,27 +83,35 @@ def next_token_loss(
     return total / len(labels)
 
 
-class HalfLoss(torch.autograd.Function):
-    """Mean cross-entropy whose products of matrices are in bf16, and whose sums and softmax are in fp32.
+def chunk_of(device: torch.device, kind: torch.dtype) -> int:
+    """Return the tokens per chunk of the training loss."""
+    if device.type == "cuda":
+        return CUDA_CHUNK
+    return HALF_CHUNK if kind == torch.bfloat16 else CHUNK
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Mean cross-entropy whose products of matrices are in bf16 or fp32, and whose sums and softmax are in fp32.
 
     Like the native function it forms gradients chunk by chunk in the forward pass. On a processor with instructions
     for bf16 the native one is slower in bf16 than in fp32, and its loss has the three digits of bf16.
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, kind: torch.dtype) -> Tensor:
         """Return the loss of states, (tokens, d), with a head, (V, d), for next tokens, (tokens,)."""
-        narrow, count = weight.bfloat16(), len(targets)
+        narrow, count = weight.to(kind), len(targets)
+        chunk = chunk_of(states.device, kind)
         for_states = torch.empty_like(states)
         for_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), device=states.device)
-        for start in range(0, count, HALF_CHUNK):
-            piece = states[start : start + HALF_CHUNK].bfloat16()
-            wanted = targets[start : start + HALF_CHUNK, None]
+        for start in range(0, count, chunk):
+            piece = states[start : start + chunk].to(kind)
+            wanted = targets[start : start + chunk, None]
             scores = (piece @ narrow.T).float().log_softmax(-1)
             total -= scores.gather(1, wanted).sum()
-            slope = scores.exp_().scatter_add_(1, wanted, scores.new_full(wanted.shape, -1.0)).div_(count).bfloat16()
-            for_states[start : start + HALF_CHUNK] = slope @ narrow
+            slope = scores.exp_().scatter_add_(1, wanted, scores.new_full(wanted.shape, -1.0)).div_(count).to(kind)
+            for_states[start : start + chunk] = slope @ narrow
             if for_weight is not None:
                 for_weight += slope.T @ piece
         ctx.save_for_backward(for_states, for_weight)
@@ -102,11 +119,11 @@ class HalfLoss(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         """Scale the gradients that the forward pass formed."""
         for_states, for_weight = ctx.saved_tensors
         (slope,) = slopes
-        return slope * for_states, None if for_weight is None else (slope * for_weight).to(ctx.kind), None
+        return slope * for_states, None if for_weight is None else (slope * for_weight).to(ctx.kind), None, None
 
 
 def capped_loss(states: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
@@ -147,10 +164,19 @@ def summed_divergence(states: Tensor, weight: Tensor, known: Tensor, known_weigh
 def auxiliary_loss(model: nn.Module) -> Tensor | None:
     """Return the sum of what modules want minimised beside the next-token loss, or None.
 
-    A module says so by leaving a scalar in `auxiliary` during its forward pass in training.
+    A module says so by leaving a scalar in `auxiliary`, None before, during its forward pass in training.
     """
-    found = [getattr(module, "auxiliary", None) for module in model.modules()]
-    parts = [part for part in found if isinstance(part, Tensor)]
+    return sum_auxiliary(with_auxiliary(model))
+
+
+def with_auxiliary(model: nn.Module) -> list[Any]:
+    """Return the modules that may want something minimised; a walk over all of a model takes a while in every step."""
+    return [module for module in model.modules() if hasattr(module, "auxiliary")]
+
+
+def sum_auxiliary(modules: Sequence[Any]) -> Tensor | None:
+    """Return the sum of what such modules want minimised."""
+    parts = [module.auxiliary for module in modules if module.auxiliary is not None]
     return torch.stack(parts).sum() if parts else None
 
 

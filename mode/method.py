@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from pydantic.dataclasses import dataclass as settings
 
 from mode.backbone import BackboneTokenizer, load_tokenizer, num_parameters, pretraining_data, weights_fingerprint
-from mode.checked import STRICT, ConfigError
+from mode.checked import STRICT, ConfigError, exact
 from mode.config import build_method, replace
 from mode.cost import Cost, full, shape_of, untouched
 from mode.domain import Split
 from mode.files import WEIGHTS
-from mode.settings import Anchor, Budget, MethodSettings, Run, exact
+from mode.settings import Anchor, Budget, MethodSettings, Run
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from mode.backbone import stack
+from mode.branches import Call, run_batched, run_layers, run_on_streams
 from mode.checked import ConfigError
 from mode.cost import layers_per_block
 from mode.gate import PLAIN, Gate
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHARED_GATE = "its gates have a hidden layer (gate.hidden), which all experts share: none can come or go"
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""What the decoder gives to a layer besides its input."""
 
 
 class Block(nn.Module):
@@ -52,6 +51,7 @@ class Block(nn.Module):
         calls: What the decoder gave to the block's layers so far in this pass.
         alone: Whether the experts are left out, so that the block is the backbone's.
         spread: How the branches are spread over processes (`mode.mpmd.Join`); None where all run here.
+        beside: How its branches run: in a `loop`, experts `batched`, or on `streams` (`mode.branches`).
     """
 
     def __init__(self, backbone: Sequence[nn.Module], experts: Sequence[Sequence[nn.Module]], gate: Gate) -> None:
@@ -64,6 +64,7 @@ class Block(nn.Module):
         self.calls: list[Call] = []
         self.alone = False
         self.spread: Any = None
+        self.beside = "loop"
 
     def forward(self, hidden_states: Tensor, calls: Sequence[Call]) -> Tensor:
         """Map a block's input, (B, S, d), to its output, (B, S, d), with what is meant for each of its layers."""
@@ -71,19 +72,35 @@ class Block(nn.Module):
             return run_layers(self.backbone, hidden_states, calls)
         if self.spread is not None:
             hidden_states = self.spread.enter(hidden_states)
-        outputs = []
+        outputs: dict[int, Tensor] = {}
         if self.gate.settings.reads == "output":
-            outputs.append(run_layers(self.backbone, hidden_states, calls))
-        weights = self.gate(outputs[0] if outputs else hidden_states, cache_in(calls[0]))
+            outputs[0] = run_layers(self.backbone, hidden_states, calls)
+        weights = self.gate(outputs.get(0, hidden_states), cache_in(calls[0]))
         self.weights = weights.detach().mean(dim=(0, 1))
         branches = [self.backbone, *self.experts]
+        outputs |= self.together(branches, hidden_states, calls, len(outputs))
         mixed: Tensor = torch.zeros((), device=hidden_states.device)
         for index, layers in enumerate(branches):
             if self.spread is not None and index not in self.spread.mine:
                 continue
-            output = outputs[index] if index < len(outputs) else run_layers(layers, hidden_states, calls)
+            output = outputs[index] if index in outputs else run_layers(layers, hidden_states, calls)
             mixed = mixed + weights[..., index : index + 1].to(output.dtype) * output
         return mixed if self.spread is None else self.spread.leave(mixed)
+
+    def together(self, branches: Sequence[Any], states: Tensor, calls: Sequence[Call], done: int) -> dict[int, Tensor]:
+        """Return the outputs of branches that run beside each other, by number; none where all run in a loop.
+
+        Args:
+            branches: All branches.
+            states: The block's input, (B, S, d).
+            calls: What is meant for each layer.
+            done: Branches, from the first, that have been run.
+        """
+        if self.beside == "loop" or self.spread is not None or cache_in(calls[0]) is not None:
+            return {}
+        if self.beside == "streams":
+            return dict(enumerate(run_on_streams(branches[done:], states, calls), done))
+        return dict(enumerate(run_batched(branches[1:], states, calls), 1)) if len(branches) > 2 else {}
 
 
 class Turn(nn.Module):
@@ -107,14 +124,6 @@ class Turn(nn.Module):
         block.calls.clear()  # else masks and cache would live on after the pass
         output: Tensor = block(hidden_states, calls)
         return output
-
-
-def run_layers(layers: Any, states: Tensor, calls: Sequence[Call]) -> Tensor:
-    """Run a stack of decoder layers, (B, S, d) to (B, S, d)."""
-    for index, layer in enumerate(layers):
-        args, options = calls[index % len(calls)]
-        states = layer(states, *args, **options)
-    return states
 
 
 def cache_in(call: Call) -> Any:

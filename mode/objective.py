@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mode.loss import auxiliary_loss, divergence, head, hidden_states, next_token_loss, softcap
-from mode.settings import Train
+from mode.loss import divergence, head, hidden_states, next_token_loss, softcap, sum_auxiliary, with_auxiliary
+from mode.train_settings import Train
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Objective(nn.Module):
         """
         super().__init__()
         self.model, self.settings, self.hold, self.part = model, settings, hold, part
+        self.wanting = with_auxiliary(model)
 
     def forward(
         self, rows: Tensor, held: Tensor | None = None, kinds: Tensor | None = None
@@ -68,7 +69,7 @@ class Objective(nn.Module):
             with torch.no_grad(), autocast(self.settings, device):
                 known = self.hold.reference(rows[held, :-1]) if held.any() else None
             loss = held_loss(model, states, rows, held, known, self.hold.weight, precision)
-        return loss, auxiliary_loss(model), states
+        return loss, sum_auxiliary(self.wanting), states
 
 
 UNKNOWN = -1

@@ -7,24 +7,14 @@ Hydra composes YAML, `mode.config` turns the result into these types, and nothin
 from __future__ import annotations
 
 from dataclasses import field
-from fractions import Fraction
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from mode.checked import STRICT, Share
+from mode.checked import STRICT, exact
 from mode.domain import Domain, WheelFile
-
-
-def exact(share: float) -> Fraction:
-    """Return a share of rows as the nearest fraction with a denominator up to 100.
-
-    >>> exact(0.125)
-    Fraction(1, 8)
-    """
-    return Fraction(share).limit_denominator(100)
-
+from mode.train_settings import Train
 
 SELF = "self"
 """Source of rows that the backbone itself made up."""
@@ -244,74 +234,6 @@ class Budget:
     def shares_steps(self) -> bool:
         """Whether the stages of a row share `train.steps`."""
         return self.policy in ("data", "params")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Train:
-    """The one loop's settings.
-
-    Attributes:
-        steps: Optimizer steps of a stage.
-        batch_size: Rows per optimizer step, over all accumulated micro-batches.
-        accumulate: Micro-batches per optimizer step.
-        sequence_length: Tokens per row.
-        lr: Overrides the method's learning rate for this run (not for the stages it builds on).
-        warmup: Share of the steps with linearly rising learning rate.
-        final_lr: Learning rate at the end of the cosine, as a share of the peak.
-        weight_decay: Decoupled weight decay of matrices; vectors have none.
-        betas: AdamW's decay rates.
-        clip: Largest global gradient norm.
-        precision: `fp32`, `bf16` (autocast, weights stay fp32), or `auto`: bf16 on an accelerator, else fp32.
-        device: `auto`, `cpu` or `cuda`.
-        threads: CPU threads of torch; part of the configuration because the order of sums depends on it.
-        log_every: Steps between two points of the training curve.
-        checkpoint_every: Steps between two checkpoints.
-        validate_every: Steps between two validations of the training domains; 0 validates at the end only.
-        examples: Different rows that the mix is made of, seen again and again; all by default. Earlier stages of a
-            row have all.
-        activation_checkpointing: Layers that keep no activations but form them again in the backward pass, which takes
-            less memory and more time: `frozen` ones, where nothing trains, or `all`.
-        compile: Whether decoder layers are compiled, which takes up to 40 s before the first step, and 5 s where it
-            was done before; `auto`: in stages of about five minutes and more (`mode.layers`).
-        layout: How several processes share a run: `ddp`, each all of the model and its part of the rows; `mpmd`, each
-            some branches of a MoDE model. The result is the same but for rounding.
-        replay: Share of the mix's rows that other domains than the targets give, by domain. Earlier stages have none.
-    """
-
-    steps: Annotated[int, Field(ge=0)]
-    batch_size: Annotated[int, Field(gt=0)]
-    accumulate: Annotated[int, Field(gt=0)]
-    sequence_length: Annotated[int, Field(gt=1)]
-    lr: Annotated[float, Field(gt=0.0)] | None
-    warmup: Share
-    final_lr: Share
-    weight_decay: Annotated[float, Field(ge=0.0)]
-    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]]
-    clip: Annotated[float, Field(gt=0.0)]
-    precision: Literal["auto", "fp32", "bf16"]
-    device: Literal["auto", "cpu", "cuda"]
-    threads: Annotated[int, Field(gt=0)]
-    log_every: Annotated[int, Field(gt=0)]
-    checkpoint_every: Annotated[int, Field(gt=0)]
-    validate_every: Annotated[int, Field(ge=0)]
-    examples: Annotated[int, Field(gt=0)] | None = None
-    activation_checkpointing: Literal["none", "frozen", "all"] = "none"
-    compile: bool | Literal["auto"] = False
-    layout: Literal["ddp", "mpmd"] = "ddp"
-    replay: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
-        # In order of name, and None for nothing: the same mix is the same run however it is written.
-        object.__setattr__(self, "replay", dict(sorted((self.replay or {}).items())) or None)
-        if self.replay and sum(self.replay.values()) >= 1.0:
-            raise ValueError("replay: nothing is left for the targets")
-        if self.replay and any(abs(float(exact(share)) - share) > 1e-9 for share in self.replay.values()):
-            raise ValueError("replay: shares are fractions with a denominator up to 100, such as 0.125 or 0.1")
-        for name in ("checkpoint_every", "validate_every"):
-            if getattr(self, name) % self.log_every:
-                raise ValueError(f"{name} {getattr(self, name)} is not a multiple of log_every {self.log_every}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

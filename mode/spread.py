@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mode import parallel
 from mode.checked import ConfigError
 from mode.checkpoint import trainable
-from mode.settings import Train
+from mode.train_settings import Train
 
 if TYPE_CHECKING:
     from mode.mpmd import Branches
@@ -27,8 +27,8 @@ class Copies:
     slots = 1
 
     def __init__(self, model: nn.Module) -> None:
-        """Take a model."""
-        self.model = model
+        """Take a model, with what is frozen frozen."""
+        self.learning = list(trainable(model).values())
 
     def __call__(self) -> AbstractContextManager[None]:
         """Do nothing about a step."""
@@ -52,7 +52,7 @@ class Copies:
 
     def clip(self, most: float) -> None:
         """Scale gradients so that their norm is `most` at most."""
-        torch.nn.utils.clip_grad_norm_(trainable(self.model).values(), most)
+        torch.nn.utils.clip_grad_norm_(self.learning, most)
 
     def collect(self, optimizer: torch.optim.Optimizer) -> None:
         """Do nothing: every process has all weights."""

@@ -21,11 +21,12 @@ from mode.checked import ConfigError
 from mode.checkpoint import load_checkpoint, save_checkpoint, trainable
 from mode.data.batches import Batches
 from mode.files import CHECKPOINT, CURVE, write_atomic
+from mode.graph import recorded
 from mode.layers import Layers
 from mode.loss import head, softcap, token_scores
 from mode.objective import Hold, Objective, precision_of
-from mode.settings import Train
 from mode.spread import Copies, spread_over
+from mode.train_settings import Train
 
 if TYPE_CHECKING:
     from mode.mpmd import Branches
@@ -105,6 +106,7 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
     spread = spread_over(model, job.hold is not None, settings, device)
     optimizer = make_optimizer(model, job)
     layers = Layers(model, settings, half=precision_of(settings, device) == "bf16")
+    passes = recorded(accumulate, list(trainable(model).values()), settings, held=job.hold is not None)
     step, seconds, curve = restore(model, optimizer, job)
     model.train()
     objective = spread.wrap(Objective(model, settings, job.hold, spread.part))
@@ -116,7 +118,7 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
         rows, held, kinds = share(batches, job, step, spread, device)
         torch.manual_seed(spread.seed((job.seed << 32) + step))
         with layers, spread():
-            loss, states = accumulate(objective, rows, settings.accumulate, held, kinds, spread.slots)
+            loss, states = passes(objective, rows, settings.accumulate, held, kinds, spread.slots)
         spread.clip(settings.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -133,8 +135,7 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
             job.observe(dict(curve[-1], tokens_per_second=throughput(curve, settings)))
             total.zero_()
             begin = time.monotonic()
-    tokens = job.steps * settings.batch_size * settings.sequence_length
-    return Trained(steps=job.steps, tokens=tokens, seconds=seconds, curve=curve)
+    return Trained(job.steps, job.steps * settings.batch_size * settings.sequence_length, seconds, curve)
 
 
 def share(

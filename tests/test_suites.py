@@ -23,7 +23,7 @@ from mode.suites.data import batches
 from mode.suites.evaluation import evaluation
 from mode.suites.generation import generation
 from mode.suites.loss import full_logits, fused, losses
-from mode.suites.peers import can_bf16, own_loop
+from mode.suites.peers import OwnLoop, can_bf16
 from mode.suites.sharding import variants
 from mode.suites.startup import command, first_step, script
 from mode.suites.step import options, scale, steps
@@ -195,7 +195,7 @@ def test_the_sharding_suite_times_every_layout_beside_its_prediction(world: Worl
 @needs_peers
 def test_the_step_suite_makes_real_steps_of_every_method(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     # Compiling takes a minute; that compiled layers train as plain ones is another test's.
-    monkeypatch.setattr("mode.suites.peers.own_loop", lambda *given, compiled=False: own_loop(*given))
+    monkeypatch.setattr("mode.suites.peers.OwnLoop", lambda at, compiled=False: OwnLoop(at))
     run: Run = run_of(world, "train.batch_size=8")
     cases, sizes = steps(run, run.method, CPU, world.root)  # type: ignore[arg-type]
     assert list(sizes)[:3] == ["full fine-tuning", "LoRA", "MoDE, one expert"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,13 @@ from mode import config
 from mode.backbone import load_model, stack
 from mode.checkpoint import save_checkpoint, trainable
 from mode.cost import layers_per_block, shape_of
+from mode.graph import WARM_UP, recorded
 from mode.layers import Layers
 from mode.loss import hidden_states
 from mode.method import Adaptation, Material
 from mode.objective import Hold, Objective, precision_of
 from mode.settings import SELF, Anchor
-from mode.suites.peers import peers
+from mode.suites.peers import known, peers
 from mode.timing import Case
 from mode.train import Job, accumulate, make_optimizer
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mode.settings import Run
 
 FULL, LORA, ONE, TWO = "full fine-tuning", "LoRA", "MoDE, one expert", "MoDE, two experts"
+FOUR = "MoDE, four experts"
 HELD = (FULL, LORA, TWO)
 """Methods whose anchor is measured."""
 OPTIONAL = (FULL, LORA, ONE)
@@ -67,7 +69,13 @@ def options(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
         device: Where the models train.
         folder: For a checkpoint.
     """
-    plain = {"precision": "fp32", "activation_checkpointing": "none", "compile": False}
+    plain = {
+        "precision": "fp32",
+        "activation_checkpointing": "none",
+        "compile": False,
+        "branches": "loop",
+        "graph": False,
+    }
     variants: dict[str, dict[str, Any]] = {
         "fp32": {},
         "bf16": {"precision": "bf16"},
@@ -83,7 +91,31 @@ def options(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
             changed = config.replace(run, train=config.replace(run.train, **plain | changes))
             if name != FULL or variant != "activations of frozen layers formed again":  # nothing is frozen there
                 cases.append(Step(changed, methods[name], Anchor(), device).case(f"options, {name}", variant))
+    cases += branches(
+        config.replace(run, train=config.replace(run.train, **plain | {"precision": "auto"})), methods, device
+    )
     return cases, checkpoint_bytes(Step(run, methods[ONE], Anchor(), device), folder)
+
+
+def branches(run: Run, methods: Mapping[str, Adaptation], device: torch.device) -> list[Case]:
+    """Return what to time of the ways that branches run, and of CUDA graphs."""
+    ways: dict[str, dict[str, Any]] = {"in a loop": {}, "batched": {"branches": "batched"}}
+    if device.type == "cuda":
+        ways["on streams"] = {"branches": "streams"}
+        ways |= {f"{name}, one graph": {**changes, "graph": True} for name, changes in ways.items()}
+    jobs = {(f"branches, {FOUR}", FOUR): ways}
+    if device.type == "cuda":
+        jobs |= {(f"graph, {name}", name): {"launched": {}, "one graph": {"graph": True}} for name in OPTIONAL}
+    cases = []
+    for (job, name), variants in jobs.items():
+        for variant, changes in variants.items():
+            step = Step(
+                config.replace(run, train=config.replace(run.train, **changes)), methods[name], Anchor(), device
+            )
+            for _ in range(WARM_UP + 1 if step.job.settings.graph else 0):  # what is timed is replayed
+                step()
+            cases.append(step.case(job, variant))
+    return cases
 
 
 def checkpoint_bytes(step: Step, folder: Path) -> dict[str, int]:
@@ -160,13 +192,8 @@ def chosen(run: Run, method: MoDE) -> dict[str, Adaptation]:
     for part, name in ((2, "half"), (4, "a quarter of")):
         if per_block >= part:
             methods[f"{ONE} of {name} a block"] = fresh(num_experts=1, expert_layers=per_block // part)
-    numbers = {TWO: 2, "MoDE, four experts": 4, "MoDE, eight experts": 8}
+    numbers = {TWO: 2, FOUR: 4, "MoDE, eight experts": 8}
     return methods | {name: fresh(num_experts=number) for name, number in numbers.items()}
-
-
-def known(name: str) -> Any:
-    """Return a method of the project as its YAML describes it."""
-    return config.build_method(config.read_group("method", name))
 
 
 def wasteful(run: Run, method: Adaptation, device: torch.device) -> list[tuple[str, Step]]:
@@ -227,6 +254,8 @@ class Step:
             precision_of(run.train, device),
         )
         self.layers = Layers(self.model, run.train, half=self.precision == "bf16")
+        learns = list(trainable(self.model).values())
+        self.passes = recorded(accumulate, learns, run.train, held=hold is not None)
         self.bytes = sum(parameter.nbytes for parameter in trainable(self.model).values())
         waste(self.model)
         cost = method.cost(asked)
@@ -235,7 +264,7 @@ class Step:
     def __call__(self) -> None:
         """Make a step as the loop does."""
         with self.layers:
-            accumulate(self.objective, self.rows, self.job.settings.accumulate, self.held if self.job.hold else None)
+            self.passes(self.objective, self.rows, self.job.settings.accumulate, self.held if self.job.hold else None)
         torch.nn.utils.clip_grad_norm_(self.learning(), self.job.settings.clip)
         self.optimizer.step()
         self.model.zero_grad(set_to_none=True)

@@ -1,0 +1,88 @@
+"""Settings of the one loop."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from mode.checked import STRICT, Share, exact
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Train:
+    """The one loop's settings.
+
+    Attributes:
+        steps: Optimizer steps of a stage.
+        batch_size: Rows per optimizer step, over all accumulated micro-batches.
+        accumulate: Micro-batches per optimizer step.
+        sequence_length: Tokens per row.
+        lr: Overrides the method's learning rate for this run (not for the stages it builds on).
+        warmup: Share of the steps with linearly rising learning rate.
+        final_lr: Learning rate at the end of the cosine, as a share of the peak.
+        weight_decay: Decoupled weight decay of matrices; vectors have none.
+        betas: AdamW's decay rates.
+        clip: Largest global gradient norm.
+        precision: `fp32`, `bf16` (autocast, weights stay fp32), or `auto`: bf16 on an accelerator, else fp32.
+        device: `auto`, `cpu` or `cuda`.
+        threads: CPU threads of torch; part of the configuration because the order of sums depends on it.
+        log_every: Steps between two points of the training curve.
+        checkpoint_every: Steps between two checkpoints.
+        validate_every: Steps between two validations of the training domains; 0 validates at the end only.
+        examples: Different rows that the mix is made of, seen again and again; all by default. Earlier stages of a
+            row have all.
+        activation_checkpointing: Layers that keep no activations but form them again in the backward pass, which takes
+            less memory and more time: `frozen` ones, where nothing trains, or `all`.
+        compile: Whether decoder layers are compiled, which takes up to 40 s before the first step, and 5 s where it
+            was done before; `auto`: in stages of about five minutes and more (`mode.layers`).
+        branches: How the branches of a MoDE block run in training steps: in a `loop`; `batched`, all experts as one
+            computation; `streams`, each on a CUDA stream of its own.
+        graph: Whether forward and backward pass of a step are one CUDA graph, which is recorded in the third step and
+            takes the processor's launches away: what short steps of small models wait for.
+        layout: How several processes share a run: `ddp`, each all of the model and its part of the rows; `mpmd`, each
+            some branches of a MoDE model. The result is the same but for rounding.
+        replay: Share of the mix's rows that other domains than the targets give, by domain. Earlier stages have none.
+    """
+
+    steps: Annotated[int, Field(ge=0)]
+    batch_size: Annotated[int, Field(gt=0)]
+    accumulate: Annotated[int, Field(gt=0)]
+    sequence_length: Annotated[int, Field(gt=1)]
+    lr: Annotated[float, Field(gt=0.0)] | None
+    warmup: Share
+    final_lr: Share
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]]
+    clip: Annotated[float, Field(gt=0.0)]
+    precision: Literal["auto", "fp32", "bf16"]
+    device: Literal["auto", "cpu", "cuda"]
+    threads: Annotated[int, Field(gt=0)]
+    log_every: Annotated[int, Field(gt=0)]
+    checkpoint_every: Annotated[int, Field(gt=0)]
+    validate_every: Annotated[int, Field(ge=0)]
+    examples: Annotated[int, Field(gt=0)] | None = None
+    activation_checkpointing: Literal["none", "frozen", "all"] = "none"
+    compile: bool | Literal["auto"] = False
+    branches: Literal["loop", "batched", "streams"] = "loop"
+    graph: bool = False
+    layout: Literal["ddp", "mpmd"] = "ddp"
+    replay: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        if self.branches == "batched" and (self.compile or self.activation_checkpointing != "none"):
+            raise ValueError("branches=batched goes with neither compile nor activation_checkpointing")
+        if self.graph and self.activation_checkpointing != "none":
+            raise ValueError("graph goes without activation_checkpointing")
+        # In order of name, and None for nothing: the same mix is the same run however it is written.
+        object.__setattr__(self, "replay", dict(sorted((self.replay or {}).items())) or None)
+        if self.replay and sum(self.replay.values()) >= 1.0:
+            raise ValueError("replay: nothing is left for the targets")
+        if self.replay and any(abs(float(exact(share)) - share) > 1e-9 for share in self.replay.values()):
+            raise ValueError("replay: shares are fractions with a denominator up to 100, such as 0.125 or 0.1")
+        for name in ("checkpoint_every", "validate_every"):
+            if getattr(self, name) % self.log_every:
+                raise ValueError(f"{name} {getattr(self, name)} is not a multiple of log_every {self.log_every}")

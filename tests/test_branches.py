@@ -1,0 +1,191 @@
+"""Ways to run the branches of a block, and a step's passes: each gives what the plain way gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mode import config
+from mode.backbone import load_model
+from mode.checked import ConfigError
+from mode.checkpoint import trainable
+from mode.graph import recorded
+from mode.layers import UNMASKED, Layers, decoder_layers, unmasked
+from mode.method import Material
+from mode.modular import insert_blocks
+from mode.objective import Objective, precision_of
+from mode.runner import execute
+from mode.settings import Run
+from mode.train import accumulate
+from tests.conftest import World
+from tests.families import FAMILIES, make_model
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+ON_CUDA = ["streams", "graph", "graph, batched", "graph, streams"]
+EVERY = ["batched", *(pytest.param(way, marks=needs_cuda) for way in ON_CUDA)]
+FRESH = ["method=mode", "method.start=fresh"]
+
+
+def changes_of(way: str) -> dict[str, Any]:
+    """Return the settings of a way."""
+    names = way.split(", ")
+    return {"graph": "graph" in names, "branches": next((name for name in names if name != "graph"), "loop")}
+
+
+def build(run: Run, device: torch.device = DEVICE) -> nn.Module:
+    """Build a run's model with experts and gates that differ."""
+    torch.manual_seed(0)
+    model = run.method.build(run, Material(backbone=lambda: load_model(run.backbone)))
+    for name, parameter in trainable(model).items():
+        if ".gate." in name or ".experts." in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model.to(device)
+
+
+def passes(run: Run, model: nn.Module, times: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run a step's passes, and return loss and gradients of the last time."""
+    model.train()
+    device = next(model.parameters()).device
+    learns = trainable(model)
+    go = recorded(accumulate, list(learns.values()), run.train, held=False)
+    objective = Objective(model, run.train, None)
+    for number in range(times):
+        torch.manual_seed(number)
+        rows = torch.randint(64, (4, run.train.sequence_length + 1)).to(device)
+        model.zero_grad(set_to_none=True)
+        with Layers(model, run.train, half=precision_of(run.train, device) == "bf16"):
+            loss, _ = go(objective, rows, 2)
+    return loss.clone(), {name: value.grad.clone() for name, value in learns.items() if value.grad is not None}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("way", EVERY)
+def test_every_way_gives_the_loss_and_the_gradients_of_the_plain_one(world: World, way: str, precision: str) -> None:
+    asked = [*world.overrides, *FRESH, "method.num_experts=3", f"train.precision={precision}"]
+    run = config.compose(asked, world.conf)
+    model = build(run)
+    loss, slopes = passes(run, model, 4)
+    other, others = passes(config.replace(run, train=config.replace(run.train, **changes_of(way))), model, 4)
+    near = {"rtol": 1e-5, "atol": 1e-6} if precision == "fp32" else {"rtol": 2e-2, "atol": 2e-3}
+    torch.testing.assert_close(other, loss, **near)
+    assert others.keys() == slopes.keys()
+    for name, slope in slopes.items():
+        assert (others[name] - slope).norm() <= (1e-4 if precision == "fp32" else 3e-2) * slope.norm(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_of_every_family_can_be_batched_or_say_that_they_cannot(world: World, family: str) -> None:
+    run = config.compose([*world.overrides, *FRESH], world.conf)
+    model = make_model(family)
+    model.mode_blocks = insert_blocks(model, num_experts=2, num_blocks=2, expert_layers=2)
+    for name, parameter in trainable(model).items():
+        if "gate" not in name:
+            nn.init.normal_(parameter, std=0.1)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.to(DEVICE)
+    loss, slopes = passes(run, model)
+    batched = config.replace(run, train=config.replace(run.train, branches="batched"))
+    if "sliding_window" in FAMILIES[family]:
+        with pytest.raises(ConfigError, match="loop goes with all"):
+            passes(batched, model)
+        return
+    other, others = passes(batched, model)
+    torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-6)
+    for name, slope in slopes.items():
+        assert (others[name] - slope).norm() <= 1e-4 * slope.norm() + 1e-8, name
+
+
+def test_batched_experts_take_fewer_products(world: World) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += func.overloadpacket.__name__ in ("mm", "bmm", "addmm")
+            return func(*args, **(kwargs or {}))
+
+    run = config.compose([*world.overrides, *FRESH, "method.num_experts=4"], world.conf)
+    model, found = build(run), {}
+    for way in ("loop", "batched"):
+        with Count() as count:
+            passes(config.replace(run, train=config.replace(run.train, branches=way)), model)
+        found[way] = count.calls
+    assert found["batched"] < 0.6 * found["loop"]
+
+
+def test_attention_is_unmasked_within_a_step_alone(world: World) -> None:
+    run = config.compose([*world.overrides, *FRESH], world.conf)
+    model = build(run, torch.device("cpu"))
+    seen = []
+    (layer, *_), configs = decoder_layers(model), unmasked(model, 32)
+
+    def look(module: nn.Module, args: Any, options: dict[str, Any]) -> None:
+        seen.append(({each._attn_implementation for each in configs}, options["attention_mask"]))
+
+    layer.register_forward_pre_hook(look, with_kwargs=True)
+    passes(run, model)
+    assert seen == [({UNMASKED}, None)] * 2
+    assert {each._attn_implementation for each in configs} == {"sdpa"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("train.graph=true", "needs a CUDA device"),
+        ("train.branches=streams", "needs a CUDA device"),
+    ],
+)
+@pytest.mark.skipif(CUDA, reason="there is one")
+def test_what_needs_a_gpu_says_so(world: World, setting: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        execute(config.compose([*world.overrides, *FRESH, setting], world.conf))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["train.branches=batched", "train.compile=true"],
+        ["train.branches=batched", "train.activation_checkpointing=all"],
+        ["train.graph=true", "train.activation_checkpointing=frozen"],
+    ],
+)
+def test_ways_that_do_not_go_together_are_refused(world: World, settings: list[str]) -> None:
+    with pytest.raises(ConfigError, match="goes with"):
+        config.compose([*world.overrides, *FRESH, *settings], world.conf)
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", [["method=sft"], ["method=lora"], [*FRESH, "method.num_experts=2"]])
+def test_a_run_of_a_graph_has_the_curve_of_a_plain_one(world: World, method: list[str], precision: str) -> None:
+    losses = []
+    for place, graph in (("plain", "false"), ("graph", "true")):
+        here = world.at(world.root / place)
+        asked = [*here.overrides, *method, "train.log_every=1", f"train.precision={precision}", f"train.graph={graph}"]
+        record = execute(config.compose([*asked, "train.steps=8", "train.device=cuda"], world.conf))
+        assert record is not None
+        losses.append([point["loss"] for point in record.happened["curve"]])
+    plain, replayed = losses
+    assert len(plain) >= 8
+    assert replayed == pytest.approx(plain, rel=1e-5 if precision == "fp32" else 2e-3)
+
+
+@needs_cuda
+@pytest.mark.parametrize("method", [["method=sft"], ["method=lora"], [*FRESH, "method.num_experts=2"]])
+def test_a_gpu_trains_as_a_processor_does(world: World, method: list[str]) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        run = config.compose([*world.overrides, *method, "train.precision=fp32"], world.conf)
+        found.append(passes(run, build(run, torch.device(device))))
+    (loss, slopes), (other, others) = found
+    assert float(other) == pytest.approx(float(loss), rel=1e-4)
+    for name, slope in slopes.items():
+        assert (others[name].cpu() - slope).norm() <= 1e-3 * slope.norm(), name
