@@ -25,7 +25,7 @@ def counted(model: nn.Module, rows: Tensor, context: AbstractContextManager[Any]
         rows: Tokens, (B, S).
         context: Context of the forward pass, such as autocast.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=attention_on_cpu())
+    counter = FlopCounterMode(display=False, custom_mapping=attention())
     with counter:
         with context:
             states = hidden_states(model, rows)
@@ -39,18 +39,23 @@ def counted(model: nn.Module, rows: Tensor, context: AbstractContextManager[Any]
     return Flops(forward / rows.numel(), backward / rows.numel()) + last
 
 
-def attention_on_cpu() -> dict[Any, Any]:
-    """Return the formulas of attention's kernels for the CPU, which torch's counter does not know."""
+KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+"""Torch's attention. Its counter does not know the first, and of the others no groups of heads before 2.13."""
+
+
+def attention() -> dict[Any, Any]:
+    """Return the formulas of attention's kernels."""
     formulas: Any = flop_counter
 
+    def spread(query: Any, other: Any) -> Any:
+        return other[0], query[1], *other[2:]
+
     def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
-        return formulas.sdpa_flop_count(query, key, value)
+        return formulas.sdpa_flop_count(query, spread(query, key), spread(query, value))
 
     def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
-        return formulas.sdpa_backward_flop_count(grad, query, key, value)
+        return formulas.sdpa_backward_flop_count(grad, query, spread(query, key), spread(query, value))
 
-    aten = torch.ops.aten
-    return {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
+    aten: Any = torch.ops.aten
+    forwards = {getattr(aten, f"_scaled_dot_product_{name}"): forward for name in KERNELS}
+    return forwards | {getattr(aten, f"_scaled_dot_product_{name}_backward"): backward for name in KERNELS}

@@ -70,7 +70,7 @@ def next_token_loss(
     flat, labels = states.reshape(-1, states.shape[-1]).float(), targets.reshape(-1)
     if cap is None and (precision == "bf16" or not NATIVE):
         kind = torch.bfloat16 if precision == "bf16" else torch.float32
-        chunked: Tensor = ChunkedLoss.apply(flat, weight, labels, kind)  # type: ignore[no-untyped-call]
+        chunked: Tensor = ChunkedLoss.apply(flat, weight, labels, kind, chunk_of(flat.device, kind))  # type: ignore[no-untyped-call]
         return chunked
     if cap is None:
         chunk = chunk_of(flat.device, torch.float32)
@@ -98,10 +98,9 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, kind: torch.dtype) -> Tensor:
+    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, kind: torch.dtype, chunk: int) -> Tensor:
         """Return the loss of states, (tokens, d), with a head, (V, d), for next tokens, (tokens,)."""
         narrow, count = weight.to(kind), len(targets)
-        chunk = chunk_of(states.device, kind)
         for_states = torch.empty_like(states)
         for_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), device=states.device)
@@ -119,11 +118,11 @@ class ChunkedLoss(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         """Scale the gradients that the forward pass formed."""
         for_states, for_weight = ctx.saved_tensors
         (slope,) = slopes
-        return slope * for_states, None if for_weight is None else (slope * for_weight).to(ctx.kind), None, None
+        return slope * for_states, None if for_weight is None else (slope * for_weight).to(ctx.kind), None, None, None
 
 
 def capped_loss(states: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:

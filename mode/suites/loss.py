@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mode.cost import shape_of
-from mode.loss import next_token_loss, token_scores
+from mode.loss import NATIVE, ChunkedLoss, next_token_loss, token_scores
 from mode.timing import Case
 
 if TYPE_CHECKING:
     from mode.modular_method import MoDE
     from mode.settings import Run
 
+SIZES = (128, 256, 512, 1024, 2048, 4096)
+"""Tokens per chunk that are compared."""
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Maps final hidden states, (tokens, d), a head, (V, d), and next tokens to their mean loss."""
 
@@ -37,9 +39,11 @@ def losses(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[
     targets = torch.randint(shape.vocabulary, (tokens,), device=device)
     forms: dict[str, Loss] = {
         "full logits": full_logits,
-        "chunks as torch chooses them": partial(fused, chunk=None),
-        **{f"chunks of {size}": partial(fused, chunk=size) for size in (128, 256, 512, 1024, 2048) if size < tokens},
+        **({"chunks as torch chooses them": partial(fused, chunk=None)} if NATIVE else {}),
+        **{f"chunks of {size}": partial(fused, chunk=size) for size in SIZES if size < tokens and NATIVE},
         "mode": own,
+        "full logits, bf16": partial(full_logits, kind=torch.bfloat16),
+        **{f"chunks of {size}, bf16": partial(chunked, chunk=size) for size in SIZES if size < tokens},
         "mode, bf16": partial(own, precision="bf16"),
     }
     cases = []
@@ -70,9 +74,15 @@ def own(states: Tensor, weight: Tensor, targets: Tensor, *, precision: str = "fp
     return next_token_loss(states[None], weight, targets[None], precision=precision)
 
 
-def full_logits(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def full_logits(states: Tensor, weight: Tensor, targets: Tensor, *, kind: torch.dtype = torch.float32) -> Tensor:
     """Return the loss from logits of all tokens, as `transformers` forms it."""
-    return functional.cross_entropy((states @ weight.T).float(), targets)
+    return functional.cross_entropy((states.to(kind) @ weight.T.to(kind)).float(), targets)
+
+
+def chunked(states: Tensor, weight: Tensor, targets: Tensor, *, chunk: int) -> Tensor:
+    """Return the project's own loss in bf16, with chunks of so many tokens."""
+    loss: Tensor = ChunkedLoss.apply(states, weight, targets, torch.bfloat16, chunk)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def fused(states: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None) -> Tensor:

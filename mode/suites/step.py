@@ -84,6 +84,8 @@ def options(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
         "activations of frozen layers formed again": {"activation_checkpointing": "frozen"},
         "activations of all layers formed again": {"activation_checkpointing": "all"},
     }
+    if device.type == "cuda":  # to compile takes long there, and nobody trains in fp32
+        variants.pop("compiled layers")
     methods = chosen(run, method)
     cases = []
     for name in OPTIONAL:
@@ -105,7 +107,12 @@ def branches(run: Run, methods: Mapping[str, Adaptation], device: torch.device) 
         ways |= {f"{name}, one graph": {**changes, "graph": True} for name, changes in ways.items()}
     jobs = {(f"branches, {FOUR}", FOUR): ways}
     if device.type == "cuda":
-        jobs |= {(f"graph, {name}", name): {"launched": {}, "one graph": {"graph": True}} for name in OPTIONAL}
+        graphs = {
+            "launched": {},
+            "one graph": {"graph": True},
+            "one graph, compiled layers": {"graph": True, "compile": True},
+        }
+        jobs |= {(f"graph, {name}", name): graphs for name in OPTIONAL}
     cases = []
     for (job, name), variants in jobs.items():
         for variant, changes in variants.items():
