@@ -122,13 +122,10 @@ def surroundings(device: str, threads: int) -> dict[str, Any]:
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """Return the commit of the source tree and whether its code differs from it.
-
-    Outside a clone, as in a container, the commit is what MODE_COMMIT says, and whether the code differs is unknown.
-    """
+    """Return the commit of the source tree and whether its code differs from it; both unknown outside a clone."""
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
-        return os.environ.get("MODE_COMMIT"), None
+        return None, None
     # Results and runs are what a run writes, so they do not make the code dirty.
     code = ["cli", "mode", "conf", "baselines", "setup.cfg", "constraints.txt"]
     head = git(root, "rev-parse", "HEAD")

@@ -75,8 +75,8 @@ class Train:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         if self.branches == "batched" and (self.compile or self.activation_checkpointing != "none"):
             raise ValueError("branches=batched goes with neither compile nor activation_checkpointing")
-        if self.graph and self.activation_checkpointing != "none":
-            raise ValueError("graph goes without activation_checkpointing")
+        if self.graph and (self.activation_checkpointing != "none" or self.branches == "streams"):
+            raise ValueError("graph goes with neither activation_checkpointing nor branches=streams")
         # In order of name, and None for nothing: the same mix is the same run however it is written.
         object.__setattr__(self, "replay", dict(sorted((self.replay or {}).items())) or None)
         if self.replay and sum(self.replay.values()) >= 1.0:

@@ -26,7 +26,7 @@ from tests.families import FAMILIES, make_model
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
-ON_CUDA = ["streams", "graph", "graph, batched", "graph, streams"]
+ON_CUDA = ["streams", "graph", "graph, batched"]
 EVERY = ["batched", *(pytest.param(way, marks=needs_cuda) for way in ON_CUDA)]
 FRESH = ["method=mode", "method.start=fresh"]
 
@@ -54,13 +54,22 @@ def passes(run: Run, model: nn.Module, times: int = 1) -> tuple[Tensor, dict[str
     learns = trainable(model)
     go = recorded(accumulate, list(learns.values()), run.train, held=False)
     objective = Objective(model, run.train, None)
+    layers = Layers(model, run.train, half=precision_of(run.train, device) == "bf16")
     for number in range(times):
         torch.manual_seed(number)
         rows = torch.randint(64, (4, run.train.sequence_length + 1)).to(device)
         model.zero_grad(set_to_none=True)
-        with Layers(model, run.train, half=precision_of(run.train, device) == "bf16"):
+        with layers:
             loss, _ = go(objective, rows, 2)
     return loss.clone(), {name: value.grad.clone() for name, value in learns.items() if value.grad is not None}
+
+
+def check_slopes(found: dict[str, Tensor], expected: dict[str, Tensor], near: float) -> None:
+    """See that gradients are near those expected; tiny ones, which are all rounding, as near as the whole is."""
+    assert found.keys() == expected.keys()
+    whole = torch.stack([slope.norm() for slope in expected.values()]).norm()
+    for name, slope in expected.items():
+        assert (found[name] - slope).norm() <= near * (slope.norm() + 0.1 * whole), name
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -73,9 +82,7 @@ def test_every_way_gives_the_loss_and_the_gradients_of_the_plain_one(world: Worl
     other, others = passes(config.replace(run, train=config.replace(run.train, **changes_of(way))), model, 4)
     near = {"rtol": 1e-5, "atol": 1e-6} if precision == "fp32" else {"rtol": 2e-2, "atol": 2e-3}
     torch.testing.assert_close(other, loss, **near)
-    assert others.keys() == slopes.keys()
-    for name, slope in slopes.items():
-        assert (others[name] - slope).norm() <= (1e-4 if precision == "fp32" else 3e-2) * slope.norm(), name
+    check_slopes(others, slopes, 1e-4 if precision == "fp32" else 3e-2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -98,8 +105,7 @@ def test_experts_of_every_family_can_be_batched_or_say_that_they_cannot(world: W
         return
     other, others = passes(batched, model)
     torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-6)
-    for name, slope in slopes.items():
-        assert (others[name] - slope).norm() <= 1e-4 * slope.norm() + 1e-8, name
+    check_slopes(others, slopes, 1e-4)
 
 
 def test_batched_experts_take_fewer_products(world: World) -> None:
@@ -155,6 +161,7 @@ def test_what_needs_a_gpu_says_so(world: World, setting: str, told: str) -> None
         ["train.branches=batched", "train.compile=true"],
         ["train.branches=batched", "train.activation_checkpointing=all"],
         ["train.graph=true", "train.activation_checkpointing=frozen"],
+        ["train.graph=true", "train.branches=streams"],
     ],
 )
 def test_ways_that_do_not_go_together_are_refused(world: World, settings: list[str]) -> None:
@@ -187,5 +194,4 @@ def test_a_gpu_trains_as_a_processor_does(world: World, method: list[str]) -> No
         found.append(passes(run, build(run, torch.device(device))))
     (loss, slopes), (other, others) = found
     assert float(other) == pytest.approx(float(loss), rel=1e-4)
-    for name, slope in slopes.items():
-        assert (others[name].cpu() - slope).norm() <= 1e-3 * slope.norm(), name
+    check_slopes({name: slope.cpu() for name, slope in others.items()}, slopes, 1e-3)

@@ -265,7 +265,9 @@ class OtherLoop:
                     self.end = time.perf_counter()
 
         self.clock = Clock()
-        arguments = settings(at.run, at.precision, at.device, at.folder) | ({"torch_compile": True} if compiled else {})
+        arguments = settings(at.run, at.precision, at.device, at.folder)
+        if compiled:
+            model.compile()  # not by the trainer's `torch_compile`: accelerate would compile for all trainers there are
         with hushed():
             self.trainer = make_trainer(other, model, low_rank(at.run, at.method), rows, arguments, self.clock)
             self.trainer.remove_callback(PrinterCallback)

@@ -103,8 +103,8 @@ def branches(run: Run, methods: Mapping[str, Adaptation], device: torch.device) 
     """Return what to time of the ways that branches run, and of CUDA graphs."""
     ways: dict[str, dict[str, Any]] = {"in a loop": {}, "batched": {"branches": "batched"}}
     if device.type == "cuda":
-        ways["on streams"] = {"branches": "streams"}
         ways |= {f"{name}, one graph": {**changes, "graph": True} for name, changes in ways.items()}
+        ways["on streams"] = {"branches": "streams"}
     jobs = {(f"branches, {FOUR}", FOUR): ways}
     if device.type == "cuda":
         graphs = {
