@@ -61,7 +61,8 @@ class Layers:
             raise ConfigError("train.branches=streams needs a CUDA device; loop and batched go without one")
         self.blocks: list[Any] = [block for block in model.modules() if hasattr(block, "beside")]
         self.branches = settings.branches
-        self.unmasked = unmasked(model, settings.sequence_length)
+        joined = settings.documents == "joined"
+        self.unmasked = unmasked(model, settings.sequence_length) if joined else []
         if settings.branches == "batched" and self.blocks and not self.unmasked:
             raise ConfigError(
                 "train.branches=batched: not with layers that see a part of the row alone; loop goes with all"

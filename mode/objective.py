@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mode.checked import ConfigError
 from mode.loss import divergence, head, hidden_states, next_token_loss, softcap, sum_auxiliary, with_auxiliary
 from mode.train_settings import Train
 
@@ -33,7 +34,12 @@ class Objective(nn.Module):
     """A model with what it minimises, so that one forward pass is all of a micro-batch: what DDP needs."""
 
     def __init__(
-        self, model: nn.Module, settings: Train, hold: Hold | None, part: Callable[[Tensor], Tensor] = lambda rows: rows
+        self,
+        model: nn.Module,
+        settings: Train,
+        hold: Hold | None,
+        part: Callable[[Tensor], Tensor] = lambda rows: rows,
+        end: int | None = None,
     ) -> None:
         """Wrap a model.
 
@@ -42,10 +48,18 @@ class Objective(nn.Module):
             settings: The loop's.
             hold: How it is held to its backbone; None where it is not.
             part: Returns the rows whose hidden states come out of the model, of all that go in.
+            end: Token that closes a document, where documents of a row do not see each other.
+
+        Raises:
+            ConfigError: Documents are not to see each other, and something but attention looks back in a row.
         """
         super().__init__()
         self.model, self.settings, self.hold, self.part = model, settings, hold, part
-        self.wanting = with_auxiliary(model)
+        self.wanting, self.end = with_auxiliary(model), end
+        if end is not None and (hold or any(getattr(module, "looks_back", False) for module in model.modules())):
+            raise ConfigError(
+                "train.documents=apart: neither with an anchor nor where a gate or a judge sees the whole prefix"
+            )
 
     def forward(
         self, rows: Tensor, held: Tensor | None = None, kinds: Tensor | None = None
@@ -62,7 +76,8 @@ class Objective(nn.Module):
         if kinds is not None:
             tell_kinds(model, kinds)
         with autocast(self.settings, device):
-            states = hidden_states(model, rows[:, :-1])
+            places = {} if self.end is None else {"position_ids": positions(rows[:, :-1], self.end)}
+            states = hidden_states(model, rows[:, :-1], **places)
         if self.hold is None or held is None:
             loss = next_token_loss(states, head(model), self.part(rows[:, 1:]), softcap(model), precision)
         else:
@@ -70,6 +85,19 @@ class Objective(nn.Module):
                 known = self.hold.reference(rows[held, :-1]) if held.any() else None
             loss = held_loss(model, states, rows, held, known, self.hold.weight, precision)
         return loss, sum_auxiliary(self.wanting), states
+
+
+def positions(rows: Tensor, end: int) -> Tensor:
+    """Return positions that begin anew after every token that closes a document, (B, S) to (B, S).
+
+    `transformers` makes masks of them that are blind across documents.
+
+    >>> positions(torch.tensor([[5, 9, 6, 7, 9, 8]]), end=9).tolist()
+    [[0, 1, 0, 1, 2, 0]]
+    """
+    index = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+    begins = torch.cat([torch.zeros_like(rows[:, :1], dtype=torch.bool), rows[:, :-1] == end], dim=1)
+    return index - torch.where(begins, index, 0).cummax(dim=1).values
 
 
 UNKNOWN = -1

@@ -70,9 +70,16 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
         lr_scales=method.lr_scales(),
         hold=hold(prepared, model, batches),
         seed=run.seed,
+        end=closing(prepared) if run.train.documents == "apart" else None,
         kinds=(lambda step: np.array([kinds[name] for name in batches.domains(step)])) if kinds else None,
     )
     return train(model, batches, job)
+
+
+def closing(prepared: Prepared) -> int:
+    """Return the token that closes every document of a run's domains."""
+    split = next(iter(prepared.packed.values())).split(prepared.method.split)
+    return int(split.tokens[split.starts[1] - 1])
 
 
 def tokens(prepared: Prepared, name: str, device: torch.device) -> Tokens:

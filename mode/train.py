@@ -51,6 +51,7 @@ class Job:
         hold: How the model is held to its backbone; None where it is not.
         seed: With the step, what anything random in a forward pass is a function of, as the rows are.
         kinds: Of what kind each row of a step is, (B,), where the model wants to know (`row_kinds`).
+        end: Token that closes a document, where documents of a row do not see each other.
     """
 
     settings: Train
@@ -64,6 +65,7 @@ class Job:
     hold: Hold | None = None
     seed: int = 0
     kinds: Callable[[int], NDArray[np.int64]] | None = None
+    end: int | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -109,7 +111,7 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
     passes = recorded(accumulate, list(trainable(model).values()), settings, held=job.hold is not None)
     step, seconds, curve = restore(model, optimizer, job)
     model.train()
-    objective = spread.wrap(Objective(model, settings, job.hold, spread.part))
+    objective = spread.wrap(Objective(model, settings, job.hold, spread.part, job.end))
     total = torch.zeros((), device=device)
     begin = time.monotonic()
     while step < job.steps:

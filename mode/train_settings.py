@@ -37,6 +37,8 @@ class Train:
             less memory and more time: `frozen` ones, where nothing trains, or `all`.
         compile: Whether decoder layers are compiled, which takes up to 40 s before the first step, and 5 s where it
             was done before; `auto`: in stages of about five minutes and more (`mode.layers`).
+        documents: What documents of a row see of each other in training: `joined`, all before them, as in the paper;
+            `apart`, nothing, with positions that begin anew. Rows are scored joined either way.
         branches: How the branches of a MoDE block run in training steps: in a `loop`; `batched`, all experts as one
             computation; `streams`, each on a CUDA stream of its own.
         graph: Whether forward and backward pass of a step are one CUDA graph, which is recorded in the third step and
@@ -65,6 +67,7 @@ class Train:
     examples: Annotated[int, Field(gt=0)] | None = None
     activation_checkpointing: Literal["none", "frozen", "all"] = "none"
     compile: bool | Literal["auto"] = False
+    documents: Literal["joined", "apart"] = "joined"
     branches: Literal["loop", "batched", "streams"] = "loop"
     graph: bool = False
     layout: Literal["ddp", "mpmd"] = "ddp"
@@ -77,6 +80,8 @@ class Train:
             raise ValueError("branches=batched goes with neither compile nor activation_checkpointing")
         if self.graph and (self.activation_checkpointing != "none" or self.branches == "streams"):
             raise ValueError("graph goes with neither activation_checkpointing nor branches=streams")
+        if self.documents == "apart" and (self.graph or self.branches == "batched"):
+            raise ValueError("documents=apart goes with neither graph nor branches=batched")
         # In order of name, and None for nothing: the same mix is the same run however it is written.
         object.__setattr__(self, "replay", dict(sorted((self.replay or {}).items())) or None)
         if self.replay and sum(self.replay.values()) >= 1.0:

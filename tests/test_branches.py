@@ -195,3 +195,41 @@ def test_a_gpu_trains_as_a_processor_does(world: World, method: list[str]) -> No
     (loss, slopes), (other, others) = found
     assert float(other) == pytest.approx(float(loss), rel=1e-4)
     check_slopes({name: slope.cpu() for name, slope in others.items()}, slopes, 1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents_apart_have_the_loss_of_documents_alone(world: World, family: str) -> None:
+    run = config.compose([*world.overrides, "method=sft", "train.documents=apart"], world.conf)
+    model, end = make_model(family), 9
+    model.mode_blocks = insert_blocks(model, num_experts=1, num_blocks=2, expert_layers=1)
+    torch.manual_seed(0)
+    one, two = torch.randint(10, 64, (2, 12))
+    one[-1] = end
+    alone = [Objective(model, run.train, None)(document[None]) for document in (one, two)]
+    objective = Objective(model, run.train, None, end=end)
+    with Layers(model, run.train):
+        _, _, states = objective(torch.cat([one, two])[None])
+    expected = torch.cat([found[2][0] for found in alone])
+    places = [*range(11), *range(12, 23)]  # what follows the token that closes a document is nobody's
+    torch.testing.assert_close(states[0, places], expected, rtol=1e-4, atol=1e-5)
+    _, _, other = Objective(model, run.train, None)(torch.cat([one, two])[None])
+    assert (other[0, places] - expected).abs().max() > 1e-3
+
+
+def test_a_run_with_documents_apart_is_another_run_and_learns(world: World) -> None:
+    losses = {}
+    for documents in ("joined", "apart"):
+        asked = [*world.overrides, *FRESH, "train.log_every=1", f"train.documents={documents}"]
+        record = execute(config.compose(asked, world.conf))
+        losses[record.id] = [point["loss"] for point in record.happened["curve"]]
+    first, second = losses.values()
+    assert first != second
+    assert second[-1] < second[0]
+
+
+@pytest.mark.parametrize(
+    "settings", [[*FRESH, "method.gate.scope=prefix"], ["method=mode-anchored", *FRESH[1:], "method.num_experts=1"]]
+)
+def test_documents_cannot_be_apart_where_more_than_attention_looks_back(world: World, settings: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"train\.documents=apart"):
+        execute(config.compose([*world.overrides, *settings, "train.documents=apart"], world.conf))
