@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from mode.evaluate import Score
     from mode.objective import Hold
     from mode.track import Tracker
-    from mode.train import Point, Trained
+    from mode.train import Job, Point, Trained
 
 Observer = Callable[[Prepared, "Point"], None]
 
@@ -73,7 +74,21 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
         end=closing(prepared) if run.train.documents == "apart" else None,
         kinds=(lambda step: np.array([kinds[name] for name in batches.domains(step)])) if kinds else None,
     )
-    return train(model, batches, job)
+    return train(model, batches, within_memory(model, batches, job))
+
+
+def within_memory(model: nn.Module, batches: Batches, job: Job) -> Job:
+    """Return a job whose choice of what forms activations again is made, if it was left to the memory that there is."""
+    if job.settings.activation_checkpointing != "auto":
+        return job
+    from mode.memory import affordable
+    from mode.spread import Copies
+    from mode.train import share
+
+    device = next(model.parameters()).device
+    given = partial(share, batches, job, 0, Copies(model), device)
+    choice = affordable(model, job.settings, job.hold, job.end, given)
+    return dataclasses.replace(job, settings=replace(job.settings, activation_checkpointing=choice, memory=None))
 
 
 def closing(prepared: Prepared) -> int:

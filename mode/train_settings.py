@@ -34,7 +34,8 @@ class Train:
         examples: Different rows that the mix is made of, seen again and again; all by default. Earlier stages of a
             row have all.
         activation_checkpointing: Layers that keep no activations but form them again in the backward pass, which takes
-            less memory and more time: `frozen` ones, where nothing trains, or `all`.
+            less memory and more time: `frozen` ones, where nothing trains, or `all`; `auto`: as few as `memory` allows.
+        memory: Of `auto`: GB that weights, gradients, optimizer states and a step may take.
         compile: Whether decoder layers are compiled, which takes up to 40 s before the first step, and 5 s where it
             was done before; `auto`: in stages of about five minutes and more (`mode.layers`).
         documents: What documents of a row see of each other in training: `joined`, all before them, as in the paper;
@@ -65,7 +66,8 @@ class Train:
     checkpoint_every: Annotated[int, Field(gt=0)]
     validate_every: Annotated[int, Field(ge=0)]
     examples: Annotated[int, Field(gt=0)] | None = None
-    activation_checkpointing: Literal["none", "frozen", "all"] = "none"
+    activation_checkpointing: Literal["none", "frozen", "all", "auto"] = "none"
+    memory: Annotated[float, Field(gt=0.0)] | None = None
     compile: bool | Literal["auto"] = False
     documents: Literal["joined", "apart"] = "joined"
     branches: Literal["loop", "batched", "streams"] = "loop"
@@ -76,6 +78,8 @@ class Train:
     def __post_init__(self) -> None:
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        if (self.activation_checkpointing == "auto") != (self.memory is not None):
+            raise ValueError("activation_checkpointing=auto and memory go together")
         if self.branches == "batched" and (self.compile or self.activation_checkpointing != "none"):
             raise ValueError("branches=batched goes with neither compile nor activation_checkpointing")
         if self.graph and (self.activation_checkpointing != "none" or self.branches == "streams"):

@@ -1,0 +1,77 @@
+"""Choose what a training step keeps in memory, by measuring it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mode.checked import ConfigError
+from mode.checkpoint import trainable
+from mode.config import replace
+from mode.device import allocated
+from mode.layers import Layers
+from mode.objective import Objective, precision_of
+from mode.train import accumulate
+
+if TYPE_CHECKING:
+    from mode.objective import Hold
+    from mode.train_settings import Train
+
+CHOICES = ("none", "frozen", "all")
+"""Layers that form activations again, from the fastest choice to that of the least memory."""
+
+
+def affordable(
+    model: nn.Module, settings: Train, hold: Hold | None, end: int | None, given: Callable[[], tuple[Any, ...]]
+) -> str:
+    """Return which layers are to form activations again so that a step takes no more than `settings.memory`.
+
+    A micro-batch is run for every choice until one fits; weights, gradients and both moments of AdamW count too. The
+    model and the state of random numbers are as before.
+
+    Args:
+        model: The model, with what is frozen frozen.
+        settings: The loop's, with `activation_checkpointing=auto`.
+        hold: How the model is held to its backbone.
+        end: Token that closes a document, where documents do not see each other.
+        given: Returns rows, which of them are held, and their kinds, of the first step.
+
+    Raises:
+        ConfigError: No choice takes so little.
+    """
+    assert settings.memory is not None
+    device = next(model.parameters()).device
+    resident = sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
+    resident += 2 * sum(part.nbytes for part in trainable(model).values())
+    model.train()
+    needed = {}
+    for choice in CHOICES:
+        chosen = replace(settings, activation_checkpointing=choice, memory=None)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            needed[choice] = resident + allocated(step(model, chosen, hold, end, given), device)
+        model.zero_grad(set_to_none=True)
+        if needed[choice] <= 1e9 * settings.memory:
+            return choice
+    least = min(needed.values()) / 1e9
+    raise ConfigError(
+        f"train.memory={settings.memory:g}: a step takes {least:.3g} GB at least; more train.accumulate takes less"
+    )
+
+
+def step(
+    model: nn.Module, settings: Train, hold: Hold | None, end: int | None, given: Callable[[], tuple[Any, ...]]
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Return what runs the passes of a step."""
+    device = next(model.parameters()).device
+    objective = Objective(model, settings, hold, end=end)
+    layers = Layers(model, settings, half=precision_of(settings, device) == "bf16")
+
+    def action() -> tuple[Tensor, Tensor]:
+        rows, held, kinds = given()
+        with layers:
+            return accumulate(objective, rows, settings.accumulate, held, kinds)
+
+    return action
