@@ -9,11 +9,13 @@ The mix here is of the targets; the published one has the data of pretraining to
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from mode.checked import STRICT
+from mode.config import replace
 from mode.cost import Cost, mixture, shape_of
 from mode.method import Material, Mixture, merged
 from mode.settings import RouterSettings, Run
@@ -29,10 +31,16 @@ class BTX(Mixture):
     Attributes:
         router: How tokens choose; without `top_k` all experts run, the published soft routing.
         train_experts: Whether the experts train on the mix too, or the rest alone.
+        soft_layers: Where a token's expert is drawn (`router.sample`): first layers in which all of them run.
     """
 
     router: RouterSettings
     train_experts: bool
+    soft_layers: Annotated[int, Field(ge=0)] = 0
+
+    def unused(self) -> tuple[str, ...]:
+        """Without drawing, all layers are alike."""
+        return (*super().unused(), *(() if self.router.sample else ("soft_layers",)))
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the mixture of the backbone and its branches."""
@@ -42,8 +50,10 @@ class BTX(Mixture):
 
         model, states = merged(material)
         torch.manual_seed(run.seed)
-        for bank in insert_feed_forward_banks(model, states, self.router):
+        for number, bank in enumerate(insert_feed_forward_banks(model, states, self.router)):
             bank.experts.requires_grad_(self.train_experts)
+            if number < self.soft:
+                bank.router.settings = replace(self.router, sample=False)
         mixed: nn.Module = model
         return mixed
 
@@ -53,4 +63,10 @@ class BTX(Mixture):
             return None
         shape, count = shape_of(run.backbone), len(run.targets) + 1
         length = run.train.sequence_length
-        return mixture(shape, length, count, self.router.active, experts_train=self.train_experts)
+        active = self.router.active
+        return mixture(shape, length, count, active, experts_train=self.train_experts, soft_layers=self.soft)
+
+    @property
+    def soft(self) -> int:
+        """First layers in which all experts run though they are drawn in the others."""
+        return self.soft_layers if self.router.sample else 0

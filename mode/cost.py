@@ -183,7 +183,14 @@ def full(shape: Shape, length: int) -> Cost:
 
 
 def mixture(
-    shape: Shape, length: int, num_experts: int, top_k: int | None, *, experts_train: bool = True, attentions: int = 1
+    shape: Shape,
+    length: int,
+    num_experts: int,
+    top_k: int | None,
+    *,
+    experts_train: bool = True,
+    attentions: int = 1,
+    soft_layers: int = 0,
 ) -> Cost:
     """Return what it costs to train a decoder whose feed-forward parts are N experts, of which a token has k.
 
@@ -194,17 +201,20 @@ def mixture(
         top_k: k; None where all run.
         experts_train: Whether the experts train, as all else does.
         attentions: Attention layers side by side in every layer, with a router where there are several; all run.
+        soft_layers: First layers in which all experts run.
     """
-    active = min(top_k or num_experts, num_experts)
+    chosen = min(top_k or num_experts, num_experts)
     routers = num_experts + (attentions if attentions > 1 else 0)
-    parts, expert_sizes, others = [shape.head(trains=True)], 0, 0
-    for layer in shape.layers:
+    parts, expert_sizes, others, idle = [shape.head(trains=True)], 0, 0, 0
+    for number, layer in enumerate(shape.layers):
+        active = num_experts if number < soft_layers else chosen
         feed_forward = size(layer.stages[2]) + size(layer.stages[3])
         one, wide = 2.0 * attentions * (layer.weights - feed_forward), 2.0 * feed_forward * active
         router = 2.0 * shape.hidden * routers
         parts += [Flops(one, 2 * one), Flops(wide, (1 + experts_train) * wide), Flops(router, 2 * router)]
         parts += [layer.attention(length)] * attentions
         expert_sizes += layer.feed_forward
+        idle += (num_experts - active) * layer.feed_forward
         others += layer.attending
     added = (num_experts - 1) * expert_sizes + (attentions - 1) * others + len(shape.layers) * routers * shape.hidden
     total = shape.parameters + added
@@ -213,7 +223,7 @@ def mixture(
         total=total,
         trainable=total - (0 if experts_train else num_experts * expert_sizes),
         added=added,
-        active=total - (num_experts - active) * expert_sizes,
+        active=total - idle,
     )
 
 

@@ -30,6 +30,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "btm-average": ("method=btm", "method.combine=average"),
     "moelora-guessed": ("method=moelora", "method.task=guessed"),
     "upcycling-sampled": ("method=upcycling", *SAMPLED),
+    "btx-sampled": ("method=btx", *SAMPLED),
     "upcycling-top-p": ("method=upcycling", "method.router.top_k=null", "method.router.top_p=0.4"),
     **{name: (f"method={name}",) for name in config.choices("method") if name != "pretrain"},
 }
@@ -42,10 +43,10 @@ IDENTITY_AT_START = ("sft", "lora", "loramoe", "mixlora", "moelora", "molora", "
 
 WEIGHED = (
     *("mode", "bam", "btm", "cbtm", "btx", "loramoe", "mixlora", "moelora", "mole", "molora", "mov"),
-    *("upcycling", "upcycling-sampled"),
+    *("upcycling", "upcycling-sampled", "btx-sampled"),
 )
 """Methods with something that weighs experts, token by token."""
-SPARSE = ("bam", "btx", "mixlora", "upcycling", "upcycling-sampled", "upcycling-top-p")
+SPARSE = ("bam", "btx", "btx-sampled", "mixlora", "upcycling", "upcycling-sampled", "upcycling-top-p")
 """Methods whose experts run on the tokens that chose them: how many those are changes the last bit of the others."""
 
 
