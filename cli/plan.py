@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli.options import ConfOption, Overrides, complete, told, with_method
+
+if TYPE_CHECKING:
+    from mode.plan import Device
+    from mode.settings import Run
+
+DRAWN = ("llama-1b", "llama-8b", "llama-70b")
+LINKS = ("nvlink", "ib", "ethernet")
 
 
 def plan(
@@ -16,11 +26,18 @@ def plan(
     link: Annotated[
         str, typer.Option("--link", help="What connects them.", autocompletion=complete("link"))
     ] = "nvlink",
+    curves: Annotated[
+        Path | None, typer.Option("--curves", help="Draw time and memory over tokens, of 1B to 70B, into a folder.")
+    ] = None,
+    calibrate: Annotated[
+        str | None, typer.Option("--calibrate", help="Measure this machine, and call it so in the folder of --conf.")
+    ] = None,
     conf: ConfOption = None,
 ) -> None:
     """Predict a training step on many devices: copies (ddp), shards (fsdp), or branches side by side (mpmd).
 
-    A step has train.batch_size rows of train.sequence_length tokens. Devices and links are YAMLs, also of your own.
+    A step has train.batch_size rows of train.sequence_length tokens. Devices and links are YAMLs, also of your own, and
+    `--calibrate NAME --conf FOLDER` writes them of two processes of this machine's processor.
 
     Example: mode plan backbone=llama-8b train.batch_size=64 train.sequence_length=4096 --devices 16 --link ib
     """
@@ -28,10 +45,19 @@ def plan(
         from mode import config
         from mode.plan import Device, Link, estimates, read, verdict, work_of
 
-        given = list(overrides or [])
-        if not any(text.startswith(("method=", "experiment=")) for text in given):
-            given = with_method([*given, "method.start=fresh", "method.num_experts=1"], "mode", "mode plan", conf)
-        run = config.compose(given, conf)
+        def composed(*more: str) -> Run:
+            given = [*(overrides or []), *more]
+            if not any(text.startswith(("method=", "experiment=")) for text in given):
+                given = with_method([*given, "method.start=fresh", "method.num_experts=1"], "mode", "mode plan", conf)
+            return config.compose(given, conf)
+
+        if calibrate is not None:
+            measure(composed(), conf, calibrate)
+            return
+        if curves is not None:
+            draw(composed, read(Device, "device", device, conf), curves)
+            return
+        run = composed()
         kind, wire = read(Device, "device", device, conf), read(Link, "link", link, conf)
         work = work_of(run)
         found = estimates(work, devices, kind, wire)
@@ -42,3 +68,28 @@ def plan(
             sizes = f"{one.traffic / 1e9:>10,.2f}{one.memory / 1e9:>10,.1f}{one.micro:>7}"
             print(f"{one.layout:<8}{times}{sizes}  {one.placement}{full}".rstrip())
         print(verdict(work, found, devices, kind))
+
+
+def measure(run: Run, conf: Path | None, name: str) -> None:
+    """Measure this machine for plans."""
+    from mode.checked import ConfigError
+    from mode.modular_method import MoDE
+    from mode.suites.sharding import calibrated
+
+    if conf is None:
+        raise ConfigError(f"--calibrate {name} needs --conf FOLDER, where the YAMLs of device and link go")
+    if not isinstance(run.method, MoDE):
+        raise ConfigError("--calibrate measures a model with experts: it goes with method=mode")
+    for path in calibrated(run, run.method, conf, name):
+        print(path.read_text("utf-8"), end="")
+        print(f"written to {path}; `--device {name} --link {name} --conf {conf}` plans with it", file=sys.stderr)
+
+
+def draw(composed: Callable[..., Run], device: Device, folder: Path) -> None:
+    """Draw what is planned for backbones of three sizes on three links."""
+    from mode.curves import publish
+    from mode.plan import Link, read, work_of
+
+    works = {name: work_of(composed(f"backbone={name}", "train.sequence_length=4096")) for name in DRAWN}
+    for path in publish(works, {name: read(Link, "link", name) for name in LINKS}, device, folder):
+        print(f"written to {path}", file=sys.stderr)

@@ -40,7 +40,7 @@ FLAGS = {
     "expert show": ["--conf"],
     "export": ["--conf", "--experts", "--merge", "--precision"],
     "launch": ["--nproc"],
-    "plan": ["--conf", "--device", "--devices", "--link"],
+    "plan": ["--calibrate", "--conf", "--curves", "--device", "--devices", "--link"],
     "prune": ["--by", "--conf", "--ratio"],
     "report": ["--check", "--conf", "--html", "--wandb"],
     "reproduce": ["--conf", "--jobs"],

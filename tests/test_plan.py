@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from cli.app import app
 from mode import config
 from mode.checked import ConfigError
 from mode.cost import Flops, shape_of
@@ -177,3 +179,39 @@ def test_the_published_speed_up_is_that_of_few_tokens_a_step() -> None:
     assert layers == pytest.approx([0.87, 0.99, 1.07, 1.14], abs=0.01)
     merges = [side_by_side(THREE, 4, blocks, 6 // blocks, 4096) for blocks in (2, 3, 6)]
     assert merges == pytest.approx([0.63, 0.62, 0.62], abs=0.01)
+
+
+def test_curves_are_the_plans_of_every_size_and_link(tmp_path: Path) -> None:
+    import pandas as pd
+
+    from mode.curves import DEVICES, TOKENS, publish
+
+    works = {name: work(name) for name in ("llama-1b", "llama-8b")}
+    links = {name: read(Link, "link", name) for name in ("ib", "ethernet")}
+    paths = publish(works, links, H100, tmp_path / "new")
+    assert [path.name for path in paths] == ["plan.csv", "plan-time.png", "plan-memory.png"]
+    found = pd.read_csv(paths[0])
+    assert len(found) == len(works) * len(links) * len(DEVICES) * len(TOKENS) * 3
+    row = found[(found["backbone"] == "llama-8b") & (found["link"] == "ib") & (found["devices"] == 64)].iloc[-1]
+    expected = estimates(with_tokens(works["llama-8b"], 64 * TOKENS[-1]), 64, H100, links["ib"])[-1]
+    assert (row["layout"], row["placement"]) == (expected.layout, expected.placement)
+    assert row["ms"] == pytest.approx(1e3 * expected.seconds, abs=1e-3)
+    for path in paths[1:]:
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_machine_is_measured_and_planned_with(tmp_path: Path) -> None:
+    (mine := tmp_path / "mine").mkdir()
+    told = CliRunner().invoke(app, ["plan", "backbone=tiny", "--calibrate", "here", "--conf", str(mine)])
+    assert told.exit_code == 0, told.output
+    device, link = read(Device, "device", "here", mine), read(Link, "link", "here", mine)
+    assert 1e8 < device.flops < 1e13
+    assert 1e9 < device.memory < 1e13
+    assert 1e7 < link.bandwidth < 1e12
+
+
+def test_measuring_needs_a_folder_to_write_to() -> None:
+    told = CliRunner().invoke(app, ["plan", "--calibrate", "here"])
+    assert told.exit_code == 2
+    assert "--conf FOLDER" in told.output

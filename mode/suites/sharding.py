@@ -8,9 +8,10 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from torch import distributed, nn
 from mode import config, parallel
 from mode.backbone import load_model
 from mode.cost import layers_per_block, shape_of
+from mode.files import write_atomic
 from mode.layers import Layers
 from mode.method import Material
 from mode.objective import Objective
@@ -73,6 +75,39 @@ def sharding(run: Run, method: MoDE, device: torch.device, folder: Path) -> tupl
                 told = partial(planned, plans[layout])
                 cases.append(Case(name, f"{layout}, planned", told, tokens=shape[name].tokens))
     return cases, {}
+
+
+def calibrated(run: Run, method: MoDE, conf: Path, name: str) -> list[Path]:
+    """Measure what a process of this machine does and what connects two, and write both for `mode plan`.
+
+    Args:
+        run: Names the backbone; rows are the suite's own.
+        method: Shape of blocks and experts.
+        conf: Folder of configuration, which gets `device/NAME.yaml` and `link/NAME.yaml`.
+        name: What they are called.
+
+    Returns:
+        Their paths.
+    """
+    each = {job: one for job, one in variants(run, method).items() if job.startswith("width 1,")}
+    shape = {job: replace(work_of(one), half=WHOLE) for job, one in each.items()}
+    paths = [conf / group / f"{name}.yaml" for group in ("device", "link")]
+    for path in paths:
+        path.parent.mkdir(
+            parents=True, exist_ok=True
+        )  # now, so that a place where nothing can be written costs no time
+    with tempfile.TemporaryDirectory() as folder:
+        team = Team(Path(folder))
+        machine, link = (
+            measured_machine(team, {job: team.settle(one) for job, one in each.items()}, shape),
+            measured_link(team),
+        )
+        team.end()
+    machine = replace(machine, memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / PROCESSES))
+    about = f"# Measured on this machine: {PROCESSES} processes of one thread, {run.backbone.name} in fp32.\n"
+    for path, plain in zip(paths, (asdict(machine), asdict(link)), strict=True):
+        write_atomic(path, (about + yaml.safe_dump(plain, sort_keys=False)).encode())
+    return paths
 
 
 def planned(estimate: Estimate) -> float:
@@ -144,6 +179,11 @@ class Team:
         path = self.folder / f"{len(list(self.folder.iterdir()))}.yaml"
         path.write_text(config.to_yaml(run), encoding="utf-8")
         return str(path)
+
+    def end(self) -> None:
+        """Let all go."""
+        for one in self.members:
+            one.communicate()
 
     def ask(self, *words: str | int) -> float:
         """Let all do something, and return the seconds that it took."""
