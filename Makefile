@@ -36,7 +36,7 @@ $(VENV)/ready: setup.cfg constraints.txt
 
 # lm-evaluation-harness and trainers to compare with bring dozens of packages, which only their tests need.
 $(VENV)/downstream: $(VENV)/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[downstream,peers]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[downstream,peers,submitit]'
 	touch $(VENV)/downstream
 
 clean:                           ## remove what the targets made, but for runs/ and results/

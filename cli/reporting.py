@@ -14,7 +14,7 @@ from cli.options import ConfOption, Overrides, complete, take_list, told
 
 if TYPE_CHECKING:
     from mode.record import Record
-    from mode.reproduce import Outcome
+    from mode.reproduce import Outcome, Start
     from mode.settings import Run
 
 Rendered = tuple[str, list[str]]
@@ -293,9 +293,14 @@ def reproduce(
     table: Annotated[str, typer.Argument(help="Table to make.", autocompletion=complete("table"))],
     overrides: Overrides = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Runs at a time; 0: one per core.")] = 0,
+    launcher: Annotated[
+        str, typer.Option("--launcher", help="Where runs are executed.", autocompletion=complete("launcher"))
+    ] = "local",
     conf: ConfOption = None,
 ) -> None:
     """Execute every run that a table needs, skipping those that exist, then render it.
+
+    A run whose process dies is started again from its checkpoint; one that fails is told, and the rest go on.
 
     Example: mode reproduce table1 seeds=[0,1,2]
     """
@@ -305,9 +310,20 @@ def reproduce(
 
         given, seeds = take_list(overrides or [], "seeds")
         runs = table_runs(table, seeds, given, conf)
+        start, retries = started_by(launcher, runs, conf)
         with make_display() as display:
-            outcome = run_all(runs, jobs=jobs or default_jobs(runs), display=display)
+            outcome = run_all(runs, jobs=jobs or default_jobs(runs), display=display, start=start, retries=retries)
         finish(table, given, conf, outcome)
+
+
+def started_by(name: str, runs: Sequence[Run], conf: Path | None) -> tuple[Start | None, int]:
+    """Return what starts a run, None for a process of this machine, and how often one that dies is started again."""
+    from mode.launchers import read, starter
+
+    launcher = read(name, conf)
+    if launcher.kind == "local":
+        return None, launcher.retries
+    return starter(launcher, Path(runs[0].paths.runs).expanduser() / "jobs"), launcher.retries
 
 
 def finish(table: str, overrides: Sequence[str], conf: Path | None, outcome: Outcome) -> None:

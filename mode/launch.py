@@ -15,8 +15,13 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 
-def launch(command: Sequence[str], nproc: int) -> int:
+def launch(command: Sequence[str], nproc: int, module: str = "cli") -> int:
     """Run a command of `mode` on several processes, of which the first alone is heard, and return its exit code.
+
+    Args:
+        command: Its words.
+        nproc: Processes.
+        module: What takes them: `python -m MODULE COMMAND`.
 
     Raises:
         KeyboardInterrupt: It was interrupted.
@@ -35,7 +40,7 @@ def launch(command: Sequence[str], nproc: int) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=dict.fromkeys(range(1, nproc), Std.ALL)),
         )
         try:
-            elastic_launch(settings, sys.executable)("-m", "cli", *command)
+            elastic_launch(settings, sys.executable)("-m", module, *command)
         except ChildFailedError as error:
             return tell(error, Path(logs))
         except SignalException as error:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import signal
-import traceback
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,9 +18,9 @@ from mode.checked import ConfigError
 from mode.data.pack import Tokenizer, is_whole, packed_folder, prepare
 from mode.domain import Domain
 from mode.forecast import Forecast, forecast
+from mode.job import attempt
 from mode.method import Method
 from mode.prepared import Prepared, finished, has_weights, prepare_run
-from mode.runner import execute
 from mode.settings import Run
 from mode.table import compose_rows, load_table, row_run, rows_under
 
@@ -145,35 +146,70 @@ def parts(run: Run, name: str) -> tuple[str, Domain, Tokenizer, Path]:
     return name, run.domains[name], tokenizer, Path(run.paths.cache).expanduser()
 
 
-def run_all(runs: Sequence[Run], *, jobs: int, display: Display) -> Outcome:
-    """Execute runs and what they stand on, `jobs` processes at a time; a failure does not stop the rest."""
+Start = Callable[[Run, str, Any], Any]
+"""Starts a run, given its id and a queue for what it has to tell; returns a process, or what looks like one."""
+
+
+def run_all(
+    runs: Sequence[Run], *, jobs: int, display: Display, start: Start | None = None, retries: int = 0
+) -> Outcome:
+    """Execute runs and what they stand on, `jobs` processes at a time; a failure does not stop the rest.
+
+    Args:
+        runs: The runs.
+        jobs: Processes, or other jobs, at a time.
+        display: Where progress is shown.
+        start: Starts a run elsewhere than in a process of this machine.
+        retries: Times that a run is started again whose process has died without a word.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     prepare_data(runs, jobs, context)
     nodes, skipped = plan(runs)
     outcome = Outcome(skipped=skipped)
-    messages: Any = context.Queue()
+    messages: Any = context.Queue() if start is None else queue.Queue()
     active: dict[str, Any] = {}
+    started: dict[str, Node] = {}
+    tries: dict[str, int] = dict.fromkeys(nodes, 0)
     errors: dict[str, str] = {}
     try:
         while nodes or active:
             for run_id in ready(nodes)[: jobs - len(active)]:
-                node = nodes.pop(run_id)
+                node = started[run_id] = nodes.pop(run_id)
                 run = node.prepared.run
                 display.start(run_id, describe(run), node.prepared.method.steps(run))
-                process = context.Process(target=child, args=(run, run_id, messages), daemon=True)
-                with interrupts_ignored():  # inherited: Ctrl-C is the parent's to answer
-                    process.start()
-                active[run_id] = process
-            wait([process.sentinel for process in active.values()], timeout=0.5)
+                active[run_id] = (start or partial(start_process, context))(run, run_id, messages)
+            pause(active.values())
             errors |= drain(messages, display)
             for run_id in [run_id for run_id, process in active.items() if not process.is_alive()]:
                 errors |= drain(messages, display)
-                settle(run_id, active.pop(run_id), errors.get(run_id), nodes, outcome, display)
+                process = active.pop(run_id)
+                if run_id not in errors and process.exitcode != 0 and tries[run_id] < retries:
+                    tries[run_id] += 1
+                    nodes[run_id] = started[run_id]
+                else:
+                    settle(run_id, process, errors.get(run_id), nodes, outcome, display)
     finally:
         for process in active.values():
             process.terminate()
     return outcome
+
+
+def start_process(context: Any, run: Run, run_id: str, messages: Any) -> Any:
+    """Start a run in a process of this machine."""
+    process = context.Process(target=child, args=(run, run_id, messages), daemon=True)
+    with interrupts_ignored():  # inherited: Ctrl-C is the parent's to answer
+        process.start()
+    return process
+
+
+def pause(processes: Collection[Any]) -> None:
+    """Wait until a process ends, or for half a second."""
+    sentinels = [process.sentinel for process in processes if hasattr(process, "sentinel")]
+    if sentinels:
+        wait(sentinels, timeout=0.5)
+    elif processes:
+        time.sleep(0.5)
 
 
 @contextmanager
@@ -233,15 +269,9 @@ def drain(messages: Any, display: Display) -> dict[str, str]:
 
 def child(run: Run, run_id: str, messages: Any) -> None:
     """Execute one run in a process of its own."""
-    try:
-        execute(run, weights=True, observe=lambda _, point: messages.put((run_id, "point", dict(point))))
-    except ConfigError as error:
-        messages.put((run_id, "error", str(error)))
-    except Exception as error:
-        folder = Path(run.paths.runs).expanduser() / run_id
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
-        messages.put((run_id, "error", f"{type(error).__name__}: {error} (see {folder / 'error.log'})"))
+    mistake = attempt(run, run_id, lambda _, point: messages.put((run_id, "point", dict(point))))
+    if mistake is not None:
+        messages.put((run_id, "error", mistake))
 
 
 def describe(run: Run) -> str:

@@ -43,7 +43,7 @@ FLAGS = {
     "plan": ["--calibrate", "--conf", "--curves", "--device", "--devices", "--link"],
     "prune": ["--by", "--conf", "--ratio"],
     "report": ["--check", "--conf", "--html", "--wandb"],
-    "reproduce": ["--conf", "--jobs"],
+    "reproduce": ["--conf", "--jobs", "--launcher"],
     "show backbones": ["--conf"],
     "show budget": ["--conf"],
     "show config": ["--conf", "--domain"],

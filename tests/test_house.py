@@ -71,7 +71,7 @@ def test_the_top_level_is_the_one_agreed_on() -> None:
     assert names >= {"cli", "mode", "conf", "baselines", "tests", "setup.cfg"}
 
 
-OTHERS = {"device", "domain", "downstream", "link", "table"}
+OTHERS = {"device", "domain", "downstream", "launcher", "link", "table"}
 """Groups of configuration that are not chosen for a run."""
 
 

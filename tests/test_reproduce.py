@@ -202,6 +202,7 @@ def pretend(
     waits: dict[str, set[str]],
     scripts: dict[str, Callable[[Any], int]],
     jobs: int = 2,
+    retries: int = 0,
 ) -> tuple[Any, Watch, Scripted]:
     """Run a plan with scripted processes."""
     run = SimpleNamespace(seed=0, targets=("a", "b"), method=None, track=SimpleNamespace(name="row"))
@@ -214,7 +215,7 @@ def pretend(
     monkeypatch.setattr(reproduce, "wait", lambda sentinels, timeout: None)
     scripted, watch = Scripted(scripts), Watch()
     monkeypatch.setattr(reproduce, "multiprocessing", scripted)
-    return run_all([], jobs=jobs, display=watch), watch, scripted
+    return run_all([], jobs=jobs, display=watch, retries=retries), watch, scripted
 
 
 def test_no_more_processes_run_than_jobs_and_stages_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +258,21 @@ def test_a_process_that_dies_without_a_word_is_a_failure(monkeypatch: pytest.Mon
     assert outcome.failed == {"a": "the process ended with exit code -9"}
 
 
+def test_a_run_whose_process_dies_is_started_again_and_one_that_fails_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = iter([-9, 0])
+
+    def wrong(send: Any) -> int:
+        send("error", "it is wrong")
+        return 1
+
+    scripts: dict[str, Any] = {"a": lambda send: next(codes), "b": wrong, "d": lambda send: -9}
+    waits: dict[str, set[str]] = {"a": set(), "b": set(), "c": {"a"}, "d": set()}
+    outcome, _, scripted = pretend(monkeypatch, waits, scripts, retries=1)
+    assert outcome.failed == {"b": "it is wrong", "d": "the process ended with exit code -9"}
+    assert outcome.executed == 2
+    assert sorted(scripted.order) == ["a", "a", "b", "c", "d", "d"]
+
+
 def test_points_of_the_curve_reach_the_display(monkeypatch: pytest.MonkeyPatch) -> None:
     _, watch, _ = pretend(monkeypatch, {"a": set()}, {"a": lambda send: send("point", {"step": 2}) or 0})
     assert watch.points == [("a", 2)]
@@ -272,7 +288,7 @@ def test_a_child_tells_a_mistake_in_one_line_and_keeps_the_traceback_of_anything
     def broken(*arguments: Any, **options: Any) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(reproduce, "execute", broken)
+    monkeypatch.setattr("mode.job.execute", broken)
     reproduce.child(run, "run1", sent)
     run_id, kind, message = sent.get_nowait()
     log = Path(run.paths.runs) / "run1" / "error.log"

@@ -1,0 +1,54 @@
+"""Execute one run wherever a launcher has brought it: in a process, or in several that share it."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mode import config
+from mode.checked import ConfigError
+from mode.launch import launch
+from mode.prepared import prepare_run
+from mode.runner import execute
+from mode.settings import Run
+
+
+def attempt(run: Run, run_id: str, observe: Callable[[Any, Any], None] = lambda prepared, point: None) -> str | None:
+    """Execute a run, and return its mistake in one line if there was one; what is no user's is kept in `error.log`."""
+    try:
+        execute(run, weights=True, observe=observe)
+    except ConfigError as error:
+        return str(error)
+    except Exception as error:
+        folder = Path(run.paths.runs).expanduser() / run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
+        return f"{type(error).__name__}: {error} (see {folder / 'error.log'})"
+    return None
+
+
+def work(text: str, run_id: str, nproc: int) -> str | None:
+    """Execute a run that is written as YAML by so many processes, and return its mistake if there was one."""
+    if nproc == 1:
+        return attempt(config.from_yaml(text), run_id)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        code = launch([str(path)], nproc, module=__name__)
+    return None if code == 0 else f"one of its {nproc} processes ended with exit code {code}"
+
+
+def main() -> None:
+    """Execute the run whose file is named, as one of several processes."""
+    run = config.from_yaml(Path(sys.argv[1]).read_text("utf-8"))
+    mistake = attempt(run, prepare_run(run).id)
+    if mistake is not None:
+        sys.exit(f"mode: {mistake}")
+
+
+if __name__ == "__main__":
+    main()
