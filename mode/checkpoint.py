@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,10 +57,8 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()[:16]
 
 
-def save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Mapping[str, object]
-) -> None:
-    """Write the trainable parameters, their AdamW moments and the loop's counters."""
+def save_checkpoint(path: Path, model: nn.Module, optimizer: Any, counters: Mapping[str, object]) -> None:
+    """Write the trainable parameters, their AdamW moments (the optimizer's `state`), and the loop's counters."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in trainable(model).items():
         tensors[f"parameter.{name}"] = parameter

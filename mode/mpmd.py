@@ -8,7 +8,7 @@ shared. Frozen weights aside, an expert's gradients and moments exist in its slo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,11 @@ class Branches:
         slots: K.
         slot: This process's slot.
         mine: The branches that it runs, by number; 0 is the backbone's.
+        halves: Whether frozen matrices can be held in bf16 in a step.
+        model: What trains.
     """
+
+    halves = True
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         """Place the branches: the backbone in the first slot, experts in turn in the others.
@@ -86,9 +90,9 @@ class Branches:
         """Return a seed that is the same in all slots."""
         return parallel.own_seed(seed, self.data.get_local_rank())
 
-    def wrap(self, objective: nn.Module) -> nn.Module:
-        """Return what a step runs: gradients are brought together in `clip`."""
-        return objective
+    def wrap(self, objective: nn.Module, optimizer: Any, remake: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
+        """Return what a step runs, and its optimizer: gradients are brought together in `clip`."""
+        return objective, optimizer
 
     def clip(self, most: float) -> None:
         """Bring gradients together, and scale them so that the norm of all slots' together is `most` at most."""
@@ -105,13 +109,14 @@ class Branches:
         norm = (squares + sum(grad.square().sum() for grad in shared)).sqrt()
         torch.nn.utils.clip_grads_with_norm_(found, most, norm)
 
-    def collect(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give every process all slots' experts, with their moments."""
+    def collect(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Give every process all slots' experts, with their moments, and return the optimizer that has them."""
         for block in self.blocks:
             for index, expert in enumerate(block.experts):
                 for parameter in expert.parameters():
                     if parameter.requires_grad:
                         self.spread(parameter, optimizer, self.owners[index + 1])
+        return optimizer
 
     def spread(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer, owner: int) -> None:
         """Send a slot's weight and its moments to the other slots."""

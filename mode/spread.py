@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from mode.train_settings import Train
 
 if TYPE_CHECKING:
     from mode.mpmd import Branches
+    from mode.objective import Objective
 
 
 class Copies:
@@ -22,12 +24,16 @@ class Copies:
 
     Attributes:
         slots: Processes that a row is shared by: 1.
+        halves: Whether frozen matrices can be held in bf16 in a step.
+        model: What trains.
     """
 
     slots = 1
+    halves = True
 
     def __init__(self, model: nn.Module) -> None:
         """Take a model, with what is frozen frozen."""
+        self.model = model
         self.learning = list(trainable(model).values())
 
     def __call__(self) -> AbstractContextManager[None]:
@@ -46,16 +52,23 @@ class Copies:
         """Return a seed of this process's own."""
         return parallel.own_seed(seed, parallel.rank())
 
-    def wrap(self, objective: nn.Module) -> nn.Module:
-        """Return what a step runs, with gradients that are the mean over all processes."""
-        return parallel.replicated(objective)
+    def wrap(self, objective: Objective, optimizer: Any, remake: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
+        """Return what a step runs, with gradients that are the mean over all processes, and its optimizer.
+
+        Args:
+            objective: What a step minimises.
+            optimizer: An optimizer of the model, with the moments that there are.
+            remake: Makes an optimizer of another model.
+        """
+        return parallel.replicated(objective), optimizer
 
     def clip(self, most: float) -> None:
         """Scale gradients so that their norm is `most` at most."""
         torch.nn.utils.clip_grad_norm_(self.learning, most)
 
-    def collect(self, optimizer: torch.optim.Optimizer) -> None:
-        """Do nothing: every process has all weights."""
+    def collect(self, optimizer: Any) -> Any:
+        """Return what a checkpoint asks of an optimizer: it, since every process has all weights and moments."""
+        return optimizer
 
 
 def spread_over(model: nn.Module, held: bool, settings: Train, device: torch.device) -> Copies | Branches:
@@ -70,14 +83,20 @@ def spread_over(model: nn.Module, held: bool, settings: Train, device: torch.dev
     Raises:
         ConfigError: The layout does not fit the model or the number of processes, or rows do not divide.
     """
-    if settings.layout == "mpmd" and parallel.size() == 1:
-        raise ConfigError("train.layout=mpmd needs several processes: `mode launch --nproc 2 train ...`")
-    if settings.layout == "mpmd" and held:
-        raise ConfigError("train.layout=mpmd: an anchored model needs its backbone everywhere, as in ddp")
-    if settings.layout == "mpmd":
+    layout = settings.layout
+    if layout != "ddp" and parallel.size() == 1:
+        raise ConfigError(f"train.layout={layout} needs several processes: `mode launch --nproc 2 train ...`")
+    if layout != "ddp" and held:
+        raise ConfigError(f"train.layout={layout}: an anchored model needs its backbone everywhere, as in ddp")
+    made: Copies | Branches
+    if layout == "mpmd":
         from mode.mpmd import Branches
 
-        made: Copies | Branches = Branches(model, device)
+        made = Branches(model, device)
+    elif layout == "fsdp":
+        from mode.shards import Shards
+
+        made = Shards(model)
     else:
         made = Copies(model)
     parallel.check_shares(settings.batch_size, settings.accumulate)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,11 +108,11 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
     settings, device = job.settings, next(model.parameters()).device
     spread = spread_over(model, job.hold is not None, settings, device)
     optimizer = make_optimizer(model, job)
-    layers = Layers(model, settings, half=precision_of(settings, device) == "bf16")
-    passes = recorded(accumulate, list(trainable(model).values()), settings, held=job.hold is not None)
     step, seconds, curve = restore(model, optimizer, job)
-    model.train()
-    objective = spread.wrap(Objective(model, settings, job.hold, spread.part, job.end))
+    made = Objective(model.train(), settings, job.hold, spread.part, job.end)
+    objective, optimizer = spread.wrap(made, optimizer, partial(make_optimizer, job=job))
+    layers = Layers(spread.model, settings, half=spread.halves and precision_of(settings, device) == "bf16")
+    passes = recorded(accumulate, list(trainable(spread.model).values()), settings, held=job.hold is not None)
     total = torch.zeros((), device=device)
     begin = time.monotonic()
     while step < job.steps:
@@ -130,10 +131,10 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
             since = (step - 1) % settings.log_every + 1
             mean = float(parallel.mean(total)) / since  # waits for the device, so it comes before the clock is read
             seconds += time.monotonic() - begin
-            spread.collect(optimizer)
+            saved = spread.collect(optimizer)
             point = measure(model, job, step, mean, states, spread, rows, held)
             curve.append(point | {"seconds": round(seconds, 3)})
-            append(job, curve[-1], optimizer, model)
+            append(job, curve[-1], saved, model)
             job.observe(dict(curve[-1], tokens_per_second=throughput(curve, settings)))
             total.zero_()
             begin = time.monotonic()
@@ -252,7 +253,7 @@ def measure(
     return point
 
 
-def append(job: Job, point: Point, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+def append(job: Job, point: Point, optimizer: Any, model: nn.Module) -> None:
     """Append a point to the curve, and save a checkpoint where one is due."""
     if not parallel.is_main():
         return

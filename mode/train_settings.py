@@ -44,8 +44,8 @@ class Train:
             computation; `streams`, each on a CUDA stream of its own.
         graph: Whether forward and backward pass of a step are one CUDA graph, which is recorded in the third step and
             takes the processor's launches away: what short steps of small models wait for.
-        layout: How several processes share a run: `ddp`, each all of the model and its part of the rows; `mpmd`, each
-            some branches of a MoDE model. The result is the same but for rounding.
+        layout: How several processes share a run: `ddp`, each all of the model and its part of the rows; `fsdp`, each a
+            shard of it; `mpmd`, each some branches of a MoDE model. The result is the same but for rounding.
         replay: Share of the mix's rows that other domains than the targets give, by domain. Earlier stages have none.
     """
 
@@ -72,7 +72,7 @@ class Train:
     documents: Literal["joined", "apart"] = "joined"
     branches: Literal["loop", "batched", "streams"] = "loop"
     graph: bool = False
-    layout: Literal["ddp", "mpmd"] = "ddp"
+    layout: Literal["ddp", "fsdp", "mpmd"] = "ddp"
     replay: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] | None = None
 
     def __post_init__(self) -> None:

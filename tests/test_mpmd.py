@@ -44,7 +44,7 @@ accumulate(Objective(alone, run.train, None), rows, run.train.accumulate)
 torch.nn.utils.clip_grad_norm_(trainable(alone).values(), most)
 branches = Branches(spread, torch.device("cpu"))
 with branches():
-    objective = branches.wrap(Objective(spread, run.train, None, branches.part))
+    objective = Objective(spread, run.train, None, branches.part)
     accumulate(objective, branches.rows(rows), run.train.accumulate, slots=branches.slots)
 branches.clip(most)
 found = {name: parameter.grad for name, parameter in trainable(spread).items() if parameter.grad is not None}

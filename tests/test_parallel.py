@@ -36,6 +36,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     "loramoe": ("method=loramoe",),
     "moelora": ("method=moelora", "method.task=guessed"),
     "btm": ("method=btm",),
+    "mode in shards": ("method=mode", "method.num_blocks=2", "train.layout=fsdp"),
+    "lora in shards, in bf16 and micro-batches": (
+        *("method=lora", "train.layout=fsdp", "train.precision=bf16", "train.accumulate=2"),
+    ),
 }
 SCRIPT = """
 import json, sys
@@ -71,7 +75,8 @@ def records(shared_world: World, tmp_path_factory: pytest.TempPathFactory) -> Ma
     found = {}
     for name, overrides in METHODS.items():
         parts = 4 if "train.accumulate=2" in overrides else 2
-        given = [*alone.overrides, *LOOP, *overrides, f"train.accumulate={parts}"]
+        plain = [text for text in overrides if not text.startswith("train.layout")]
+        given = [*alone.overrides, *LOOP, *plain, f"train.accumulate={parts}"]
         found[name] = execute(config.compose(asked[name], both.conf)), execute(config.compose(given, alone.conf))
     return found
 
@@ -79,7 +84,7 @@ def records(shared_world: World, tmp_path_factory: pytest.TempPathFactory) -> Ma
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_train_as_one_does(records: Mapping[str, tuple[Any, Any]], name: str) -> None:
     both, alone = records[name]
-    assert both.provenance["layout"] == {"kind": "ddp", "processes": 2}
+    assert both.provenance["layout"] == {"kind": "fsdp" if "in shards" in name else "ddp", "processes": 2}
     assert "layout" not in alone.provenance
     close = 2e-2 if "bf16" in name else 1e-4
     losses = [[point["loss"] for point in record.happened["curve"]] for record in (both, alone)]
@@ -91,6 +96,48 @@ def test_two_processes_train_as_one_does(records: Mapping[str, tuple[Any, Any]],
     for domain, gates in (alone.happened.get("gates") or {}).items():
         for place, mean in enumerate(gates["mean"]):
             assert both.happened["gates"][domain]["mean"][place] == pytest.approx(mean, abs=5e-3)
+
+
+STOPPED = """
+import json, sys
+from pathlib import Path
+from mode import config
+from mode.runner import execute
+def stop(prepared, point):
+    if point["step"] == 4:
+        raise KeyboardInterrupt
+try:
+    execute(config.compose(json.loads(sys.argv[1]), Path(sys.argv[2])), observe=stop)
+except (KeyboardInterrupt, RuntimeError):  # the second process's, when the first is gone
+    sys.exit()
+"""
+
+
+def test_what_was_begun_in_shards_goes_on_alone(shared_world: World, tmp_path: Path) -> None:
+    asked = ["method=lora", "train.steps=8", "train.batch_size=4", *EVERY, "train.checkpoint_every=2"]
+    begun, plain = (shared_world.at(tmp_path / name) for name in ("begun", "plain"))
+    given = [*begun.overrides, *asked, "train.layout=fsdp"]
+    together(2, ["-c", STOPPED, json.dumps(given), str(begun.conf)])
+    (checkpoint,) = (begun.root / "runs").rglob("checkpoint.safetensors")
+    before = checkpoint.read_bytes()
+    found = execute(config.compose([*begun.overrides, *asked], begun.conf))
+    expected = execute(config.compose([*plain.overrides, *asked], plain.conf))
+    assert found.id == expected.id
+    assert len(before) > 0
+    losses = [[point["loss"] for point in record.happened["curve"]] for record in (found, expected)]
+    assert len(losses[0]) == 8
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_experts_that_tokens_choose_are_not_put_in_shards(shared_world: World) -> None:
+    from mode.backbone import load_model
+    from mode.method import Material
+    from mode.shards import Shards
+
+    run = config.compose([*shared_world.overrides, "method=upcycling"], shared_world.conf)
+    method: Any = run.method
+    with pytest.raises(ConfigError, match="not with routers that choose experts"):
+        Shards(method.build(run, Material(backbone=lambda: load_model(run.backbone))))
 
 
 def test_rows_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from tests.test_bench import fresh
 from tests.test_cli import call
 
 CPU = torch.device("cpu")
+SPREAD = ("copies", "in shards", "side by side")
 needs_peers = pytest.mark.skipif(not (find_spec("trl") and find_spec("accelerate")), reason="needs the extra `peers`")
 LLAMA = {
     "model_type": "llama",
@@ -187,7 +188,7 @@ def test_the_sharding_suite_times_every_layout_beside_its_prediction(world: Worl
     result = call(world, "bench", "sharding", "--rounds", "1")
     assert result.exit_code == 0, result.output
     for job in jobs:
-        for layout in ("one process", "copies", "copies, planned", "side by side", "side by side, planned"):
+        for layout in ("one process", *(f"{name}{planned}" for name in SPREAD for planned in ("", ", planned"))):
             assert f"| {job} | {layout} |" in result.stdout
 
 

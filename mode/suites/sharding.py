@@ -1,4 +1,4 @@
-"""The suite `sharding`: a step on two processes of this machine, as copies and side by side, measured and planned."""
+"""The suite `sharding`: a step on two processes of this machine: copies, shards, side by side; measured and planned."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mode.files import write_atomic
 from mode.layers import Layers
 from mode.method import Material
 from mode.objective import Objective
-from mode.plan import WHOLE, Device, Estimate, Link, Work, ddp, mpmd, work_of
+from mode.plan import WHOLE, Device, Estimate, Link, Work, ddp, fsdp, mpmd, work_of
 from mode.spread import Copies, spread_over
 from mode.timing import Case
 from mode.train import Job, accumulate, make_optimizer
@@ -41,13 +41,14 @@ ROWS = ((4, 256), (2, 128), (2, 32))
 """Rows of a step and tokens of each: what is sent weighs more and more."""
 WIDTHS = (1, 2)
 """Factors on the hidden size, where weights are random."""
-LAYOUTS = ("one process", "copies", "side by side")
+LAYOUTS = {"one process": "", "copies": "ddp", "in shards": "fsdp", "side by side": "mpmd"}
+ALONE = next(iter(LAYOUTS))
 NUMBERS = (16_000_000, 1_000)
 """Numbers that are summed over processes to see what a link does, and what a message costs."""
 
 
 def sharding(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
-    """Return what to time: one process, copies of the model, and branches side by side, each with its prediction.
+    """Return what to time: one process, copies, shards, and branches side by side, each with its prediction.
 
     The predictions know of this machine what one process takes at the first width, with the most and the fewest
     tokens, and what summing over the processes takes.
@@ -66,6 +67,7 @@ def sharding(run: Run, method: MoDE, device: torch.device, folder: Path) -> tupl
     for name, file in jobs.items():
         plans = {
             "copies": ddp(shape[name], PROCESSES, machine, link),
+            "in shards": fsdp(shape[name], PROCESSES, machine, link),
             "side by side": mpmd(shape[name], (((0,), 1), ((1,), 1)), 1, machine, link),
         }
         for layout in LAYOUTS:
@@ -119,7 +121,7 @@ def measured_machine(team: Team, jobs: Mapping[str, str], shape: Mapping[str, Wo
     """Return what one process does, from its steps with the most and the fewest tokens at the first width."""
     names = list(jobs)
     most, least = names[0], names[len(ROWS) - 1]
-    times = [statistics.median(team.seconds(jobs[name], LAYOUTS[0]) for _ in range(5)) for name in (most, least)]
+    times = [statistics.median(team.seconds(jobs[name], ALONE) for _ in range(5)) for name in (most, least)]
     totals = [shape[name].tokens * shape[name].whole.flops.total for name in (most, least)]
     rate = (totals[0] - totals[1]) / (times[0] - times[1])
     return Device(flops=rate, memory=1e12, layer=max(0.0, (times[1] - totals[1] / rate) / shape[least].whole.layers))
@@ -230,23 +232,24 @@ class Alone(Copies):
         """Return all rows."""
         return values
 
-    def wrap(self, objective: nn.Module) -> nn.Module:
-        """Return the objective as it is."""
-        return objective
+    def wrap(self, objective: nn.Module, optimizer: Any, remake: Any) -> tuple[nn.Module, Any]:
+        """Return the objective and the optimizer as they are."""
+        return objective, optimizer
 
 
 def make_step(file: Path, layout: str) -> Callable[[], None]:
     """Return an optimizer step, as the loop makes it, under a layout; alone it is the first process's."""
-    if layout == LAYOUTS[0] and not parallel.is_main():
+    if layout == ALONE and not parallel.is_main():
         return lambda: None
     run = config.check(yaml.safe_load(file.read_text("utf-8")))
     method: Any = run.method
     model: nn.Module = method.build(run, Material(backbone=partial(load_model, run.backbone))).train()
-    train = config.replace(run.train, layout="mpmd" if layout == LAYOUTS[2] else "ddp")
-    spread = Alone(model) if layout == LAYOUTS[0] else spread_over(model, False, train, torch.device("cpu"))
+    train = config.replace(run.train, layout=LAYOUTS[layout] or "ddp")
+    spread = Alone(model) if layout == ALONE else spread_over(model, False, train, torch.device("cpu"))
     job = Job(settings=train, steps=1, lr=1e-6, folder=Path(), validate=dict)
-    optimizer, layers = make_optimizer(model, job), Layers(model, train)
-    objective = spread.wrap(Objective(model, train, None, spread.part))
+    made = Objective(model, train, None, spread.part)
+    objective, optimizer = spread.wrap(made, make_optimizer(model, job), partial(make_optimizer, job=job))
+    layers = Layers(spread.model, train)
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     shape = (train.batch_size, train.sequence_length + 1)
     rows = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))

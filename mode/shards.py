@@ -1,0 +1,98 @@
+"""A model whose weights, gradients and moments are in shards over all processes: torch's FSDP2.
+
+What trains is a copy in shards. The model that the loop was given is empty during steps and whole at points of the
+curve, where it is scored and saved as ever.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mode import parallel
+from mode.checked import ConfigError
+from mode.checkpoint import MOMENTS, trainable
+from mode.layers import decoder_layers
+from mode.modular import Block, blocks_of
+from mode.objective import Objective
+from mode.router import Router
+from mode.spread import Copies
+
+
+class Shards(Copies):
+    """A model in shards over all processes, each with its part of the rows."""
+
+    halves = False
+
+    def __init__(self, model: nn.Module) -> None:
+        """Take a model.
+
+        Raises:
+            ConfigError: It has experts that run where a token chooses them: a process none of whose tokens do would
+                have no gradient to share.
+        """
+        super().__init__(model)
+        if any(isinstance(each, Router) and chooses(each.settings) for each in model.modules()):
+            raise ConfigError("train.layout=fsdp: not with routers that choose experts; train.layout=ddp is for all")
+        self.whole = model
+
+    def wrap(self, objective: Objective, optimizer: Any, remake: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
+        """Return what a step runs, in shards, and its optimizer with the moments that there are."""
+        parallel.meet()
+        device = next(self.whole.parameters()).device
+        mesh = init_device_mesh(device.type, (parallel.size(),))
+        mine = Objective(copy.deepcopy(self.whole), objective.settings, None, end=objective.end)
+        for layer in decoder_layers(mine):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(mine, mesh=mesh)
+        self.model = mine.model
+        self.learning = list(trainable(self.model).values())
+        fresh = remake(self.model)
+        for part, theirs in zip(self.learning, trainable(self.whole).values(), strict=True):
+            if theirs in optimizer.state:
+                fresh.state[part] = in_shards(optimizer.state[theirs], part)
+        return mine, fresh
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Empty the whole model for a step."""
+        for parameter in self.whole.parameters():
+            parameter.data = torch.empty(0, device=parameter.device)
+        yield
+
+    def collect(self, optimizer: Any) -> Any:
+        """Make the model whole, on every process, and return what a checkpoint asks of an optimizer."""
+        state = {}
+        for mine, theirs in zip(self.model.parameters(), self.whole.parameters(), strict=True):
+            theirs.data = gathered(mine.data)
+            if mine in optimizer.state:
+                state[theirs] = {name: gathered(value) for name, value in optimizer.state[mine].items()}
+        for one, other in zip(blocks_of(self.whole), blocks_of(self.model), strict=True):
+            if isinstance(one, Block):
+                one.weights = other.weights
+        return SimpleNamespace(state=state)
+
+
+def chooses(settings: Any) -> bool:
+    """Say whether a router leaves experts out."""
+    return bool(settings.top_k or settings.top_p or settings.sample)
+
+
+def in_shards(state: dict[str, Any], like: Any) -> dict[str, Any]:
+    """Return the moments of a weight in the shards of that weight."""
+    moments = {name: distribute_tensor(state[name], like.device_mesh, like.placements) for name in MOMENTS}
+    return {"step": state["step"], **moments}
+
+
+def gathered(value: Tensor) -> Tensor:
+    """Return a tensor in shards as a whole one of this process's own. For all."""
+    return value.full_tensor().clone() if isinstance(value, DTensor) else value
