@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,9 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of probability to sample from.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
     gates: Annotated[bool, typer.Option("--gates", help="Colour every token by the branch its gates chose.")] = False,
+    layout: Annotated[
+        str, typer.Option("--layout", help="alone, or mpmd: with `mode launch`, every expert in a process of its own.")
+    ] = "alone",
     html: Annotated[Path | None, typer.Option(help="Write the text with every token's gates to an HTML file.")] = None,
     conf: ConfOption = None,
 ) -> None:
@@ -47,8 +50,10 @@ def generate(
         if html is not None and not html.parent.is_dir():
             raise ConfigError(f"--html {html}: no folder {html.parent}")
         pieces: list[Piece] = []
+        cached = laid_out(recalled.model, layout)
+        sampling = Sampling(max_tokens, temperature, top_p, seed)
         print(prompt, end="")
-        for piece in stream(recalled.model, recalled.tokenizer, prompt, Sampling(max_tokens, temperature, top_p, seed)):
+        for piece in stream(recalled.model, recalled.tokenizer, prompt, sampling, cached=cached):
             pieces.append(piece)
             print(paint(piece.text, piece.branch) if gates else piece.text, end="", flush=True)
         print()
@@ -59,6 +64,23 @@ def generate(
         if html is not None:
             write_atomic(html, to_html(f"mode generate {run}", [Section("Text", prompt, pieces)], names).encode())
             print(f"wrote {html}", file=sys.stderr)
+
+
+def laid_out(model: Any, layout: str) -> bool:
+    """Lay a model's branches out over processes, if asked for, and say whether keys and values can be kept."""
+    from mode import parallel
+    from mode.checked import ConfigError, nearest
+
+    known = ("alone", "mpmd")
+    if layout not in known:
+        raise ConfigError(f"--layout {layout}: not one of {', '.join(known)}{nearest(layout, known)}")
+    if layout == "mpmd":
+        from mode.mpmd import spread_for_good
+
+        spread_for_good(model)
+    elif parallel.size() > 1:
+        raise ConfigError("mode generate on several processes needs --layout mpmd")
+    return layout == "alone"
 
 
 def paint(text: str, branch: int) -> str:

@@ -8,7 +8,7 @@ import typer
 
 from cli.options import told
 
-ABLE = ("train", "compose")
+ABLE = ("train", "compose", "generate")
 """Commands that several processes can share."""
 
 
@@ -19,6 +19,8 @@ def launch(
     nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes; with GPUs, one for each.")] = 2,
 ) -> None:
     """Run `mode train` or `mode compose` on several processes of this machine that share the rows of every step.
+
+    Or `mode generate ... --layout mpmd`, with every expert in a process of its own.
 
     The same as `torchrun --nproc-per-node K -m cli COMMAND`, with mistakes told in one line. Options of `launch` come
     before the command.

@@ -53,7 +53,9 @@ class Piece:
 
 
 @torch.no_grad()
-def generate(model: PreTrainedModel, tokenizer: BackboneTokenizer, prompt: str, sampling: Sampling) -> Iterator[Piece]:
+def generate(
+    model: PreTrainedModel, tokenizer: BackboneTokenizer, prompt: str, sampling: Sampling, *, cached: bool = True
+) -> Iterator[Piece]:
     """Continue a prompt until the end-of-sequence token, yielding each token as it is made.
 
     Args:
@@ -61,6 +63,7 @@ def generate(model: PreTrainedModel, tokenizer: BackboneTokenizer, prompt: str, 
         tokenizer: Its tokenizer.
         prompt: The text to continue; an empty one starts a document.
         sampling: How to choose.
+        cached: Whether to keep keys and values; else every token reads all before it anew.
     """
     device = next(model.parameters()).device
     random = torch.Generator(device).manual_seed(sampling.seed)
@@ -69,7 +72,7 @@ def generate(model: PreTrainedModel, tokenizer: BackboneTokenizer, prompt: str, 
     step, cache, made, shown = torch.tensor([ids[-window:]], device=device), None, [], ""
     with watched(model) as latest:
         for _ in range(sampling.max_tokens):
-            out: Any = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out: Any = model(input_ids=step, past_key_values=cache, use_cache=cached, logits_to_keep=1)
             cache = out.past_key_values
             token = choose(out.logits[0, -1].float(), sampling, random)
             if token == tokenizer.eos_id:
@@ -78,7 +81,8 @@ def generate(model: PreTrainedModel, tokenizer: BackboneTokenizer, prompt: str, 
             fresh = addition(tokenizer, made, shown)
             shown += fresh
             yield Piece(fresh, tuple(tuple(weights[0, -1].tolist()) for weights in latest))
-            step = torch.tensor([[token]], device=device)
+            new = torch.tensor([[token]], device=device)
+            step = new if cached else torch.cat([step, new], dim=1)
 
 
 def addition(tokenizer: BackboneTokenizer, ids: Sequence[int], shown: str) -> str:

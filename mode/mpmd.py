@@ -77,6 +77,17 @@ class Branches:
             for block in self.blocks:
                 block.spread = None
 
+    def part_for_good(self) -> None:
+        """Forget the other slots' branches, and let blocks run their own from now on, for text token by token.
+
+        What an expert knows stays in its slot: it sends hidden states alone.
+        """
+        for block in self.blocks:
+            block.spread = Join(self.branch, self.mine, splits=False)
+            for index, layers in enumerate([block.backbone, *block.experts]):
+                for parameter in layers.parameters() if index not in self.mine else ():
+                    parameter.data = torch.empty(0, device=parameter.device)
+
     def rows(self, values: Any) -> Any:
         """Return the rows of a step that this process reads: all of its slot's."""
         part = len(values) // self.data.size()
@@ -162,3 +173,14 @@ class Join:
         parts = DTensor.from_local(mixed, self.mesh, [Partial()], run_check=False)
         summed: Tensor = parts.redistribute(placements=[Shard(0) if self.splits else Replicate()]).to_local()
         return summed
+
+
+def spread_for_good(model: nn.Module) -> None:
+    """Spread a finished model's branches over all processes, each of which forgets the others'.
+
+    Raises:
+        ConfigError: There is one process, or nothing to spread.
+    """
+    if parallel.size() == 1:
+        raise ConfigError("--layout mpmd needs several processes: `mode launch --nproc 2 generate ... --layout mpmd`")
+    Branches(model, next(model.parameters()).device).part_for_good()

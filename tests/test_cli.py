@@ -33,7 +33,7 @@ FLAGS = {
     "data prepare": ["--conf", "--domain"],
     "data show": ["--conf", "--domain"],
     "eval": ["--again", "--conf", "--downstream", "--limit", "--retention", "--task"],
-    "generate": ["--conf", "--gates", "--html", "--max-tokens", "--seed", "--temperature", "--top-p"],
+    "generate": ["--conf", "--gates", "--html", "--layout", "--max-tokens", "--seed", "--temperature", "--top-p"],
     "analyze gates": ["--conf", "--html", "--split", "--tokens"],
     "expert add": ["--conf", "--embed"],
     "expert remove": ["--conf", "--embed"],

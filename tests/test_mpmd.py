@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import distributed
+from typer.testing import CliRunner
 
+from cli.app import app
 from mode import config
 from mode.backbone import load_model
 from mode.checked import ConfigError
 from mode.checkpoint import load_tensors
 from mode.method import Material
+from mode.modular import blocks_of
 from mode.mpmd import Branches
 from mode.objective import Objective
 from mode.prepared import prepare_run
@@ -153,3 +158,50 @@ def test_one_process_has_nothing_to_spread_over(world: World) -> None:
     run: Any = config.compose([*world.overrides, *FRESH, "train.layout=mpmd"], world.conf)
     with pytest.raises(ConfigError, match="needs several processes: `mode launch --nproc 2"):
         execute(run)
+
+
+def test_text_side_by_side_is_that_of_one_process_though_none_has_the_others_weights(
+    shared_world: World, tmp_path: Path
+) -> None:
+    world = shared_world.at(tmp_path)
+    run = config.compose([*world.overrides, *FRESH, "method.num_experts=1", "train.steps=2"], world.conf)
+    record = execute(run, weights=True)
+    words = [
+        "generate",
+        record.id,
+        "def f",
+        f"paths.runs={world.root}/runs",
+        "--max-tokens",
+        "12",
+        "--conf",
+        str(world.conf),
+    ]
+    alone = CliRunner().invoke(app, words)
+    assert alone.exit_code == 0, alone.output
+    command = [sys.executable, "-m", "cli", "launch", "--nproc", "2", *words, "--layout", "mpmd"]
+    both = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert both.returncode == 0, both.stderr
+    assert both.stdout == alone.stdout
+    assert len(alone.stdout) > len("def f\n")
+
+
+def test_a_process_forgets_the_branches_of_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config.compose([*world.overrides, *FRESH, "method.num_experts=2"], world.conf)
+    model = noisy(run)
+    branches = object.__new__(Branches)
+    branches.blocks, branches.mine, branches.branch = blocks_of(model), [0, 2], None
+    branches.part_for_good()
+    for block in branches.blocks:
+        sizes = [sum(each.numel() for each in part.parameters()) for part in (block.backbone, *block.experts)]
+        assert [size > 0 for size in sizes] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("layout", "told"), [("mpmd", "needs several processes"), ("mmpd", "not one of alone, mpmd; did you mean mpmd?")]
+)
+def test_a_layout_of_text_that_cannot_be_is_told(world: World, layout: str, told: str) -> None:
+    from cli.generate import laid_out
+
+    run = config.compose([*world.overrides, *FRESH], world.conf)
+    with pytest.raises(ConfigError, match=told):
+        laid_out(noisy(run), layout)

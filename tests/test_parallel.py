@@ -207,7 +207,7 @@ def test_other_commands_are_refused_to_several_processes() -> None:
     [
         ("train baseline sft train.batch_size=3", "mode: train.batch_size=3 does not divide over 2 processes"),
         ("train baseline sfft", "did you mean sft?"),
-        ("reproduce table1", "mode: launch reproduce: not one of train, compose"),
+        ("reproduce table1", "mode: launch reproduce: not one of train, compose, generate"),
     ],
 )
 def test_mistakes_are_told_in_one_line(shared_world: World, tmp_path: Path, command: str, message: str) -> None:
