@@ -27,7 +27,7 @@ def plan(
         str, typer.Option("--link", help="What connects them.", autocompletion=complete("link"))
     ] = "nvlink",
     curves: Annotated[
-        Path | None, typer.Option("--curves", help="Draw time and memory over tokens, of 1B to 70B, into a folder.")
+        Path | None, typer.Option("--curves", help="Draw 1B to 70B on three links, to 4,096 devices, into a folder.")
     ] = None,
     calibrate: Annotated[
         str | None, typer.Option("--calibrate", help="Measure this machine, and call it so in the folder of --conf.")
@@ -55,7 +55,7 @@ def plan(
             measure(composed(), conf, calibrate)
             return
         if curves is not None:
-            draw(composed, read(Device, "device", device, conf), curves)
+            draw(composed, read(Device, "device", device, conf), curves, conf)
             return
         run = composed()
         kind, wire = read(Device, "device", device, conf), read(Link, "link", link, conf)
@@ -85,11 +85,11 @@ def measure(run: Run, conf: Path | None, name: str) -> None:
         print(f"written to {path}; `--device {name} --link {name} --conf {conf}` plans with it", file=sys.stderr)
 
 
-def draw(composed: Callable[..., Run], device: Device, folder: Path) -> None:
+def draw(composed: Callable[..., Run], device: Device, folder: Path, conf: Path | None) -> None:
     """Draw what is planned for backbones of three sizes on three links."""
     from mode.curves import publish
     from mode.plan import Link, read, work_of
 
     works = {name: work_of(composed(f"backbone={name}", "train.sequence_length=4096")) for name in DRAWN}
-    for path in publish(works, {name: read(Link, "link", name) for name in LINKS}, device, folder):
+    for path in publish(works, {name: read(Link, "link", name, conf) for name in LINKS}, device, folder):
         print(f"written to {path}", file=sys.stderr)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What the decoder gives to a layer besides its input."""
@@ -70,15 +71,23 @@ def run_on_streams(branches: Sequence[Any], states: Tensor, calls: Sequence[Call
     here = torch.cuda.current_stream()
     streams = [here, *(stream(number) for number in range(1, len(branches)))]
     outputs = []
+    for other in streams[1:]:  # before anything of a branch is on the current stream, which they would wait for
+        other.wait_stream(here)
     for layers, other in zip(branches, streams, strict=True):
-        other.wait_stream(here) if other is not here else None
         with torch.cuda.stream(other):
             outputs.append(run_layers(layers, states, calls))
     for output, other in zip(outputs[1:], streams[1:], strict=True):
         here.wait_stream(other)
-        states.record_stream(other)
+        for read in (states, *tensors_in(calls)):
+            read.record_stream(other)
         output.record_stream(here)
     return outputs
+
+
+def tensors_in(calls: Sequence[Call]) -> list[Tensor]:
+    """Return the tensors that layers are given besides their input: masks and rotary embeddings."""
+    leaves = tree_leaves([(args, options) for args, options in calls])
+    return [each for each in leaves if isinstance(each, Tensor)]
 
 
 @cache

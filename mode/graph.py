@@ -60,6 +60,7 @@ class Graph:
         self.graph: Any = None
         self.given: list[Tensor | None] = []
         self.gradients: list[Tensor | None] = []
+        self.told: list[tuple[Any, Tensor]] = []
         self.out: tuple[Tensor, Tensor]
 
     def __call__(
@@ -90,6 +91,8 @@ class Graph:
         self.graph.replay()
         for weight, gradient in zip(self.weights, self.gradients, strict=True):
             weight.grad = gradient
+        for block, weights in self.told:  # else scoring in between would leave its own
+            block.weights = weights
         return self.out
 
     def beside(self, *given: Any) -> tuple[Tensor, Tensor]:
@@ -118,4 +121,6 @@ class Graph:
                 f"train.graph=true: this model's step cannot be recorded ({reason}); leave it off"
             ) from error
         self.gradients = [weight.grad for weight in self.weights]
+        blocks = [module for module in objective.modules() if hasattr(module, "beside")]
+        self.told = [(block, block.weights) for block in blocks if isinstance(block.weights, Tensor)]
         self.graph = graph

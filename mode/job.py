@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import traceback
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mode import config
+from mode import config, parallel
 from mode.checked import ConfigError
 from mode.launch import launch
 from mode.prepared import prepare_run
@@ -32,14 +33,22 @@ def attempt(run: Run, run_id: str, observe: Callable[[Any, Any], None] = lambda 
 
 
 def work(text: str, run_id: str, nproc: int) -> str | None:
-    """Execute a run that is written as YAML by so many processes, and return its mistake if there was one."""
+    """Execute a run that is written as YAML by so many processes, and return its mistake if there was one.
+
+    Where one of several processes dies, this one ends too.
+    """
     if nproc == 1:
         return attempt(config.from_yaml(text), run_id)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_text(text, encoding="utf-8")
         code = launch([str(path)], nproc, module=__name__)
-    return None if code == 0 else f"one of its {nproc} processes ended with exit code {code}"
+        told = path.with_suffix(".mistake")
+        if told.exists():
+            return told.read_text("utf-8")
+    if code:
+        os._exit(1)  # a process of it died: so does the job, for the launcher to start it again
+    return None
 
 
 def main() -> None:
@@ -47,6 +56,8 @@ def main() -> None:
     run = config.from_yaml(Path(sys.argv[1]).read_text("utf-8"))
     mistake = attempt(run, prepare_run(run).id)
     if mistake is not None:
+        if parallel.is_main():
+            Path(sys.argv[1]).with_suffix(".mistake").write_text(mistake, encoding="utf-8")
         sys.exit(f"mode: {mistake}")
 
 

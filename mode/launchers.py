@@ -132,24 +132,36 @@ class SubmititJob(Job):
     """A job of submitit."""
 
     def __init__(self, executor: Any, nproc: int, run: Run, run_id: str, messages: Any) -> None:
-        """Submit it."""
+        """Submit it.
+
+        Raises:
+            ConfigError: It is refused.
+        """
         super().__init__(run, run_id, messages)
-        self.job = executor.submit(work, config.to_yaml(run), run_id, nproc)
+        try:
+            self.job = executor.submit(work, config.to_yaml(run), run_id, nproc)
+        except Exception as error:  # submitit has no class of its own for all that a cluster refuses
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"launcher of submitit: {reason}") from error
 
     def over(self) -> bool:
         """Say whether it has ended."""
         return bool(self.job.done())
 
     def result(self) -> str | None:
-        """Return the mistake that it made, if it made one."""
+        """Return the mistake that it made, if it made one.
+
+        Raises:
+            RuntimeError: It is gone without a word.
+        """
         from submitit.core.utils import FailedJobError, UncompletedJobError
 
         try:
             mistake: str | None = self.job.result()
+        except FailedJobError as error:  # a kind of the other
+            return str(error).strip().splitlines()[-1]
         except UncompletedJobError as error:
             raise RuntimeError(str(error)) from error
-        except FailedJobError as error:
-            return str(error).strip().splitlines()[-1]
         return mistake
 
     def terminate(self) -> None:
@@ -172,7 +184,11 @@ class RayJob(Job):
         return bool(ray.wait([self.reference], timeout=0)[0])
 
     def result(self) -> str | None:
-        """Return the mistake that it made, if it made one."""
+        """Return the mistake that it made, if it made one.
+
+        Raises:
+            RuntimeError: It is gone without a word.
+        """
         import ray
 
         try:
@@ -196,7 +212,19 @@ def starter(launcher: Launcher, folder: Path) -> Callable[[Run, str, Any], Job]:
     Args:
         launcher: How.
         folder: For what submitit writes of its jobs.
+
+    Raises:
+        ConfigError: There is no such cluster here, or its library does not know a parameter.
     """
+    try:
+        return started_by(launcher, folder)
+    except Exception as error:  # the libraries have no class of their own for a mistake in what they are told
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"launcher of {launcher.kind}: {reason}") from error
+
+
+def started_by(launcher: Launcher, folder: Path) -> Callable[[Run, str, Any], Job]:
+    """Return what starts a run as a job, or raise what the library raises."""
     if launcher.kind == "submitit":
         import submitit
 

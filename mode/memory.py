@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +30,8 @@ def affordable(
 ) -> str:
     """Return which layers are to form activations again so that a step takes no more than `settings.memory`.
 
-    A micro-batch is run for every choice until one fits; weights, gradients and both moments of AdamW count too. The
-    model and the state of random numbers are as before.
+    The passes of a step are run for every choice until one fits; weights, gradients and both moments of AdamW count
+    too. The model and the state of random numbers are as before.
 
     Args:
         model: The model, with what is frozen frozen.
@@ -40,7 +41,7 @@ def affordable(
         given: Returns rows, which of them are held, and their kinds, of the first step.
 
     Raises:
-        ConfigError: No choice takes so little.
+        ConfigError: No choice takes so little, or the device has too little for any.
     """
     assert settings.memory is not None
     device = next(model.parameters()).device
@@ -50,11 +51,13 @@ def affordable(
     needed = {}
     for choice in CHOICES:
         chosen = replace(settings, activation_checkpointing=choice, memory=None)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), suppress(torch.OutOfMemoryError):
             needed[choice] = resident + allocated(step(model, chosen, hold, end, given), device)
         model.zero_grad(set_to_none=True)
-        if needed[choice] <= 1e9 * settings.memory:
+        if choice in needed and needed[choice] <= 1e9 * settings.memory:
             return choice
+    if not needed:
+        raise ConfigError("train.activation_checkpointing=auto: a step does not fit on this device at all")
     least = min(needed.values()) / 1e9
     raise ConfigError(
         f"train.memory={settings.memory:g}: a step takes {least:.3g} GB at least; more train.accumulate takes less"
@@ -67,9 +70,9 @@ def step(
     """Return what runs the passes of a step."""
     device = next(model.parameters()).device
     objective = Objective(model, settings, hold, end=end)
-    layers = Layers(model, settings, half=precision_of(settings, device) == "bf16")
 
     def action() -> tuple[Tensor, Tensor]:
+        layers = Layers(model, settings, half=precision_of(settings, device) == "bf16")  # its copies count as well
         rows, held, kinds = given()
         with layers:
             return accumulate(objective, rows, settings.accumulate, held, kinds)

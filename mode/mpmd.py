@@ -59,12 +59,12 @@ class Branches:
     def check(self) -> None:
         """Refuse what cannot be spread."""
         if not self.blocks:
-            raise ConfigError("train.layout=mpmd: MoDE alone has branches to spread; train.layout=ddp is for all")
+            raise ConfigError("layout mpmd: MoDE alone has branches to spread")
         if len(self.blocks) < len(blocks_of(self.model)) or self.blocks[0].gate.settings.reads == "output":
-            raise ConfigError("train.layout=mpmd goes with method.head_rank=0 and method.gate.reads=input")
+            raise ConfigError("layout mpmd goes with method.head_rank=0 and method.gate.reads=input")
         most = 1 + len(self.blocks[0].experts)
         if not any(parallel.size() % count == 0 for count in range(2, most + 1)):
-            raise ConfigError(f"train.layout=mpmd: {parallel.size()} processes are no multiple of 2 to {most} slots")
+            raise ConfigError(f"layout mpmd: {parallel.size()} processes are no multiple of 2 to {most} slots")
 
     @contextmanager
     def __call__(self) -> Iterator[None]:

@@ -46,7 +46,7 @@ def meet() -> None:
     from torch import distributed
 
     if not distributed.is_initialized():
-        if torch.cuda.is_available():
+        if local_rank() < torch.cuda.device_count():
             torch.cuda.set_device(local_rank())
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 

@@ -41,6 +41,10 @@ class Shards(Copies):
                 have no gradient to share.
         """
         super().__init__(model)
+        if any(parameter.ndim == 0 for parameter in model.parameters()):
+            raise ConfigError(
+                "train.layout=fsdp: a number alone, such as a temperature, has no shards; train.layout=ddp is for all"
+            )
         if any(isinstance(each, Router) and chooses(each.settings) for each in model.modules()):
             raise ConfigError("train.layout=fsdp: not with routers that choose experts; train.layout=ddp is for all")
         self.whole = model

@@ -80,6 +80,8 @@ class Train:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         if (self.activation_checkpointing == "auto") != (self.memory is not None):
             raise ValueError("activation_checkpointing=auto and memory go together")
+        if self.layout != "ddp" and self.branches != "loop":
+            raise ValueError(f"layout={self.layout} goes with branches=loop")
         if self.branches == "batched" and (self.compile or self.activation_checkpointing != "none"):
             raise ValueError("branches=batched goes with neither compile nor activation_checkpointing")
         if self.graph and (self.activation_checkpointing != "none" or self.branches == "streams"):

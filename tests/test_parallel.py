@@ -195,7 +195,10 @@ def environment(pid: int) -> bytes:
 
 
 def test_other_commands_are_refused_to_several_processes() -> None:
-    for rank, told in (("0", "mode: reproduce: several processes can share train or compose alone\n"), ("1", "")):
+    for rank, told in (
+        ("0", "mode: reproduce: several processes can share train or compose or generate alone\n"),
+        ("1", ""),
+    ):
         several = os.environ | {"WORLD_SIZE": "2", "RANK": rank}
         asked = [sys.executable, "-m", "cli", "reproduce", "table1"]
         done = subprocess.run(asked, env=several, capture_output=True, text=True, check=False)

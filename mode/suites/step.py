@@ -121,7 +121,7 @@ def branches(run: Run, methods: Mapping[str, Adaptation], device: torch.device) 
             )
             for _ in range(WARM_UP + 1 if step.job.settings.graph else 0):  # what is timed is replayed
                 step()
-            cases.append(step.case(job, variant))
+            cases.append(step.case(f"{job}, {step.precision}", variant))
     return cases
 
 
