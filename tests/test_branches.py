@@ -28,6 +28,8 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 ON_CUDA = ["streams", "graph", "graph, batched"]
 EVERY = ["batched", *(pytest.param(way, marks=needs_cuda) for way in ON_CUDA)]
+SOME = [pytest.param(name, marks=() if name in ("llama", "gemma2") else pytest.mark.slow) for name in FAMILIES]
+"""Every family; those of the quick round stand for the others."""
 FRESH = ["method=mode", "method.start=fresh"]
 
 
@@ -85,7 +87,7 @@ def test_every_way_gives_the_loss_and_the_gradients_of_the_plain_one(world: Worl
     check_slopes(others, slopes, 1e-4 if precision == "fp32" else 3e-2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_experts_of_every_family_can_be_batched_or_say_that_they_cannot(world: World, family: str) -> None:
     run = config.compose([*world.overrides, *FRESH], world.conf)
     model = make_model(family)
@@ -197,7 +199,7 @@ def test_a_gpu_trains_as_a_processor_does(world: World, method: list[str]) -> No
     check_slopes({name: slope.cpu() for name, slope in others.items()}, slopes, 1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_documents_apart_have_the_loss_of_documents_alone(world: World, family: str) -> None:
     run = config.compose([*world.overrides, "method=sft", "train.documents=apart"], world.conf)
     model, end = make_model(family), 9
