@@ -22,9 +22,9 @@ from mode import parallel
 from mode.checked import ConfigError
 from mode.checkpoint import MOMENTS, trainable
 from mode.layers import decoder_layers
+from mode.loss import with_auxiliary
 from mode.modular import Block, blocks_of
 from mode.objective import Objective
-from mode.router import Router
 from mode.spread import Copies
 
 
@@ -37,16 +37,13 @@ class Shards(Copies):
         """Take a model.
 
         Raises:
-            ConfigError: It has experts that run where a token chooses them: a process none of whose tokens do would
-                have no gradient to share.
+            ConfigError: One of its weights is a number alone.
         """
         super().__init__(model)
         if any(parameter.ndim == 0 for parameter in model.parameters()):
             raise ConfigError(
                 "train.layout=fsdp: a number alone, such as a temperature, has no shards; train.layout=ddp is for all"
             )
-        if any(isinstance(each, Router) and chooses(each.settings) for each in model.modules()):
-            raise ConfigError("train.layout=fsdp: not with routers that choose experts; train.layout=ddp is for all")
         self.whole = model
 
     def wrap(self, objective: Objective, optimizer: Any, remake: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
@@ -54,6 +51,8 @@ class Shards(Copies):
         parallel.meet()
         device = next(self.whole.parameters()).device
         mesh = init_device_mesh(device.type, (parallel.size(),))
+        for module in with_auxiliary(self.whole):
+            module.auxiliary = None  # what a pass before left belongs to that pass, and cannot be copied
         mine = Objective(copy.deepcopy(self.whole), objective.settings, None, end=objective.end)
         for layer in decoder_layers(mine):
             fully_shard(layer, mesh=mesh)
@@ -84,11 +83,6 @@ class Shards(Copies):
             if isinstance(one, Block):
                 one.weights = other.weights
         return SimpleNamespace(state=state)
-
-
-def chooses(settings: Any) -> bool:
-    """Say whether a router leaves experts out."""
-    return bool(settings.top_k or settings.top_p or settings.sample)
 
 
 def in_shards(state: dict[str, Any], like: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mode import config, parallel
 from mode.checked import ConfigError
@@ -36,6 +37,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "loramoe": ("method=loramoe",),
     "moelora": ("method=moelora", "method.task=guessed"),
     "btm": ("method=btm",),
+    "upcycling in shards": ("method=upcycling", "train.layout=fsdp"),
     "mode in shards": ("method=mode", "method.num_blocks=2", "train.layout=fsdp"),
     "lora in shards, in bf16 and micro-batches": (
         *("method=lora", "train.layout=fsdp", "train.precision=bf16", "train.accumulate=2"),
@@ -134,15 +136,15 @@ def test_what_was_begun_in_shards_goes_on_alone(shared_world: World, tmp_path: P
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_experts_that_tokens_choose_are_not_put_in_shards(shared_world: World) -> None:
-    from mode.backbone import load_model
-    from mode.method import Material
+def test_a_weight_that_is_a_number_alone_has_no_shards() -> None:
+    from torch import nn
+
     from mode.shards import Shards
 
-    run = config.compose([*shared_world.overrides, "method=upcycling"], shared_world.conf)
-    method: Any = run.method
-    with pytest.raises(ConfigError, match="not with routers that choose experts"):
-        Shards(method.build(run, Material(backbone=lambda: load_model(run.backbone))))
+    model = nn.Linear(2, 2)
+    model.temperature = nn.Parameter(torch.ones(()))
+    with pytest.raises(ConfigError, match=r"train\.layout=fsdp: a number alone"):
+        Shards(model)
 
 
 def test_rows_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
