@@ -18,8 +18,10 @@ import torch
 
 from mode import config, parallel
 from mode.checked import ConfigError
+from mode.checkpoint import load_tensors
 from mode.record import read_records
 from mode.runner import execute
+from mode.train import read_curve
 from tests.conftest import World
 
 pytestmark = pytest.mark.slow
@@ -126,11 +128,13 @@ def test_what_was_begun_in_shards_goes_on_alone(shared_world: World, tmp_path: P
     given = [*begun.overrides, *asked, "train.layout=fsdp"]
     together(2, ["-c", STOPPED, json.dumps(given), str(begun.conf)])
     (checkpoint,) = (begun.root / "runs").rglob("checkpoint.safetensors")
-    before = checkpoint.read_bytes()
+    step = int(str(load_tensors(checkpoint)[1]["step"]))
+    before = read_curve(checkpoint.with_name("curve.jsonl"))[:step]
     found = execute(config.compose([*begun.overrides, *asked], begun.conf))
     expected = execute(config.compose([*plain.overrides, *asked], plain.conf))
     assert found.id == expected.id
-    assert len(before) > 0
+    assert 2 <= step < 8
+    assert found.happened["curve"][:step] == before  # seconds too: nothing was trained again
     losses = [[point["loss"] for point in record.happened["curve"]] for record in (found, expected)]
     assert len(losses[0]) == 8
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
