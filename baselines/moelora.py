@@ -46,7 +46,7 @@ class MOELoRA(LowRank):
             raise ValueError(f"rank={self.rank} does not divide over num_experts={self.num_experts}")
 
     @property
-    def least_rank(self) -> int:
+    def least(self) -> int:
         """Return the least rank, of which others are multiples: every expert has the same."""
         return self.num_experts
 

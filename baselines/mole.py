@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
@@ -21,15 +21,16 @@ from mode import config
 from mode.checked import STRICT, ConfigError
 from mode.cost import Cost, adapted, add, shape_of
 from mode.files import WEIGHTS
-from mode.method import Adaptation, Material, stages_by_domain
+from mode.method import Material, stages_by_domain
 from mode.settings import Run
+from mode.sized import Sized
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
-class MoLE(Adaptation):
+class MoLE(Sized):
     """Gates over trained LoRAs.
 
     Attributes:
@@ -49,9 +50,15 @@ class MoLE(Adaptation):
         """The method of the experts."""
         return config.build_method(self.experts)
 
+    def at(self, rank: int) -> Self:
+        """Return the method with experts of another rank."""
+        expert = self.expert.at(rank)
+        changed: Self = config.replace(self, experts=self.experts | {"rank": expert.rank, "alpha": expert.alpha})
+        return changed
+
     def needs(self, run: Run) -> tuple[Run, ...]:
         """Return one LoRA run per target."""
-        return stages_by_domain(run, self.expert, run.targets)
+        return stages_by_domain(run, self.sized(run).expert, run.targets)
 
     def branches(self, run: Run) -> tuple[str, ...]:
         """Return the names of the experts: their domains."""
@@ -72,7 +79,7 @@ class MoLE(Adaptation):
         model.requires_grad_(False)
         experts = [factors(load_tensors(folder / WEIGHTS)[0]) for folder in material.needs]
         ledger = Ledger(self.balance)
-        scale = self.expert.scale
+        scale = self.sized(run).expert.scale
 
         def make(path: str, base: nn.Module) -> nn.Module:
             down, up = (torch.stack([expert[path][part] for expert in experts]) for part in (0, 1))
@@ -83,7 +90,8 @@ class MoLE(Adaptation):
 
     def cost(self, run: Run) -> Cost:
         """Return what frozen experts and their gates take beside a frozen backbone."""
-        shape, length, expert, count = shape_of(run.backbone), run.train.sequence_length, self.expert, len(run.targets)
+        shape, length, count = shape_of(run.backbone), run.train.sequence_length, len(run.targets)
+        expert = self.sized(run).expert
         parts, gates = [shape.head(trains=False)], 0
         for number, layer in enumerate(shape.layers):
             paths = expert.targets(layer)

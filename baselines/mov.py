@@ -6,22 +6,24 @@ start, s = softmax(W h) over N experts, in fp32, without a bias. Published for T
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from mode.checked import STRICT
+from mode.config import replace
 from mode.cost import Cost, adapted, add, is_named, shape_of
-from mode.method import Adaptation, Material
+from mode.method import Material
 from mode.settings import RouterSettings, Run
+from mode.sized import Sized
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
-class MoV(Adaptation):
+class MoV(Sized):
     """Mixture of vectors.
 
     Attributes:
@@ -40,6 +42,11 @@ class MoV(Adaptation):
         if not self.outputs and not self.inputs:
             raise ValueError("outputs and inputs are both empty: nothing would train")
 
+    def at(self, num_experts: int) -> Self:
+        """Return the method with another number of vectors."""
+        changed: Self = replace(self, num_experts=num_experts)
+        return changed
+
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the backbone with vectors at its layers; they and their routers alone train.
 
@@ -54,11 +61,12 @@ class MoV(Adaptation):
         model: nn.Module = material.backbone()
         model.requires_grad_(False)
         torch.manual_seed(run.seed)
+        count = self.sized(run).num_experts
         for names, before in ((self.outputs, False), (self.inputs, True)):
 
             def make(path: str, base: nn.Module, before: bool = before) -> nn.Module:
-                router = Router(sizes(base)[not before], self.num_experts, self.router)
-                return VectorBank(base, self.num_experts, router, before=before)
+                router = Router(sizes(base)[not before], count, self.router)
+                return VectorBank(base, count, router, before=before)
 
             replace_linears(model, names, make)
         return model
@@ -66,13 +74,14 @@ class MoV(Adaptation):
     def cost(self, run: Run) -> Cost:
         """Return what vectors and routers take beside a frozen backbone; each vector has a router's row of its size."""
         shape, length = shape_of(run.backbone), run.train.sequence_length
+        count = self.sized(run).num_experts
         parts, added = [shape.head(trains=False)], 0
         for number, layer in enumerate(shape.layers):
             widths = {}
             for path, (inputs, outputs) in layer.matrices.items():
                 for names, width in ((self.outputs, outputs), (self.inputs, inputs)):
                     if any(is_named(path, name) for name in names):
-                        widths[path] = 2 * width * self.num_experts  # the router's matrix, and that of the vectors
+                        widths[path] = 2 * width * count  # the router's matrix, and that of the vectors
             parts.append(adapted(layer, length, dict.fromkeys(widths, 0), upstream=number > 0, routers=widths))
             added += sum(widths.values())
         total = shape.parameters + added

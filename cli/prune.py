@@ -41,6 +41,10 @@ def prune(
         recalled = recall_run(run, runs_folder(given, conf))
         ratios = ratio or [0.25, 0.5, 0.75]
         results = results_folder(given, conf)
-        found, path = measure(recalled, ratios, orders, results, lambda text: print(text, file=sys.stderr))
+
+        def tell(text: str) -> None:
+            print(text, file=sys.stderr)
+
+        found, path = measure(recalled, ratios, orders, results, tell, conf)
         print(render([found])["md"], end="")
         print(f"written to {path}; `mode report pruning` renders all", file=sys.stderr)

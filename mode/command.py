@@ -59,6 +59,18 @@ def command(record: Record, extra: Path | None, compose: Callable[[tuple[str, ..
     return shlex.join([*words, *settings, *(["--conf", str(extra)] if extra else [])])
 
 
+def variant(record: Record, extra: Path | None = None) -> str:
+    """Return what a record's method and training mix have that their configuration has not, as overrides.
+
+    Raises:
+        ConfigError: No method of its class is configured.
+    """
+    run = config.compose((f"method={method_name(record.asked['method']['_target_'], extra)}",), extra)
+    usual, replay = identity.asked(run), record.asked["train"].get("replay")
+    told = differing(record.asked["method"], usual["method"], run.method, "method.")
+    return shlex.join([*told, *([f"train.replay={written(replay)}"] if replay else [])])
+
+
 def opening(asked: Mapping[str, Any], extra: Path | None) -> tuple[list[str], list[str]]:
     """Return the words of the command that a run belongs to, and the overrides that it stands for."""
     method, targets = asked["method"], asked["targets"]

@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from mode import command
 from mode.checked import ConfigError
 from mode.device import device_name, set_up
 from mode.gate import Gate
@@ -45,7 +46,7 @@ INTRODUCTION = (
     "Next-token top-1 accuracy in per cent after a share of every layer's experts, the least needed by an order, has "
     "been taken out of a finished run, without training on. Change: growth of the norm of the expert's row of the "
     "router; norm: the norm; usage: mean weight on validation text of the targets; random: by a seed. Of MoDE the "
-    "backbone stays."
+    "backbone stays. Variant: what of the method is not as its configuration has it."
 )
 
 
@@ -53,7 +54,7 @@ INTRODUCTION = (
 class Pruned(Measurement):
     """What is left of a run without some of its experts.
 
-    `asked` has the run, orders, ratios and split, `happened` the cases (order, ratio, experts that went and their
+    `asked` has the run, what of its method is not as configured, orders, ratios and split, `happened` the cases (order, ratio, experts that went and their
     number, accuracy by domain), the whole model's first.
     """
 
@@ -64,7 +65,12 @@ class Pruned(Measurement):
 
 
 def prune(
-    run: Run, ratios: Sequence[float], orders: Sequence[str], results: Path, done: Callable[[str], None]
+    run: Run,
+    ratios: Sequence[float],
+    orders: Sequence[str],
+    results: Path,
+    done: Callable[[str], None],
+    extra: Path | None = None,
 ) -> tuple[Pruned, Path]:
     """Prune a finished run by every order and ratio, score what is left, and write what was measured, atomically.
 
@@ -74,6 +80,7 @@ def prune(
         orders: Orders in which they go.
         results: Folder of results.
         done: Told every case that is scored.
+        extra: A folder of the user's own configuration.
 
     Raises:
         ConfigError: The run is not finished or has no experts that a router weighs, or its weights are not here.
@@ -108,6 +115,7 @@ def prune(
         "ratios": list(ratios),
     }
     identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    asked["variant"] = command.variant(record, extra)
     found = Pruned(SCHEMA, identity, asked, {"cases": cases}, seen)
     return found, found.write(folder)
 
@@ -216,6 +224,7 @@ def frame(found: Sequence[Pruned]) -> pd.DataFrame:
     rows = [
         {
             "Method": each.asked["method"],
+            "Variant": each.asked.get("variant") or "–",
             "Run": f"{each.asked['run_name']}-{each.asked['run']}",
             "Order": one["order"] or "–",
             "Pruned": f"{100 * one['ratio']:.0f} %",

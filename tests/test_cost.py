@@ -161,14 +161,36 @@ def test_equal_parameters_raise_the_rank_of_adapters(world: World, name: str) ->
     told = [forecast(run) for run in (matched, run_of(world, "method=mode", "budget=params"))]
     adapters, experts = (each.trainable for each in told if each)
     settings: Any = plain.method
-    least = settings.least_rank
-    step = settings.trains(plain, 2 * least) - settings.trains(plain, least)
+    least = settings.least
+    step = settings.adds(plain, 2 * least) - settings.adds(plain, least)
     assert abs(adapters - experts) <= step / 2
     model = built(matched)
     assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == adapters
     scales = {module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")}
     scales |= {module.scale for module in model.modules() if isinstance(module, LowRankBank | LowRankFeedForward)}
     assert max(scales) == pytest.approx(min(scales)) == pytest.approx(settings.alpha / settings.rank)
+
+
+def test_equal_parameters_are_more_vectors_and_wider_experts_under_gates(world: World) -> None:
+    wanted = forecast(run_of(world, "method=mode", "budget=params"))
+    assert wanted is not None
+    run = run_of(world, "method=mov", "budget=params")
+    vectors = forecast(run)
+    assert vectors is not None
+    assert vectors.added == pytest.approx(wanted.added, rel=0.02)
+    model = built(run)
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == vectors.added
+
+    run = run_of(world, "method=mole", "budget=params")
+    method: Any = run.method
+    gates = forecast(run)
+    assert gates is not None
+    assert gates.added == pytest.approx(wanted.added, rel=0.02)
+    stages = method.needs(run)
+    assert len({stage.method.rank for stage in stages}) == 1
+    assert stages[0].method.rank > method.expert.rank
+    assert stages[0].method.scale == pytest.approx(method.expert.scale)
+    assert sum(told.added for stage in stages if (told := forecast(stage))) + gates.trainable == gates.added
 
 
 def test_a_rank_stabilised_adapter_keeps_alpha_when_its_rank_is_raised(world: World) -> None:
@@ -181,7 +203,7 @@ def test_a_rank_stabilised_adapter_keeps_alpha_when_its_rank_is_raised(world: Wo
 def test_a_rank_that_changes_nothing_or_costs_nobody_knows_what_is_refused(world: World) -> None:
     for name, setting, message in (
         ("lora", "method.target_modules=[model.layers.0.mlp.up_proj]", "on none of the matrices"),
-        ("mixlora", "method.router={top_k: null, top_p: 0.5}", "does not say what it trains"),
+        ("mixlora", "method.router={top_k: null, top_p: 0.5}", "does not say what it adds"),
     ):
         with pytest.raises(ConfigError, match=message):
             built(run_of(world, f"method={name}", setting, "budget=params"))

@@ -110,6 +110,7 @@ def test_every_kind_of_mixture_can_be_pruned_and_reported(world: World, method: 
     for one in cases[1::2]:
         assert one["accuracy"] == cases[0]["accuracy"]
     assert all(one["pruned"] > 0 for one in cases[2::2])
+    assert found.asked["variant"] == "method.lr=0.05"
     record = execute(prepared.run)
     assert cases[0]["accuracy"]["py"] == record.happened["scores"]["py"]["accuracy"]
     assert call(world, "report", "pruning").exit_code == 0
