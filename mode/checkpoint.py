@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,11 +21,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
-    """Write tensors and JSON metadata to a safetensors file, atomically."""
+    """Write tensors and JSON metadata to a safetensors file, atomically.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, temporary, metadata={"mode": json.dumps(metadata, sort_keys=True)})
+    try:
+        save_file(contiguous, temporary, metadata={"mode": json.dumps(metadata, sort_keys=True)})
+    except SafetensorError as error:
+        raise ConfigError(f"{path}: cannot be written ({error})") from error
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -57,19 +65,53 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()[:16]
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: Any, counters: Mapping[str, object]) -> None:
-    """Write the trainable parameters, their AdamW moments (the optimizer's `state`), and the loop's counters."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in trainable(model).items():
-        tensors[f"parameter.{name}"] = parameter
-        for moment in MOMENTS:
-            if parameter in optimizer.state:
-                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    save_tensors(path, tensors, counters)
+class Saver:
+    """Writes checkpoints while the steps after them go on: one at a time, from a copy in the processor's memory.
+
+    Its context ends when the last one is written.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing to write."""
+        self.pool = ThreadPoolExecutor(1)
+        self.writing: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait until the last checkpoint is written.
+
+        Raises:
+            ConfigError: It could not be.
+        """
+        self.wait()
+
+    def save(self, path: Path, model: nn.Module, optimizer: Any, counters: Mapping[str, object]) -> None:
+        """Write the trainable parameters, their AdamW moments (the optimizer's `state`), and the loop's counters.
+
+        Raises:
+            ConfigError: The checkpoint before could not be written.
+        """
+        self.wait()
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in trainable(model).items():
+            tensors[f"parameter.{name}"] = parameter
+            for moment in MOMENTS:
+                if parameter in optimizer.state:
+                    tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+        apart = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        self.writing = self.pool.submit(save_tensors, path, apart, counters)
+
+    def wait(self) -> None:
+        """Wait until what is being written is."""
+        if self.writing is not None:
+            self.writing.result()
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
-    """Restore what `save_checkpoint` wrote and return the loop's counters.
+    """Restore what a `Saver` wrote and return the loop's counters.
 
     Raises:
         ConfigError: The file is damaged, or belongs to a model with other trainable parameters.

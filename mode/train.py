@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mode import parallel
 from mode.checked import ConfigError
-from mode.checkpoint import load_checkpoint, save_checkpoint, trainable
+from mode.checkpoint import Saver, load_checkpoint, trainable
 from mode.data.batches import Batches
 from mode.files import CHECKPOINT, CURVE, write_atomic
 from mode.graph import recorded
@@ -115,29 +115,29 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
     passes = recorded(accumulate, list(trainable(spread.model).values()), settings, held=job.hold is not None)
     total = torch.zeros((), device=device)
     begin = time.monotonic()
-    while step < job.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(step, job.steps, settings)
-        rows, held, kinds = share(batches, job, step, spread, device)
-        torch.manual_seed(spread.seed((job.seed << 32) + step))
-        with layers, spread():
-            loss, states = passes(objective, rows, settings.accumulate, held, kinds, spread.slots)
-        spread.clip(settings.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        total += loss
-        step += 1
-        if step % settings.log_every == 0 or step == job.steps:
-            since = (step - 1) % settings.log_every + 1
-            mean = float(parallel.mean(total)) / since  # waits for the device, so it comes before the clock is read
-            seconds += time.monotonic() - begin
-            saved = spread.collect(optimizer)
-            point = measure(model, job, step, mean, states, spread, rows, held)
-            curve.append(point | {"seconds": round(seconds, 3)})
-            append(job, curve[-1], saved, model)
-            job.observe(dict(curve[-1], tokens_per_second=throughput(curve, settings)))
-            total.zero_()
-            begin = time.monotonic()
+    with Saver() as saver:
+        while step < job.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * schedule(step, job.steps, settings)
+            rows, held, kinds = share(batches, job, step, spread, device)
+            torch.manual_seed(spread.seed((job.seed << 32) + step))
+            with layers, spread():
+                loss, states = passes(objective, rows, settings.accumulate, held, kinds, spread.slots)
+            spread.clip(settings.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            total += loss
+            step += 1
+            if step % settings.log_every == 0 or step == job.steps:
+                mean = float(parallel.mean(total)) / ((step - 1) % settings.log_every + 1)
+                seconds += time.monotonic() - begin  # after the mean, which waits for the device
+                saved = spread.collect(optimizer)
+                point = measure(model, job, step, mean, states, spread, rows, held)
+                curve.append(point | {"seconds": round(seconds, 3)})
+                append(job, curve[-1], saved, model, saver)
+                job.observe(dict(curve[-1], tokens_per_second=throughput(curve, settings)))
+                total.zero_()
+                begin = time.monotonic()
     return Trained(job.steps, job.steps * settings.batch_size * settings.sequence_length, seconds, curve)
 
 
@@ -253,14 +253,14 @@ def measure(
     return point
 
 
-def append(job: Job, point: Point, optimizer: Any, model: nn.Module) -> None:
+def append(job: Job, point: Point, optimizer: Any, model: nn.Module, saver: Saver) -> None:
     """Append a point to the curve, and save a checkpoint where one is due."""
     if not parallel.is_main():
         return
     with job.curve.open("a", encoding="utf-8") as file:
         file.write(json.dumps(point) + "\n")
     if point["step"] % job.settings.checkpoint_every == 0 or point["step"] == job.steps:
-        save_checkpoint(job.checkpoint, model, optimizer, {"step": point["step"], "seconds": point["seconds"]})
+        saver.save(job.checkpoint, model, optimizer, {"step": point["step"], "seconds": point["seconds"]})
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, job: Job) -> tuple[int, float, list[Point]]:

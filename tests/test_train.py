@@ -19,7 +19,7 @@ import torch
 from mode import config
 from mode.backbone import load_model
 from mode.checked import ConfigError
-from mode.checkpoint import load_tensors
+from mode.checkpoint import Saver, load_tensors
 from mode.prepared import Prepared, prepare_run
 from mode.record import Record, processor
 from mode.runner import WEIGHTS, execute
@@ -166,6 +166,25 @@ def test_accumulation_changes_nothing_but_rounding(world: World, shared_world: W
 
 
 @pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_written_is_told(world: World) -> None:
+    run = run_of(world, "method=sft", "train.steps=4", "train.log_every=1", "train.checkpoint_every=1", "train.lr=1e-4")
+    folder = prepare_run(run).folder
+    (folder / f".checkpoint.safetensors.{os.getpid()}.partial").mkdir(parents=True)  # what it would be written to
+    with pytest.raises(ConfigError, match=r"checkpoint\.safetensors: cannot be written"):
+        execute(run)
+
+
+def test_a_checkpoint_is_of_its_own_step_whatever_the_next_ones_do(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(2048, 2048)
+    before = layer.weight.detach().clone()
+    with Saver() as saver, torch.no_grad():
+        saver.save(tmp_path / "checkpoint.safetensors", layer, torch.optim.AdamW(layer.parameters()), {"step": 1})
+        layer.weight.zero_()
+    tensors, counters = load_tensors(tmp_path / "checkpoint.safetensors")
+    assert torch.equal(tensors["parameter.weight"], before)
+    assert counters == {"step": 1}
+
+
 def test_a_damaged_checkpoint_is_told_in_one_line(world: World) -> None:
     run = run_of(world, "method=sft", "train.steps=4", "train.log_every=1", "train.checkpoint_every=1")
 

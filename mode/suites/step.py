@@ -12,7 +12,7 @@ import torch
 
 from mode import config
 from mode.backbone import load_model, stack
-from mode.checkpoint import save_checkpoint, trainable
+from mode.checkpoint import Saver, trainable
 from mode.cost import layers_per_block, shape_of
 from mode.graph import WARM_UP, recorded
 from mode.layers import Layers
@@ -129,7 +129,8 @@ def checkpoint_bytes(step: Step, folder: Path) -> dict[str, int]:
     """Return the bytes of the weights that train with both moments of AdamW, and of a checkpoint of them."""
     step()
     place = folder / "checkpoint.safetensors"
-    save_checkpoint(place, step.model, step.optimizer, {"step": 1})
+    with Saver() as saver:
+        saver.save(place, step.model, step.optimizer, {"step": 1})
     return {"weights that train, and their moments": 3 * step.bytes, "checkpoint": place.stat().st_size}
 
 
