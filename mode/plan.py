@@ -4,7 +4,8 @@ Arithmetic on the closed forms of `mode.cost`, per step of G tokens on D devices
 With P weights, of which T train, s = 2 bytes a weight sent (bf16) and 4 a gradient (fp32):
 
     ddp     every device holds all; gradients are all-reduced                  2 * 4 T (D - 1) / D bytes
-    fsdp    weights in shards, gathered forward, and backward where gradients pass; gradients reduce-scattered
+    fsdp    weights in shards, gathered forward, and backward where gradients pass, but for what is outside the layers,
+            which stays whole in between; gradients reduce-scattered
                                                      (s (P + P_backward) + 4 T) (D - 1) / D bytes
     mpmd    K slots of devices, each with some branches, sharded within. A block ends when its slowest slot does, in
             both passes; then its output, d numbers a token, is summed over slots: 2 (B - 1) + 1 times in a step,
@@ -26,7 +27,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from mode import config
 from mode.checked import STRICT, ConfigError, nearest
-from mode.cost import Flops, Layer, blocks, shape_of
+from mode.cost import Flops, Layer, beside, blocks, gate_size, shape_of
 from mode.method import Method
 from mode.modular_method import MoDE
 from mode.settings import Run
@@ -118,7 +119,7 @@ class Work:
 
     Attributes:
         blocks: The branches of every block.
-        head: What the head takes.
+        head: What is outside the layers: head, embeddings, gates.
         hidden: Size of a hidden state, d.
         tokens: Tokens of a step, G.
         half: Bytes in which weights and hidden states are sent, s.
@@ -183,14 +184,17 @@ def work_of(run: Run) -> Work:
     """
     method, shape, length = run.method, shape_of(run.backbone), run.train.sequence_length
     tokens = run.train.batch_size * length
+    outside = shape.parameters - sum(layer.parameters for layer in shape.layers)
     if isinstance(method, MoDE):
-        outside = shape.parameters - sum(layer.parameters for layer in shape.layers)
-        head = Branch(shape.head(trains=False), outside, 0, 1, 0.0)
-        found = []
+        found, count = [], method.count(run)
+        gates = beside(shape, count, method.num_blocks, method.expert_layers, 0, method.gate.hidden)[1]
+        gate = 2.0 * gate_size(shape.hidden, count, method.gate.hidden)
+        mixing = Flops(method.num_blocks * gate, (2 * method.num_blocks - 1) * gate)
+        head = Branch(shape.head(trains=False) + mixing, outside + gates, gates, 1, 0.0)
         for number, (block, expert) in enumerate(blocks(shape, method.num_blocks, method.expert_layers)):
             trains, later = method.train_experts, number > 0
             backbone = stacked(block, length, trains=False, upstream=later)
-            found.append((backbone, *[stacked(expert, length, trains=trains, upstream=later)] * method.count(run)))
+            found.append((backbone, *[stacked(expert, length, trains=trains, upstream=later)] * count))
         return Work(tuple(found), head, shape.hidden, tokens)
     cost = method.cost(run) if isinstance(method, Method) else None
     if cost is None:
@@ -201,8 +205,9 @@ def work_of(run: Run) -> Work:
     kept = sum(
         activations(layer, trains=trains, upstream=number > 0 or trains) for number, layer in enumerate(shape.layers)
     )
-    one = Branch(cost.flops, cost.total, cost.trainable, len(shape.layers), kept)
-    return Work(((one,),), IDLE, shape.hidden, tokens)
+    head = Branch(Flops(), outside, trains * outside, 1, 0.0)  # its operations are among the layers'
+    one = Branch(cost.flops, cost.total - outside, cost.trainable - head.trained, len(shape.layers), kept)
+    return Work(((one,),), head, shape.hidden, tokens)
 
 
 def stacked(layers: list[Layer], length: int, *, trains: bool, upstream: bool) -> Branch:
@@ -250,17 +255,25 @@ def ddp(work: Work, devices: int, device: Device, link: Link) -> Estimate:
     return Estimate("ddp", seconds, computing, traffic, held(whole, 1, share))
 
 
-def sharded(branch: Branch, devices: int, half: int) -> tuple[float, float]:
-    """Return the bytes and the messages of a branch's weights in shards over some devices."""
-    back = branch.weights if branch.flops.backward else 0
+def sharded(branch: Branch, devices: int, half: int, *, stays: bool = False) -> tuple[float, float]:
+    """Return the bytes and the messages of a branch's weights in shards over some devices.
+
+    Args:
+        branch: The branch.
+        devices: Their number.
+        half: Bytes in which weights are sent.
+        stays: Whether it stays whole from the forward to the backward pass.
+    """
+    back = branch.weights if branch.flops.backward and not stays else 0
     volume = (half * (branch.weights + back) + WHOLE * branch.trained) * (devices - 1) / devices
     rounds = branch.layers * (1 + bool(back) + bool(branch.trained))
     return volume, float(rounds * (devices - 1))
 
 
-def all_sharded(branches: Sequence[Branch], devices: int, half: int) -> tuple[float, float]:
-    """Return the same of several branches."""
-    volumes, messages = zip(*(sharded(branch, devices, half) for branch in branches), strict=True)
+def all_sharded(head: Branch, branches: Sequence[Branch], devices: int, half: int) -> tuple[float, float]:
+    """Return the same of several branches and of what is outside the layers, which stays."""
+    each = [sharded(head, devices, half, stays=True), *(sharded(branch, devices, half) for branch in branches)]
+    volumes, messages = zip(*each, strict=True)
     return sum(volumes), sum(messages)
 
 
@@ -268,8 +281,8 @@ def fsdp(work: Work, devices: int, device: Device, link: Link) -> Estimate:
     """Predict a step with the weights in shards over all devices."""
     whole, share = work.whole, work.tokens / devices
     computing = sum(device.seconds(whole, share))
-    parts = [work.head, *(branch for block in work.blocks for branch in block)]
-    traffic, messages = all_sharded(parts, devices, work.half)
+    parts = [branch for block in work.blocks for branch in block]
+    traffic, messages = all_sharded(work.head, parts, devices, work.half)
     seconds = link.hides(computing, traffic / link.bandwidth + messages * link.latency)
     return Estimate("fsdp", seconds, computing, traffic, held(whole, devices, share))
 
@@ -298,10 +311,10 @@ def mpmd(work: Work, slots: Slots, micro: int, device: Device, link: Link) -> Es
     waiting = (exchange / link.bandwidth + times_sent * micro * 2 * (count - 1) * link.latency) / micro
     traffic, behind, memory = 0.0, 0.0, 0.0
     for chosen, devices in slots:
-        mine = [work.head, *(block[index] for block in work.blocks for index in chosen)]
-        volume, messages = all_sharded(mine, devices, work.half)
+        mine = [block[index] for block in work.blocks for index in chosen]
+        volume, messages = all_sharded(work.head, mine, devices, work.half)
         traffic, behind = max(traffic, volume), max(behind, volume / link.bandwidth + messages * link.latency)
-        memory = max(memory, held(sum(mine, start=IDLE), devices, work.tokens / devices))
+        memory = max(memory, held(sum(mine, start=work.head), devices, work.tokens / devices))
     seconds = link.hides(computing, behind) + waiting
     return Estimate("mpmd", seconds, computing, traffic + exchange, memory, written(slots), micro)
 

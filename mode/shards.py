@@ -57,6 +57,7 @@ class Shards(Copies):
         for layer in decoder_layers(mine):
             fully_shard(layer, mesh=mesh)
         fully_shard(mine, mesh=mesh)
+        end_of_backward(mine)
         self.model = mine.model
         self.learning = list(trainable(self.model).values())
         fresh = remake(self.model)
@@ -83,6 +84,19 @@ class Shards(Copies):
             if isinstance(one, Block):
                 one.weights = other.weights
         return SimpleNamespace(state=state)
+
+
+def end_of_backward(model: nn.Module) -> None:
+    """Let the last layer that a backward pass goes through not gather the one before it.
+
+    In a modular model's first block no gradient goes through what is frozen, but a layer's backward pass gathers the
+    layer that ran before it, needed or not, unless it is told of another: itself, which is gathered already.
+    """
+    first = {id(module) for block in blocks_of(model)[:1] for module in block.modules()}
+    for layer in decoder_layers(model):
+        if id(layer) not in first or any(each.requires_grad for each in layer.parameters()):
+            layer.set_modules_to_backward_prefetch([layer])
+            return
 
 
 def in_shards(state: dict[str, Any], like: Any) -> dict[str, Any]:

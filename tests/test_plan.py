@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import distributed
 from typer.testing import CliRunner
 
 from cli.app import app
 from mode import config
+from mode.backbone import load_model
 from mode.checked import ConfigError
 from mode.cost import Flops, shape_of
+from mode.method import Material
+from mode.objective import Objective
 from mode.plan import (
     Branch,
     Device,
@@ -27,8 +34,11 @@ from mode.plan import (
     with_tokens,
     work_of,
 )
+from mode.shards import Shards
+from mode.train import Job, accumulate, make_optimizer
 from tests.conftest import World
 from tests.test_cli import call
+from tests.traffic import Traffic
 
 FREE = Link(bandwidth=1e30, latency=0.0)
 H100 = Device(flops=4e14, memory=80e9)
@@ -44,13 +54,12 @@ def work(backbone: str, *overrides: str, tokens: int = 65536, length: int = 4096
     "settings",
     [*(("method.start=fresh", f"method.num_experts={count}") for count in (1, 2, 4)), ("method.train_experts=false",)],
 )
-def test_operations_and_weights_are_those_of_the_closed_form_but_for_gates(settings: tuple[str, ...]) -> None:
+def test_operations_and_weights_are_those_of_the_closed_form(settings: tuple[str, ...]) -> None:
     run = config.compose(["method=mode", "backbone=llama-8b", "method.expert_layers=2", *settings])
     method: Any = run.method
     cost, whole = method.cost(run), work_of(run).whole
-    assert whole.flops.total == pytest.approx(cost.flops.total, rel=1e-4)
-    assert whole.weights == pytest.approx(cost.total, rel=1e-4)
-    assert whole.trained == pytest.approx(cost.trainable, rel=1e-4, abs=1e6)
+    assert whole.flops.total == pytest.approx(cost.flops.total, rel=1e-12)
+    assert (whole.weights, whole.trained) == (cost.total, cost.trainable)
 
 
 @pytest.mark.parametrize("method", ["sft", "lora", "molora"])
@@ -88,13 +97,41 @@ def test_traffic_is_that_of_the_collectives() -> None:
     step = Work(((frozen, trained), (passed, trained)), head, hidden=8, tokens=64)
     # All-reduce of 80 gradients in fp32: twice 3/4 of their bytes.
     assert ddp(step, 4, H100, FREE).traffic == 2 * 4 * 80 * 3 / 4
-    # Gathered forward: all; backward: all but the first block's frozen part; reduce-scattered: what trains.
-    assert fsdp(step, 4, H100, FREE).traffic == (2 * (290 + 190) + 4 * 80) * 3 / 4
+    # Gathered forward: all; backward: but for head and the first block's frozen part; reduce-scattered: what trains.
+    assert fsdp(step, 4, H100, FREE).traffic == (2 * (290 + 180) + 4 * 80) * 3 / 4
     # Slots of two: their own volume within; and between, three sums of 8 numbers a token: each sends half, twice.
     slots = (((0,), 2), ((1,), 2))
-    backbone, expert = 2 * (210 + 110) / 2, (2 * (90 + 90) + 4 * 80) / 2
+    backbone, expert = 2 * (210 + 100) / 2, (2 * (90 + 80) + 4 * 80) / 2
     exchange = 3 * 2 * (1 / 2) * 2 * 8 * (64 / 2)
     assert mpmd(step, slots, 1, H100, FREE).traffic == max(backbone, expert) + exchange
+
+
+MIXED = "method=mode method.start=fresh method.num_experts=3 method.num_blocks=2"
+
+
+@pytest.mark.filterwarnings("ignore:.*FSDP")
+@pytest.mark.parametrize(
+    "settings", ["method=sft", "method=lora", "method=upcycling", MIXED, f"{MIXED} method.num_blocks=1"]
+)
+def test_what_is_sent_in_shards_is_what_torch_sends(
+    world: World, monkeypatch: pytest.MonkeyPatch, settings: str
+) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    run: Any = config.compose([*world.overrides, *settings.split(), "train.batch_size=4"], world.conf)
+    model = run.method.build(run, Material(backbone=lambda: load_model(run.backbone)))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        spread, job = Shards(model), Job(settings=run.train, steps=1, lr=1.0, folder=world.root, validate=dict)
+        make = partial(make_optimizer, job=job)
+        objective, _ = spread.wrap(Objective(model, run.train, None), make(model), make)
+        with Traffic() as seen, spread():
+            accumulate(objective, torch.zeros(1, 33, dtype=torch.long), 1)
+    finally:
+        distributed.destroy_process_group()
+    assert fsdp(replace(work_of(run), half=4), 4, H100, FREE).traffic == seen.bytes * 3 / 4
 
 
 def test_a_block_ends_with_its_slowest_slot_unless_micro_batches_fill_the_wait() -> None:
@@ -173,12 +210,12 @@ def side_by_side(slots: Any, experts: int, num_blocks: int, expert_layers: int, 
 def test_the_published_speed_up_is_that_of_few_tokens_a_step() -> None:
     """Figure 4 of the paper, which does not tell its tokens a step; docs/sharding.md has these figures."""
     tokens = (1024, 4096, 8192, 16384)
-    assert [side_by_side(THREE, 4, 2, 3, each) for each in tokens] == pytest.approx([0.27, 0.63, 1.12, 1.29], abs=0.01)
-    assert side_by_side(FIVE, 4, 2, 3, 4096) == pytest.approx(0.63, abs=0.01)
+    assert [side_by_side(THREE, 4, 2, 3, each) for each in tokens] == pytest.approx([0.26, 0.65, 1.16, 1.30], abs=0.01)
+    assert side_by_side(FIVE, 4, 2, 3, 4096) == pytest.approx(0.65, abs=0.01)
     layers = [side_by_side(APART, 2, 2, each, 4096) for each in (2, 3, 4, 5)]
-    assert layers == pytest.approx([0.87, 0.99, 1.07, 1.14], abs=0.01)
+    assert layers == pytest.approx([0.92, 1.04, 1.12, 1.18], abs=0.01)
     merges = [side_by_side(THREE, 4, blocks, 6 // blocks, 4096) for blocks in (2, 3, 6)]
-    assert merges == pytest.approx([0.63, 0.62, 0.62], abs=0.01)
+    assert merges == pytest.approx([0.65, 0.64, 0.63], abs=0.01)
 
 
 def test_curves_are_the_plans_of_every_size_and_link(tmp_path: Path) -> None:
