@@ -12,7 +12,7 @@ from mode.settings import Run
 
 RECIPE = 1
 """Part of every run's identity; raised with the golden losses, when the mathematics of the loop changes."""
-NO_EFFECT = ("log_every", "checkpoint_every", "validate_every", "layout")
+NO_EFFECT = ("log_every", "checkpoint_every", "validate_every", "layout", "in_flight", "placement")
 """Settings of the loop that no weight depends on."""
 NOT_IDENTITY = ("paths", "track", "domains")
 """Settings that do not change what a run is; domains enter its identity through the fingerprints of their data."""

@@ -71,7 +71,11 @@ class Block(nn.Module):
         if self.alone:
             return run_layers(self.backbone, hidden_states, calls)
         if self.spread is not None:
-            hidden_states = self.spread.enter(hidden_states)
+            return self.spread(self, hidden_states, calls)  # type: ignore[no-any-return]
+        return self.mix(hidden_states, calls)
+
+    def mix(self, hidden_states: Tensor, calls: Sequence[Call], some: Sequence[int] | None = None) -> Tensor:
+        """Return the branches' outputs, weighted and summed, (B, S, d): of all, or of some by number."""
         outputs: dict[int, Tensor] = {}
         if self.gate.settings.reads == "output":
             outputs[0] = run_layers(self.backbone, hidden_states, calls)
@@ -81,11 +85,11 @@ class Block(nn.Module):
         outputs |= self.together(branches, hidden_states, calls, len(outputs))
         mixed: Tensor = torch.zeros((), device=hidden_states.device)
         for index, layers in enumerate(branches):
-            if self.spread is not None and index not in self.spread.mine:
+            if some is not None and index not in some:
                 continue
             output = outputs[index] if index in outputs else run_layers(layers, hidden_states, calls)
             mixed = mixed + weights[..., index : index + 1].to(output.dtype) * output
-        return mixed if self.spread is None else self.spread.leave(mixed)
+        return mixed
 
     def together(self, branches: Sequence[Any], states: Tensor, calls: Sequence[Call], done: int) -> dict[int, Tensor]:
         """Return the outputs of branches that run beside each other, by number; none where all run in a loop.

@@ -3,21 +3,25 @@
 K slots of D / K processes each. A process runs the branches of its slot alone; every process has the gates and the
 head. Before a block its input is the same in all slots, and its gradient is summed over them; after it the slots'
 outputs are summed (equation 2). The last block's sum leaves each slot a part of the rows, so that head and loss are
-shared. Frozen weights aside, an expert's gradients and moments exist in its slot alone.
+shared. A branch's weights, gradients and moments exist in its slot alone, but for points of the curve, where all have
+all of the model, so that it is scored and saved as ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.utils._pytree import tree_map
 
 from mode import parallel
+from mode.branches import Call
 from mode.checked import ConfigError
 from mode.checkpoint import MOMENTS, trainable
 from mode.modular import Block, blocks_of
@@ -29,32 +33,49 @@ class Branches:
     Attributes:
         slots: K.
         slot: This process's slot.
-        mine: The branches that it runs, by number; 0 is the backbone's.
+        owners: The slot of every branch, by its number; 0 is the backbone's.
+        mine: The branches that this process runs.
         halves: Whether frozen matrices can be held in bf16 in a step.
         model: What trains.
     """
 
     halves = True
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        """Place the branches: the backbone in the first slot, experts in turn in the others.
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        in_flight: int = 1,
+        placement: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """Place the branches.
+
+        Args:
+            model: A modular model.
+            device: This process's.
+            in_flight: Micro-batches in which rows pass through the blocks.
+            placement: The branches of every slot; by default as even as can be.
 
         Raises:
-            ConfigError: There are no branches to spread, too few processes, or gates that read what only one slot has.
+            ConfigError: There are no branches to spread, too few processes, or gates that read what only one slot has;
+                or the placement is not one of this model's branches.
         """
-        self.model = model
+        self.model, self.in_flight = model, in_flight
         self.blocks = [block for block in blocks_of(model) if isinstance(block, Block)]
         self.check()
-        experts = len(self.blocks[0].experts)
-        self.slots = max(count for count in range(2, experts + 2) if parallel.size() % count == 0)
+        placement = self.even() if placement is None else placement
+        self.check_placement(placement)
+        self.slots = len(placement)
         parallel.meet()
         names = ("branch", "data")
         shape = (self.slots, parallel.size() // self.slots)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         self.branch, self.data = (mesh[name] for name in names)
         self.slot = self.branch.get_local_rank()
-        self.owners = [0, *(1 + index % (self.slots - 1) for index in range(experts))]
+        slots = {index: slot for slot, chosen in enumerate(placement) for index in chosen}
+        self.owners = [slots[index] for index in range(len(slots))]
         self.mine = [index for index, owner in enumerate(self.owners) if owner == self.slot]
+        self.shapes = {parameter: parameter.shape for _, parameter in self.branch_weights()}
 
     def check(self) -> None:
         """Refuse what cannot be spread."""
@@ -62,15 +83,54 @@ class Branches:
             raise ConfigError("layout mpmd: MoDE alone has branches to spread")
         if len(self.blocks) < len(blocks_of(self.model)) or self.blocks[0].gate.settings.reads == "output":
             raise ConfigError("layout mpmd goes with method.head_rank=0 and method.gate.reads=input")
-        most = 1 + len(self.blocks[0].experts)
-        if not any(parallel.size() % count == 0 for count in range(2, most + 1)):
-            raise ConfigError(f"layout mpmd: {parallel.size()} processes are no multiple of 2 to {most} slots")
+
+    def even(self) -> list[list[int]]:
+        """Return as many slots as the processes allow, of as even work as can be: the longest branch first.
+
+        Raises:
+            ConfigError: The number of processes is no multiple of any number of slots.
+        """
+        branches = [self.blocks[0].backbone, *self.blocks[0].experts]
+        counts = [count for count in range(2, len(branches) + 1) if parallel.size() % count == 0]
+        if not counts:
+            raise ConfigError(f"layout mpmd: {parallel.size()} processes are no multiple of 2 to {len(branches)} slots")
+        # A weight is read once forward and, for what comes before it and for itself if it trains, once each backward.
+        work = [sum(2 + each.requires_grad for each in branch.parameters()) for branch in branches]
+        chosen: list[list[int]] = [[] for _ in range(max(counts))]
+        for index in sorted(range(len(branches)), key=lambda index: -work[index]):
+            min(chosen, key=lambda slot: sum(work[each] for each in slot)).append(index)
+        return sorted(sorted(slot) for slot in chosen)
+
+    def check_placement(self, placement: Sequence[Sequence[int]]) -> None:
+        """Refuse a placement that does not have every branch once, or whose slots do not divide the processes."""
+        branches = list(range(1 + len(self.blocks[0].experts)))
+        if sorted(index for slot in placement for index in slot) != branches or not all(placement):
+            raise ConfigError(
+                f"train.placement: not each of the branches {branches}, the backbone being 0, in one slot"
+            )
+        if len(placement) < 2 or parallel.size() % len(placement):
+            raise ConfigError(f"train.placement: {parallel.size()} processes do not divide over {len(placement)} slots")
+
+    def branch_weights(self) -> Iterator[tuple[int, nn.Parameter]]:
+        """Return every branch's weights with the number of the branch, block by block."""
+        for block in self.blocks:
+            for index, layers in enumerate([block.backbone, *block.experts]):
+                for parameter in layers.parameters():
+                    yield index, parameter
+
+    def forget(self) -> None:
+        """Let go of the weights of other slots' branches."""
+        for index, parameter in self.branch_weights():
+            if index not in self.mine and parameter.numel():
+                parameter.data = torch.empty(0, device=parameter.device)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Let the blocks run their slot's branches alone for a while."""
+        """Let the blocks run their slot's branches alone for a while, and forget the others'."""
+        self.forget()
         for number, block in enumerate(self.blocks):
-            block.spread = Join(self.branch, self.mine, splits=number == len(self.blocks) - 1)
+            last = number == len(self.blocks) - 1
+            block.spread = Join(self.branch, self.mine, self.in_flight, last=last, splits=last)
         try:
             yield
         finally:
@@ -82,11 +142,9 @@ class Branches:
 
         What an expert knows stays in its slot: it sends hidden states alone.
         """
+        self.forget()
         for block in self.blocks:
-            block.spread = Join(self.branch, self.mine, splits=False)
-            for index, layers in enumerate([block.backbone, *block.experts]):
-                for parameter in layers.parameters() if index not in self.mine else ():
-                    parameter.data = torch.empty(0, device=parameter.device)
+            block.spread = Join(self.branch, self.mine, last=True, splits=False)
 
     def rows(self, values: Any) -> Any:
         """Return the rows of a step that this process reads: all of its slot's."""
@@ -94,15 +152,19 @@ class Branches:
         return values[self.data.get_local_rank() * part :][:part]
 
     def part(self, rows: Tensor) -> Tensor:
-        """Return the rows that are left to this slot after the last block."""
-        return rows.chunk(self.slots)[self.slot]
+        """Return the rows that are left to this slot after the last block: its part of every micro-batch in flight."""
+        return torch.cat([some.chunk(self.slots)[self.slot] for some in rows.chunk(self.in_flight)])
 
     def seed(self, seed: int) -> int:
         """Return a seed that is the same in all slots."""
         return parallel.own_seed(seed, self.data.get_local_rank())
 
     def wrap(self, objective: nn.Module, optimizer: Any, remake: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
-        """Return what a step runs, and its optimizer: gradients are brought together in `clip`."""
+        """Forget the other slots' branches, and return what a step runs, and its optimizer without their moments."""
+        self.forget()
+        for index, parameter in self.branch_weights():
+            if index not in self.mine:
+                optimizer.state.pop(parameter, None)
         return objective, optimizer
 
     def clip(self, most: float) -> None:
@@ -120,24 +182,19 @@ class Branches:
         norm = (squares + sum(grad.square().sum() for grad in shared)).sqrt()
         torch.nn.utils.clip_grads_with_norm_(found, most, norm)
 
-    def collect(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Give every process all slots' experts, with their moments, and return the optimizer that has them."""
-        for block in self.blocks:
-            for index, expert in enumerate(block.experts):
-                for parameter in expert.parameters():
-                    if parameter.requires_grad:
-                        self.spread(parameter, optimizer, self.owners[index + 1])
-        return optimizer
-
-    def spread(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer, owner: int) -> None:
-        """Send a slot's weight and its moments to the other slots."""
-        state = optimizer.state[parameter]
-        if self.slot != owner:
-            state |= {moment: torch.empty_like(parameter.data) for moment in MOMENTS} | {
-                "step": torch.zeros((), device=parameter.device)
-            }
-        for tensor in (parameter.data, state["step"], *(state[moment] for moment in MOMENTS)):
-            distributed.broadcast(tensor, group=self.branch.get_group(), group_src=owner)
+    def collect(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Give every process all slots' branches, and return all moments, as a checkpoint asks for them."""
+        state = dict(optimizer.state)
+        for index, parameter in self.branch_weights():
+            owner = self.owners[index]
+            if self.slot != owner:
+                parameter.data = torch.empty(self.shapes[parameter], dtype=parameter.dtype, device=parameter.device)
+                if parameter.requires_grad:
+                    state[parameter] = {moment: torch.empty_like(parameter.data) for moment in MOMENTS}
+            moments = [state[parameter][moment] for moment in MOMENTS] if parameter.requires_grad else []
+            for tensor in (parameter.data, *moments):
+                distributed.broadcast(tensor, group=self.branch.get_group(), group_src=owner)
+        return SimpleNamespace(state=state)
 
 
 def together(grads: list[Tensor], group: Any, count: int = 1) -> None:
@@ -150,29 +207,71 @@ def together(grads: list[Tensor], group: Any, count: int = 1) -> None:
 
 
 class Join:
-    """What a block does before and after its own branches.
+    """What a block of a model whose branches are spread does with its input.
 
     Attributes:
         mine: The branches that run here.
     """
 
-    def __init__(self, mesh: Any, mine: list[int], *, splits: bool) -> None:
-        """Keep the slots' mesh; `splits`: whether each slot is left a part of the rows."""
-        self.mesh, self.mine, self.splits = mesh, mine, splits
+    def __init__(self, mesh: Any, mine: Sequence[int], in_flight: int = 1, *, last: bool, splits: bool) -> None:
+        """Take a block's place.
+
+        Args:
+            mesh: The slots'.
+            mine: The branches that run here.
+            in_flight: Micro-batches in which rows pass through the blocks.
+            last: Whether the block is the last.
+            splits: Whether each slot is left a part of the rows of its output.
+        """
+        self.mesh, self.mine, self.in_flight, self.last, self.splits = mesh, mine, in_flight, last, splits
+
+    def __call__(self, block: Block, states: Tensor | list[Tensor], calls: Sequence[Call]) -> Any:
+        """Return a block's output, (B, S, d), or (B / K, S, d) where it splits; of micro-batches in flight a list.
+
+        Between blocks these stay apart: the next block's first begins while the second's sum is on its way. Each is
+        waited for where it is used. In the backward pass torch goes through what was computed last first, which is the
+        other way round and as much apart.
+        """
+        parts = list(states.chunk(self.in_flight)) if isinstance(states, Tensor) else states
+        left, means = [], []
+        for number, part in enumerate(parts):
+            mine = calls if len(parts) == 1 else rows_of(calls, number, len(parts), len(part))
+            left.append(self.leave(block.mix(self.enter(part), mine, self.mine)))
+            means.append(block.weights)
+        if len(parts) == 1:
+            return left[0]
+        block.weights = torch.stack([mean for mean in means if mean is not None]).mean(dim=0)
+        return torch.cat(left) if self.last else left
 
     def enter(self, states: Tensor) -> Tensor:
         """Return a block's input, (B, S, d), whose gradient is the sum of all slots'."""
         if not states.requires_grad:
             return states
         same = DTensor.from_local(states, self.mesh, [Replicate()], run_check=False)
+        if self.in_flight > 1:  # nothing forward; backward it sums without waiting
+            same = same.redistribute(placements=[Replicate()], async_op=True)
         entered: Tensor = same.to_local(grad_placements=[Partial()])
         return entered
 
     def leave(self, mixed: Tensor) -> Tensor:
         """Return the sum of all slots' outputs, (B, S, d), or this slot's rows of it, (B / K, S, d)."""
         parts = DTensor.from_local(mixed, self.mesh, [Partial()], run_check=False)
-        summed: Tensor = parts.redistribute(placements=[Shard(0) if self.splits else Replicate()]).to_local()
+        goal = [Shard(0) if self.splits else Replicate()]
+        summed: Tensor = parts.redistribute(placements=goal, async_op=self.in_flight > 1).to_local()
         return summed
+
+
+def rows_of(calls: Sequence[Call], number: int, parts: int, count: int) -> list[Call]:
+    """Return what is meant for the layers, for one of several micro-batches of so many rows.
+
+    What has as many rows as all of them together, such as a mask, has its own for each.
+    """
+
+    def cut(value: Any) -> Any:
+        own = isinstance(value, Tensor) and value.ndim > 1 and len(value) == parts * count
+        return value[number * count :][:count] if own else value
+
+    return [tree_map(cut, call) for call in calls]
 
 
 def spread_for_good(model: nn.Module) -> None:

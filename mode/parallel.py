@@ -107,7 +107,7 @@ def share(rows: Rows) -> Rows:
     return mine
 
 
-def check_shares(batch_size: int, accumulate: int) -> None:
+def check_shares(batch_size: int, accumulate: int, in_flight: int = 1) -> None:
     """Refuse rows that do not divide over the processes.
 
     Raises:
@@ -115,9 +115,10 @@ def check_shares(batch_size: int, accumulate: int) -> None:
     """
     from mode.checked import ConfigError
 
-    if batch_size % (accumulate * size()):
-        parts = f" and train.accumulate={accumulate}" if accumulate > 1 else ""
-        raise ConfigError(f"train.batch_size={batch_size} does not divide over {size()} processes{parts}")
+    if batch_size % (accumulate * in_flight * size()):
+        parts = {"train.accumulate": accumulate, "train.in_flight": in_flight}
+        told = "".join(f" and {name}={count}" for name, count in parts.items() if count > 1)
+        raise ConfigError(f"train.batch_size={batch_size} does not divide over {size()} processes{told}")
 
 
 def own_seed(seed: int, number: int) -> int:

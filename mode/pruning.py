@@ -37,6 +37,7 @@ from mode.stage import score
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mode.record import Record
     from mode.settings import Run
 
 SCHEMA = 1
@@ -54,8 +55,8 @@ INTRODUCTION = (
 class Pruned(Measurement):
     """What is left of a run without some of its experts.
 
-    `asked` has the run, what of its method is not as configured, orders, ratios and split, `happened` the cases (order, ratio, experts that went and their
-    number, accuracy by domain), the whole model's first.
+    `asked` has the run, what of its method is not as configured, orders, ratios and split, `happened` the cases (order,
+    ratio, experts that went and their number, accuracy by domain), the whole model's first.
     """
 
     @property
@@ -104,20 +105,24 @@ def prune(
         for ratio in ratios:
             cases.append(case(prepared, model, order, ratio, {name: least(needs[name], ratio) for name in gates}))
             done(f"{order}, {ratio:g} pruned")
-    name = record.filename.removesuffix(f"-{record.id}.json")
-    asked = {
+    asked = asked_of(record, run, ratios, orders)
+    identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    asked["variant"] = command.variant(record, extra)  # a name for people: no part of the identity
+    found = Pruned(SCHEMA, identity, asked, {"cases": cases}, seen)
+    return found, found.write(folder)
+
+
+def asked_of(record: Record, run: Run, ratios: Sequence[float], orders: Sequence[str]) -> dict[str, Any]:
+    """Return what identifies a measurement."""
+    return {
         "run": record.id,
-        "run_name": name,
+        "run_name": record.filename.removesuffix(f"-{record.id}.json"),
         "method": type(run.method).__name__,
         "backbone": run.backbone.name,
         "split": run.evaluate.split,
         "orders": list(orders),
         "ratios": list(ratios),
     }
-    identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-    asked["variant"] = command.variant(record, extra)
-    found = Pruned(SCHEMA, identity, asked, {"cases": cases}, seen)
-    return found, found.write(folder)
 
 
 def weighing(model: nn.Module) -> dict[str, nn.Module]:

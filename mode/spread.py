@@ -92,12 +92,12 @@ def spread_over(model: nn.Module, held: bool, settings: Train, device: torch.dev
     if layout == "mpmd":
         from mode.mpmd import Branches
 
-        made = Branches(model, device)
+        made = Branches(model, device, settings.in_flight, settings.placement)
     elif layout == "fsdp":
         from mode.shards import Shards
 
         made = Shards(model)
     else:
         made = Copies(model)
-    parallel.check_shares(settings.batch_size, settings.accumulate)
+    parallel.check_shares(settings.batch_size, settings.accumulate, settings.in_flight)
     return made

@@ -46,6 +46,10 @@ class Train:
             takes the processor's launches away: what short steps of small models wait for.
         layout: How several processes share a run: `ddp`, each all of the model and its part of the rows; `fsdp`, each a
             shard of it; `mpmd`, each some branches of a MoDE model. The result is the same but for rounding.
+        in_flight: Of `mpmd`: micro-batches that pass through the blocks one after the other, so that a slot has work
+            while another's output is on its way.
+        placement: Of `mpmd`: the branches of every slot, by number; 0 is the backbone. By default as many slots as the
+            processes allow, of as even work as can be.
         replay: Share of the mix's rows that other domains than the targets give, by domain. Earlier stages have none.
     """
 
@@ -73,6 +77,8 @@ class Train:
     branches: Literal["loop", "batched", "streams"] = "loop"
     graph: bool = False
     layout: Literal["ddp", "fsdp", "mpmd"] = "ddp"
+    in_flight: Annotated[int, Field(gt=0)] = 1
+    placement: tuple[tuple[int, ...], ...] | None = None
     replay: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +88,8 @@ class Train:
             raise ValueError("activation_checkpointing=auto and memory go together")
         if self.layout != "ddp" and self.branches != "loop":
             raise ValueError(f"layout={self.layout} goes with branches=loop")
+        if self.layout != "mpmd" and (self.in_flight > 1 or self.placement is not None):
+            raise ValueError(f"in_flight and placement go with layout=mpmd, not {self.layout}")
         if self.branches == "batched" and (self.compile or self.activation_checkpointing != "none"):
             raise ValueError("branches=batched goes with neither compile nor activation_checkpointing")
         if self.graph and (self.activation_checkpointing != "none" or self.branches == "streams"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from mode.objective import Objective
 from mode.prepared import prepare_run
 from mode.runner import WEIGHTS, execute
 from mode.spread import spread_over
-from mode.train import accumulate
+from mode.train import Job, accumulate, make_optimizer
 from tests.conftest import World
 from tests.test_parallel import EVERY, SCRIPT, together
+from tests.traffic import Traffic
 
 CPU = torch.device("cpu")
 FRESH = ("method=mode", "method.start=fresh", "train.batch_size=8")
@@ -41,28 +43,30 @@ from mode.mpmd import Branches
 from mode.objective import Objective
 from mode.train import accumulate
 from tests.test_mpmd import noisy
-run = config.compose(json.loads(sys.argv[1]), Path(sys.argv[2]))
-alone, spread = noisy(run), noisy(run)
-rows = torch.randint(300, (8, 33), generator=torch.Generator().manual_seed(1))
-most = float(sys.argv[3])
-accumulate(Objective(alone, run.train, None), rows, run.train.accumulate)
-torch.nn.utils.clip_grad_norm_(trainable(alone).values(), most)
-branches = Branches(spread, torch.device("cpu"))
-with branches():
-    objective = Objective(spread, run.train, None, branches.part)
-    accumulate(objective, branches.rows(rows), run.train.accumulate, slots=branches.slots)
-branches.clip(most)
-found = {name: parameter.grad for name, parameter in trainable(spread).items() if parameter.grad is not None}
-own = [f".experts.{index - 1}." for index in branches.mine if index]
-expected = {
-    name: parameter.grad
-    for name, parameter in trainable(alone).items()
-    if ".experts." not in name or any(part in name for part in own)
-}
-assert found.keys() == expected.keys()
-for name, grad in expected.items():
-    assert grad.norm() > 0, name
-    assert (found[name] - grad).norm() / grad.norm() < 1e-4, name
+for settings in json.loads(sys.argv[1]):
+    run = config.compose(settings, Path(sys.argv[2]))
+    alone, spread = noisy(run), noisy(run)
+    rows = torch.randint(300, (8, 33), generator=torch.Generator().manual_seed(1))
+    most = 0.01  # gradients are clipped
+    end = 0 if run.train.documents == "apart" else None
+    accumulate(Objective(alone, run.train, None, end=end), rows, run.train.accumulate)
+    torch.nn.utils.clip_grad_norm_(trainable(alone).values(), most)
+    branches = Branches(spread, torch.device("cpu"), run.train.in_flight, run.train.placement)
+    with branches():
+        objective = Objective(spread, run.train, None, branches.part, end)
+        accumulate(objective, branches.rows(rows), run.train.accumulate, slots=branches.slots)
+    branches.clip(most)
+    found = {name: parameter.grad for name, parameter in trainable(spread).items() if parameter.grad is not None}
+    own = [f".experts.{index - 1}." for index in branches.mine if index]
+    expected = {
+        name: parameter.grad
+        for name, parameter in trainable(alone).items()
+        if ".experts." not in name or any(part in name for part in own)
+    }
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert grad.norm() > 0, name
+        assert (found[name] - grad).norm() / grad.norm() < 1e-4, name
 """
 
 
@@ -78,13 +82,31 @@ def noisy(run: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "experts", "most", "parts"), [(2, 1, 1e9, 1), (2, 2, 0.01, 2), (4, 1, 0.01, 1)])
+@pytest.mark.parametrize(
+    ("processes", "cases"),
+    [
+        (
+            2,
+            [
+                ("method.num_experts=2", "train.accumulate=2"),
+                ("method.num_experts=1", "train.in_flight=4"),
+                (
+                    "method.num_experts=4",
+                    "train.in_flight=2",
+                    "train.documents=apart",
+                    "train.placement=[[1,3],[0,2,4]]",
+                ),
+            ],
+        ),
+        (4, [("method.num_experts=1", "train.in_flight=2"), ("method.num_experts=3",)]),
+    ],
+)
 def test_gradients_are_those_of_one_process(
-    shared_world: World, tmp_path: Path, processes: int, experts: int, most: float, parts: int
+    shared_world: World, tmp_path: Path, processes: int, cases: Sequence[Sequence[str]]
 ) -> None:
     world = shared_world.at(tmp_path)
-    settings = [*FRESH, f"method.num_experts={experts}", f"train.accumulate={parts}"]
-    together(processes, ["-c", GRADIENTS, json.dumps([*world.overrides, *settings]), str(world.conf), str(most)])
+    settings = [[*world.overrides, *FRESH, "train.layout=mpmd", *more] for more in cases]
+    together(processes, ["-c", GRADIENTS, json.dumps(settings), str(world.conf)])
 
 
 @pytest.mark.slow
@@ -120,20 +142,17 @@ def alone_of_two(monkeypatch: pytest.MonkeyPatch) -> Any:
     distributed.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore:(For backward|Full backward)")  # what counts has hooks
-@pytest.mark.parametrize("blocks", [1, 2, 3, 6])
+@pytest.mark.parametrize(("blocks", "in_flight"), [(1, 1), (2, 1), (3, 1), (6, 1), (3, 2)])
 @pytest.mark.usefixtures("alone_of_two")
-def test_a_step_has_the_collectives_of_the_formula(world: World, blocks: int) -> None:
-    from torch.distributed.tensor.debug import CommDebugMode
-
+def test_a_step_has_the_collectives_of_the_formula(world: World, blocks: int, in_flight: int) -> None:
     run: Any = config.compose([*world.overrides, *FRESH, f"method.num_blocks={blocks}"], world.conf)
     model = noisy(run)
-    branches = Branches(model, CPU)
-    with branches(), CommDebugMode() as seen:
+    branches = Branches(model, CPU, in_flight)
+    with branches(), Traffic() as seen:
         accumulate(Objective(model, run.train, None, branches.part), torch.randint(300, (8, 33)), 1, slots=2)
-    counts = {str(name).rpartition(".")[2]: count for name, count in seen.get_comm_counts().items()}
-    reduced = {"all_reduce": 2 * (blocks - 1)} if blocks > 1 else {}
-    assert counts == reduced | {"reduce_scatter_tensor": 1, "all_gather_into_tensor": 1}
+    reduced = {"all_reduce": 2 * (blocks - 1) * in_flight} if blocks > 1 else {}
+    assert seen.counts == reduced | {"reduce_scatter": in_flight, "all_gather": in_flight}
+    assert {size for _, size in seen.found} == {8 * 32 * 16 * 4 // in_flight}  # rows, tokens, numbers a token, bytes
     assert all(block.spread is None for block in branches.blocks)
 
 
@@ -154,10 +173,58 @@ def test_what_cannot_be_spread_is_refused(world: World, settings: list[str], hel
         spread_over(model, held, run.train, CPU)
 
 
+@pytest.mark.usefixtures("alone_of_two")
+def test_slots_have_as_even_work_as_can_be_or_what_is_asked(world: World) -> None:
+    run: Any = config.compose([*world.overrides, *FRESH, "method.num_experts=4"], world.conf)
+    model = noisy(run)
+    branches = Branches(model, CPU)
+    assert branches.owners == [0, 0, 1, 0, 1]  # experts, which train, before the backbone
+    asked = Branches(model, CPU, placement=[[1, 2, 3], [4, 0]])
+    assert asked.owners == [1, 0, 0, 0, 1]
+    for wrong, told in (
+        ([[0, 1], [2, 3]], "not each of the branches"),
+        ([[0, 1, 2], [2, 3, 4]], "not each of the branches"),
+        ([[0, 1, 2, 3, 4], []], "not each of the branches"),
+        ([[0], [1, 2], [3, 4]], "2 processes do not divide over 3 slots"),
+        ([[0, 1, 2, 3, 4]], "2 processes do not divide over 1 slots"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            Branches(model, CPU, placement=wrong)
+
+
+@pytest.mark.parametrize("setting", ["train.in_flight=2", "train.placement=[[0],[1,2]]"])
+def test_what_is_of_branches_side_by_side_alone_is_refused_elsewhere(world: World, setting: str) -> None:
+    with pytest.raises(ConfigError, match="in_flight and placement go with layout=mpmd, not ddp"):
+        config.compose([*world.overrides, *FRESH, setting], world.conf)
+
+
 def test_one_process_has_nothing_to_spread_over(world: World) -> None:
     run: Any = config.compose([*world.overrides, *FRESH, "train.layout=mpmd"], world.conf)
     with pytest.raises(ConfigError, match="needs several processes: `mode launch --nproc 2"):
         execute(run)
+
+
+@pytest.mark.usefixtures("alone_of_two")
+def test_a_step_leaves_what_is_other_slots_in_other_slots(world: World) -> None:
+    run: Any = config.compose([*world.overrides, *FRESH, "method.num_experts=2", "train.layout=mpmd"], world.conf)
+    model = noisy(run)
+    whole = sum(each.numel() for each in model.parameters())
+    parts = [*blocks_of(model)[0].experts, blocks_of(model)[0].backbone]
+    own = [sum(each.numel() for each in part.parameters()) for part in parts]
+    branches = Branches(model, CPU, placement=[[0, 2], [1]])
+    job = Job(settings=run.train, steps=1, lr=1e-3, folder=world.root, validate=dict)
+    made = Objective(model, run.train, None, branches.part)
+    objective, optimizer = branches.wrap(made, make_optimizer(model, job), lambda other: None)
+    with branches():
+        accumulate(objective, torch.randint(300, (8, 33)), 1, slots=2)
+    optimizer.step()
+    left = sum(each.numel() for each in model.parameters())
+    assert whole - left == own[0] * len(branches.blocks)
+    assert not {id(each) for each in optimizer.state} & {id(each) for each in parts[0].parameters()}
+    saved = branches.collect(optimizer)
+    assert sum(each.numel() for each in model.parameters()) == whole
+    assert all(saved.state[each]["exp_avg"].shape == each.shape for each in parts[0].parameters())
+    assert len(optimizer.state) < len(saved.state)  # the optimizer itself keeps its own
 
 
 def test_text_side_by_side_is_that_of_one_process_though_none_has_the_others_weights(
@@ -185,11 +252,11 @@ def test_text_side_by_side_is_that_of_one_process_though_none_has_the_others_wei
     assert len(alone.stdout) > len("def f\n")
 
 
-def test_a_process_forgets_the_branches_of_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("alone_of_two")
+def test_a_process_forgets_the_branches_of_others(world: World) -> None:
     run = config.compose([*world.overrides, *FRESH, "method.num_experts=2"], world.conf)
     model = noisy(run)
-    branches = object.__new__(Branches)
-    branches.blocks, branches.mine, branches.branch = blocks_of(model), [0, 2], None
+    branches = Branches(model, CPU, placement=[[0, 2], [1]])
     branches.part_for_good()
     for block in branches.blocks:
         sizes = [sum(each.numel() for each in part.parameters()) for part in (block.backbone, *block.experts)]

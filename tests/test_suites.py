@@ -32,7 +32,7 @@ from tests.test_bench import fresh
 from tests.test_cli import call
 
 CPU = torch.device("cpu")
-SPREAD = ("copies", "in shards", "side by side")
+SPREAD = ("copies", "in shards", "side by side", "side by side, two in flight")
 needs_peers = pytest.mark.skipif(not (find_spec("trl") and find_spec("accelerate")), reason="needs the extra `peers`")
 LLAMA = {
     "model_type": "llama",

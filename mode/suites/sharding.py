@@ -27,7 +27,7 @@ from mode.files import write_atomic
 from mode.layers import Layers
 from mode.method import Material
 from mode.objective import Objective
-from mode.plan import WHOLE, Device, Estimate, Link, Work, ddp, fsdp, mpmd, work_of
+from mode.plan import WHOLE, Device, Estimate, Link, Slots, Work, ddp, fsdp, mpmd, work_of
 from mode.spread import Copies, spread_over
 from mode.timing import Case
 from mode.train import Job, accumulate, make_optimizer
@@ -37,12 +37,20 @@ if TYPE_CHECKING:
     from mode.settings import Run
 
 PROCESSES = 2
-ROWS = ((4, 256), (2, 128), (2, 32))
+ROWS = ((4, 256), (4, 64), (4, 16))
 """Rows of a step and tokens of each: what is sent weighs more and more."""
 WIDTHS = (1, 2)
 """Factors on the hidden size, where weights are random."""
-LAYOUTS = {"one process": "", "copies": "ddp", "in shards": "fsdp", "side by side": "mpmd"}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one process": {},
+    "copies": {},
+    "in shards": {"layout": "fsdp"},
+    "side by side": {"layout": "mpmd"},
+    "side by side, two in flight": {"layout": "mpmd", "in_flight": 2},
+}
 ALONE = next(iter(LAYOUTS))
+APART: Slots = (((0,), 1), ((1,), 1))
+"""The backbone in one slot of a process, the expert in the other."""
 NUMBERS = (16_000_000, 1_000)
 """Numbers that are summed over processes to see what a link does, and what a message costs."""
 
@@ -68,7 +76,8 @@ def sharding(run: Run, method: MoDE, device: torch.device, folder: Path) -> tupl
         plans = {
             "copies": ddp(shape[name], PROCESSES, machine, link),
             "in shards": fsdp(shape[name], PROCESSES, machine, link),
-            "side by side": mpmd(shape[name], (((0,), 1), ((1,), 1)), 1, machine, link),
+            "side by side": mpmd(shape[name], APART, 1, machine, link),
+            "side by side, two in flight": mpmd(shape[name], APART, 2, machine, link),
         }
         for layout in LAYOUTS:
             step = partial(team.seconds, file, layout)
@@ -244,7 +253,7 @@ def make_step(file: Path, layout: str) -> Callable[[], None]:
     run = config.check(yaml.safe_load(file.read_text("utf-8")))
     method: Any = run.method
     model: nn.Module = method.build(run, Material(backbone=partial(load_model, run.backbone))).train()
-    train = config.replace(run.train, layout=LAYOUTS[layout] or "ddp")
+    train = config.replace(run.train, **LAYOUTS[layout])
     spread = Alone(model) if layout == ALONE else spread_over(model, False, train, torch.device("cpu"))
     job = Job(settings=train, steps=1, lr=1e-6, folder=Path(), validate=dict)
     made = Objective(model, train, None, spread.part)
