@@ -21,7 +21,7 @@ from mode.checked import STRICT, ConfigError, nearest
 from mode.files import CURVE
 from mode.job import work
 from mode.settings import Run
-from mode.train import read_curve
+from mode.train import read_curve, throughput
 
 DIED = 1
 """Exit code of a job that is gone without a word."""
@@ -81,7 +81,7 @@ class Job:
         """Begin to follow its curve."""
         self.run_id, self.messages = run_id, messages
         self.curve = Path(run.paths.runs).expanduser() / run_id / CURVE
-        self.seen = len(read_curve(self.curve))
+        self.seen, self.train = len(read_curve(self.curve)), run.train
         self.exitcode: int | None = None
 
     def over(self) -> bool:
@@ -106,8 +106,9 @@ class Job:
             return False
         over = self.over()
         points = read_curve(self.curve)
-        for point in points[self.seen :]:
-            self.messages.put((self.run_id, "point", point))
+        for number in range(self.seen, len(points)):
+            speed = {"tokens_per_second": throughput(points[: number + 1], self.train)}
+            self.messages.put((self.run_id, "point", points[number] | speed))
         self.seen = max(self.seen, len(points)) if points else 0
         if over:
             self.end()

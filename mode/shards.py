@@ -32,6 +32,7 @@ class Shards(Copies):
     """A model in shards over all processes, each with its part of the rows."""
 
     halves = False
+    layout = "fsdp"
 
     def __init__(self, model: nn.Module) -> None:
         """Take a model.
@@ -42,7 +43,7 @@ class Shards(Copies):
         super().__init__(model)
         if any(parameter.ndim == 0 for parameter in model.parameters()):
             raise ConfigError(
-                "train.layout=fsdp: a number alone, such as a temperature, has no shards; train.layout=ddp is for all"
+                f"train.layout={self.layout}: a number alone, such as a temperature, has no shards; ddp is for all"
             )
         self.whole = model
 
@@ -54,17 +55,25 @@ class Shards(Copies):
         for module in with_auxiliary(self.whole):
             module.auxiliary = None  # what a pass before left belongs to that pass, and cannot be copied
         mine = Objective(copy.deepcopy(self.whole), objective.settings, None, end=objective.end)
-        for layer in decoder_layers(mine):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(mine, mesh=mesh)
-        end_of_backward(mine)
+        self.distribute(mine, mesh)
         self.model = mine.model
         self.learning = list(trainable(self.model).values())
-        fresh = remake(self.model)
+        fresh = self.remade(remake(self.model))
         for part, theirs in zip(self.learning, trainable(self.whole).values(), strict=True):
             if theirs in optimizer.state:
                 fresh.state[part] = in_shards(optimizer.state[theirs], part)
         return mine, fresh
+
+    def distribute(self, objective: Objective, mesh: Any) -> None:
+        """Put the weights of every layer, and of all that is outside layers, in shards."""
+        for layer in decoder_layers(objective):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(objective, mesh=mesh)
+        end_of_backward(objective)
+
+    def remade(self, optimizer: Any) -> Any:
+        """Return an optimizer of what is in shards, as it is."""
+        return optimizer
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -100,7 +109,9 @@ def end_of_backward(model: nn.Module) -> None:
 
 
 def in_shards(state: dict[str, Any], like: Any) -> dict[str, Any]:
-    """Return the moments of a weight in the shards of that weight."""
+    """Return the moments of a weight in the shards of that weight, or as they are where it is whole."""
+    if not isinstance(like, DTensor):
+        return state
     moments = {name: distribute_tensor(state[name], like.device_mesh, like.placements) for name in MOMENTS}
     return {"step": state["step"], **moments}
 

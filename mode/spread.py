@@ -97,7 +97,12 @@ def spread_over(model: nn.Module, held: bool, settings: Train, device: torch.dev
         from mode.shards import Shards
 
         made = Shards(model)
+    elif layout == "tp":
+        from mode.slices import Slices
+
+        made = Slices(model)
     else:
         made = Copies(model)
-    parallel.check_shares(settings.batch_size, settings.accumulate, settings.in_flight)
+    if layout != "tp":
+        parallel.check_shares(settings.batch_size, settings.accumulate, settings.in_flight)
     return made

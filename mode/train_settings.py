@@ -45,7 +45,8 @@ class Train:
         graph: Whether forward and backward pass of a step are one CUDA graph, which is recorded in the third step and
             takes the processor's launches away: what short steps of small models wait for.
         layout: How several processes share a run: `ddp`, each all of the model and its part of the rows; `fsdp`, each a
-            shard of it; `mpmd`, each some branches of a MoDE model. The result is the same but for rounding.
+            shard of it; `tp`, each a slice of every matrix and all rows; `mpmd`, each some branches of a MoDE model.
+            The result is the same but for rounding.
         in_flight: Of `mpmd`: micro-batches that pass through the blocks one after the other, so that a slot has work
             while another's output is on its way.
         placement: Of `mpmd`: the branches of every slot, by number; 0 is the backbone. By default as many slots as the
@@ -76,7 +77,7 @@ class Train:
     documents: Literal["joined", "apart"] = "joined"
     branches: Literal["loop", "batched", "streams"] = "loop"
     graph: bool = False
-    layout: Literal["ddp", "fsdp", "mpmd"] = "ddp"
+    layout: Literal["ddp", "fsdp", "tp", "mpmd"] = "ddp"
     in_flight: Annotated[int, Field(gt=0)] = 1
     placement: tuple[tuple[int, ...], ...] | None = None
     replay: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] | None = None

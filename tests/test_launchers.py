@@ -43,6 +43,7 @@ class Killing(Watch):
 
     def point(self, run_id: str, point: dict[str, Any]) -> None:
         super().point(run_id, point)
+        assert point["tokens_per_second"] > 0  # as of a local process
         if not self.killed and point["step"] >= 4:
             self.killed = holder(run_id)
             os.kill(self.killed, signal.SIGKILL)

@@ -147,7 +147,7 @@ def test_a_weight_that_is_a_number_alone_has_no_shards() -> None:
 
     model = nn.Linear(2, 2)
     model.temperature = nn.Parameter(torch.ones(()))
-    with pytest.raises(ConfigError, match=r"train\.layout=fsdp: a number alone"):
+    with pytest.raises(ConfigError, match=r"^train\.layout=fsdp: a number alone"):
         Shards(model)
 
 

@@ -1,0 +1,104 @@
+"""Matrices in slices: gradients, steps and saved weights are those of one process, for every family with a plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mode import config
+from mode.backbone import load_model
+from mode.checked import ConfigError
+from mode.method import Material
+from mode.modular import insert_blocks
+from mode.slices import Slices
+from mode.spread import spread_over
+from tests.conftest import World
+from tests.families import FAMILIES, make_model
+from tests.test_parallel import together
+
+PLANNED = [name for name in FAMILIES if name != "gpt2"]
+STEPS = """
+import json, sys
+from functools import partial
+from pathlib import Path
+import torch
+from mode import config
+from mode.checkpoint import trainable
+from mode.objective import Objective
+from mode.slices import Slices
+from mode.train import Job, accumulate, make_optimizer
+from tests.test_slices import PLANNED, made
+run = config.compose(json.loads(sys.argv[1]), Path(sys.argv[2]))
+job = Job(settings=run.train, steps=1, lr=1e-2, folder=Path(), validate=dict)
+rows = torch.randint(2, 128, (2, 17), generator=torch.Generator().manual_seed(1))
+for family in PLANNED:
+    for modular in (False, True):
+        alone, sliced = made(family, modular), made(family, modular)
+        plain = make_optimizer(alone, job)
+        spread = Slices(sliced)
+        make = partial(make_optimizer, job=job)
+        objective, optimizer = spread.wrap(Objective(sliced, run.train, None), make(sliced), make)
+        for step in range(2):
+            expected, _ = accumulate(Objective(alone, run.train, None), rows, 1)
+            torch.nn.utils.clip_grad_norm_(trainable(alone).values(), 0.1)
+            with spread():
+                found, _ = accumulate(objective, spread.rows(rows), 1)
+            spread.clip(0.1)
+            assert abs(found - expected) < 1e-4, (family, modular, step)
+            for (name, one), other in zip(trainable(alone).items(), spread.learning, strict=True):
+                grad = getattr(other.grad, "full_tensor", lambda: other.grad)()
+                differs = (grad - one.grad).norm() / one.grad.norm()
+                assert differs < 1e-3, (family, modular, name, step, differs)
+            for each in (plain, optimizer):
+                each.step()
+                each.zero_grad(set_to_none=True)
+        saved = spread.collect(optimizer)
+        for (name, one), other in zip(trainable(alone).items(), trainable(sliced).values(), strict=True):
+            assert other.shape == one.shape
+            assert torch.allclose(other, one, rtol=1e-2, atol=1e-3), (family, modular, name)
+            assert saved.state[other]["exp_avg"].shape == one.shape
+"""
+
+
+def made(family: str, modular: bool) -> Any:
+    """Return a model of a family all of which trains, or with an expert in two blocks."""
+    model = make_model(family).train()
+    if modular:
+        model.blocks = insert_blocks(model, num_experts=1, num_blocks=2, expert_layers=2)
+    return model
+
+
+@pytest.mark.slow
+def test_steps_in_slices_are_those_of_one_process(shared_world: World, tmp_path: Path) -> None:
+    world = shared_world.at(tmp_path)
+    together(2, ["-c", STEPS, json.dumps([*world.overrides, "method=sft"]), str(world.conf)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "message"),
+    [
+        (["method=lora"], 1, "the plan of llama does not know self_attn.q_proj.base_layer"),
+        (["method=upcycling"], 1, "the plan of llama does not know mlp"),
+        (["method=sft"], 2, "num_key_value_heads=1 does not divide over 2 processes"),
+    ],
+)
+def test_what_has_no_slices_is_refused(
+    world: World, monkeypatch: pytest.MonkeyPatch, settings: list[str], processes: int, message: str
+) -> None:
+    run: Any = config.compose([*world.overrides, *settings], world.conf)
+    model = run.method.build(run, Material(backbone=lambda: load_model(run.backbone)))
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(ConfigError, match=f"^train.layout=tp: .*{message}"):
+        Slices(model)
+
+
+def test_a_family_without_a_plan_and_one_process_are_refused(world: World) -> None:
+    with pytest.raises(ConfigError, match="transformers has no plan for gpt2; fsdp goes with every family"):
+        Slices(make_model("gpt2"))
+    run: Any = config.compose([*world.overrides, "method=sft", "train.layout=tp"], world.conf)
+    with pytest.raises(ConfigError, match=r"train\.layout=tp needs several processes"):
+        spread_over(make_model("llama"), False, run.train, torch.device("cpu"))
