@@ -61,6 +61,7 @@ def peers(run: Run, methods: Mapping[str, Adaptation], device: torch.device, fol
             if precision == "fp32" and can_bf16(device):
                 half = replace(at, precision="bf16")
                 cases.append(half.case(job, "mode, bf16", OwnLoop(half)))
+                cases.append(half.case(job, "mode, bf16, compiled layers", OwnLoop(half, compiled=True)))
     return cases
 
 
