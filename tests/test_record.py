@@ -231,3 +231,16 @@ def test_text_that_differs_from_the_pretraining_is_named() -> None:
     seen = dataclasses.replace(record(), provenance={**record().provenance, "data": {"code": "ä", "math": "m"}})
     assert seen.overlap == ()
     assert dataclasses.replace(seen, provenance={**seen.provenance, "pretraining_data": known}).overlap == ("code",)
+
+
+@pytest.mark.parametrize(("folder", "kind"), [("two-processes", "ddp"), ("side-by-side", "mpmd")])
+def test_published_runs_of_two_processes_are_those_of_one_within_noise(folder: str, kind: str) -> None:
+    results = Path(__file__).parent.parent / "results"
+    found = read_records(results / folder)
+    assert found
+    for record in found:
+        assert record.provenance["layout"] == {"kind": kind, "processes": 2}
+        (alone,) = [each for each in read_records(results) if each.id == record.id]
+        assert "layout" not in alone.provenance
+        for domain, score in record.happened["scores"].items():
+            assert abs(score["accuracy"] - alone.happened["scores"][domain]["accuracy"]) < 5e-4  # seeds differ by 2e-3
