@@ -27,7 +27,7 @@ from mode.files import write_atomic
 from mode.layers import Layers
 from mode.method import Material
 from mode.objective import Objective
-from mode.plan import WHOLE, Device, Estimate, Link, Slots, Work, ddp, fsdp, mpmd, work_of
+from mode.plan import WHOLE, Device, Link, Slots, Work, ddp, fsdp, mpmd, work_of
 from mode.spread import Copies, spread_over
 from mode.timing import Case
 from mode.train import Job, accumulate, make_optimizer
@@ -49,6 +49,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "side by side, two in flight": {"layout": "mpmd", "in_flight": 2},
 }
 ALONE = next(iter(LAYOUTS))
+EACH = "each alone"
+"""Every process makes the step of one, at the same time: what a process does while the others use the machine too."""
+DRIFT = 20.0
+"""Seconds after which the machine is measured anew for the predictions: its speed changes with its neighbours."""
 APART: Slots = (((0,), 1), ((1,), 1))
 """The backbone in one slot of a process, the expert in the other."""
 NUMBERS = (16_000_000, 1_000)
@@ -58,8 +62,8 @@ NUMBERS = (16_000_000, 1_000)
 def sharding(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
     """Return what to time: one process, copies, shards, and branches side by side, each with its prediction.
 
-    The predictions know of this machine what one process takes at the first width, with the most and the fewest
-    tokens, and what summing over the processes takes.
+    The predictions know of this machine what each of two processes that do the same takes at the first width, with the
+    most and the fewest tokens, and what summing over them takes, as measured in the same round.
 
     Args:
         run: Names the backbone; rows are the suite's own.
@@ -70,22 +74,44 @@ def sharding(run: Run, method: MoDE, device: torch.device, folder: Path) -> tupl
     team = Team(folder)
     jobs = {name: team.settle(each) for name, each in variants(run, method).items()}
     shape = {name: replace(work_of(each), half=WHOLE) for name, each in variants(run, method).items()}
-    machine, link = measured_machine(team, jobs, shape), measured_link(team)
+    latest = Latest(team, jobs, shape)
     cases = []
     for name, file in jobs.items():
-        plans = {
-            "copies": ddp(shape[name], PROCESSES, machine, link),
-            "in shards": fsdp(shape[name], PROCESSES, machine, link),
-            "side by side": mpmd(shape[name], APART, 1, machine, link),
-            "side by side, two in flight": mpmd(shape[name], APART, 2, machine, link),
-        }
         for layout in LAYOUTS:
             step = partial(team.seconds, file, layout)
             cases.append(Case(name, layout, step, tokens=shape[name].tokens))
-            if layout in plans:
-                told = partial(planned, plans[layout])
+            if layout != ALONE:
+                told = partial(latest.planned, layout, name)
                 cases.append(Case(name, f"{layout}, planned", told, tokens=shape[name].tokens))
     return cases, {}
+
+
+class Latest:
+    """What the machine and its link did when last measured, and what is planned from that."""
+
+    def __init__(self, team: Team, jobs: Mapping[str, str], shape: Mapping[str, Work]) -> None:
+        """Have nothing measured yet.
+
+        Args:
+            team: The processes.
+            jobs: Settings of every job.
+            shape: Its step.
+        """
+        self.team, self.jobs, self.shape = team, jobs, shape
+        self.known: tuple[Device, Link] | None = None
+        self.when = 0.0
+
+    def planned(self, layout: str, name: str) -> float:
+        """Return the predicted seconds of a step."""
+        if self.known is None or time.monotonic() - self.when > DRIFT:
+            self.known = measured_machine(self.team, self.jobs, self.shape, 3), measured_link(self.team, 3)
+            self.when = time.monotonic()
+        work, (machine, link) = self.shape[name], self.known
+        if layout == "copies":
+            return ddp(work, PROCESSES, machine, link).seconds
+        if layout == "in shards":
+            return fsdp(work, PROCESSES, machine, link).seconds
+        return mpmd(work, APART, LAYOUTS[layout].get("in_flight", 1), machine, link).seconds
 
 
 def calibrated(run: Run, method: MoDE, conf: Path, name: str) -> list[Path]:
@@ -110,8 +136,8 @@ def calibrated(run: Run, method: MoDE, conf: Path, name: str) -> list[Path]:
     with tempfile.TemporaryDirectory() as folder:
         team = Team(Path(folder))
         machine, link = (
-            measured_machine(team, {job: team.settle(one) for job, one in each.items()}, shape),
-            measured_link(team),
+            measured_machine(team, {job: team.settle(one) for job, one in each.items()}, shape, 5),
+            measured_link(team, 5),
         )
         team.end()
     machine = replace(machine, memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / PROCESSES))
@@ -121,24 +147,19 @@ def calibrated(run: Run, method: MoDE, conf: Path, name: str) -> list[Path]:
     return paths
 
 
-def planned(estimate: Estimate) -> float:
-    """Return the predicted seconds of a step."""
-    return estimate.seconds
-
-
-def measured_machine(team: Team, jobs: Mapping[str, str], shape: Mapping[str, Work]) -> Device:
-    """Return what one process does, from its steps with the most and the fewest tokens at the first width."""
+def measured_machine(team: Team, jobs: Mapping[str, str], shape: Mapping[str, Work], times: int) -> Device:
+    """Return what a process does while the other does the same, from steps with the most and the fewest tokens."""
     names = list(jobs)
     most, least = names[0], names[len(ROWS) - 1]
-    times = [statistics.median(team.seconds(jobs[name], ALONE) for _ in range(5)) for name in (most, least)]
+    spent = [statistics.median(team.seconds(jobs[name], EACH) for _ in range(times)) for name in (most, least)]
     totals = [shape[name].tokens * shape[name].whole.flops.total for name in (most, least)]
-    rate = (totals[0] - totals[1]) / (times[0] - times[1])
-    return Device(flops=rate, memory=1e12, layer=max(0.0, (times[1] - totals[1] / rate) / shape[least].whole.layers))
+    rate = (totals[0] - totals[1]) / (spent[0] - spent[1])
+    return Device(flops=rate, memory=1e12, layer=max(0.0, (spent[1] - totals[1] / rate) / shape[least].whole.layers))
 
 
-def measured_link(team: Team) -> Link:
+def measured_link(team: Team, times: int) -> Link:
     """Return what summing over the processes shows of their link."""
-    large, small = (statistics.median(team.summing(count) for _ in range(5)) for count in NUMBERS)
+    large, small = (statistics.median(team.summing(count) for _ in range(times)) for count in NUMBERS)
     sent = 2 * WHOLE * NUMBERS[0] * (PROCESSES - 1) / PROCESSES
     latency = small / (2 * (PROCESSES - 1))
     # The processor that computes is the one that sends, so nothing hides.
@@ -247,14 +268,14 @@ class Alone(Copies):
 
 
 def make_step(file: Path, layout: str) -> Callable[[], None]:
-    """Return an optimizer step, as the loop makes it, under a layout; alone it is the first process's."""
+    """Return an optimizer step, as the loop makes it, under a layout; alone it is the first process's, or each's."""
     if layout == ALONE and not parallel.is_main():
         return lambda: None
     run = config.check(yaml.safe_load(file.read_text("utf-8")))
     method: Any = run.method
     model: nn.Module = method.build(run, Material(backbone=partial(load_model, run.backbone))).train()
-    train = config.replace(run.train, **LAYOUTS[layout])
-    spread = Alone(model) if layout == ALONE else spread_over(model, False, train, torch.device("cpu"))
+    train = config.replace(run.train, **LAYOUTS.get(layout, {}))
+    spread = Alone(model) if layout in (ALONE, EACH) else spread_over(model, False, train, torch.device("cpu"))
     job = Job(settings=train, steps=1, lr=1e-6, folder=Path(), validate=dict)
     made = Objective(model, train, None, spread.part)
     objective, optimizer = spread.wrap(made, make_optimizer(model, job), partial(make_optimizer, job=job))
