@@ -56,9 +56,9 @@ class Device:
     memory: Annotated[float, Field(gt=0.0)]
     layer: Annotated[float, Field(ge=0.0)] = 0.0
 
-    def seconds(self, branch: Branch, tokens: float) -> tuple[float, float]:
-        """Return what the forward and the backward pass of so many tokens take here."""
-        fixed = branch.layers * self.layer / 2
+    def seconds(self, branch: Branch, tokens: float, micro: int = 1) -> tuple[float, float]:
+        """Return what the forward and the backward pass of so many tokens, in micro-batches, take here."""
+        fixed = micro * branch.layers * self.layer / 2
         return tokens * branch.flops.forward / self.flops + fixed, tokens * branch.flops.backward / self.flops + fixed
 
 
@@ -68,13 +68,19 @@ class Link:
 
     Attributes:
         bandwidth: Bytes a second, of each device and direction.
+        gathering: The same of weights that are gathered and gradients that are scattered; null where it is the same.
         latency: Seconds of a message.
         overlap: Share of the shorter of computing and traffic that hides behind the longer.
     """
 
     bandwidth: Annotated[float, Field(gt=0.0)]
+    gathering: Annotated[float, Field(gt=0.0)] | None = None
     latency: Annotated[float, Field(ge=0.0)]
     overlap: Annotated[float, Field(ge=0.0, le=1.0)] = OVERLAP
+
+    def shards(self, volume: float, messages: float) -> float:
+        """Return the seconds that so many bytes of weights in shards take, in so many messages."""
+        return volume / (self.gathering or self.bandwidth) + messages * self.latency
 
     def hides(self, computing: float, sending: float) -> float:
         """Return the seconds of computing and sending, of which the shorter hides behind the longer in part."""
@@ -283,7 +289,7 @@ def fsdp(work: Work, devices: int, device: Device, link: Link) -> Estimate:
     computing = sum(device.seconds(whole, share))
     parts = [branch for block in work.blocks for branch in block]
     traffic, messages = all_sharded(work.head, parts, devices, work.half)
-    seconds = link.hides(computing, traffic / link.bandwidth + messages * link.latency)
+    seconds = link.hides(computing, link.shards(traffic, messages))
     return Estimate("fsdp", seconds, computing, traffic, held(whole, devices, share))
 
 
@@ -298,7 +304,9 @@ def mpmd(work: Work, slots: Slots, micro: int, device: Device, link: Link) -> Es
     alone: list[list[float]] = [[0.0, 0.0] for _ in slots]
     for block in work.blocks:
         each = [sum((block[index] for index in chosen), start=IDLE) for chosen, _ in slots]
-        spent = [device.seconds(one, work.tokens / devices) for one, (_, devices) in zip(each, slots, strict=True)]
+        spent = [
+            device.seconds(one, work.tokens / devices, micro) for one, (_, devices) in zip(each, slots, strict=True)
+        ]
         for way in range(2):
             ahead[way] += max(both[way] for both in spent)
             for slot, both in enumerate(spent):
@@ -313,7 +321,7 @@ def mpmd(work: Work, slots: Slots, micro: int, device: Device, link: Link) -> Es
     for chosen, devices in slots:
         mine = [block[index] for block in work.blocks for index in chosen]
         volume, messages = all_sharded(work.head, mine, devices, work.half)
-        traffic, behind = max(traffic, volume), max(behind, volume / link.bandwidth + messages * link.latency)
+        traffic, behind = max(traffic, volume), max(behind, link.shards(volume, messages))
         memory = max(memory, held(sum(mine, start=work.head), devices, work.tokens / devices))
     seconds = link.hides(computing, behind) + waiting
     return Estimate("mpmd", seconds, computing, traffic + exchange, memory, written(slots), micro)

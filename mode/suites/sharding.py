@@ -55,8 +55,8 @@ DRIFT = 20.0
 """Seconds after which the machine is measured anew for the predictions: its speed changes with its neighbours."""
 APART: Slots = (((0,), 1), ((1,), 1))
 """The backbone in one slot of a process, the expert in the other."""
-NUMBERS = (16_000_000, 1_000)
-"""Numbers that are summed over processes to see what a link does, and what a message costs."""
+NUMBERS = (16_000_000, 1_000, 1_000_000)
+"""Numbers that are summed over processes to see what a link does, and what a message costs; and those of a layer."""
 
 
 def sharding(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
@@ -158,12 +158,19 @@ def measured_machine(team: Team, jobs: Mapping[str, str], shape: Mapping[str, Wo
 
 
 def measured_link(team: Team, times: int) -> Link:
-    """Return what summing over the processes shows of their link."""
-    large, small = (statistics.median(team.summing(count) for _ in range(times)) for count in NUMBERS)
+    """Return what summing, gathering and scattering over the processes shows of their link."""
+
+    def median(kind: str, count: int) -> float:
+        return statistics.median(team.ask(kind, count) for _ in range(times))
+
+    large, small = (median("sum", count) for count in NUMBERS[:2])
     sent = 2 * WHOLE * NUMBERS[0] * (PROCESSES - 1) / PROCESSES
     latency = small / (2 * (PROCESSES - 1))
+    # A layer in shards is gathered twice and its gradients scattered once, as often as not.
+    both = 2 * median("gather", NUMBERS[2]) + median("scatter", NUMBERS[2])
+    gathering = 3 * WHOLE * NUMBERS[2] * (PROCESSES - 1) / PROCESSES / both
     # The processor that computes is the one that sends, so nothing hides.
-    return Link(bandwidth=sent / large, latency=latency, overlap=0.0)
+    return Link(bandwidth=sent / large, gathering=gathering, latency=latency, overlap=0.0)
 
 
 def variants(run: Run, method: MoDE) -> dict[str, Run]:
@@ -186,7 +193,10 @@ def variants(run: Run, method: MoDE) -> dict[str, Run]:
 
 
 class Team:
-    """Processes that wait for what to do, told on their standard input; the first answers with seconds."""
+    """Processes that wait for what to do, told on their standard input; the first answers with seconds.
+
+    They make steps, or `sum`, `gather` or `scatter` numbers.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Start them."""
@@ -230,10 +240,6 @@ class Team:
         """Return the seconds of a step."""
         return self.ask("step", file, layout)
 
-    def summing(self, count: int) -> float:
-        """Return the seconds that summing so many numbers takes."""
-        return self.ask("sum", count)
-
 
 def member() -> None:
     """Do what is asked on standard input, as one of the processes."""
@@ -243,8 +249,8 @@ def member() -> None:
     action: Callable[[], object]
     for line in sys.stdin:
         kind, *words = json.loads(line)
-        if kind == "sum":
-            action = partial(distributed.all_reduce, torch.ones(words[0]))
+        if kind != "step":
+            action = collective(kind, words[0])
         else:
             file, layout = words
             action = steps[file, layout] = steps.get((file, layout)) or make_step(Path(file), layout)
@@ -253,6 +259,16 @@ def member() -> None:
         action()
         distributed.barrier()
         print(time.perf_counter() - begin, flush=True)
+
+
+def collective(kind: str, count: int) -> Callable[[], object]:
+    """Return what sums, gathers or scatters so many numbers over the processes."""
+    whole, part = torch.ones(count), torch.ones(count // PROCESSES)
+    return {
+        "sum": partial(distributed.all_reduce, whole),
+        "gather": partial(distributed.all_gather_single, whole, part),
+        "scatter": partial(distributed.reduce_scatter_single, part, whole),
+    }[kind]
 
 
 class Alone(Copies):
