@@ -23,6 +23,7 @@ from mode.objective import precision_of
 from mode.record import surroundings
 from mode.settings import Run
 from mode.sheet import Sheet
+from mode.suites import sharding_figure
 from mode.suites.data import batches
 from mode.suites.edge import edge
 from mode.suites.evaluation import evaluation
@@ -177,7 +178,14 @@ def render(benchmarks: Sequence[Benchmark]) -> dict[str, str]:
     return {"md": "\n".join(["# Benchmarks", "", INTRODUCTION, *(f"\n{section(each)}" for each in benchmarks)])}
 
 
-SHEET = Sheet("bench", "benchmark", Benchmark, SCHEMA, f"mode bench {next(iter(SUITES))}", render)
+def draw(benchmarks: Sequence[Benchmark], folder: Path) -> None:
+    """Draw the figure of every benchmark of layouts on several processes."""
+    for each in benchmarks:
+        if each.asked["suite"] == "sharding":
+            sharding_figure.draw(each.happened["cases"], folder / f"bench-sharding-{each.asked['backbone']}.png")
+
+
+SHEET = Sheet("bench", "benchmark", Benchmark, SCHEMA, f"mode bench {next(iter(SUITES))}", render, draw)
 """The folder of benchmarks in a folder of results, and their table beside it."""
 
 

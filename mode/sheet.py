@@ -26,6 +26,7 @@ class Sheet(Generic[Kind]):
         schema: The version of its layout that this version reads.
         make: The command that makes one.
         render: Turns measurements into text by file suffix: md, and what others there are.
+        draw: Draws what figures there are of measurements into a folder.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Sheet(Generic[Kind]):
     schema: int
     make: str
     render: Callable[[Sequence[Kind]], dict[str, str]]
+    draw: Callable[[Sequence[Kind], Path], None] = lambda found, folder: None
 
     def read(self, results: Path) -> list[Kind]:
         """Read every measurement of a folder of results, in the order of their file names.
@@ -67,6 +69,7 @@ class Sheet(Generic[Kind]):
         if write:
             for suffix, text in texts.items():
                 (results / f"{self.name}.{suffix}").write_text(text, encoding="utf-8")
+            self.draw(found, results)
         return texts["md"], results / f"{self.name}.md"
 
     def stale(self, results: Path, suffixes: Sequence[str] = ("md", "csv")) -> list[Path]:

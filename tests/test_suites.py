@@ -190,6 +190,8 @@ def test_the_sharding_suite_times_every_layout_beside_its_prediction(world: Worl
     for job in jobs:
         for layout in ("one process", *(f"{name}{planned}" for name in SPREAD for planned in ("", ", planned"))):
             assert f"| {job} | {layout} |" in result.stdout
+    assert call(world, "report", "bench").exit_code == 0
+    assert (world.root / "results" / "bench-sharding-pico.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
