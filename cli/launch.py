@@ -18,7 +18,7 @@ def launch(
     ],
     nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes; with GPUs, one for each.")] = 2,
 ) -> None:
-    """Run `mode train` or `mode compose` on several processes of this machine that share the rows of every step.
+    """Run `mode train` or `mode compose` on several processes of this machine that share every step.
 
     Or `mode generate ... --layout mpmd`, with every expert in a process of its own.
 

@@ -182,7 +182,7 @@ def draw(benchmarks: Sequence[Benchmark], folder: Path) -> None:
     """Draw the figure of every benchmark of layouts on several processes."""
     for each in benchmarks:
         if each.asked["suite"] == "sharding":
-            sharding_figure.draw(each.happened["cases"], folder / f"bench-sharding-{each.asked['backbone']}.png")
+            sharding_figure.draw(each.happened["cases"], folder / f"bench-{each.filename.removesuffix('.json')}.png")
 
 
 SHEET = Sheet("bench", "benchmark", Benchmark, SCHEMA, f"mode bench {next(iter(SUITES))}", render, draw)

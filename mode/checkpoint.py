@@ -26,16 +26,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     Raises:
         ConfigError: It cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(contiguous, temporary, metadata={"mode": json.dumps(metadata, sort_keys=True)})
-    except SafetensorError as error:
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path}: cannot be written ({error})") from error
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -105,7 +105,11 @@ class Saver:
         self.writing = self.pool.submit(save_tensors, path, apart, counters)
 
     def wait(self) -> None:
-        """Wait until what is being written is."""
+        """Wait until what is being written is.
+
+        Raises:
+            ConfigError: It could not be.
+        """
         if self.writing is not None:
             self.writing.result()
 

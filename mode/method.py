@@ -260,7 +260,7 @@ def stages_by_domain(
     if not domains:
         return ()
     stages = len(domains) + trains
-    train = replace(run.train, lr=None, examples=None, replay=None)
+    train = replace(run.train, lr=None, examples=None, replay=None, placement=None)
     alone = replace(run, targets=tuple(domains[:1]), method=method, budget=Budget(policy="paper"), train=train)
     steps = run.train.steps
     if run.budget.shares_steps:

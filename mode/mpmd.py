@@ -182,8 +182,10 @@ class Branches:
         norm = (squares + sum(grad.square().sum() for grad in shared)).sqrt()
         torch.nn.utils.clip_grads_with_norm_(found, most, norm)
 
-    def collect(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Give every process all slots' branches, and return all moments, as a checkpoint asks for them."""
+    def collect(self, optimizer: torch.optim.Optimizer, due: bool) -> Any:
+        """Give every process all slots' branches where that is due, and return all moments, as a checkpoint asks."""
+        if not due:
+            return optimizer
         state = dict(optimizer.state)
         for index, parameter in self.branch_weights():
             owner = self.owners[index]
@@ -233,14 +235,17 @@ class Join:
         other way round and as much apart.
         """
         parts = list(states.chunk(self.in_flight)) if isinstance(states, Tensor) else states
-        left, means = [], []
+        left, means, wanted = [], [], []
         for number, part in enumerate(parts):
             mine = calls if len(parts) == 1 else rows_of(calls, number, len(parts), len(part))
             left.append(self.leave(block.mix(self.enter(part), mine, self.mine)))
             means.append(block.weights)
+            wanted.append(block.gate.auxiliary)
         if len(parts) == 1:
             return left[0]
         block.weights = torch.stack([mean for mean in means if mean is not None]).mean(dim=0)
+        if losses := [each for each in wanted if each is not None]:
+            block.gate.auxiliary = torch.stack(losses).mean()  # as of micro-batches that are accumulated
         return torch.cat(left) if self.last else left
 
     def enter(self, states: Tensor) -> Tensor:

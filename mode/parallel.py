@@ -1,4 +1,4 @@
-"""Several processes that train one model, as torchrun starts them: each has its part of the rows of every step.
+"""Several processes that train one model, as torchrun starts them: as a rule each has its part of the rows of a step.
 
 Alone, nothing here does anything. Otherwise the first process is the one that writes. All of them call what is said to
 be for all in the same order; the first of those calls waits until they have met.

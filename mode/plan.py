@@ -382,8 +382,9 @@ def verdict(work: Work, found: list[Estimate], devices: int, device: Device) -> 
     if best.layout == "mpmd" or not others or len(found) < 3:
         return text
     free = [
-        mpmd(work, slots, max(MICRO), device, Link(bandwidth=1e30, latency=0.0)).computing
+        mpmd(work, slots, micro, device, Link(bandwidth=1e30, latency=0.0)).computing
         for slots in placements(work, devices)
+        for micro in MICRO
     ]
     fastest = min(one.seconds for one in others)
     if min(free) >= fastest:

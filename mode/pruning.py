@@ -99,6 +99,7 @@ def prune(
     gates = weighing(model)
     if not gates:
         raise ConfigError(f"run {prepared.id}: {type(run.method).__name__} has no experts that a router weighs")
+    variant = variant_of(record, extra)
     cases = [case(prepared, model, "", 0.0, {})]
     for order in orders:
         needs = needed(order, prepared, model)
@@ -107,9 +108,17 @@ def prune(
             done(f"{order}, {ratio:g} pruned")
     asked = asked_of(record, run, ratios, orders)
     identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-    asked["variant"] = command.variant(record, extra)  # a name for people: no part of the identity
+    asked["variant"] = variant  # a name for people: no part of the identity
     found = Pruned(SCHEMA, identity, asked, {"cases": cases}, seen)
     return found, found.write(folder)
+
+
+def variant_of(record: Record, extra: Path | None) -> str:
+    """Return what of a record's method is not as configured; nothing where no method of its class is configured."""
+    try:
+        return command.variant(record, extra)
+    except ConfigError:
+        return ""
 
 
 def asked_of(record: Record, run: Run, ratios: Sequence[float], orders: Sequence[str]) -> dict[str, Any]:

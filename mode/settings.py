@@ -217,7 +217,7 @@ class Budget:
         policy: `paper`: every stage gets `train.steps`, as published; `data`: the stages of a row share them, so that
             all rows see the same number of tokens; `compute`: every row gets the floating-point operations of
             `train.steps` steps of full fine-tuning, its stages in equal parts; `params`: as `data`, and adapters get
-            the rank with which they train as many parameters as MoDE.
+            the rank, and MoV the number of vectors, with which they add as many parameters as MoDE.
         num_blocks: Of `params`: B of the MoDE model that is matched, which has one expert per target.
         expert_layers: Of `params`: its l.
     """

@@ -82,7 +82,7 @@ class Shards(Copies):
             parameter.data = torch.empty(0, device=parameter.device)
         yield
 
-    def collect(self, optimizer: Any) -> Any:
+    def collect(self, optimizer: Any, due: bool) -> Any:
         """Make the model whole, on every process, and return what a checkpoint asks of an optimizer."""
         state = {}
         for mine, theirs in zip(self.model.parameters(), self.whole.parameters(), strict=True):

@@ -49,7 +49,7 @@ class Slices(Shards):
             if (count := getattr(config, name, None)) and count % parallel.size():
                 raise ConfigError(f"train.layout=tp: {name}={count} does not divide over {parallel.size()} processes")
         for layer in decoder_layers(model):
-            check(layer, self.plan, config.model_type)
+            check(layer, self.plan, config.model_type, parallel.size())
 
     def rows(self, values: Any) -> Any:
         """Return all rows of a step."""
@@ -124,18 +124,28 @@ def plan_of(model: Any) -> dict[str, str]:
     return found
 
 
-def check(layer: nn.Module, plan: dict[str, str], family: str) -> None:
+def check(layer: nn.Module, plan: dict[str, str], family: str, count: int) -> None:
     """Refuse a layer that a plan does not fit.
 
+    Args:
+        layer: A decoder layer.
+        plan: Of every module, how it is dealt out.
+        family: What has the plan.
+        count: Number of processes.
+
     Raises:
-        ConfigError: A matrix is no linear map any more, or in none of the plan's modules, or a style is not known.
+        ConfigError: A matrix is no linear map any more, or in none of the plan's modules, or does not divide; or a
+            style is not known.
     """
     for path, kind in plan.items():
         if kind not in (*STYLES, SUMMED):
             raise ConfigError(f"train.layout=tp: {family} has {path} as {kind}, which is not known here")
     matrices = {name.removesuffix(".weight"): each for name, each in layer.named_parameters() if each.ndim > 1}
-    for path in matrices:
+    for path, matrix in matrices.items():
         if path not in plan or type(layer.get_submodule(path)) is not nn.Linear:
             raise ConfigError(
                 f"train.layout=tp: the plan of {family} does not know {path}, which this method adds or changes"
             )
+        size = matrix.shape[0 if plan[path].startswith("colwise") else 1]
+        if size % count:
+            raise ConfigError(f"train.layout=tp: {path} has {size}, which does not divide over {count} processes")

@@ -1,4 +1,4 @@
-"""How a training step is spread over processes: copies of the model that share rows, or branches side by side."""
+"""How a training step is spread over processes: copies that share rows, shards, slices, or branches side by side."""
 
 from __future__ import annotations
 
@@ -66,8 +66,13 @@ class Copies:
         """Scale gradients so that their norm is `most` at most."""
         torch.nn.utils.clip_grad_norm_(self.learning, most)
 
-    def collect(self, optimizer: Any) -> Any:
-        """Return what a checkpoint asks of an optimizer: it, since every process has all weights and moments."""
+    def collect(self, optimizer: Any, due: bool) -> Any:
+        """Return what a checkpoint asks of an optimizer: it, since every process has all weights and moments.
+
+        Args:
+            optimizer: The optimizer.
+            due: Whether the whole model is scored or saved now.
+        """
         return optimizer
 
 

@@ -94,8 +94,7 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
 
     Two runs of the same configuration end bit-identical on the same machine, whether or not one of them was
     interrupted: a batch is a function of (seed, step), and checkpoints fall on points of the curve. Several processes
-    (`mode.parallel`) share the rows of every step: their gradients are those of one process with as many times
-    `accumulate`, whose curve differs in the accuracy alone, which is the mean of all last micro-batches here.
+    have the gradients of one with as many times `accumulate`; the accuracy in the curve is the mean of all theirs.
 
     Args:
         model: A causal LM.
@@ -103,22 +102,22 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
         job: Settings, folders and callbacks.
 
     Raises:
-        ConfigError: The loss is no longer finite, or a checkpoint is damaged.
+        ConfigError: The loss is no longer finite, or a checkpoint is damaged or cannot be written.
     """
     settings, device = job.settings, next(model.parameters()).device
     spread = spread_over(model, job.hold is not None, settings, device)
     optimizer = make_optimizer(model, job)
     step, seconds, curve = restore(model, optimizer, job)
+    if step >= job.steps:  # it was stopped after its last step: the model is to stay whole
+        return trained(job, seconds, curve)
     made = Objective(model.train(), settings, job.hold, spread.part, job.end)
     objective, optimizer = spread.wrap(made, optimizer, partial(make_optimizer, job=job))
     layers = Layers(spread.model, settings, half=spread.halves and precision_of(settings, device) == "bf16")
     passes = recorded(accumulate, list(trainable(spread.model).values()), settings, held=job.hold is not None)
-    total = torch.zeros((), device=device)
-    begin = time.monotonic()
+    total, begin = torch.zeros((), device=device), time.monotonic()
     with Saver() as saver:
         while step < job.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * schedule(step, job.steps, settings)
+            set_rates(optimizer, schedule(step, job.steps, settings))
             rows, held, kinds = share(batches, job, step, spread, device)
             torch.manual_seed(spread.seed((job.seed << 32) + step))
             with layers, spread():
@@ -131,14 +130,26 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
             if step % settings.log_every == 0 or step == job.steps:
                 mean = float(parallel.mean(total)) / ((step - 1) % settings.log_every + 1)
                 seconds += time.monotonic() - begin  # after the mean, which waits for the device
-                saved = spread.collect(optimizer)
-                point = measure(model, job, step, mean, states, spread, rows, held)
-                curve.append(point | {"seconds": round(seconds, 3)})
-                append(job, curve[-1], saved, model, saver)
-                job.observe(dict(curve[-1], tokens_per_second=throughput(curve, settings)))
+                moments = spread.collect(optimizer, due(step, job))
+                point = measure(model, job, step, mean, states, spread, rows, held) | {"seconds": round(seconds, 3)}
+                curve.append(point)
+                append(job, point, moments, model, saver)
+                del moments  # of all processes: no step has room for them
+                job.observe(point | {"tokens_per_second": throughput(curve, settings)})
                 total.zero_()
                 begin = time.monotonic()
-    return Trained(job.steps, job.steps * settings.batch_size * settings.sequence_length, seconds, curve)
+    return trained(job, seconds, curve)
+
+
+def trained(job: Job, seconds: float, curve: Sequence[Point]) -> Trained:
+    """Return what the loop did when it has made all steps."""
+    return Trained(job.steps, job.steps * job.settings.batch_size * job.settings.sequence_length, seconds, curve)
+
+
+def due(step: int, job: Job) -> bool:
+    """Say whether the whole model is scored or saved after a step."""
+    every = (job.settings.checkpoint_every, job.settings.validate_every)
+    return step == job.steps or any(each and step % each == 0 for each in every)
 
 
 def share(
@@ -207,6 +218,12 @@ def make_optimizer(model: nn.Module, job: Job) -> torch.optim.AdamW:
     )
 
 
+def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Set the learning rate of every group to a share of its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+
+
 def schedule(step: int, steps: int, settings: Train) -> float:
     """Return the learning rate of a step as a share of its peak: linear warm-up, then a cosine.
 
@@ -267,6 +284,9 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, job: Job) -> tup
     """Go back to the latest checkpoint: its step, its seconds of training, and the curve up to it."""
     job.folder.mkdir(parents=True, exist_ok=True)
     step, seconds, curve = 0, 0.0, []
+    if parallel.is_main():
+        for left in job.folder.glob(f".{CHECKPOINT}.*.partial"):  # of a process that was killed as it wrote
+            left.unlink()
     if job.checkpoint.exists():
         counters = load_checkpoint(job.checkpoint, model, optimizer)
         step, seconds = int(str(counters["step"])), float(str(counters["seconds"]))

@@ -87,6 +87,8 @@ class Train:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         if (self.activation_checkpointing == "auto") != (self.memory is not None):
             raise ValueError("activation_checkpointing=auto and memory go together")
+        if self.activation_checkpointing == "auto" and self.layout in ("tp", "mpmd"):
+            raise ValueError(f"activation_checkpointing=auto does not go with layout={self.layout}")
         if self.layout != "ddp" and self.branches != "loop":
             raise ValueError(f"layout={self.layout} goes with branches=loop")
         if self.layout != "mpmd" and (self.in_flight > 1 or self.placement is not None):

@@ -48,8 +48,9 @@ for settings in json.loads(sys.argv[1]):
     alone, spread = noisy(run), noisy(run)
     rows = torch.randint(300, (8, 33), generator=torch.Generator().manual_seed(1))
     most = 0.01  # gradients are clipped
+    rows[:, 5::9] = 0  # documents end
     end = 0 if run.train.documents == "apart" else None
-    accumulate(Objective(alone, run.train, None, end=end), rows, run.train.accumulate)
+    accumulate(Objective(alone, run.train, None, end=end), rows, run.train.accumulate * run.train.in_flight)
     torch.nn.utils.clip_grad_norm_(trainable(alone).values(), most)
     branches = Branches(spread, torch.device("cpu"), run.train.in_flight, run.train.placement)
     with branches():
@@ -89,7 +90,7 @@ def noisy(run: Any) -> Any:
             2,
             [
                 ("method.num_experts=2", "train.accumulate=2"),
-                ("method.num_experts=1", "train.in_flight=4"),
+                ("method.num_experts=1", "train.in_flight=4", "method.gate.balance=0.5"),
                 (
                     "method.num_experts=4",
                     "train.in_flight=2",
@@ -113,8 +114,14 @@ def test_gradients_are_those_of_one_process(
 def test_a_run_side_by_side_is_that_of_one_process(shared_world: World, tmp_path: Path) -> None:
     loop = ("method=mode", "train.steps=6", "train.batch_size=4", *EVERY)
     both, alone = (shared_world.at(tmp_path / name) for name in ("both", "alone"))
-    asked = [*both.overrides, *loop, "train.layout=mpmd"]
+    asked = [*both.overrides, *loop, "train.layout=mpmd", "train.in_flight=2", "train.placement=[[0],[1,2]]"]
     together(2, ["-c", SCRIPT, json.dumps([asked]), str(both.conf)])
+    # Stopped after its last step, and before its record: it goes on to the same.
+    (record,) = (both.root / "results" / "records").glob("mode-py-sums-*.json")
+    scores = json.loads(record.read_text())["happened"]["scores"]
+    record.unlink()
+    together(2, ["-c", SCRIPT, json.dumps([asked]), str(both.conf)])
+    assert json.loads(record.read_text())["happened"]["scores"] == scores
     run = config.compose(asked, both.conf)
     other = config.compose([*alone.overrides, *loop], alone.conf)
     assert prepare_run(run).id == prepare_run(other).id  # the layout changes no result, so it is the same run
@@ -221,7 +228,9 @@ def test_a_step_leaves_what_is_other_slots_in_other_slots(world: World) -> None:
     left = sum(each.numel() for each in model.parameters())
     assert whole - left == own[0] * len(branches.blocks)
     assert not {id(each) for each in optimizer.state} & {id(each) for each in parts[0].parameters()}
-    saved = branches.collect(optimizer)
+    assert branches.collect(optimizer, False) is optimizer
+    assert sum(each.numel() for each in model.parameters()) == left
+    saved = branches.collect(optimizer, True)
     assert sum(each.numel() for each in model.parameters()) == whole
     assert all(saved.state[each]["exp_avg"].shape == each.shape for each in parts[0].parameters())
     assert len(optimizer.state) < len(saved.state)  # the optimizer itself keeps its own

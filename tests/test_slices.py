@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from mode.backbone import load_model
 from mode.checked import ConfigError
 from mode.method import Material
 from mode.modular import insert_blocks
+from mode.runner import execute
 from mode.slices import Slices
 from mode.spread import spread_over
 from tests.conftest import World
 from tests.families import FAMILIES, make_model
-from tests.test_parallel import together
+from tests.test_parallel import SCRIPT, STOPPED, together
 
 PLANNED = [name for name in FAMILIES if name != "gpt2"]
 STEPS = """
@@ -56,7 +58,7 @@ for family in PLANNED:
             for each in (plain, optimizer):
                 each.step()
                 each.zero_grad(set_to_none=True)
-        saved = spread.collect(optimizer)
+        saved = spread.collect(optimizer, True)
         for (name, one), other in zip(trainable(alone).items(), trainable(sliced).values(), strict=True):
             assert other.shape == one.shape
             assert torch.allclose(other, one, rtol=1e-2, atol=1e-3), (family, modular, name)
@@ -102,3 +104,32 @@ def test_a_family_without_a_plan_and_one_process_are_refused(world: World) -> No
     run: Any = config.compose([*world.overrides, "method=sft", "train.layout=tp"], world.conf)
     with pytest.raises(ConfigError, match=r"train\.layout=tp needs several processes"):
         spread_over(make_model("llama"), False, run.train, torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_runs_in_slices_are_those_of_one_process(shared_world: World, tmp_path: Path) -> None:
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    both, alone = (shared_world.at(tmp_path / name) for name in ("both", "alone"))
+    place = tmp_path / "heads"  # as the world's backbone, with a key for every head
+    shutil.copytree(Path(shared_world.conf).parent / "pico", place)
+    LlamaForCausalLM(AutoConfig.from_pretrained(place, num_key_value_heads=2)).save_pretrained(place)
+    more = [f"backbone.path={place}", "backbone.name=heads", "train.steps=6", "train.log_every=1", "train.accumulate=2"]
+    methods = (
+        ["method=sft", "train.activation_checkpointing=all"],
+        ["method=sft", "train.precision=bf16"],
+        ["method=mode", "method.start=fresh", "method.num_experts=1"],
+    )
+    asked = [[*both.overrides, *more, *each, "train.layout=tp"] for each in methods]
+    together(2, ["-c", STOPPED, json.dumps(asked[0]), str(both.conf)])  # goes on in the next
+    together(2, ["-c", SCRIPT, json.dumps(asked), str(both.conf)])
+    for given, each in zip(asked, methods, strict=True):
+        found = execute(config.compose(given, both.conf))
+        expected = execute(config.compose([*alone.overrides, *more, *each], alone.conf))
+        assert found.provenance["layout"] == {"kind": "tp", "processes": 2}
+        close = 2e-2 if "train.precision=bf16" in each else 1e-4
+        losses = [[point["loss"] for point in record.happened["curve"]] for record in (found, expected)]
+        assert len(losses[0]) == 6
+        assert losses[0] == pytest.approx(losses[1], rel=close)
+        for domain, score in expected.happened["scores"].items():
+            assert found.happened["scores"][domain]["loss"] == pytest.approx(score["loss"], rel=close)

@@ -63,7 +63,7 @@ def sharding(run: Run, method: MoDE, device: torch.device, folder: Path) -> tupl
     """Return what to time: one process, copies, shards, and branches side by side, each with its prediction.
 
     The predictions know of this machine what each of two processes that do the same takes at the first width, with the
-    most and the fewest tokens, and what summing over them takes, as measured in the same round.
+    most and the fewest tokens, and what summing, gathering and scattering take, as measured less than a minute before.
 
     Args:
         run: Names the backbone; rows are the suite's own.
