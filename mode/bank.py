@@ -55,23 +55,30 @@ class Ledger:
     Attributes:
         balance: Weight of the loss - sum_i log q_i, with q_i expert i's mean weight over layers and tokens: N log N at
             its least, where all are the same.
-        banks: The banks that write here, in the order of the forward pass.
+        means: Of every bank, by its number, the experts' mean weights in the last forward pass, (N,).
+        banks: Number of banks that write here.
     """
 
     def __init__(self, balance: float) -> None:
         """Begin without banks."""
         self.balance = balance
-        self.banks: list[OutputGatedBank] = []
-        self.means: list[Tensor] = []
+        self.means: dict[int, Tensor] = {}
+        self.banks = 0
 
-    def write(self, bank: OutputGatedBank, weights: Tensor) -> Tensor | None:
-        """Note a bank's weights, (..., N); return the loss at the last one."""
-        if bank is self.banks[0]:
-            self.means.clear()
-        self.means.append(weights.flatten(0, -2).mean(0))
-        if bank is not self.banks[-1] or not self.balance:
+    def enter(self) -> int:
+        """Return the number of another bank."""
+        self.banks += 1
+        return self.banks - 1
+
+    def loss(self) -> Tensor | None:
+        """Return the loss of a forward pass that is over.
+
+        Not of one under way: a layer whose activations are formed again in the backward pass runs by itself there.
+        """
+        if not self.balance or len(self.means) < self.banks:
             return None
-        loss: Tensor = -self.balance * torch.stack(self.means).mean(0).log().sum()
+        means = [self.means[number] for number in range(self.banks)]
+        loss: Tensor = -self.balance * torch.stack(means).mean(0).log().sum()
         return loss
 
 
@@ -79,7 +86,7 @@ class OutputGate(nn.Linear):
     """softmax(e [E_1 ... E_N] / tau): weights of experts by what they say, each normalised, side by side.
 
     Attributes:
-        temperature: tau.
+        temperature: tau, (1,).
         weighs: That its output are weights of experts.
     """
 
@@ -89,7 +96,7 @@ class OutputGate(nn.Linear):
         """Weigh all experts the same."""
         super().__init__(count * outputs, count, bias=False)
         nn.init.zeros_(self.weight)
-        self.temperature = nn.Parameter(torch.ones(()))
+        self.temperature = nn.Parameter(torch.ones(1))  # not a number alone, which has no shards
 
     def forward(self, experts: Tensor) -> Tensor:
         """Map the experts' outputs, (..., N, o), to their weights, (..., N), in fp32."""
@@ -108,8 +115,8 @@ class OutputGatedBank(nn.Module):
         up: B, (N, o, r); frozen.
         scale: s.
         gate: e, (N, N o), and tau; all experts weigh the same at the start.
-        ledger: Where the weights are noted.
-        auxiliary: The ledger's loss, in training, at the last layer.
+        ledger: Where the weights are noted, in training.
+        number: This bank's there.
     """
 
     def __init__(self, base: nn.Module, down: Tensor, up: Tensor, scale: float, ledger: Ledger) -> None:
@@ -120,9 +127,16 @@ class OutputGatedBank(nn.Module):
         self.down = nn.Parameter(down.clone(), requires_grad=False)
         self.up = nn.Parameter(up.clone(), requires_grad=False)
         self.gate = OutputGate(count, sizes(base)[1])
-        self.auxiliary: Tensor | None = None
-        self.ledger = ledger
-        ledger.banks.append(self)
+        self.ledger, self.number = ledger, ledger.enter()
+
+    @property
+    def auxiliary(self) -> Tensor | None:
+        """The ledger's loss, at the last bank."""
+        return self.ledger.loss() if self.number == self.ledger.banks - 1 else None
+
+    @auxiliary.setter
+    def auxiliary(self, nothing: None) -> None:
+        self.ledger.means.clear()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d) to (..., o)."""
@@ -130,7 +144,9 @@ class OutputGatedBank(nn.Module):
         low = functional.linear(x, self.down.flatten(0, 1)).view(*x.shape[:-1], count, rank)
         experts = self.scale * torch.einsum("...nr,nor->...no", low, self.up.to(low.dtype))
         weights = self.gate(experts)
-        self.auxiliary = self.ledger.write(self, weights) if self.training else None
+        self.ledger.means.pop(self.number, None)
+        if self.training:
+            self.ledger.means[self.number] = weights.flatten(0, -2).mean(0)
         out: Tensor = self.base(x)
         mixed: Tensor = (weights[..., None] * experts).sum(-2)
         return out + mixed.to(out.dtype)

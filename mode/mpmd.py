@@ -64,7 +64,7 @@ class Branches:
         self.blocks = [block for block in blocks_of(model) if isinstance(block, Block)]
         self.check()
         placement = self.even() if placement is None else placement
-        self.check_placement(placement)
+        parallel.check_placement(placement, 1 + len(self.blocks[0].experts))
         self.slots = len(placement)
         parallel.meet()
         names = ("branch", "data")
@@ -101,16 +101,6 @@ class Branches:
             min(chosen, key=lambda slot: sum(work[each] for each in slot)).append(index)
         return sorted(sorted(slot) for slot in chosen)
 
-    def check_placement(self, placement: Sequence[Sequence[int]]) -> None:
-        """Refuse a placement that does not have every branch once, or whose slots do not divide the processes."""
-        branches = list(range(1 + len(self.blocks[0].experts)))
-        if sorted(index for slot in placement for index in slot) != branches or not all(placement):
-            raise ConfigError(
-                f"train.placement: not each of the branches {branches}, the backbone being 0, in one slot"
-            )
-        if len(placement) < 2 or parallel.size() % len(placement):
-            raise ConfigError(f"train.placement: {parallel.size()} processes do not divide over {len(placement)} slots")
-
     def branch_weights(self) -> Iterator[tuple[int, nn.Parameter]]:
         """Return every branch's weights with the number of the branch, block by block."""
         for block in self.blocks:
@@ -130,7 +120,7 @@ class Branches:
         self.forget()
         for number, block in enumerate(self.blocks):
             last = number == len(self.blocks) - 1
-            block.spread = Join(self.branch, self.mine, self.in_flight, last=last, splits=last)
+            block.spread = Join(self.branch, self.mine, self.in_flight, splits=last)
         try:
             yield
         finally:
@@ -144,7 +134,7 @@ class Branches:
         """
         self.forget()
         for block in self.blocks:
-            block.spread = Join(self.branch, self.mine, last=True, splits=False)
+            block.spread = Join(self.branch, self.mine, splits=False)
 
     def rows(self, values: Any) -> Any:
         """Return the rows of a step that this process reads: all of its slot's."""
@@ -215,17 +205,16 @@ class Join:
         mine: The branches that run here.
     """
 
-    def __init__(self, mesh: Any, mine: Sequence[int], in_flight: int = 1, *, last: bool, splits: bool) -> None:
+    def __init__(self, mesh: Any, mine: Sequence[int], in_flight: int = 1, *, splits: bool) -> None:
         """Take a block's place.
 
         Args:
             mesh: The slots'.
             mine: The branches that run here.
             in_flight: Micro-batches in which rows pass through the blocks.
-            last: Whether the block is the last.
-            splits: Whether each slot is left a part of the rows of its output.
+            splits: Whether each slot is left a part of the rows of its output: the last block, in training.
         """
-        self.mesh, self.mine, self.in_flight, self.last, self.splits = mesh, mine, in_flight, last, splits
+        self.mesh, self.mine, self.in_flight, self.splits = mesh, mine, in_flight, splits
 
     def __call__(self, block: Block, states: Tensor | list[Tensor], calls: Sequence[Call]) -> Any:
         """Return a block's output, (B, S, d), or (B / K, S, d) where it splits; of micro-batches in flight a list.
@@ -246,7 +235,7 @@ class Join:
         block.weights = torch.stack([mean for mean in means if mean is not None]).mean(dim=0)
         if losses := [each for each in wanted if each is not None]:
             block.gate.auxiliary = torch.stack(losses).mean()  # as of micro-batches that are accumulated
-        return torch.cat(left) if self.last else left
+        return torch.cat(left) if self.splits else left
 
     def enter(self, states: Tensor) -> Tensor:
         """Return a block's input, (B, S, d), whose gradient is the sum of all slots'."""

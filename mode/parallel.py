@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -119,6 +119,22 @@ def check_shares(batch_size: int, accumulate: int, in_flight: int = 1) -> None:
         parts = {"train.accumulate": accumulate, "train.in_flight": in_flight}
         told = "".join(f" and {name}={count}" for name, count in parts.items() if count > 1)
         raise ConfigError(f"train.batch_size={batch_size} does not divide over {size()} processes{told}")
+
+
+def check_placement(placement: Sequence[Sequence[int]], branches: int) -> None:
+    """Refuse a placement over slots that does not have every branch once, or whose slots do not divide the processes.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    from mode.checked import ConfigError
+
+    if sorted(index for slot in placement for index in slot) != list(range(branches)) or not all(placement):
+        raise ConfigError(
+            f"train.placement: not each of the branches {list(range(branches))}, the backbone being 0, in one slot"
+        )
+    if len(placement) < 2 or size() % len(placement):
+        raise ConfigError(f"train.placement: {size()} processes do not divide over {len(placement)} slots")
 
 
 def own_seed(seed: int, number: int) -> int:

@@ -65,6 +65,8 @@ def execute(
             with parallel.main_first():  # others must not go on from what is to be forgotten
                 start_over(prepared.folder)
         needs = []
+        if run.train.placement is not None:  # of this stage, but told before those that it stands on train
+            parallel.check_placement(run.train.placement, len(prepared.method.branches(run)))
         for stage in prepared.method.needs(run):
             execute(stage, weights=True, observe=observe)
             needs.append(prepare_run(stage))

@@ -199,6 +199,14 @@ def test_slots_have_as_even_work_as_can_be_or_what_is_asked(world: World) -> Non
             Branches(model, CPU, placement=wrong)
 
 
+@pytest.mark.usefixtures("alone_of_two")
+def test_a_wrong_placement_is_told_before_earlier_stages_train(world: World) -> None:
+    asked = ("method=mode", "train.layout=mpmd", "train.placement=[[0],[1]]")
+    with pytest.raises(ConfigError, match=r"^train\.placement: not each of the branches \[0, 1, 2\], the backbone"):
+        execute(config.compose([*world.overrides, *asked], world.conf))
+    assert not list(world.root.rglob("curve.jsonl"))
+
+
 @pytest.mark.parametrize("setting", ["train.in_flight=2", "train.placement=[[0],[1,2]]"])
 def test_what_is_of_branches_side_by_side_alone_is_refused_elsewhere(world: World, setting: str) -> None:
     with pytest.raises(ConfigError, match="in_flight and placement go with layout=mpmd, not ddp"):

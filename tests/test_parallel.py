@@ -41,8 +41,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "btm": ("method=btm",),
     "upcycling in shards": ("method=upcycling", "train.layout=fsdp"),
     "mode in shards": ("method=mode", "method.num_blocks=2", "train.layout=fsdp"),
-    "lora in shards, in bf16 and micro-batches": (
-        *("method=lora", "train.layout=fsdp", "train.precision=bf16", "train.accumulate=2"),
+    "mole in shards, in bf16 and micro-batches": (  # and the LoRAs that it stands on
+        *("method=mole", "train.layout=fsdp", "train.precision=bf16", "train.accumulate=2"),
     ),
 }
 SCRIPT = """

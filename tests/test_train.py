@@ -236,7 +236,12 @@ def test_settings_of_the_loop_reach_the_record(world: World) -> None:
     assert record.asked["train"]["steps"] == asdict(run.train)["steps"] == 4
 
 
-@pytest.mark.parametrize("method", ["sft", "lora", "mode"])
+SPARSE = ("upcycling", "mixlora", "loramoe", "mole", "moelora")
+
+
+@pytest.mark.parametrize(
+    "method", ["sft", "lora", "mode", *(pytest.param(name, marks=pytest.mark.slow) for name in SPARSE)]
+)
 def test_activations_formed_again_change_no_bit(world: World, method: str) -> None:
     settings = {"mode": ["method.start=fresh", "method.num_experts=1"]}.get(method, [])
     losses = {}
