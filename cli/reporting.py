@@ -80,6 +80,7 @@ def rescore(run: Run) -> None:
     from mode.checked import ConfigError
     from mode.device import set_up
     from mode.prepared import finished, prepare_run
+    from mode.quantized import quantize_frozen
     from mode.runner import restore
     from mode.stage import score
 
@@ -88,6 +89,7 @@ def rescore(run: Run) -> None:
     if record is None:
         raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
     model = restore(prepared).to(set_up(run))
+    quantize_frozen(model, run.train.frozen_weights)
     scores = {name: asdict(value) for name, value in score(prepared, model, run.evaluate.split).items()}
     print(f"run {prepared.id}, scored from its weights")
     print_scores(type(record)(**{**vars(record), "happened": {**record.happened, "scores": scores}}))

@@ -29,6 +29,7 @@ from mode.gate import Gate
 from mode.gates import GateMeter, gates_of, watched
 from mode.measurement import Measurement
 from mode.prepared import Prepared, finished, prepare_run
+from mode.quantized import quantize_frozen
 from mode.record import surroundings
 from mode.runner import build, restore
 from mode.sheet import Sheet
@@ -96,6 +97,7 @@ def prune(
     seen = {"data": prepared.fingerprints, "backbone": prepared.backbone}
     seen |= surroundings(device_name(device), run.train.threads)
     model = restore(prepared).to(device).eval()
+    quantize_frozen(model, run.train.frozen_weights)
     gates = weighing(model)
     if not gates:
         raise ConfigError(f"run {prepared.id}: {type(run.method).__name__} has no experts that a router weighs")

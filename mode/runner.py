@@ -100,6 +100,7 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
     from mode.evaluate import check_finite
     from mode.forecast import count, forecast
     from mode.objective import precision_of
+    from mode.quantized import quantize_frozen
 
     run, device = prepared.run, set_up(prepared.run)
     sky = provenance(
@@ -117,6 +118,7 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
         write_atomic(prepared.folder / SETTINGS, config.to_yaml(run).encode())
     # The count comes before training, so that a model that it cannot cope with costs nothing.
     sizes, expected, taken = parameters(prepared, model), forecast(run), count(run, model)
+    quantize_frozen(model, run.train.frozen_weights)
     tracker = track(prepared)
     try:
         trained = fit(prepared, model, tracker, observe, taken)
@@ -203,6 +205,8 @@ def build(prepared: Prepared, needs: list[Prepared]) -> nn.Module:
 
 def restore(prepared: Prepared) -> nn.Module:
     """Return a finished run's model: built as for training, then given its trained weights.
+
+    What is frozen is in full, also where it was scored in eight bits (`mode.quantized`).
 
     Raises:
         ConfigError: The weights are not here, or do not fit.

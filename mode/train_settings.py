@@ -38,6 +38,9 @@ class Train:
         memory: Of `auto`: GB that weights, gradients, optimizer states and a step may take.
         compile: Whether decoder layers are compiled, which takes up to 40 s before the first step, and 5 s where it
             was done before; `auto`: in stages of about five minutes and more (`mode.layers`).
+        frozen_weights: How the frozen linear maps of decoder layers are held, in training and in scoring: in `full`, or
+            in eight bits a weight with a scale for every row, `int8` or `fp8`. A finished model is exported, makes text
+            and answers downstream tasks in full.
         documents: What documents of a row see of each other in training: `joined`, all before them, as in the paper;
             `apart`, nothing, with positions that begin anew. Rows are scored joined either way.
         branches: How the branches of a MoDE block run in training steps: in a `loop`; `batched`, all experts as one
@@ -74,6 +77,7 @@ class Train:
     activation_checkpointing: Literal["none", "frozen", "all", "auto"] = "none"
     memory: Annotated[float, Field(gt=0.0)] | None = None
     compile: bool | Literal["auto"] = False
+    frozen_weights: Literal["full", "int8", "fp8"] = "full"
     documents: Literal["joined", "apart"] = "joined"
     branches: Literal["loop", "batched", "streams"] = "loop"
     graph: bool = False
@@ -91,6 +95,10 @@ class Train:
             raise ValueError(f"activation_checkpointing=auto does not go with layout={self.layout}")
         if self.layout != "ddp" and self.branches != "loop":
             raise ValueError(f"layout={self.layout} goes with branches=loop")
+        if self.frozen_weights != "full" and (self.layout != "ddp" or self.branches == "batched"):
+            raise ValueError(
+                f"frozen_weights={self.frozen_weights} goes with layout=ddp, and not with branches=batched"
+            )
         if self.layout != "mpmd" and (self.in_flight > 1 or self.placement is not None):
             raise ValueError(f"in_flight and placement go with layout=mpmd, not {self.layout}")
         if self.branches == "batched" and (self.compile or self.activation_checkpointing != "none"):

@@ -19,6 +19,7 @@ from mode.layers import Layers
 from mode.loss import hidden_states
 from mode.method import Adaptation, Material
 from mode.objective import Hold, Objective, precision_of
+from mode.quantized import quantize_frozen
 from mode.settings import SELF, Anchor
 from mode.suites.peers import known, peers
 from mode.timing import Case
@@ -83,6 +84,8 @@ def options(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
         "compiled layers, bf16": {"compile": True, "precision": "bf16"},
         "activations of frozen layers formed again": {"activation_checkpointing": "frozen"},
         "activations of all layers formed again": {"activation_checkpointing": "all"},
+        "frozen weights in int8, bf16": {"frozen_weights": "int8", "precision": "bf16"},
+        "frozen weights in fp8, bf16": {"frozen_weights": "fp8", "precision": "bf16"},
     }
     if device.type == "cuda":  # to compile takes long there, and nobody trains in fp32
         variants.pop("compiled layers")
@@ -91,7 +94,7 @@ def options(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
     for name in OPTIONAL:
         for variant, changes in variants.items():
             changed = config.replace(run, train=config.replace(run.train, **plain | changes))
-            if name != FULL or variant != "activations of frozen layers formed again":  # nothing is frozen there
+            if name != FULL or "frozen" not in variant:  # nothing is there
                 cases.append(Step(changed, methods[name], Anchor(), device).case(f"options, {name}", variant))
     cases += branches(
         config.replace(run, train=config.replace(run.train, **plain | {"precision": "auto"})), methods, device
@@ -247,6 +250,7 @@ class Step:
         load = partial(load_model, run.backbone)
         asked = config.replace(run, method=method)
         self.model = method.build(asked, Material(backbone=load)).to(device).train()
+        quantize_frozen(self.model, run.train.frozen_weights)
         size, length = run.train.batch_size, run.train.sequence_length
         vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
         self.rows = torch.randint(vocabulary, (size, length + 1)).to(device)
