@@ -97,7 +97,6 @@ def start_over(folder: Path) -> None:
 def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again: bool) -> Record:
     """Train, evaluate and record one run whose needs are met."""
     from mode.device import device_name, peak_memory, set_up
-    from mode.evaluate import check_finite
     from mode.forecast import count, forecast
     from mode.objective import precision_of
     from mode.quantized import quantize_frozen
@@ -122,30 +121,38 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
     tracker = track(prepared)
     try:
         trained = fit(prepared, model, tracker, observe, taken)
-        begin = time.monotonic()
-        with prepared.method.probed(model) as probe:
-            scores = score(prepared, model, run.evaluate.split, probe=probe)
-        check_finite(scores)
+        scores, scoring = evaluated(prepared, model)
     except BaseException as error:  # an interrupt too: the tracker must not stay open for this process's next run
         tracker.abandon()
         if type(error).__name__ == "OutOfMemoryError":
             raise ConfigError("out of memory: raise train.accumulate, or lower train.batch_size") from error
         raise
     tracker.finish({f"{run.evaluate.split}/{name}/accuracy": value.accuracy for name, value in scores.items()})
-    seconds = round(time.monotonic() - begin, 2)
     happened = told(prepared, trained, scores, own_rows_fingerprint(prepared, device)) | {
         "flops": trained.tokens * taken,
         "forecast": None if expected is None else asdict(expected),
-        "evaluation_seconds": seconds,
         "parameters": sizes,
         "peak_memory_bytes": peak_memory(device),
+        **scoring,
     }
-    if probe is not None:
-        happened |= {"gates": probe.result(), "branches": prepared.method.branches(run)}
     if parallel.is_main():
         settle(prepared, model, Record(SCHEMA, prepared.id, prepared.asked, happened, sky), again=again)
     parallel.wait()
     return standing(prepared)
+
+
+def evaluated(prepared: Prepared, model: nn.Module) -> tuple[dict[str, Score], dict[str, Any]]:
+    """Score a finished model; return what a record says of that, beside the scores: its time, and what gates did."""
+    from mode.evaluate import check_finite
+
+    begin = time.monotonic()
+    with prepared.method.probed(model) as probe:
+        scores = score(prepared, model, prepared.run.evaluate.split, probe=probe)
+    check_finite(scores)
+    about: dict[str, Any] = {"evaluation_seconds": round(time.monotonic() - begin, 2)}
+    if probe is not None:
+        about |= {"gates": probe.result(), "branches": prepared.method.branches(prepared.run)}
+    return scores, about
 
 
 def told(prepared: Prepared, trained: Trained, scores: Mapping[str, Score], own_rows: str | None) -> dict[str, Any]:
