@@ -63,17 +63,22 @@ def interleave(
         Seconds by case and round.
     """
     seconds: list[list[float]] = [[] for _ in cases]
-    for number in range(rounds + 1):
-        order = range(len(cases)) if number % 2 else reversed(range(len(cases)))
-        for index in order:
-            gc.collect()  # garbage of one case is not to be another's time
-            wait()
-            start = time.perf_counter()
-            own = cases[index].action()
-            wait()
-            if number:
-                seconds[index].append(own if isinstance(own, float) else time.perf_counter() - start)
-        done(number)
+    gc.collect()
+    gc.freeze()  # to look before every case through all that is loaded takes half a second
+    try:
+        for number in range(rounds + 1):
+            order = range(len(cases)) if number % 2 else reversed(range(len(cases)))
+            for index in order:
+                gc.collect()  # garbage of one case is not to be another's time
+                wait()
+                start = time.perf_counter()
+                own = cases[index].action()
+                wait()
+                if number:
+                    seconds[index].append(own if isinstance(own, float) else time.perf_counter() - start)
+            done(number)
+    finally:
+        gc.unfreeze()
     return seconds
 
 
