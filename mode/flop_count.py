@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mode.cost import Flops
@@ -25,18 +26,40 @@ def counted(model: nn.Module, rows: Tensor, context: AbstractContextManager[Any]
         rows: Tokens, (B, S).
         context: Context of the forward pass, such as autocast.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=attention())
-    with counter:
+    with Counter() as counter:
         with context:
             states = hidden_states(model, rows)
-        forward = counter.get_total_flops()
+        forward = counter.total
         if states.requires_grad:
             torch.autograd.backward(states, torch.ones_like(states))
     model.zero_grad(set_to_none=True)
     weight, passes = head(model), states.requires_grad
-    backward = counter.get_total_flops() - forward
+    backward = counter.total - forward
     last = Flops(2.0 * weight.numel(), 2.0 * weight.numel() * (passes + (passes and weight.requires_grad)))
     return Flops(forward / rows.numel(), backward / rows.numel()) + last
+
+
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operations by torch's formulas, all in one: torch's own counter asks of which module each is.
+
+    Attributes:
+        total: Operations so far.
+    """
+
+    def __init__(self) -> None:
+        """Begin at nothing."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+        self.formulas = FlopCounterMode(display=False, custom_mapping=attention()).flop_registry
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Do an operation, and count it if there is a formula for it."""
+        given = kwargs or {}
+        out = func(*args, **given)
+        formula: Any = self.formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **given, out_val=out)
+        return out
 
 
 KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mode import config
 from mode.backbone import load_model
@@ -15,8 +16,9 @@ from mode.bank import LowRankBank
 from mode.checked import ConfigError
 from mode.cost import Flops, shape_of
 from mode.feed_forward import LowRankFeedForward
-from mode.flop_count import counted
+from mode.flop_count import attention, counted
 from mode.forecast import forecast
+from mode.loss import hidden_states
 from mode.method import Material, Method
 from mode.prepared import prepare_run
 from mode.record import Record
@@ -84,6 +86,19 @@ def check(run: Run, model: Any) -> None:
 def test_closed_forms_agree_with_torchs_counter_and_the_models_parameters(world: World, name: str) -> None:
     run = run_of(world, *METHODS[name])
     check(run, built(run))
+
+
+@pytest.mark.parametrize("name", ["mode 2", "lora attention"])
+def test_the_count_is_that_of_torchs_own_counter(world: World, name: str) -> None:
+    run = run_of(world, *METHODS[name])
+    model, rows = built(run).train(), torch.zeros(2, 16, dtype=torch.long)
+    with FlopCounterMode(display=False, custom_mapping=attention()) as theirs:
+        states = hidden_states(model, rows)
+        states.backward(torch.ones_like(states))
+    weight = model.get_output_embeddings().weight
+    heads = 2.0 * weight.numel() * (2 + weight.requires_grad)
+    found = counted(model, rows, nullcontext())
+    assert found.total == theirs.get_total_flops() / rows.numel() + heads
 
 
 def test_an_ensemble_takes_what_its_members_take(world: World) -> None:

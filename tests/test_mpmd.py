@@ -28,7 +28,8 @@ from mode.runner import WEIGHTS, execute
 from mode.spread import spread_over
 from mode.train import Job, accumulate, make_optimizer
 from tests.conftest import World
-from tests.test_parallel import EVERY, SCRIPT, together
+from tests.processes import together
+from tests.test_parallel import EVERY, SCRIPT
 from tests.traffic import Traffic
 
 CPU = torch.device("cpu")
@@ -107,7 +108,7 @@ def test_gradients_are_those_of_one_process(
 ) -> None:
     world = shared_world.at(tmp_path)
     settings = [[*world.overrides, *FRESH, "train.layout=mpmd", *more] for more in cases]
-    together(processes, ["-c", GRADIENTS, json.dumps(settings), str(world.conf)])
+    together(processes, GRADIENTS, json.dumps(settings), str(world.conf))
 
 
 @pytest.mark.slow
@@ -115,12 +116,12 @@ def test_a_run_side_by_side_is_that_of_one_process(shared_world: World, tmp_path
     loop = ("method=mode", "train.steps=6", "train.batch_size=4", *EVERY)
     both, alone = (shared_world.at(tmp_path / name) for name in ("both", "alone"))
     asked = [*both.overrides, *loop, "train.layout=mpmd", "train.in_flight=2", "train.placement=[[0],[1,2]]"]
-    together(2, ["-c", SCRIPT, json.dumps([asked]), str(both.conf)])
+    together(2, SCRIPT, json.dumps([asked]), str(both.conf))
     # Stopped after its last step, and before its record: it goes on to the same.
     (record,) = (both.root / "results" / "records").glob("mode-py-sums-*.json")
     scores = json.loads(record.read_text())["happened"]["scores"]
     record.unlink()
-    together(2, ["-c", SCRIPT, json.dumps([asked]), str(both.conf)])
+    together(2, SCRIPT, json.dumps([asked]), str(both.conf))
     assert json.loads(record.read_text())["happened"]["scores"] == scores
     run = config.compose(asked, both.conf)
     other = config.compose([*alone.overrides, *loop], alone.conf)
@@ -244,6 +245,7 @@ def test_a_step_leaves_what_is_other_slots_in_other_slots(world: World) -> None:
     assert len(optimizer.state) < len(saved.state)  # the optimizer itself keeps its own
 
 
+@pytest.mark.slow
 def test_text_side_by_side_is_that_of_one_process_though_none_has_the_others_weights(
     shared_world: World, tmp_path: Path
 ) -> None:

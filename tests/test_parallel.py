@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from mode.record import read_records
 from mode.runner import execute
 from mode.train import read_curve
 from tests.conftest import World
+from tests.processes import together
 
 pytestmark = pytest.mark.slow
 EVERY = ("train.log_every=1", "train.checkpoint_every=4", "train.validate_every=0")
@@ -56,26 +56,12 @@ for overrides in asked:
 """
 
 
-def together(count: int, arguments: Sequence[str]) -> None:
-    """Run a program on several processes, as torchrun does."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank in range(count):
-        own = os.environ | shared | {"RANK": str(rank)}
-        processes.append(subprocess.Popen([sys.executable, *arguments], env=own, stderr=subprocess.PIPE))
-    told = [process.communicate(timeout=300)[1].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(told)
-
-
 @pytest.fixture(scope="module")
 def records(shared_world: World, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Any, Any]]:
     """The record of every method on two processes, and on one with twice the micro-batches."""
     alone, both = (shared_world.at(tmp_path_factory.mktemp(name)) for name in ("alone", "both"))
     asked = {name: [*both.overrides, *LOOP, *overrides] for name, overrides in METHODS.items()}
-    together(2, ["-c", SCRIPT, json.dumps(list(asked.values())), str(both.conf)])
+    together(2, SCRIPT, json.dumps(list(asked.values())), str(both.conf))
     found = {}
     for name, overrides in METHODS.items():
         parts = 4 if "train.accumulate=2" in overrides else 2
@@ -126,7 +112,7 @@ def test_what_was_begun_in_shards_goes_on_alone(shared_world: World, tmp_path: P
     asked = ["method=lora", "train.steps=8", "train.batch_size=4", *EVERY, "train.checkpoint_every=2"]
     begun, plain = (shared_world.at(tmp_path / name) for name in ("begun", "plain"))
     given = [*begun.overrides, *asked, "train.layout=fsdp"]
-    together(2, ["-c", STOPPED, json.dumps(given), str(begun.conf)])
+    together(2, STOPPED, json.dumps(given), str(begun.conf))
     (checkpoint,) = (begun.root / "runs").rglob("checkpoint.safetensors")
     step = int(str(load_tensors(checkpoint)[1]["step"]))
     before = read_curve(checkpoint.with_name("curve.jsonl"))[:step]
@@ -174,7 +160,7 @@ def launched(count: int, command: Sequence[str]) -> subprocess.CompletedProcess[
 
 def test_a_job_one_of_whose_processes_is_killed_says_so_and_goes_on(shared_world: World, tmp_path: Path) -> None:
     whole, killed = shared_world.at(tmp_path / "whole"), shared_world.at(tmp_path / "killed")
-    assert launched(2, words(whole, *LONG)).returncode == 0
+    together(2, SCRIPT, json.dumps([[*whole.overrides, "method=sft", *LONG]]), str(whole.conf))
     asked = [sys.executable, "-m", "cli", "launch", "--nproc", "2", *words(killed, *LONG)]
     with subprocess.Popen(asked, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as job:
         while job.poll() is None and not any(

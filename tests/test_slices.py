@@ -20,7 +20,8 @@ from mode.slices import Slices
 from mode.spread import spread_over
 from tests.conftest import World
 from tests.families import FAMILIES, make_model
-from tests.test_parallel import SCRIPT, STOPPED, together
+from tests.processes import together
+from tests.test_parallel import SCRIPT, STOPPED
 
 PLANNED = [name for name in FAMILIES if name != "gpt2"]
 STEPS = """
@@ -77,7 +78,7 @@ def made(family: str, modular: bool) -> Any:
 @pytest.mark.slow
 def test_steps_in_slices_are_those_of_one_process(shared_world: World, tmp_path: Path) -> None:
     world = shared_world.at(tmp_path)
-    together(2, ["-c", STEPS, json.dumps([*world.overrides, "method=sft"]), str(world.conf)])
+    together(2, STEPS, json.dumps([*world.overrides, "method=sft"]), str(world.conf))
 
 
 @pytest.mark.parametrize(
@@ -120,8 +121,8 @@ def test_runs_in_slices_are_those_of_one_process(shared_world: World, tmp_path: 
         ["method=mode", "method.start=fresh", "method.num_experts=1", "train.precision=bf16"],
     )
     asked = [[*both.overrides, *more, *each, "train.layout=tp"] for each in methods]
-    together(2, ["-c", STOPPED, json.dumps(asked[0]), str(both.conf)])  # goes on in the next
-    together(2, ["-c", SCRIPT, json.dumps(asked), str(both.conf)])
+    together(2, STOPPED, json.dumps(asked[0]), str(both.conf))  # goes on in the next
+    together(2, SCRIPT, json.dumps(asked), str(both.conf))
     for given, each in zip(asked, methods, strict=True):
         found = execute(config.compose(given, both.conf))
         expected = execute(config.compose([*alone.overrides, *more, *each], alone.conf))
