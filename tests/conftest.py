@@ -124,6 +124,7 @@ def make_world(root: Path) -> World:
         "backbone=pico",
         "targets=[py,sums]",
         "evaluate.domains=[sums,py,prose]",
+        "evaluate.batch_size=64",
         "train.steps=4",
         "train.batch_size=2",
         "train.sequence_length=32",
