@@ -88,8 +88,9 @@ def rescore(run: Run) -> None:
     record = finished(prepared)
     if record is None:
         raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
-    model = restore(prepared).to(set_up(run))
+    device, model = set_up(run), restore(prepared)
     quantize_frozen(model, run.train.frozen_weights)
+    model = model.to(device)
     scores = {name: asdict(value) for name, value in score(prepared, model, run.evaluate.split).items()}
     print(f"run {prepared.id}, scored from its weights")
     print_scores(type(record)(**{**vars(record), "happened": {**record.happened, "scores": scores}}))

@@ -96,8 +96,9 @@ def prune(
     device = set_up(run)
     seen = {"data": prepared.fingerprints, "backbone": prepared.backbone}
     seen |= surroundings(device_name(device), run.train.threads)
-    model = restore(prepared).to(device).eval()
+    model = restore(prepared).eval()
     quantize_frozen(model, run.train.frozen_weights)
+    model = model.to(device)
     gates = weighing(model)
     if not gates:
         raise ConfigError(f"run {prepared.id}: {type(run.method).__name__} has no experts that a router weighs")

@@ -111,13 +111,15 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
         device=device_name(device),
         precision=precision_of(run.train, device),
     )
-    model = build(prepared, needs).to(device)
+    model = build(prepared, needs)
     check_context(model, run)
+    sizes = parameters(prepared, model)
+    quantize_frozen(model, run.train.frozen_weights)  # here, so that a device need not hold more
+    model = model.to(device)
     if parallel.is_main():
         write_atomic(prepared.folder / SETTINGS, config.to_yaml(run).encode())
     # The count comes before training, so that a model that it cannot cope with costs nothing.
-    sizes, expected, taken = parameters(prepared, model), forecast(run), count(run, model)
-    quantize_frozen(model, run.train.frozen_weights)
+    expected, taken = forecast(run), count(run, model)
     tracker = track(prepared)
     try:
         trained = fit(prepared, model, tracker, observe, taken)

@@ -249,8 +249,9 @@ class Step:
         """
         load = partial(load_model, run.backbone)
         asked = config.replace(run, method=method)
-        self.model = method.build(asked, Material(backbone=load)).to(device).train()
+        self.model = method.build(asked, Material(backbone=load)).train()
         quantize_frozen(self.model, run.train.frozen_weights)
+        self.model = self.model.to(device)
         size, length = run.train.batch_size, run.train.sequence_length
         vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
         self.rows = torch.randint(vocabulary, (size, length + 1)).to(device)
