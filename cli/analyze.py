@@ -33,6 +33,7 @@ def gates(
         from mode.gates import GateMeter, watched
         from mode.generate import Section, read, to_html
         from mode.prepared import prepare_run
+        from mode.quantized import quantize_frozen
         from mode.recall import branches, recall
         from mode.stage import score
 
@@ -43,6 +44,7 @@ def gates(
         if recalled.run is None:
             raise ConfigError(f"{run}: a folder says nothing of its domains; name the run that made it")
         prepared = prepare_run(recalled.run)
+        quantize_frozen(recalled.model, recalled.run.train.frozen_weights)
         with watched(recalled.model) as latest:
             meter = GateMeter(latest)
             score(prepared, recalled.model, split, probe=meter)

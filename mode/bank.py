@@ -50,34 +50,24 @@ class LowRankBank(nn.Module):
 
 
 class Ledger:
-    """Mean weights of the experts at every layer of one forward pass, for a loss that is over all of them.
+    """The banks of one model, for a loss that is over all of them.
 
     Attributes:
         balance: Weight of the loss - sum_i log q_i, with q_i expert i's mean weight over layers and tokens: N log N at
             its least, where all are the same.
-        means: Of every bank, by its number, the experts' mean weights in the last forward pass, (N,).
-        banks: Number of banks that write here.
+        banks: The banks.
     """
 
     def __init__(self, balance: float) -> None:
         """Begin without banks."""
         self.balance = balance
-        self.means: dict[int, Tensor] = {}
-        self.banks = 0
-
-    def enter(self) -> int:
-        """Return the number of another bank."""
-        self.banks += 1
-        return self.banks - 1
+        self.banks: list[OutputGatedBank] = []
 
     def loss(self) -> Tensor | None:
-        """Return the loss of a forward pass that is over.
-
-        Not of one under way: a layer whose activations are formed again in the backward pass runs by itself there.
-        """
-        if not self.balance or len(self.means) < self.banks:
+        """Return the loss of the last forward pass, if that was in training."""
+        means = [bank.mean for bank in self.banks if bank.mean is not None]
+        if not self.balance or len(means) < len(self.banks):
             return None
-        means = [self.means[number] for number in range(self.banks)]
         loss: Tensor = -self.balance * torch.stack(means).mean(0).log().sum()
         return loss
 
@@ -115,8 +105,8 @@ class OutputGatedBank(nn.Module):
         up: B, (N, o, r); frozen.
         scale: s.
         gate: e, (N, N o), and tau; all experts weigh the same at the start.
-        ledger: Where the weights are noted, in training.
-        number: This bank's there.
+        ledger: Where all of a model's are.
+        mean: The experts' mean weights in the last forward pass, (N,), if that was in training.
     """
 
     def __init__(self, base: nn.Module, down: Tensor, up: Tensor, scale: float, ledger: Ledger) -> None:
@@ -127,16 +117,18 @@ class OutputGatedBank(nn.Module):
         self.down = nn.Parameter(down.clone(), requires_grad=False)
         self.up = nn.Parameter(up.clone(), requires_grad=False)
         self.gate = OutputGate(count, sizes(base)[1])
-        self.ledger, self.number = ledger, ledger.enter()
+        self.mean: Tensor | None = None
+        self.ledger = ledger
+        ledger.banks.append(self)
 
     @property
     def auxiliary(self) -> Tensor | None:
-        """The ledger's loss, at the last bank."""
-        return self.ledger.loss() if self.number == self.ledger.banks - 1 else None
+        """The ledger's loss, at the last bank. To set it to None is to forget this bank's mean."""
+        return self.ledger.loss() if self is self.ledger.banks[-1] else None
 
     @auxiliary.setter
     def auxiliary(self, nothing: None) -> None:
-        self.ledger.means.clear()
+        self.mean = nothing
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d) to (..., o)."""
@@ -144,9 +136,7 @@ class OutputGatedBank(nn.Module):
         low = functional.linear(x, self.down.flatten(0, 1)).view(*x.shape[:-1], count, rank)
         experts = self.scale * torch.einsum("...nr,nor->...no", low, self.up.to(low.dtype))
         weights = self.gate(experts)
-        self.ledger.means.pop(self.number, None)
-        if self.training:
-            self.ledger.means[self.number] = weights.flatten(0, -2).mean(0)
+        self.mean = weights.flatten(0, -2).mean(0) if self.training else None
         out: Tensor = self.base(x)
         mixed: Tensor = (weights[..., None] * experts).sum(-2)
         return out + mixed.to(out.dtype)

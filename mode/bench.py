@@ -105,6 +105,8 @@ def measure(
         raise ConfigError(f"{name}: not one of the suites {', '.join(SUITES)}{nearest(name, SUITES)}")
     if not isinstance(run.method, MoDE):
         raise ConfigError("a benchmark measures a model with experts: it goes with method=mode")
+    if run.train.frozen_weights != "full":
+        raise ConfigError("train.frozen_weights is of no suite's asking: suite `options` times all of them")
     results = Path(run.paths.results).expanduser() / SHEET.name
     results.mkdir(parents=True, exist_ok=True)  # now, so that a place where nothing can be written costs no time
     device = set_up(run)

@@ -1,6 +1,6 @@
 """Downstream tasks: what a finished run answers, scored as benchmarks score it, and kept as results beside its record.
 
-The model is the one that the run's record is about, rebuilt from its weights. Decoding is greedy, in fp32.
+The model is the one that the run's record is about, rebuilt from its weights, in full. Decoding is greedy, in fp32.
 """
 
 from __future__ import annotations

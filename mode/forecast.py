@@ -40,7 +40,10 @@ class Forecast:
 
     @property
     def memory(self) -> int:
-        """Bytes of weights, and of gradients and moments of what trains, in fp32; activations come on top."""
+        """Bytes of weights, and of gradients and moments of what trains, in fp32; activations come on top.
+
+        Where frozen weights are held in eight bits it is less.
+        """
         return 4 * (self.total + 3 * self.trainable)
 
 

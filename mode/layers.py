@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mode.branches import causal_attention
 from mode.checked import ConfigError
+from mode.loss import with_auxiliary
 from mode.train_settings import Train
 
 UNMASKED = "mode_unmasked"
@@ -69,7 +72,8 @@ class Layers:
             )
         layers = decoder_layers(model)
         self.held = [(weight, weight.data, weight.data.bfloat16()) for weight in frozen_matrices(layers) if half]
-        self.again = [layer for layer in layers if forms_again(layer, settings.activation_checkpointing)]
+        chosen = [layer for layer in layers if forms_again(layer, settings.activation_checkpointing)]
+        self.again = [(layer, partial(contexts, with_auxiliary(layer))) for layer in chosen]
         self.compiled: list[tuple[Any, Any]] = []
         for layer in layers if settings.compile is True else ():
             layer.compile(dynamic=False)
@@ -78,9 +82,9 @@ class Layers:
 
     def __enter__(self) -> None:
         """Begin a step."""
-        for layer in self.again:
+        for layer, wanting in self.again:
             layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=wanting)
         for layer, code in self.compiled:
             layer._compiled_call_impl = code
         for weight, _full, half in self.held:
@@ -92,7 +96,7 @@ class Layers:
 
     def __exit__(self, *_: object) -> None:
         """End a step."""
-        for layer in self.again:
+        for layer, _wanting in self.again:
             layer.gradient_checkpointing = False
         for layer, _code in self.compiled:
             layer._compiled_call_impl = None
@@ -107,6 +111,25 @@ class Layers:
 def forms_again(layer: nn.Module, which: str) -> bool:
     """Say whether a layer's activations are to be formed again."""
     return which == "all" or (which == "frozen" and not any(each.requires_grad for each in layer.parameters()))
+
+
+def contexts(modules: Sequence[Any]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts in which a layer forms its activations, and forms them again.
+
+    Args:
+        modules: What of the layer leaves something for the loss. It has been taken when activations are formed again,
+            and what is left then would keep all of them.
+    """
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.auxiliary = None
+
+    return nullcontext(), again()
 
 
 def frozen_matrices(layers: list[Any]) -> list[Tensor]:

@@ -175,7 +175,7 @@ def with_auxiliary(model: nn.Module) -> list[Any]:
 
 def sum_auxiliary(modules: Sequence[Any]) -> Tensor | None:
     """Return the sum of what such modules want minimised."""
-    parts = [module.auxiliary for module in modules if module.auxiliary is not None]
+    parts = [part for module in modules if (part := module.auxiliary) is not None]
     return torch.stack(parts).sum() if parts else None
 
 

@@ -107,20 +107,6 @@ def share(rows: Rows) -> Rows:
     return mine
 
 
-def check_shares(batch_size: int, accumulate: int, in_flight: int = 1) -> None:
-    """Refuse rows that do not divide over the processes.
-
-    Raises:
-        ConfigError: They do not.
-    """
-    from mode.checked import ConfigError
-
-    if batch_size % (accumulate * in_flight * size()):
-        parts = {"train.accumulate": accumulate, "train.in_flight": in_flight}
-        told = "".join(f" and {name}={count}" for name, count in parts.items() if count > 1)
-        raise ConfigError(f"train.batch_size={batch_size} does not divide over {size()} processes{told}")
-
-
 def check_placement(placement: Sequence[Sequence[int]], branches: int) -> None:
     """Refuse a placement over slots that does not have every branch once, or whose slots do not divide the processes.
 

@@ -48,14 +48,14 @@ class QuantizedLinear(nn.Module):
     values: Tensor
     scale: Tensor
 
-    def __init__(self, base: nn.Linear, kind: torch.dtype) -> None:
-        """Take the place of a linear layer."""
+    def __init__(self, base: Any, kind: torch.dtype) -> None:
+        """Take the place of a linear layer, or of GPT-2's, whose matrix is (d, o)."""
         super().__init__()
-        values, scale = quantized(base.weight.detach(), kind)
+        weight = base.weight.detach() if type(base) is nn.Linear else base.weight.detach().T.contiguous()
+        values, scale = quantized(weight, kind)
         self.register_buffer("values", values if kind is torch.int8 else values.view(torch.uint8), persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self.bias, self.kind = base.bias, kind
-        self.in_features, self.out_features = base.in_features, base.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d) to (..., o)."""
@@ -91,10 +91,12 @@ def quantize_frozen(model: nn.Module, choice: str) -> None:
     """
     if choice == "full":
         return
-    made: dict[nn.Linear, QuantizedLinear] = {}
+    from transformers.pytorch_utils import Conv1D
+
+    made: dict[nn.Module, QuantizedLinear] = {}
     for layer in decoder_layers(model):
         for path, module in list(layer.named_modules()):
-            if type(module) is nn.Linear and not module.weight.requires_grad:
+            if type(module) in (nn.Linear, Conv1D) and not module.weight.requires_grad:
                 if module not in made:
                     made[module] = QuantizedLinear(module, KINDS[choice])
                 layer.set_submodule(path, made[module])

@@ -65,12 +65,21 @@ def execute(
             with parallel.main_first():  # others must not go on from what is to be forgotten
                 start_over(prepared.folder)
         needs = []
-        if run.train.placement is not None:  # of this stage, but told before those that it stands on train
-            parallel.check_placement(run.train.placement, len(prepared.method.branches(run)))
+        check_spread(prepared)
         for stage in prepared.method.needs(run):
             execute(stage, weights=True, observe=observe)
             needs.append(prepare_run(stage))
         return work(prepared, needs, observe, again=again)
+
+
+def check_spread(prepared: Prepared) -> None:
+    """Refuse a layout that cannot be, before anything is loaded and before the stages that a run stands on train."""
+    from mode.spread import check
+
+    settings, branches = prepared.run.train, prepared.method.branches(prepared.run)
+    check(settings)
+    if settings.placement is not None and branches:  # without branches a model is refused as such
+        parallel.check_placement(settings.placement, len(branches))
 
 
 def standing(prepared: Prepared) -> Record:

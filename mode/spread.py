@@ -76,6 +76,22 @@ class Copies:
         return optimizer
 
 
+def check(settings: Train) -> None:
+    """Refuse settings of the loop that do not go with the number of processes.
+
+    Raises:
+        ConfigError: A layout is for several, or rows do not divide over them.
+    """
+    size = parallel.size()
+    if settings.layout != "ddp" and size == 1:
+        raise ConfigError(f"train.layout={settings.layout} needs several processes: `mode launch --nproc 2 train ...`")
+    rows, accumulate, in_flight = settings.batch_size, settings.accumulate, settings.in_flight
+    if settings.layout != "tp" and rows % (accumulate * in_flight * size):
+        parts = {"train.accumulate": accumulate, "train.in_flight": in_flight}
+        told = "".join(f" and {name}={count}" for name, count in parts.items() if count > 1)
+        raise ConfigError(f"train.batch_size={rows} does not divide over {size} processes{told}")
+
+
 def spread_over(model: nn.Module, held: bool, settings: Train, device: torch.device) -> Copies | Branches:
     """Spread a model over the processes that there are.
 
@@ -89,8 +105,7 @@ def spread_over(model: nn.Module, held: bool, settings: Train, device: torch.dev
         ConfigError: The layout does not fit the model or the number of processes, or rows do not divide.
     """
     layout = settings.layout
-    if layout != "ddp" and parallel.size() == 1:
-        raise ConfigError(f"train.layout={layout} needs several processes: `mode launch --nproc 2 train ...`")
+    check(settings)
     if layout != "ddp" and held:
         raise ConfigError(f"train.layout={layout}: an anchored model needs its backbone everywhere, as in ddp")
     made: Copies | Branches
@@ -108,6 +123,4 @@ def spread_over(model: nn.Module, held: bool, settings: Train, device: torch.dev
         made = Slices(model)
     else:
         made = Copies(model)
-    if layout != "tp":
-        parallel.check_shares(settings.batch_size, settings.accumulate, settings.in_flight)
     return made

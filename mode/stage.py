@@ -23,6 +23,7 @@ from mode.settings import SELF
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
     from mode.evaluate import Score
     from mode.objective import Hold
@@ -129,15 +130,22 @@ def own_rows_fingerprint(prepared: Prepared, device: torch.device) -> str | None
 def hold(prepared: Prepared, model: nn.Module, batches: Batches) -> Hold | None:
     """Return how a model is held to its backbone, if its method asks for it."""
     from mode.objective import Hold
+    from mode.quantized import quantize_frozen
 
     method, run = prepared.method, prepared.run
     if not isinstance(method, Adaptation) or method.anchor.source == "none":
         return None
     source = method.anchor.source
+
+    def backbone() -> PreTrainedModel:
+        loaded = load_model(run.backbone).requires_grad_(False)
+        quantize_frozen(loaded, run.train.frozen_weights)  # as MoDE's, which is in the model
+        return loaded
+
     return Hold(
         weight=method.anchor.weight,
         held=lambda step: np.array([name == source for name in batches.domains(step)]),
-        reference=method.reference(model, lambda: load_model(run.backbone)),
+        reference=method.reference(model, backbone),
     )
 
 

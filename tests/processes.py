@@ -45,6 +45,7 @@ def together(count: int, program: str, *arguments: str) -> None:
 
 def run(environment: dict[str, str], program: str, arguments: tuple[str, ...], log: str) -> None:
     """Be one of the processes."""
+    assert "mode.train" in sys.modules, "tests.imported could not be imported"
     import torch
 
     with open(log, "wb") as file:

@@ -73,3 +73,29 @@ def test_what_is_chosen_takes_less(world: World) -> None:
 def test_memory_and_auto_go_together(world: World, settings: list[str]) -> None:
     with pytest.raises(ConfigError, match="go together"):
         config.compose([*world.overrides, *settings], world.conf)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mixlora", "mole"])
+def test_what_is_left_for_the_loss_keeps_no_activations(world: World, method: str) -> None:
+    import torch
+
+    from mode.device import allocated
+    from mode.loss import with_auxiliary
+    from mode.memory import step
+    from mode.prepared import prepare_run
+    from mode.runner import build
+
+    run = run_of(world, f"method={method}", "train.sequence_length=128", "train.steps=1")
+    stages = run.method.needs(run)
+    for stage in stages:
+        execute(stage, weights=True)
+    model = build(prepare_run(run), [prepare_run(stage) for stage in stages]).train()
+    rows = torch.randint(64, (4, 129))
+    sizes = []
+    for choice in ("none", "all"):
+        chosen = config.replace(run.train, activation_checkpointing=choice)
+        sizes.append(allocated(step(model, chosen, None, None, lambda: (rows, None, None)), torch.device("cpu")))
+        model.zero_grad(set_to_none=True)
+    assert sizes[1] < 0.45 * sizes[0]
+    assert all(module.auxiliary is None for module in with_auxiliary(model))  # all have been formed again

@@ -20,9 +20,11 @@ from mode.checked import ConfigError
 from mode.checkpoint import load_tensors
 from mode.record import read_records
 from mode.runner import execute
+from mode.spread import check
 from mode.train import read_curve
 from tests.conftest import World
 from tests.processes import together
+from tests.test_train import run_of
 
 pytestmark = pytest.mark.slow
 EVERY = ("train.log_every=1", "train.checkpoint_every=4", "train.validate_every=0")
@@ -137,12 +139,14 @@ def test_a_weight_that_is_a_number_alone_has_no_shards() -> None:
         Shards(model)
 
 
-def test_rows_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_do_not_divide_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     message = r"^train.batch_size=8 does not divide over 3 processes and train.accumulate=2$"
+    settings = run_of(world, "method=sft", "train.batch_size=8", "train.accumulate=2").train
     with pytest.raises(ConfigError, match=message):
-        parallel.check_shares(8, 2)
-    parallel.check_shares(12, 2)
+        check(settings)
+    check(config.replace(settings, batch_size=12))
+    check(config.replace(settings, layout="tp"))
     monkeypatch.setenv("RANK", "2")
     assert parallel.share(list(range(6))) == [4, 5]
 
