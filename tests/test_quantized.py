@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from mode import config
 from mode.backbone import load_model
+from mode.bench import measure
 from mode.checked import ConfigError
 from mode.layers import Layers, decoder_layers, frozen_matrices
 from mode.loss import hidden_states
@@ -85,11 +86,10 @@ def test_frozen_matrices_alone_are_quantized_each_once_and_take_a_quarter(world:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_matrices_that_are_quantized(family: str) -> None:
     model, plain = (make_model(family).eval().requires_grad_(False) for _ in range(2))
-    matrices = [each for each in decoder_layers(model)[0].parameters() if each.ndim == 2]
+    layer = decoder_layers(model)[0]
+    matrices = [each for each in layer.parameters() if each.ndim == 2]
     quantize_frozen(model, "int8")
-    assert len([each for each in decoder_layers(model)[0].modules() if isinstance(each, QuantizedLinear)]) == len(
-        matrices
-    )
+    assert sum(isinstance(each, QuantizedLinear) for each in layer.modules()) == len(matrices)
     ids = torch.arange(2, 18)[None]
     found, expected = (each(input_ids=ids).logits for each in (model, plain))
     assert 0 < (found - expected).norm() / expected.norm() < 0.05
@@ -113,9 +113,9 @@ def test_what_a_model_is_held_to_is_the_backbone_in_eight_bits(world: World, met
 
     seen: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mode.stage.hold", lambda *given: seen.append((given[1], hold(*given))) or seen[-1][1])
+        patch.setattr("mode.stage.hold", lambda *given: seen.append(hold(*given)) or seen[-1])
         execute(run_of(world, *asked))
-    ((model, holding),) = seen
+    (holding,) = seen
     rows = torch.arange(2, 18)[None]
     states, _ = holding.reference(rows)
     plain = load_model(run_of(world).backbone).eval().requires_grad_(False)
@@ -165,6 +165,11 @@ def test_what_has_nothing_frozen_is_told(world: World) -> None:
         ConfigError, match=r"^train\.frozen_weights=int8: no linear map of this model's layers is frozen"
     ):
         execute(run_of(world, "method=sft", "train.frozen_weights=int8"))
+
+
+def test_a_benchmark_is_not_asked_for_eight_bits(world: World) -> None:
+    with pytest.raises(ConfigError, match=r"^train\.frozen_weights is of no suite's asking"):
+        measure("scale", run_of(world, *FRESH, "train.frozen_weights=int8"), 1)
 
 
 @pytest.mark.parametrize("setting", ["train.layout=fsdp", "train.branches=batched"])
