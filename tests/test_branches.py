@@ -218,6 +218,7 @@ def test_documents_apart_have_the_loss_of_documents_alone(world: World, family: 
     assert (other[0, places] - expected).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_with_documents_apart_is_another_run_and_learns(world: World) -> None:
     losses = {}
     for documents in ("joined", "apart"):

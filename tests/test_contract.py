@@ -251,7 +251,7 @@ def test_every_lora_adapter_keeps_the_backbone_weights(world: World) -> None:
     assert fingerprint(bare) == fingerprint(load_model(run_of(world, "lora").backbone))
 
 
-@pytest.mark.parametrize("init", ["copy", "random"])
+@pytest.mark.parametrize("init", ["copy", pytest.param("random", marks=pytest.mark.slow)])
 def test_experts_that_begin_alike_grow_apart(world: World, init: str) -> None:
     more = (f"method.init={init}", "method.num_blocks=6", "train.steps=3")
     run = run_of(world, "mode-2x-uninit", *more)

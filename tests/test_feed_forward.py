@@ -248,6 +248,7 @@ def test_equal_attention_experts_are_the_models_own_and_decode_with_a_cache(fami
         assert (rest - model(input_ids=ids).logits[:, 6:]).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_bam_mixes_attention_of_branches_and_may_share_their_keys(world: World) -> None:
     run = run_of(world, "method=bam")
     for stage in run.method.needs(run):

@@ -27,6 +27,7 @@ def least(world: World) -> float:
     return float(found[1])
 
 
+@pytest.mark.slow
 def test_the_fastest_choice_that_fits_is_taken_and_changes_no_bit(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

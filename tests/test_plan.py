@@ -218,6 +218,7 @@ def test_the_published_speed_up_is_that_of_few_tokens_a_step() -> None:
     assert merges == pytest.approx([0.65, 0.64, 0.63], abs=0.01)
 
 
+@pytest.mark.slow
 def test_curves_are_the_plans_of_every_size_and_link(tmp_path: Path) -> None:
     import pandas as pd
 

@@ -139,6 +139,7 @@ def test_a_run_in_eight_bits_is_near_the_one_in_full(world: World, method: str, 
     assert eight.happened["flops"] == full.happened["flops"]
 
 
+@pytest.mark.slow
 def test_a_run_in_eight_bits_goes_on_where_it_stopped_and_is_scored_again_as_it_was(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -233,6 +233,7 @@ def test_text_that_differs_from_the_pretraining_is_named() -> None:
     assert dataclasses.replace(seen, provenance={**seen.provenance, "pretraining_data": known}).overlap == ("code",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folder", "kind"), [("two-processes", "ddp"), ("side-by-side", "mpmd")])
 def test_published_runs_of_two_processes_are_those_of_one_within_noise(folder: str, kind: str) -> None:
     results = Path(__file__).parent.parent / "results"
