@@ -519,7 +519,7 @@ def test_completion_lists_a_group_from_its_folder() -> None:
         ("mode reproduce tab", "table1"),
     ],
 )
-@pytest.mark.parametrize("shell", ["zsh", "bash"])
+@pytest.mark.parametrize("shell", ["zsh", pytest.param("bash", marks=pytest.mark.slow)])
 def test_the_shell_completes(shell: str, typed: str, expected: str) -> None:
     words = {"_TYPER_COMPLETE_ARGS": typed} if shell == "zsh" else {"COMP_WORDS": typed.replace(" ", "\n")}
     words["COMP_CWORD"] = str(typed.count(" "))

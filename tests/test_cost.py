@@ -56,6 +56,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "btm average": ("method=btm", "method.combine=average"),
     "backbone": ("method=backbone",),
 }
+QUICK = ("sft", "lora attention", "mode 2", "mixlora", "moelora")
 
 
 def run_of(world: World, *overrides: str) -> Run:
@@ -82,7 +83,9 @@ def check(run: Run, model: Any) -> None:
     assert cost.added == cost.total - shape_of(run.backbone).parameters
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_closed_forms_agree_with_torchs_counter_and_the_models_parameters(world: World, name: str) -> None:
     run = run_of(world, *METHODS[name])
     check(run, built(run))

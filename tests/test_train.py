@@ -262,7 +262,9 @@ def test_activations_formed_again_change_no_bit(world: World, method: str) -> No
     assert losses["none"] == losses["frozen"] == losses["all"]
 
 
-@pytest.mark.parametrize("method", ["lora", "mode", pytest.param("mixlora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mode", "mixlora"))]
+)
 def test_frozen_weights_held_in_bf16_change_no_bit(world: World, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"mode": ["method.start=fresh", "method.num_experts=1"]}.get(method, [])
     records = []
