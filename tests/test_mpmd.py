@@ -100,7 +100,15 @@ def noisy(run: Any) -> Any:
                 ),
             ],
         ),
-        (4, [("method.num_experts=1", "train.in_flight=2"), ("method.num_experts=3",)]),
+        (
+            4,
+            [
+                ("method.num_experts=1", "train.in_flight=2"),
+                ("method.num_experts=2",),
+                ("method.num_experts=4", "train.placement=[[0,1],[2,3,4]]"),
+                ("method.num_experts=3",),  # a process for every branch
+            ],
+        ),
     ],
 )
 def test_gradients_are_those_of_one_process(
