@@ -64,10 +64,10 @@ class BTM(Method):
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the models as one."""
-        from mode.checkpoint import load_tensors
         from mode.ensemble import Ensemble
         from mode.merge import mean
         from mode.router import Posterior
+        from mode.tensors import load_tensors
 
         states = [load_tensors(folder / WEIGHTS)[0] for folder in material.needs]
         members = [material.backbone().requires_grad_(False) for _ in states]

@@ -74,8 +74,8 @@ class Branch(Method):
 
     def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
         """Write where the clusters are, for who weighs them."""
-        from mode.checkpoint import save_tensors
         from mode.prepared import prepare_run
+        from mode.tensors import save_tensors
 
         _, vectors, centres, _ = clusters(self, run, prepare_run(run).packed)
         save_tensors(folder / CLUSTERS, {"vectors": vectors, "centres": centres}, {})
@@ -121,9 +121,9 @@ class CBTM(Method):
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the models as one."""
-        from mode.checkpoint import load_tensors
         from mode.clusters import Nearness
         from mode.ensemble import Ensemble
+        from mode.tensors import load_tensors
 
         members = [material.backbone().requires_grad_(False) for _ in material.needs]
         for member, folder in zip(members, material.needs, strict=True):

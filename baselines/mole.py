@@ -73,7 +73,7 @@ class MoLE(Sized):
         import torch
 
         from mode.bank import Ledger, OutputGatedBank, replace_linears
-        from mode.checkpoint import load_tensors
+        from mode.tensors import load_tensors
 
         model: nn.Module = material.backbone()
         model.requires_grad_(False)

@@ -135,7 +135,7 @@ def forecast_cells(stages: Sequence[Forecast] | None, rate: float) -> list[str]:
 
 def resumable(folder: Path) -> Sequence[str]:
     """List the ids of runs that have a checkpoint and are not finished."""
-    return sorted(path.parent.name for path in folder.glob("*/checkpoint.safetensors"))
+    return sorted({path.parent.name for path in folder.glob("*/checkpoint-*")})
 
 
 @app.command("config")

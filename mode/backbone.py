@@ -256,6 +256,6 @@ def save_backbone(model: PreTrainedModel, tokenizer: BackboneTokenizer, folder: 
 
 def fingerprint(model: nn.Module) -> str:
     """Return a digest of a model's weights: names, shapes and bytes."""
-    from mode.checkpoint import digest
+    from mode.tensors import digest
 
     return digest(model.state_dict())

@@ -1,68 +1,54 @@
-"""Checkpoints of what trains: parameters, AdamW moments and counters, in one safetensors file written atomically."""
+"""Checkpoints of what trains, in torch's distributed format: parameters, AdamW moments and the loop's counters.
+
+Every process writes its part, as safetensors, so that nothing is unpickled when it is read. A checkpoint is a folder
+that appears when all parts are written. It does not matter how many processes wrote them and under which layout: one
+that reads it takes what it holds itself.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
+import warnings
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from mode import parallel
 from mode.checked import ConfigError
+from mode.files import checkpoint_of, checkpoints, forget
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+COUNTERS = "counters"
+
+# For good, since threads have no filters of their own: a process alone is told that it is one.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
-    """Write tensors and JSON metadata to a safetensors file, atomically.
+class Writer(HuggingFaceStorageWriter):
+    """Writes a checkpoint under another name, and gives it its own when every process has written its part."""
 
-    Raises:
-        ConfigError: It cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(contiguous, temporary, metadata={"mode": json.dumps(metadata, sort_keys=True)})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be written ({error})") from error
+    def __init__(self, whole: Path) -> None:
+        """Take the folder that a whole checkpoint is to be."""
+        self.whole = whole
+        super().__init__(str(whole.with_name(f".{whole.name}.partial")), save_distributed=True)
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        """Put a whole checkpoint in its place, and let those before it go. In the first process."""
+        os.replace(self.path, self.whole)
+        sweep(self.whole.parent, self.whole)
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Read tensors and metadata written by `save_tensors`.
-
-    Raises:
-        ConfigError: The file is missing, truncated, or not one of this project's.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if "mode" not in metadata:
-                raise ConfigError(f"{path}: a safetensors file, but not one that mode wrote")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["mode"])  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path}: not a whole safetensors file ({error})") from error
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return a digest of named tensors: names, shapes, kinds and bytes."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return total.hexdigest()[:16]
+def sweep(folder: Path, kept: Path | None) -> None:
+    """Remove a run's checkpoints but one, and what processes that were killed left of others."""
+    forget(*{*checkpoints(folder), *folder.glob(".checkpoint-*.partial")} - {kept})
 
 
 class Saver:
@@ -72,9 +58,9 @@ class Saver:
     """
 
     def __init__(self) -> None:
-        """Begin with nothing to write."""
-        self.pool = ThreadPoolExecutor(1)
-        self.writing: Future[None] | None = None
+        """Begin with nothing to write. For all."""
+        self.group = parallel.beside()
+        self.writing: Any = None
 
     def __enter__(self) -> Self:
         """Begin."""
@@ -88,21 +74,31 @@ class Saver:
         """
         self.wait()
 
-    def save(self, path: Path, model: nn.Module, optimizer: Any, counters: Mapping[str, object]) -> None:
-        """Write the trainable parameters, their AdamW moments (the optimizer's `state`), and the loop's counters.
+    def save(
+        self, folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: Any, step: int, seconds: float
+    ) -> None:
+        """Write parameters, their AdamW moments and the loop's counters. For all, each with what it holds.
+
+        Args:
+            folder: The run's.
+            parameters: What trains and is here, by name; of a weight in shards this process's.
+            optimizer: Theirs.
+            step: Steps that are done.
+            seconds: Seconds of training that they took.
 
         Raises:
             ConfigError: The checkpoint before could not be written.
         """
         self.wait()
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in trainable(model).items():
-            tensors[f"parameter.{name}"] = parameter
-            for moment in MOMENTS:
-                if parameter in optimizer.state:
-                    tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-        apart = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        self.writing = self.pool.submit(save_tensors, path, apart, counters)
+        self.path = checkpoint_of(folder, step)
+        tensors = {COUNTERS: torch.tensor([step, seconds], dtype=torch.float64)}
+        for name, parameter in parameters.items():
+            tensors[f"parameter.{name}"] = parameter.detach()
+            if parameter in optimizer.state:
+                tensors |= {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in MOMENTS}
+        self.writing = async_save(
+            tensors, storage_writer=Writer(self.path), process_group=self.group, no_dist=self.group is None
+        )
 
     def wait(self) -> None:
         """Wait until what is being written is.
@@ -111,31 +107,79 @@ class Saver:
             ConfigError: It could not be.
         """
         if self.writing is not None:
-            self.writing.result()
+            writing, self.writing = self.writing, None
+            try:
+                writing.result()
+            except CheckpointException as error:
+                raise ConfigError(f"{self.path}: cannot be written ({reason(error)})") from error
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
-    """Restore what a `Saver` wrote and return the loop's counters.
+def read_counters(path: Path) -> tuple[int, float]:
+    """Return the steps that a checkpoint is of, and the seconds of training that they took.
 
     Raises:
-        ConfigError: The file is damaged, or belongs to a model with other trainable parameters.
+        ConfigError: It is damaged.
     """
-    tensors, counters = load_tensors(path)
-    parameters = trainable(model)
-    saved = {name.removeprefix("parameter.") for name in tensors if name.startswith("parameter.")}
-    if saved != set(parameters):
-        differing = sorted(saved.symmetric_difference(parameters))
+    counters = torch.zeros(2, dtype=torch.float64)
+    fill(path, {COUNTERS: counters})
+    return int(counters[0]), float(counters[1])
+
+
+def load_checkpoint(
+    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Restore parameters, and an optimizer's moments of them, or what of both is here.
+
+    Raises:
+        ConfigError: The checkpoint is damaged, or does not have them.
+    """
+    names = names_in(path)
+    step = float(read_counters(path)[0])
+    tensors = {f"parameter.{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        if optimizer is not None and f"{MOMENTS[0]}.{name}" in names:
+            moments = {moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS}
+            tensors |= {f"{moment}.{name}": moments[moment] for moment in MOMENTS}
+            steps = torch.tensor(step, dtype=torch.float32, device=parameter.device)
+            optimizer.state[parameter] = {"step": steps, **moments}
+    fill(path, tensors)
+
+
+def check_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse a checkpoint of a model with other trainable parameters.
+
+    Raises:
+        ConfigError: It is one, or damaged.
+    """
+    saved = {name.removeprefix("parameter.") for name in names_in(path) if name.startswith("parameter.")}
+    if differing := sorted(saved.symmetric_difference(parameters)):
         raise ConfigError(f"{path}: made by another model; {differing[0]} is trainable in only one of the two")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"parameter.{name}"])
-            if f"{MOMENTS[0]}.{name}" in tensors:
-                state = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS}
-                step = torch.tensor(float(str(counters["step"])), dtype=torch.float32)
-                optimizer.state[parameter] = {"step": step.to(parameter.device), **state}
-    return counters
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that train, by name; a tied parameter appears once."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def names_in(path: Path) -> set[str]:
+    """Return the names of the tensors in a checkpoint.
+
+    Raises:
+        ConfigError: It is damaged.
+    """
+    try:
+        return set(HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path}: not a whole checkpoint ({error})") from error
+
+
+def fill(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fill tensors, or this process's shards of them, with what a checkpoint has under their names.
+
+    Raises:
+        ConfigError: It is damaged, or does not have them.
+    """
+    try:
+        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    except CheckpointException as error:
+        raise ConfigError(f"{path}: not a whole checkpoint ({reason(error)})") from error
+
+
+def reason(error: CheckpointException) -> str:
+    """Return what went wrong in the first process in which something did."""
+    return str(next(iter(error.failures.values()))[0])

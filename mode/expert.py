@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mode.checked import ConfigError
-from mode.checkpoint import digest, load_tensors, save_tensors
 from mode.files import write_atomic
 from mode.modular import SHARED_GATE, expert_state
 from mode.settings import GateSettings
+from mode.tensors import digest, load_tensors, save_tensors
 
 SCHEMA = 1
 ABOUT, TENSORS = "expert.json", "model.safetensors"

@@ -8,11 +8,29 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-CHECKPOINT = "checkpoint.safetensors"
 CURVE = "curve.jsonl"
 AGAIN = "again"
 SETTINGS = "run.yaml"
 WEIGHTS = "weights.safetensors"
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """Return the folder of a run's checkpoint after a step."""
+    return folder / f"checkpoint-{step}"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the folders of a run's checkpoints, the latest last."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def forget(*paths: Path) -> None:
+    """Remove files and folders that need not be there."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mode.checked import ConfigError
-from mode.checkpoint import trainable
 from mode.config import replace
 from mode.device import allocated
 from mode.layers import Layers
 from mode.objective import Objective, precision_of
+from mode.tensors import trainable
 from mode.train import accumulate
 
 if TYPE_CHECKING:

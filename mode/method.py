@@ -296,8 +296,8 @@ def merged(material: Material) -> tuple[PreTrainedModel, list[dict[str, Tensor]]
     Returns:
         The backbone with the mean of all weights, trainable; and everyone's weights, by name, its own first.
     """
-    from mode.checkpoint import load_tensors
     from mode.merge import mean
+    from mode.tensors import load_tensors
 
     model = material.backbone().requires_grad_(True)
     own = {name: value.detach().clone() for name, value in model.named_parameters()}

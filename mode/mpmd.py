@@ -4,14 +4,13 @@ K slots of D / K processes each. A process runs the branches of its slot alone; 
 head. Before a block its input is the same in all slots, and its gradient is summed over them; after it the slots'
 outputs are summed (equation 2). The last block's sum leaves each slot a part of the rows, so that head and loss are
 shared. A branch's weights, gradients and moments exist in its slot alone, but for points of the curve, where all have
-all of the model, so that it is scored and saved as ever.
+all of the model, so that it is scored as ever.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ from torch.utils._pytree import tree_map
 from mode import parallel
 from mode.branches import Call
 from mode.checked import ConfigError
-from mode.checkpoint import MOMENTS, trainable
 from mode.modular import Block, blocks_of
+from mode.tensors import trainable
 
 
 class Branches:
@@ -149,13 +148,16 @@ class Branches:
         """Return a seed that is the same in all slots."""
         return parallel.own_seed(seed, self.data.get_local_rank())
 
-    def wrap(self, objective: nn.Module, optimizer: Any, remake: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
-        """Forget the other slots' branches, and return what a step runs, and its optimizer without their moments."""
+    def wrap(self, objective: nn.Module, make: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
+        """Forget the other slots' branches, and return what a step runs, and its optimizer."""
+        optimizer = make(self.model)
         self.forget()
-        for index, parameter in self.branch_weights():
-            if index not in self.mine:
-                optimizer.state.pop(parameter, None)
         return objective, optimizer
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return what trains in this slot, by name."""
+        others = {id(parameter) for index, parameter in self.branch_weights() if index not in self.mine}
+        return {name: parameter for name, parameter in trainable(self.model).items() if id(parameter) not in others}
 
     def clip(self, most: float) -> None:
         """Bring gradients together, and scale them so that the norm of all slots' together is `most` at most."""
@@ -172,21 +174,13 @@ class Branches:
         norm = (squares + sum(grad.square().sum() for grad in shared)).sqrt()
         torch.nn.utils.clip_grads_with_norm_(found, most, norm)
 
-    def collect(self, optimizer: torch.optim.Optimizer, due: bool) -> Any:
-        """Give every process all slots' branches where that is due, and return all moments, as a checkpoint asks."""
-        if not due:
-            return optimizer
-        state = dict(optimizer.state)
-        for index, parameter in self.branch_weights():
+    def collect(self, due: bool) -> None:
+        """Give every process all slots' branches where that is due. For all."""
+        for index, parameter in self.branch_weights() if due else ():
             owner = self.owners[index]
             if self.slot != owner:
                 parameter.data = torch.empty(self.shapes[parameter], dtype=parameter.dtype, device=parameter.device)
-                if parameter.requires_grad:
-                    state[parameter] = {moment: torch.empty_like(parameter.data) for moment in MOMENTS}
-            moments = [state[parameter][moment] for moment in MOMENTS] if parameter.requires_grad else []
-            for tensor in (parameter.data, *moments):
-                distributed.broadcast(tensor, group=self.branch.get_group(), group_src=owner)
-        return SimpleNamespace(state=state)
+            distributed.broadcast(parameter.data, group=self.branch.get_group(), group_src=owner)
 
 
 def together(grads: list[Tensor], group: Any, count: int = 1) -> None:

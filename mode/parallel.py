@@ -6,6 +6,7 @@ be for all in the same order; the first of those calls waits until they have met
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,17 @@ def meet() -> None:
         if local_rank() < torch.cuda.device_count():
             torch.cuda.set_device(local_rank())
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+@functools.cache
+def beside() -> Any:
+    """Return a group of all processes for what goes on beside training, or None alone. For all."""
+    if size() == 1:
+        return None
+    from torch import distributed
+
+    meet()
+    return distributed.new_group(backend="gloo")
 
 
 def wait() -> None:

@@ -12,7 +12,7 @@ from mode import config, parallel
 from mode.backbone import load_model
 from mode.checked import ConfigError
 from mode.data.contamination import contamination
-from mode.files import AGAIN, CHECKPOINT, CURVE, SETTINGS, WEIGHTS, write_atomic
+from mode.files import AGAIN, CURVE, SETTINGS, WEIGHTS, checkpoints, forget, write_atomic
 from mode.lock import only_one
 from mode.method import Material
 from mode.prepared import Prepared, finished, has_weights, prepare_run
@@ -98,8 +98,7 @@ def start_over(folder: Path) -> None:
     """Forget what was trained before, once: a run that is started over and interrupted goes on where it stopped."""
     marker = folder / AGAIN
     if parallel.is_main() and not marker.exists():
-        for name in (CHECKPOINT, CURVE, WEIGHTS):
-            (folder / name).unlink(missing_ok=True)
+        forget(*checkpoints(folder), folder / CURVE, folder / WEIGHTS)
         marker.touch()
 
 
@@ -199,15 +198,14 @@ def settle(prepared: Prepared, model: nn.Module, record: Record, *, again: bool)
     A run killed before its record stands goes on from its last checkpoint, with nothing left to train. A record is
     never edited: one that stands already, of a run trained anew for its weights, stays as it is.
     """
-    from mode.checkpoint import trainable
+    from mode.tensors import trainable
 
     if trainable(model):
         save(prepared, model, record.happened)
         record.happened["kept_bytes"] = prepared.method.kept(prepared.folder).stat().st_size
     if again or finished(prepared) is None:
         record.write(prepared.results / "records")
-    for name in (CHECKPOINT, AGAIN):
-        (prepared.folder / name).unlink(missing_ok=True)
+    forget(*checkpoints(prepared.folder), prepared.folder / AGAIN)
 
 
 def build(prepared: Prepared, needs: list[Prepared]) -> nn.Module:
@@ -229,7 +227,7 @@ def restore(prepared: Prepared) -> nn.Module:
     Raises:
         ConfigError: The weights are not here, or do not fit.
     """
-    from mode.checkpoint import load_tensors, trainable
+    from mode.tensors import load_tensors, trainable
 
     needs = [prepare_run(stage) for stage in prepared.method.needs(prepared.run)]
     model = build(prepared, needs)
@@ -267,7 +265,7 @@ def track(prepared: Prepared) -> Tracker:
 
 def save(prepared: Prepared, model: nn.Module, happened: Mapping[str, Any]) -> None:
     """Write the trained weights and what the method keeps."""
-    from mode.checkpoint import save_tensors, trainable
+    from mode.tensors import save_tensors, trainable
 
     run = prepared.run
     about = {

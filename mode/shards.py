@@ -1,7 +1,7 @@
 """A model whose weights, gradients and moments are in shards over all processes: torch's FSDP2.
 
 What trains is a copy in shards. The model that the loop was given is empty during steps and whole at points of the
-curve, where it is scored and saved as ever.
+curve, where it is scored as ever.
 """
 
 from __future__ import annotations
@@ -9,23 +9,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from mode import parallel
 from mode.checked import ConfigError
-from mode.checkpoint import MOMENTS, trainable
 from mode.layers import decoder_layers
 from mode.loss import with_auxiliary
 from mode.modular import Block, blocks_of
 from mode.objective import Objective
 from mode.spread import Copies
+from mode.tensors import trainable
 
 
 class Shards(Copies):
@@ -47,8 +46,8 @@ class Shards(Copies):
             )
         self.whole = model
 
-    def wrap(self, objective: Objective, optimizer: Any, remake: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
-        """Return what a step runs, in shards, and its optimizer with the moments that there are."""
+    def wrap(self, objective: Objective, make: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
+        """Return what a step runs, in shards, and its optimizer."""
         parallel.meet()
         device = next(self.whole.parameters()).device
         mesh = init_device_mesh(device.type, (parallel.size(),))
@@ -58,11 +57,7 @@ class Shards(Copies):
         self.distribute(mine, mesh)
         self.model = mine.model
         self.learning = list(trainable(self.model).values())
-        fresh = self.remade(remake(self.model))
-        for part, theirs in zip(self.learning, trainable(self.whole).values(), strict=True):
-            if theirs in optimizer.state:
-                fresh.state[part] = in_shards(optimizer.state[theirs], part)
-        return mine, fresh
+        return mine, self.remade(make(self.model))
 
     def distribute(self, objective: Objective, mesh: Any) -> None:
         """Put the weights of every layer, and of all that is outside layers, in shards."""
@@ -82,17 +77,13 @@ class Shards(Copies):
             parameter.data = torch.empty(0, device=parameter.device)
         yield
 
-    def collect(self, optimizer: Any, due: bool) -> Any:
-        """Make the model whole, on every process, and return what a checkpoint asks of an optimizer."""
-        state = {}
+    def collect(self, due: bool) -> None:
+        """Make the model whole, on every process. For all."""
         for mine, theirs in zip(self.model.parameters(), self.whole.parameters(), strict=True):
             theirs.data = gathered(mine.data)
-            if mine in optimizer.state:
-                state[theirs] = {name: gathered(value) for name, value in optimizer.state[mine].items()}
         for one, other in zip(blocks_of(self.whole), blocks_of(self.model), strict=True):
             if isinstance(one, Block):
                 one.weights = other.weights
-        return SimpleNamespace(state=state)
 
 
 def end_of_backward(model: nn.Module) -> None:
@@ -106,14 +97,6 @@ def end_of_backward(model: nn.Module) -> None:
         if id(layer) not in first or any(each.requires_grad for each in layer.parameters()):
             layer.set_modules_to_backward_prefetch([layer])
             return
-
-
-def in_shards(state: dict[str, Any], like: Any) -> dict[str, Any]:
-    """Return the moments of a weight in the shards of that weight, or as they are where it is whole."""
-    if not isinstance(like, DTensor):
-        return state
-    moments = {name: distribute_tensor(state[name], like.device_mesh, like.placements) for name in MOMENTS}
-    return {"step": state["step"], **moments}
 
 
 def gathered(value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mode import parallel
 from mode.checked import ConfigError
-from mode.checkpoint import trainable
+from mode.tensors import trainable
 from mode.train_settings import Train
 
 if TYPE_CHECKING:
@@ -52,28 +52,29 @@ class Copies:
         """Return a seed of this process's own."""
         return parallel.own_seed(seed, parallel.rank())
 
-    def wrap(self, objective: Objective, optimizer: Any, remake: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
+    def wrap(self, objective: Objective, make: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
         """Return what a step runs, with gradients that are the mean over all processes, and its optimizer.
 
         Args:
             objective: What a step minimises.
-            optimizer: An optimizer of the model, with the moments that there are.
-            remake: Makes an optimizer of another model.
+            make: Makes an optimizer of a model.
         """
-        return parallel.replicated(objective), optimizer
+        return parallel.replicated(objective), make(self.model)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return what trains and is here, by name; of a weight in shards this process's."""
+        return trainable(self.model)
 
     def clip(self, most: float) -> None:
         """Scale gradients so that their norm is `most` at most."""
         torch.nn.utils.clip_grad_norm_(self.learning, most)
 
-    def collect(self, optimizer: Any, due: bool) -> Any:
-        """Return what a checkpoint asks of an optimizer: it, since every process has all weights and moments.
+    def collect(self, due: bool) -> None:
+        """Do nothing to make the model whole, since every process has all of it.
 
         Args:
-            optimizer: The optimizer.
-            due: Whether the whole model is scored or saved now.
+            due: Whether the whole model is wanted now.
         """
-        return optimizer
 
 
 def check(settings: Train) -> None:

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from mode import parallel
 from mode.checked import ConfigError
-from mode.checkpoint import Saver, load_checkpoint, trainable
+from mode.checkpoint import Saver, check_checkpoint, load_checkpoint, read_counters, sweep
 from mode.data.batches import Batches
-from mode.files import CHECKPOINT, CURVE, write_atomic
+from mode.files import CURVE, checkpoints, write_atomic
 from mode.graph import recorded
 from mode.layers import Layers
 from mode.loss import head, softcap, token_scores
 from mode.objective import Hold, Objective, precision_of
 from mode.spread import Copies, spread_over
+from mode.tensors import trainable
 from mode.train_settings import Train
 
 if TYPE_CHECKING:
@@ -69,11 +70,6 @@ class Job:
     end: int | None = None
 
     @property
-    def checkpoint(self) -> Path:
-        """File of the latest checkpoint."""
-        return self.folder / CHECKPOINT
-
-    @property
     def curve(self) -> Path:
         """File of the training curve, one JSON object a line."""
         return self.folder / CURVE
@@ -106,12 +102,14 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
     """
     settings, device = job.settings, next(model.parameters()).device
     spread = spread_over(model, job.hold is not None, settings, device)
-    optimizer = make_optimizer(model, job)
-    step, seconds, curve = restore(model, optimizer, job)
-    if step >= job.steps:  # it was stopped after its last step: the model is to stay whole
+    checkpoint, step, seconds, curve = resume(model, job)
+    if checkpoint and step >= job.steps:  # it was stopped after its last step: the model is to stay whole
+        load_checkpoint(checkpoint, trainable(model))
         return trained(job, seconds, curve)
     made = Objective(model.train(), settings, job.hold, spread.part, job.end)
-    objective, optimizer = spread.wrap(made, optimizer, partial(make_optimizer, job=job))
+    objective, optimizer = spread.wrap(made, partial(make_optimizer, job=job))
+    if checkpoint:
+        load_checkpoint(checkpoint, spread.trained(), optimizer)
     layers = Layers(spread.model, settings, half=spread.halves and precision_of(settings, device) == "bf16")
     passes = recorded(accumulate, list(trainable(spread.model).values()), settings, held=job.hold is not None)
     total, begin = torch.zeros((), device=device), time.monotonic()
@@ -130,11 +128,12 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
             if step % settings.log_every == 0 or step == job.steps:
                 mean = float(parallel.mean(total)) / ((step - 1) % settings.log_every + 1)
                 seconds += time.monotonic() - begin  # after the mean, which waits for the device
-                moments = spread.collect(optimizer, due(step, job))
+                spread.collect(due(step, job))
                 point = measure(model, job, step, mean, states, spread, rows, held) | {"seconds": round(seconds, 3)}
                 curve.append(point)
-                append(job, point, moments, model, saver)
-                del moments  # of all processes: no step has room for them
+                append(job, point)
+                if step % settings.checkpoint_every == 0 or step == job.steps:
+                    saver.save(job.folder, spread.trained(), optimizer, step, point["seconds"])
                 job.observe(point | {"tokens_per_second": throughput(curve, settings)})
                 total.zero_()
                 begin = time.monotonic()
@@ -147,9 +146,9 @@ def trained(job: Job, seconds: float, curve: Sequence[Point]) -> Trained:
 
 
 def due(step: int, job: Job) -> bool:
-    """Say whether the whole model is scored or saved after a step."""
-    every = (job.settings.checkpoint_every, job.settings.validate_every)
-    return step == job.steps or any(each and step % each == 0 for each in every)
+    """Say whether the whole model is scored after a step."""
+    every = job.settings.validate_every
+    return step == job.steps or bool(every and step % every == 0)
 
 
 def share(
@@ -270,30 +269,26 @@ def measure(
     return point
 
 
-def append(job: Job, point: Point, optimizer: Any, model: nn.Module, saver: Saver) -> None:
-    """Append a point to the curve, and save a checkpoint where one is due."""
-    if not parallel.is_main():
-        return
-    with job.curve.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(point) + "\n")
-    if point["step"] % job.settings.checkpoint_every == 0 or point["step"] == job.steps:
-        saver.save(job.checkpoint, model, optimizer, {"step": point["step"], "seconds": point["seconds"]})
+def append(job: Job, point: Point) -> None:
+    """Append a point to the curve."""
+    if parallel.is_main():
+        with job.curve.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(point) + "\n")
 
 
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, job: Job) -> tuple[int, float, list[Point]]:
-    """Go back to the latest checkpoint: its step, its seconds of training, and the curve up to it."""
+def resume(model: nn.Module, job: Job) -> tuple[Path | None, int, float, list[Point]]:
+    """Find the latest checkpoint, its step, its seconds of training, and the curve up to it."""
     job.folder.mkdir(parents=True, exist_ok=True)
     step, seconds, curve = 0, 0.0, []
-    if parallel.is_main():
-        for left in job.folder.glob(f".{CHECKPOINT}.*.partial"):  # of a process that was killed as it wrote
-            left.unlink()
-    if job.checkpoint.exists():
-        counters = load_checkpoint(job.checkpoint, model, optimizer)
-        step, seconds = int(str(counters["step"])), float(str(counters["seconds"]))
+    latest = next(reversed(checkpoints(job.folder)), None)
+    if latest:
+        check_checkpoint(latest, trainable(model))
+        step, seconds = read_counters(latest)
         curve = [point for point in read_curve(job.curve) if point["step"] <= step]
     if parallel.is_main():
+        sweep(job.folder, latest)
         write_atomic(job.curve, "".join(json.dumps(point) + "\n" for point in curve).encode())
-    return step, seconds, curve
+    return latest, step, seconds, curve
 
 
 def read_curve(path: Path) -> list[Point]:

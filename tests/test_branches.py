@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from mode import config
 from mode.backbone import load_model
 from mode.checked import ConfigError
-from mode.checkpoint import trainable
 from mode.graph import recorded
 from mode.layers import UNMASKED, Layers, decoder_layers, unmasked
 from mode.method import Material
@@ -19,6 +18,7 @@ from mode.modular import insert_blocks
 from mode.objective import Objective, precision_of
 from mode.runner import execute
 from mode.settings import Run
+from mode.tensors import trainable
 from mode.train import accumulate
 from tests.conftest import World
 from tests.families import FAMILIES, make_model

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from cli.app import app
 from cli.options import complete
 from mode import config
-from mode.checkpoint import load_tensors, save_tensors
 from mode.record import Record, read_records
 from mode.runner import WEIGHTS
+from mode.tensors import load_tensors, save_tensors
 from tests.conftest import DOMAINS, World
 
 HEAVY = ("torch", "transformers", "hydra", "omegaconf", "wandb", "datasets", "pandas", "rich", "pydantic", "numpy")

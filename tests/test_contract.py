@@ -10,13 +10,13 @@ import torch
 
 from mode import config
 from mode.backbone import fingerprint, load_model
-from mode.checkpoint import trainable
 from mode.loss import auxiliary_loss, head, hidden_states, next_token_loss
 from mode.method import Material
 from mode.modular import blocks_of
 from mode.objective import tell_kinds
 from mode.prepared import prepare_run
 from mode.runner import execute, restore
+from mode.tensors import trainable
 from tests.conftest import World
 
 IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64], [7, 7, 30, 256, 1, 90, 12, 13, 250]])

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 from mode import config
 from mode.checked import ConfigError
-from mode.checkpoint import load_tensors, save_tensors
 from mode.expert import describe, load_experts, save_expert
 from mode.modular import expert_state
 from mode.record import Record
 from mode.runner import execute
+from mode.tensors import load_tensors, save_tensors
 from tests.conftest import World
 from tests.test_cli import assert_nothing_ran, call, records
 from tests.test_modular import modular

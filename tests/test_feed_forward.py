@@ -13,7 +13,6 @@ from mode import config
 from mode.attention import insert_attention_banks
 from mode.backbone import load_model
 from mode.checked import ConfigError
-from mode.checkpoint import load_tensors
 from mode.feed_forward import GATED, FeedForwardBank, LowRankFeedForward, insert_feed_forward_banks
 from mode.files import WEIGHTS
 from mode.loss import auxiliary_loss
@@ -23,6 +22,7 @@ from mode.prepared import prepare_run
 from mode.router import Router
 from mode.runner import execute
 from mode.settings import RouterSettings
+from mode.tensors import load_tensors
 from tests.conftest import World
 from tests.families import FAMILIES, make_model
 from tests.test_cost import check

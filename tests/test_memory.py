@@ -8,9 +8,9 @@ import pytest
 
 from mode import config
 from mode.checked import ConfigError
-from mode.checkpoint import digest
 from mode.memory import CHOICES
 from mode.runner import execute
+from mode.tensors import digest
 from tests.conftest import World
 from tests.test_train import curve_of, run_of
 

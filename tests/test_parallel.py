@@ -17,7 +17,7 @@ import torch
 
 from mode import config, parallel
 from mode.checked import ConfigError
-from mode.checkpoint import load_tensors
+from mode.checkpoint import read_counters
 from mode.record import read_records
 from mode.runner import execute
 from mode.spread import check
@@ -115,8 +115,8 @@ def test_what_was_begun_in_shards_goes_on_alone(shared_world: World, tmp_path: P
     begun, plain = (shared_world.at(tmp_path / name) for name in ("begun", "plain"))
     given = [*begun.overrides, *asked, "train.layout=fsdp"]
     together(2, STOPPED, json.dumps(given), str(begun.conf))
-    (checkpoint,) = (begun.root / "runs").rglob("checkpoint.safetensors")
-    step = int(str(load_tensors(checkpoint)[1]["step"]))
+    (checkpoint,) = (begun.root / "runs").rglob("checkpoint-*")
+    step, _ = read_counters(checkpoint)
     before = read_curve(checkpoint.with_name("curve.jsonl"))[:step]
     found = execute(config.compose([*begun.overrides, *asked], begun.conf))
     expected = execute(config.compose([*plain.overrides, *asked], plain.conf))

@@ -126,7 +126,7 @@ def test_what_is_sent_in_shards_is_what_torch_sends(
     try:
         spread, job = Shards(model), Job(settings=run.train, steps=1, lr=1.0, folder=world.root, validate=dict)
         make = partial(make_optimizer, job=job)
-        objective, _ = spread.wrap(Objective(model, run.train, None), make(model), make)
+        objective, _ = spread.wrap(Objective(model, run.train, None), make)
         with Traffic() as seen, spread():
             accumulate(objective, torch.zeros(1, 33, dtype=torch.long), 1)
     finally:

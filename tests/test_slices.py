@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 import torch
 from mode import config
-from mode.checkpoint import trainable
+from mode.tensors import trainable
 from mode.objective import Objective
 from mode.slices import Slices
 from mode.train import Job, accumulate, make_optimizer
@@ -44,7 +44,7 @@ for family in PLANNED:
         plain = make_optimizer(alone, job)
         spread = Slices(sliced)
         make = partial(make_optimizer, job=job)
-        objective, optimizer = spread.wrap(Objective(sliced, run.train, None), make(sliced), make)
+        objective, optimizer = spread.wrap(Objective(sliced, run.train, None), make)
         for step in range(2):
             expected, _ = accumulate(Objective(alone, run.train, None), rows, 1)
             torch.nn.utils.clip_grad_norm_(trainable(alone).values(), 0.1)
@@ -59,11 +59,10 @@ for family in PLANNED:
             for each in (plain, optimizer):
                 each.step()
                 each.zero_grad(set_to_none=True)
-        saved = spread.collect(optimizer, True)
+        spread.collect(True)
         for (name, one), other in zip(trainable(alone).items(), trainable(sliced).values(), strict=True):
             assert other.shape == one.shape
             assert torch.allclose(other, one, rtol=1e-2, atol=1e-3), (family, modular, name)
-            assert saved.state[other]["exp_avg"].shape == one.shape
 """
 
 

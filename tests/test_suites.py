@@ -14,7 +14,6 @@ from mode import config
 from mode.backbone import load_model, weights_fingerprint
 from mode.bench import SHEET, section
 from mode.checked import ConfigError
-from mode.checkpoint import trainable
 from mode.device import allocated
 from mode.likelihood import Text, log_likelihoods, packed
 from mode.loss import next_token_loss
@@ -27,6 +26,7 @@ from mode.suites.peers import OwnLoop, can_bf16
 from mode.suites.sharding import variants
 from mode.suites.startup import command, first_step, script
 from mode.suites.step import options, scale, steps
+from mode.tensors import trainable
 from tests.conftest import World
 from tests.test_bench import fresh
 from tests.test_cli import call

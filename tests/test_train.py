@@ -19,10 +19,12 @@ import torch
 from mode import config
 from mode.backbone import load_model
 from mode.checked import ConfigError
-from mode.checkpoint import Saver, load_tensors
+from mode.checkpoint import Saver, load_checkpoint, read_counters
+from mode.files import checkpoints
 from mode.prepared import Prepared, prepare_run
 from mode.record import Record, processor
 from mode.runner import WEIGHTS, execute
+from mode.tensors import load_tensors, trainable
 from tests.conftest import World
 
 GOLDEN = Path(__file__).parent / "golden.json"
@@ -168,8 +170,8 @@ def test_accumulation_changes_nothing_but_rounding(world: World, shared_world: W
 def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     layer = torch.nn.Linear(2, 2)
-    with pytest.raises(ConfigError, match=r"checkpoint\.safetensors: cannot be written"), Saver() as saver:
-        saver.save(tmp_path / "file" / "checkpoint.safetensors", layer, torch.optim.AdamW(layer.parameters()), {})
+    with pytest.raises(ConfigError, match=r"checkpoint-1: cannot be written \(.*file"), Saver() as saver:
+        saver.save(tmp_path / "file", trainable(layer), torch.optim.AdamW(layer.parameters()), 1, 0.5)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -177,11 +179,12 @@ def test_a_checkpoint_is_of_its_own_step_whatever_the_next_ones_do(tmp_path: Pat
     layer = torch.nn.Linear(2048, 2048)
     before = layer.weight.detach().clone()
     with Saver() as saver, torch.no_grad():
-        saver.save(tmp_path / "checkpoint.safetensors", layer, torch.optim.AdamW(layer.parameters()), {"step": 1})
+        saver.save(tmp_path, trainable(layer), torch.optim.AdamW(layer.parameters()), 1, 0.125)
         layer.weight.zero_()
-    tensors, counters = load_tensors(tmp_path / "checkpoint.safetensors")
-    assert torch.equal(tensors["parameter.weight"], before)
-    assert counters == {"step": 1}
+    (checkpoint,) = checkpoints(tmp_path)
+    load_checkpoint(checkpoint, trainable(layer))
+    assert torch.equal(layer.weight, before)
+    assert read_counters(checkpoint) == (1, 0.125)
 
 
 @pytest.mark.slow
@@ -194,13 +197,11 @@ def test_a_damaged_checkpoint_is_told_in_one_line(world: World) -> None:
 
     with pytest.raises(CrashError):
         execute(run, observe=crash)
-    path = prepare_run(run).folder / "checkpoint.safetensors"
-    left = path.with_name(".checkpoint.safetensors.1.partial")  # of a process that was killed as it wrote
-    left.write_bytes(b"half")
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ConfigError, match="not a whole safetensors file"):
+    (checkpoint,) = checkpoints(prepare_run(run).folder)
+    (part,) = checkpoint.iterdir()
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(ConfigError, match=r"checkpoint-\d: not a whole checkpoint \("):
         execute(run)
-    assert not left.exists()
 
 
 def test_a_diverging_run_stops_with_the_step_and_the_learning_rate(world: World) -> None:
@@ -211,7 +212,7 @@ def test_a_diverging_run_stops_with_the_step_and_the_learning_rate(world: World)
 def test_finished_runs_keep_no_optimizer_state_and_only_what_trains(world: World) -> None:
     record = execute(run_of(world, "method=lora"))
     folder = prepare_run(run_of(world, "method=lora")).folder
-    assert not (folder / "checkpoint.safetensors").exists()
+    assert not checkpoints(folder)
     tensors, metadata = load_tensors(folder / WEIGHTS)
     assert metadata == {"run": record.id}
     assert all("lora_" in name for name in tensors)

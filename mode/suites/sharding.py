@@ -278,9 +278,9 @@ class Alone(Copies):
         """Return all rows."""
         return values
 
-    def wrap(self, objective: nn.Module, optimizer: Any, remake: Any) -> tuple[nn.Module, Any]:
-        """Return the objective and the optimizer as they are."""
-        return objective, optimizer
+    def wrap(self, objective: nn.Module, make: Any) -> tuple[nn.Module, Any]:
+        """Return the objective as it is, and its optimizer."""
+        return objective, make(self.model)
 
 
 def make_step(file: Path, layout: str) -> Callable[[], None]:
@@ -294,7 +294,7 @@ def make_step(file: Path, layout: str) -> Callable[[], None]:
     spread = Alone(model) if layout in (ALONE, EACH) else spread_over(model, False, train, torch.device("cpu"))
     job = Job(settings=train, steps=1, lr=1e-6, folder=Path(), validate=dict)
     made = Objective(model, train, None, spread.part)
-    objective, optimizer = spread.wrap(made, make_optimizer(model, job), partial(make_optimizer, job=job))
+    objective, optimizer = spread.wrap(made, partial(make_optimizer, job=job))
     layers = Layers(spread.model, train)
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     shape = (train.batch_size, train.sequence_length + 1)

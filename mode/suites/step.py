@@ -12,8 +12,9 @@ import torch
 
 from mode import config
 from mode.backbone import load_model, stack
-from mode.checkpoint import Saver, trainable
+from mode.checkpoint import Saver
 from mode.cost import layers_per_block, shape_of
+from mode.files import checkpoint_of
 from mode.graph import WARM_UP, recorded
 from mode.layers import Layers
 from mode.loss import hidden_states
@@ -22,6 +23,7 @@ from mode.objective import Hold, Objective, precision_of
 from mode.quantized import quantize_frozen
 from mode.settings import SELF, Anchor
 from mode.suites.peers import known, peers
+from mode.tensors import trainable
 from mode.timing import Case
 from mode.train import Job, accumulate, make_optimizer
 
@@ -131,10 +133,10 @@ def branches(run: Run, methods: Mapping[str, Adaptation], device: torch.device) 
 def checkpoint_bytes(step: Step, folder: Path) -> dict[str, int]:
     """Return the bytes of the weights that train with both moments of AdamW, and of a checkpoint of them."""
     step()
-    place = folder / "checkpoint.safetensors"
     with Saver() as saver:
-        saver.save(place, step.model, step.optimizer, {"step": 1})
-    return {"weights that train, and their moments": 3 * step.bytes, "checkpoint": place.stat().st_size}
+        saver.save(folder, trainable(step.model), step.optimizer, 1, 0.0)
+    size = sum(file.stat().st_size for file in checkpoint_of(folder, 1).iterdir())
+    return {"weights that train, and their moments": 3 * step.bytes, "checkpoint": size}
 
 
 def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
