@@ -101,7 +101,7 @@ from pathlib import Path
 from mode import config
 from mode.runner import execute
 def stop(prepared, point):
-    if point["step"] == 4:
+    if point["step"] == int(sys.argv[3]):
         raise KeyboardInterrupt
 try:
     execute(config.compose(json.loads(sys.argv[1]), Path(sys.argv[2])), observe=stop)
@@ -110,19 +110,21 @@ except (KeyboardInterrupt, RuntimeError):  # the second process's, when the firs
 """
 
 
-def test_what_was_begun_in_shards_goes_on_alone(shared_world: World, tmp_path: Path) -> None:
-    asked = ["method=lora", "train.steps=8", "train.batch_size=4", *EVERY, "train.checkpoint_every=2"]
+def test_a_run_goes_on_with_other_processes_under_other_layouts(shared_world: World, tmp_path: Path) -> None:
+    asked = ["method=mode", "method.start=fresh", "method.num_experts=1", "train.steps=8", "train.batch_size=4"]
+    asked += [*EVERY, "train.checkpoint_every=2"]
     begun, plain = (shared_world.at(tmp_path / name) for name in ("begun", "plain"))
-    given = [*begun.overrides, *asked, "train.layout=fsdp"]
-    together(2, STOPPED, json.dumps(given), str(begun.conf))
-    (checkpoint,) = (begun.root / "runs").rglob("checkpoint-*")
-    step, _ = read_counters(checkpoint)
-    before = read_curve(checkpoint.with_name("curve.jsonl"))[:step]
+    for layout, processes, stop in (("fsdp", 2, 2), ("mpmd", 4, 4), ("ddp", 2, 6)):
+        given = [*begun.overrides, *asked, f"train.layout={layout}"]
+        together(processes, STOPPED, json.dumps(given), str(begun.conf), str(stop))
+        (checkpoint,) = (begun.root / "runs").rglob("checkpoint-*")
+        assert read_counters(checkpoint)[0] == stop
+        assert len(list(checkpoint.iterdir())) == processes  # each has written its part
+    before = read_curve(checkpoint.with_name("curve.jsonl"))[:6]
     found = execute(config.compose([*begun.overrides, *asked], begun.conf))
     expected = execute(config.compose([*plain.overrides, *asked], plain.conf))
     assert found.id == expected.id
-    assert 2 <= step < 8
-    assert found.happened["curve"][:step] == before  # seconds too: nothing was trained again
+    assert found.happened["curve"][:6] == before  # seconds too: nothing was trained again
     losses = [[point["loss"] for point in record.happened["curve"]] for record in (found, expected)]
     assert len(losses[0]) == 8
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

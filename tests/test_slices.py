@@ -120,7 +120,7 @@ def test_runs_in_slices_are_those_of_one_process(shared_world: World, tmp_path: 
         ["method=mode", "method.start=fresh", "method.num_experts=1", "train.precision=bf16"],
     )
     asked = [[*both.overrides, *more, *each, "train.layout=tp"] for each in methods]
-    together(2, STOPPED, json.dumps(asked[0]), str(both.conf))  # goes on in the next
+    together(2, STOPPED, json.dumps(asked[0]), str(both.conf), "4")  # goes on in the next
     together(2, SCRIPT, json.dumps(asked), str(both.conf))
     for given, each in zip(asked, methods, strict=True):
         found = execute(config.compose(given, both.conf))
