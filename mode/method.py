@@ -22,6 +22,7 @@ from mode.files import WEIGHTS
 from mode.settings import Anchor, Budget, MethodSettings, Run
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
@@ -43,7 +44,7 @@ class Material:
     source: Mapping[str, Any] = field(default_factory=dict)
 
 
-Reference = Callable[["Tensor"], tuple["Tensor", "Tensor"]]
+Reference = Callable[["nn.Module", "Tensor"], tuple["Tensor", "Tensor"]]
 """From rows of tokens, (B, S), to a backbone's final hidden states, (B, S, d), and its head, (V, d)."""
 
 
@@ -212,17 +213,19 @@ class Adaptation(Method):
         shape = shape_of(run.backbone)
         return self.anchor.share * untouched(shape, run.train.sequence_length).flops.forward
 
-    def reference(self, model: nn.Module, backbone: Callable[[], PreTrainedModel]) -> Reference:
-        """Return the backbone's final hidden states and head for rows of tokens; here from a frozen copy of it.
+    def reference(self, backbone: Callable[[], PreTrainedModel], device: torch.device) -> Reference:
+        """Return what gives the backbone's final hidden states and head, for the model that trains and rows of tokens.
+
+        Here it is a frozen copy of the backbone that says them.
 
         Args:
-            model: The model that trains, as it was built.
             backbone: Loads a fresh copy of the backbone.
+            device: Where the model trains.
         """
         from mode.loss import head, hidden_states
 
-        frozen = backbone().requires_grad_(False).eval().to(next(model.parameters()).device)
-        return lambda rows: (hidden_states(frozen, rows), head(frozen))
+        frozen = backbone().requires_grad_(False).eval().to(device)
+        return lambda _, rows: (hidden_states(frozen, rows), head(frozen))
 
 
 def per_token(run: Run) -> float:

@@ -16,6 +16,7 @@ from mode.method import Adaptation, Material, Reference, stages_by_domain
 from mode.settings import Anchor, GateSettings, Run
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
@@ -199,12 +200,12 @@ class MoDE(Adaptation):
         numbers = [f"expert {number + 1}" for number in range(self.num_experts)]
         return ("backbone", *(run.targets if self.start == "experts" else numbers))
 
-    def reference(self, model: nn.Module, backbone: Callable[[], PreTrainedModel]) -> Reference:
-        """Return what the backbone says: the frozen layers are in the model, so nothing is loaded."""
+    def reference(self, backbone: Callable[[], PreTrainedModel], device: torch.device) -> Reference:
+        """Return what gives the backbone's states and head: frozen layers are in the model, so nothing is loaded."""
         from mode.loss import head, hidden_states
         from mode.modular import without_experts
 
-        def states(rows: Tensor) -> tuple[Tensor, Tensor]:
+        def states(model: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
             with without_experts(model):
                 return hidden_states(model, rows), head(model)
 

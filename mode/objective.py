@@ -22,12 +22,16 @@ class Hold:
     Attributes:
         weight: Factor on KL(backbone || model) beside the cross-entropy of the other rows.
         held: Which rows of a step are such rows, (B,).
-        reference: What the backbone says of rows of tokens: its final hidden states, and its head.
+        reference: What the backbone says of rows of tokens: its final hidden states, and its head. It is given the
+            model that trains, which may have the backbone in it.
+        always: Whether it is asked in every micro-batch, about a row that is not held where none is: what it says may
+            take all processes, some of which have rows that are held.
     """
 
     weight: float
     held: Callable[[int], NDArray[np.bool_]]
-    reference: Callable[[Tensor], tuple[Tensor, Tensor]]
+    reference: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+    always: bool = False
 
 
 class Objective(nn.Module):
@@ -81,8 +85,9 @@ class Objective(nn.Module):
         if self.hold is None or held is None:
             loss = next_token_loss(states, head(model), self.part(rows[:, 1:]), softcap(model), precision)
         else:
+            asked = rows[held] if held.any() or not self.hold.always else rows[:1]
             with torch.no_grad(), autocast(self.settings, device):
-                known = self.hold.reference(rows[held, :-1]) if held.any() else None
+                known = self.hold.reference(model, asked[:, :-1]) if len(asked) else None
             loss = held_loss(model, states, rows, held, known, self.hold.weight, precision)
         return loss, sum_auxiliary(self.wanting), states
 
@@ -127,7 +132,8 @@ def held_loss(
         states: Its final hidden states, (B, S, d).
         rows: Tokens, (B, S + 1).
         held: Which rows are held to the backbone, (B,).
-        known: The backbone's final hidden states on those, (held rows, S, d), and its head, (V, d); None without any.
+        known: The backbone's final hidden states on those, (held rows, S, d), and its head, (V, d); without such rows
+            they do not matter.
         weight: Factor on their divergence.
         precision: Of the cross-entropy's products of matrices.
     """
@@ -135,7 +141,7 @@ def held_loss(
     free, count = ~held, len(rows)
     if free.any():
         loss = loss + next_token_loss(states[free], head(model), rows[free, 1:], cap, precision) * (free.sum() / count)
-    if known is not None:
+    if known is not None and held.any():
         loss = loss + weight * divergence(states[held], head(model), *known, cap) * (held.sum() / count)
     return loss
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ class Shards(Copies):
         mesh = init_device_mesh(device.type, (parallel.size(),))
         for module in with_auxiliary(self.whole):
             module.auxiliary = None  # what a pass before left belongs to that pass, and cannot be copied
-        mine = Objective(copy.deepcopy(self.whole), objective.settings, None, end=objective.end)
+        hold = objective.hold and replace(objective.hold, always=True)  # its layers are gathered by all
+        mine = Objective(copy.deepcopy(self.whole), objective.settings, hold, end=objective.end)
         self.distribute(mine, mesh)
         self.model = mine.model
         self.learning = list(trainable(self.model).values())

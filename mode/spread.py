@@ -107,8 +107,8 @@ def spread_over(model: nn.Module, held: bool, settings: Train, device: torch.dev
     """
     layout = settings.layout
     check(settings)
-    if layout != "ddp" and held:
-        raise ConfigError(f"train.layout={layout}: an anchored model needs its backbone everywhere, as in ddp")
+    if layout == "mpmd" and held:
+        raise ConfigError("train.layout=mpmd: an anchored model needs its backbone everywhere; take ddp, fsdp or tp")
     made: Copies | Branches
     if layout == "mpmd":
         from mode.mpmd import Branches

@@ -145,7 +145,7 @@ def hold(prepared: Prepared, model: nn.Module, batches: Batches) -> Hold | None:
     return Hold(
         weight=method.anchor.weight,
         held=lambda step: np.array([name == source for name in batches.domains(step)]),
-        reference=method.reference(model, backbone),
+        reference=method.reference(backbone, next(model.parameters()).device),
     )
 
 

@@ -103,8 +103,7 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
     settings, device = job.settings, next(model.parameters()).device
     spread = spread_over(model, job.hold is not None, settings, device)
     checkpoint, step, seconds, curve = resume(model, job)
-    if checkpoint and step >= job.steps:  # it was stopped after its last step: the model is to stay whole
-        load_checkpoint(checkpoint, trainable(model))
+    if step >= job.steps:  # it was stopped after its last step: the model is to stay whole
         return trained(job, seconds, curve)
     made = Objective(model.train(), settings, job.hold, spread.part, job.end)
     objective, optimizer = spread.wrap(made, partial(make_optimizer, job=job))
@@ -131,9 +130,7 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
                 spread.collect(due(step, job))
                 point = measure(model, job, step, mean, states, spread, rows, held) | {"seconds": round(seconds, 3)}
                 curve.append(point)
-                append(job, point)
-                if step % settings.checkpoint_every == 0 or step == job.steps:
-                    saver.save(job.folder, spread.trained(), optimizer, step, point["seconds"])
+                append(job, point, spread, optimizer, saver)
                 job.observe(point | {"tokens_per_second": throughput(curve, settings)})
                 total.zero_()
                 begin = time.monotonic()
@@ -269,21 +266,28 @@ def measure(
     return point
 
 
-def append(job: Job, point: Point) -> None:
-    """Append a point to the curve."""
+def append(job: Job, point: Point, spread: Copies | Branches, optimizer: torch.optim.Optimizer, saver: Saver) -> None:
+    """Append a point to the curve, and save a checkpoint where one is due."""
     if parallel.is_main():
         with job.curve.open("a", encoding="utf-8") as file:
             file.write(json.dumps(point) + "\n")
+    if point["step"] % job.settings.checkpoint_every == 0 or point["step"] == job.steps:
+        saver.save(job.folder, spread.trained(), optimizer, point["step"], point["seconds"])
 
 
 def resume(model: nn.Module, job: Job) -> tuple[Path | None, int, float, list[Point]]:
-    """Find the latest checkpoint, its step, its seconds of training, and the curve up to it."""
+    """Find the latest checkpoint, its step, its seconds of training, and the curve up to it.
+
+    Where no step is left, the model is given the weights of it.
+    """
     job.folder.mkdir(parents=True, exist_ok=True)
     step, seconds, curve = 0, 0.0, []
     latest = next(reversed(checkpoints(job.folder)), None)
     if latest:
         check_checkpoint(latest, trainable(model))
         step, seconds = read_counters(latest)
+        if step >= job.steps:
+            load_checkpoint(latest, trainable(model))
         curve = [point for point in read_curve(job.curve) if point["step"] <= step]
     if parallel.is_main():
         sweep(job.folder, latest)

@@ -92,7 +92,7 @@ def test_the_loss_is_the_mean_over_rows_of_cross_entropy_or_weighted_divergence(
     model, frozen = noisy(load_model(run.backbone).requires_grad_(True)), load_model(run.backbone)
     rows = torch.cat([IDS, IDS.flip(1)])
     mask = torch.tensor(held, dtype=torch.bool)
-    hold = Hold(3.0, lambda step: mask.numpy(), lambda ids: (hidden_states(frozen, ids), head(frozen)))
+    hold = Hold(3.0, lambda step: mask.numpy(), lambda _, ids: (hidden_states(frozen, ids), head(frozen)))
     loss, _ = accumulate(Objective(model, run.train, hold), rows, run.train.accumulate, mask)
     expected = torch.zeros(())
     for row, is_held in zip(rows, held, strict=True):
@@ -120,9 +120,9 @@ def test_the_reference_is_the_backbone_whatever_was_trained(world: World, name: 
     from mode.method import Material
 
     model = method.build(run, Material(backbone=lambda: load_model(run.backbone)))
-    reference = method.reference(model, lambda: load_model(run.backbone))
+    reference = method.reference(lambda: load_model(run.backbone), torch.device("cpu"))
     noisy(model)
-    states, weight = reference(IDS)
+    states, weight = reference(model, IDS)
     assert not states.requires_grad
     assert torch.equal(states @ weight.T, bare(IDS).logits)
     assert not torch.allclose(model(IDS).logits, bare(IDS).logits)

@@ -37,6 +37,13 @@ METHODS: dict[str, tuple[str, ...]] = {
     "sft in micro-batches": ("method=sft", "train.accumulate=2"),
     "mode": ("method=mode",),
     "mode held to its backbone": ("method=mode-anchored", "method.anchor.source=prose", "method.anchor.share=0.25"),
+    "mode held to its backbone in shards": (  # one of four rows, so that one process has none
+        *("method=mode-anchored", "method.anchor.source=prose", "method.anchor.share=0.25", "method.anchor.weight=2"),
+        "train.layout=fsdp",
+    ),
+    "lora held to its backbone in shards": (
+        *("method=lora", "method.anchor.source=prose", "method.anchor.share=0.25", "train.layout=fsdp"),
+    ),
     "btx": ("method=btx",),
     "loramoe": ("method=loramoe",),
     "moelora": ("method=moelora", "method.task=guessed"),

@@ -113,11 +113,11 @@ def test_what_a_model_is_held_to_is_the_backbone_in_eight_bits(world: World, met
 
     seen: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mode.stage.hold", lambda *given: seen.append(hold(*given)) or seen[-1])
+        patch.setattr("mode.stage.hold", lambda *given: seen.append((given[1], hold(*given))) or seen[-1][1])
         execute(run_of(world, *asked))
-    (holding,) = seen
+    ((model, holding),) = seen
     rows = torch.arange(2, 18)[None]
-    states, _ = holding.reference(rows)
+    states, _ = holding.reference(model, rows)
     plain = load_model(run_of(world).backbone).eval().requires_grad_(False)
     quantize_frozen(plain, "fp8")
     torch.testing.assert_close(states, hidden_states(plain, rows))

@@ -260,7 +260,7 @@ class Step:
         self.held = torch.arange(size, device=device) >= size - max(1, round(size * anchor.share))
         hold = None
         if anchor.source != "none":
-            hold = Hold(anchor.weight, lambda step: self.held.cpu().numpy(), method.reference(self.model, load))
+            hold = Hold(anchor.weight, lambda step: self.held.cpu().numpy(), method.reference(load, device))
         self.job = Job(settings=run.train, steps=1, lr=1e-6, folder=Path(), validate=dict, hold=hold)
         self.objective = Objective(self.model, run.train, hold)
         self.optimizer, self.device, self.precision = (
