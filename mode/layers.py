@@ -19,6 +19,9 @@ from mode.train_settings import Train
 UNMASKED = "mode_unmasked"
 """Name by which `transformers` knows its own attention without a mask beside it."""
 
+FLEXIBLE = ("cuda",)
+"""Types of device on which FlexAttention trains."""
+
 COMPILED_FROM = {"cpu": 2e13, "cuda": 5e16}
 """Operations of a stage from which compiling pays, by type of device: minutes of work. Compiling takes up to 40 s. What
 is compiled takes about a seventh less time on a processor, and a third less on an H200 (`mode bench loops`)."""
@@ -57,19 +60,25 @@ class Layers:
             half: Whether products of matrices are in bf16.
 
         Raises:
-            ConfigError: Streams are asked for without a CUDA device, or batched experts whose attention is not torch's
-                own over whole rows.
+            ConfigError: Streams or FlexAttention are asked for without a CUDA device, or it of a family that has none,
+                or batched experts whose attention is not torch's own over whole rows.
         """
-        if settings.branches == "streams" and next(model.parameters()).device.type != "cuda":
+        kind = next(model.parameters()).device.type
+        if settings.branches == "streams" and kind != "cuda":
             raise ConfigError("train.branches=streams needs a CUDA device; loop and batched go without one")
         self.blocks: list[Any] = [block for block in model.modules() if hasattr(block, "beside")]
         self.branches = settings.branches
         joined = settings.documents == "joined"
-        self.unmasked = unmasked(model, settings.sequence_length) if joined else []
-        if settings.branches == "batched" and self.blocks and not self.unmasked:
+        self.attending = unmasked(model, settings.sequence_length) if joined else []
+        if settings.branches == "batched" and self.blocks and not self.attending:
             raise ConfigError(
                 "train.branches=batched: not with layers that see a part of the row alone; loop goes with all"
             )
+        self.attention = UNMASKED
+        if settings.attention == "flex":
+            check_flexible(model, kind)
+            self.attention, self.attending = "flex_attention", configs_of(model)
+        self.before = [config._attn_implementation for config in self.attending]
         layers = decoder_layers(model)
         self.held = [(weight, weight.data, weight.data.bfloat16()) for weight in frozen_matrices(layers) if half]
         chosen = [layer for layer in layers if forms_again(layer, settings.activation_checkpointing)]
@@ -91,8 +100,8 @@ class Layers:
             weight.data = half
         for block in self.blocks:
             block.beside = self.branches
-        for config in self.unmasked:
-            config._attn_implementation = UNMASKED
+        for config in self.attending:
+            config._attn_implementation = self.attention
 
     def __exit__(self, *_: object) -> None:
         """End a step."""
@@ -104,8 +113,8 @@ class Layers:
             weight.data = full
         for block in self.blocks:
             block.beside = "loop"
-        for config in self.unmasked:
-            config._attn_implementation = "sdpa"
+        for config, before in zip(self.attending, self.before, strict=True):
+            config._attn_implementation = before
 
 
 def forms_again(layer: nn.Module, which: str) -> bool:
@@ -143,12 +152,31 @@ def unmasked(model: nn.Module, length: int) -> list[Any]:
 
     Those are decoders with torch's own attention where no layer sees less than the whole row.
     """
-    from transformers import AttentionInterface, PretrainedConfig
+    from transformers import AttentionInterface
 
     AttentionInterface.register(UNMASKED, causal_attention)
+    return [each for each in configs_of(model) if each._attn_implementation == "sdpa" and sees(each, length)]
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """Return the configurations by which decoders attend."""
+    from transformers import PretrainedConfig
+
     configs = (getattr(module, "config", None) for module in model.modules())
-    found = {id(each): each for each in configs if isinstance(each, PretrainedConfig)}
-    return [each for each in found.values() if each._attn_implementation == "sdpa" and sees(each, length)]
+    return list({id(each): each for each in configs if isinstance(each, PretrainedConfig)}.values())
+
+
+def check_flexible(model: Any, kind: str) -> None:
+    """Refuse FlexAttention where it does not train: on a device of another type, or a family without it.
+
+    Raises:
+        ConfigError: It is so.
+    """
+    if kind not in FLEXIBLE:
+        raise ConfigError("train.attention=flex needs a CUDA device: FlexAttention does not train on others")
+    if not model._supports_flex_attn:
+        family = model.config.model_type
+        raise ConfigError(f"train.attention=flex: transformers has no FlexAttention for {family}; sdpa goes with all")
 
 
 def sees(config: Any, length: int) -> bool:

@@ -43,6 +43,8 @@ class Train:
             and answers downstream tasks in full.
         documents: What documents of a row see of each other in training: `joined`, all before them, as in the paper;
             `apart`, nothing, with positions that begin anew. Rows are scored joined either way.
+        attention: Of documents apart: `sdpa`, torch's own with a mask of every pair of a row's tokens, or `flex`,
+            FlexAttention, which knows where documents end and skips what none of a block sees; on CUDA alone.
         branches: How the branches of a MoDE block run in training steps: in a `loop`; `batched`, all experts as one
             computation; `streams`, each on a CUDA stream of its own.
         graph: Whether forward and backward pass of a step are one CUDA graph, which is recorded in the third step and
@@ -79,6 +81,7 @@ class Train:
     compile: bool | Literal["auto"] = False
     frozen_weights: Literal["full", "int8", "fp8"] = "full"
     documents: Literal["joined", "apart"] = "joined"
+    attention: Literal["sdpa", "flex"] = "sdpa"
     branches: Literal["loop", "batched", "streams"] = "loop"
     graph: bool = False
     layout: Literal["ddp", "fsdp", "tp", "mpmd"] = "ddp"
@@ -107,6 +110,8 @@ class Train:
             raise ValueError("graph goes with neither activation_checkpointing nor branches=streams")
         if self.documents == "apart" and (self.graph or self.branches == "batched"):
             raise ValueError("documents=apart goes with neither graph nor branches=batched")
+        if self.attention == "flex" and (self.documents == "joined" or self.layout == "mpmd"):
+            raise ValueError("attention=flex goes with documents=apart, and not with layout=mpmd")
         # In order of name, and None for nothing: the same mix is the same run however it is written.
         object.__setattr__(self, "replay", dict(sorted((self.replay or {}).items())) or None)
         if self.replay and sum(self.replay.values()) >= 1.0:

@@ -164,6 +164,7 @@ def test_what_needs_a_gpu_says_so(world: World, setting: str, told: str) -> None
         ["train.branches=batched", "train.activation_checkpointing=all"],
         ["train.graph=true", "train.activation_checkpointing=frozen"],
         ["train.graph=true", "train.branches=streams"],
+        ["train.attention=flex"],
     ],
 )
 def test_ways_that_do_not_go_together_are_refused(world: World, settings: list[str]) -> None:
@@ -216,6 +217,42 @@ def test_documents_apart_have_the_loss_of_documents_alone(world: World, family: 
     torch.testing.assert_close(states[0, places], expected, rtol=1e-4, atol=1e-5)
     _, _, other = Objective(model, run.train, None)(torch.cat([one, two])[None])
     assert (other[0, places] - expected).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_flex_attention_keeps_documents_apart_as_masks_do(
+    world: World, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Gradients too where there is a CUDA device, on which alone it has any."""
+    monkeypatch.setattr("mode.layers.FLEXIBLE", (DEVICE.type,))
+    run = config.compose([*world.overrides, "method=sft", "train.documents=apart"], world.conf)
+    model, end = make_model(family), 9
+    model.mode_blocks = insert_blocks(model, num_experts=1, num_blocks=2, expert_layers=1)
+    model.to(DEVICE)
+    torch.manual_seed(0)
+    rows = torch.randint(10, 64, (2, 33)).to(DEVICE)
+    rows[:, 5::9] = end
+    found = []
+    for attention in ("sdpa", "flex"):
+        settings = config.replace(run.train, attention=attention)
+        with Layers(model, settings), torch.set_grad_enabled(CUDA):
+            loss, _, states = Objective(model, settings, None, end=end)(rows)
+        found.append([loss, states, *(torch.autograd.grad(loss, list(trainable(model).values())) if CUDA else ())])
+    for value, expected in zip(found[1], found[0], strict=True):
+        assert (value - expected).norm() < 1e-4 * expected.norm()
+    assert not torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.skipif(CUDA, reason="there is one")
+def test_flex_attention_is_refused_where_it_does_not_train(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [*world.overrides, "method=sft", "train.documents=apart", "train.attention=flex"]
+    with pytest.raises(ConfigError, match=r"train\.attention=flex needs a CUDA device"):
+        execute(config.compose(asked, world.conf))
+    monkeypatch.setattr("mode.layers.FLEXIBLE", ("cpu",))
+    run = config.compose(asked, world.conf)
+    with pytest.raises(ConfigError, match="transformers has no FlexAttention for gpt2; sdpa goes with all"):
+        Layers(make_model("gpt2"), run.train)
 
 
 @pytest.mark.slow
