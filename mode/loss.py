@@ -18,7 +18,9 @@ CHUNK = 512
 """Tokens per chunk of the training loss on a processor, where torch's own choice is several times slower for small
 vocabularies."""
 HALF_CHUNK = 256
-"""The same in bf16, where a chunk's logits are held in both precisions."""
+"""The same where a chunk's logits take more memory, in which it is as fast: with more words than `WIDE`, and in bf16,
+where they are held in both precisions."""
+WIDE = 4096
 CUDA_CHUNK = 2048
 """The same on a GPU, whose products of matrices want more rows."""
 NATIVE = hasattr(nn, "LinearCrossEntropyOptions")
@@ -70,10 +72,10 @@ def next_token_loss(
     flat, labels = states.reshape(-1, states.shape[-1]).float(), targets.reshape(-1)
     if cap is None and (precision == "bf16" or not NATIVE):
         kind = torch.bfloat16 if precision == "bf16" else torch.float32
-        chunked: Tensor = ChunkedLoss.apply(flat, weight, labels, kind, chunk_of(flat.device, kind))  # type: ignore[no-untyped-call]
+        chunked: Tensor = ChunkedLoss.apply(flat, weight, labels, kind, chunk_of(weight, kind))  # type: ignore[no-untyped-call]
         return chunked
     if cap is None:
-        chunk = chunk_of(flat.device, torch.float32)
+        chunk = chunk_of(weight, torch.float32)
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
         loss: Tensor = functional.linear_cross_entropy(flat, weight.float(), labels, options=options)
         return loss
@@ -83,11 +85,11 @@ def next_token_loss(
     return total / len(labels)
 
 
-def chunk_of(device: torch.device, kind: torch.dtype) -> int:
-    """Return the tokens per chunk of the training loss."""
-    if device.type == "cuda":
+def chunk_of(weight: Tensor, kind: torch.dtype) -> int:
+    """Return the tokens per chunk of the training loss with a head, (V, d), by how long they were measured to take."""
+    if weight.device.type == "cuda":
         return CUDA_CHUNK
-    return HALF_CHUNK if kind == torch.bfloat16 else CHUNK
+    return HALF_CHUNK if kind == torch.bfloat16 or len(weight) > WIDE else CHUNK
 
 
 class ChunkedLoss(torch.autograd.Function):

@@ -109,6 +109,15 @@ def test_all_forms_of_the_loss_are_the_same(trains: bool) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_loss_takes_an_eighth_of_the_memory_of_full_logits_at_most(trains: bool) -> None:
+    states, weight = torch.randn(2048, 64, requires_grad=True), torch.randn(8192, 64).requires_grad_(trains)
+    targets = torch.randint(8192, (2048,))
+    forms = (lambda: full_logits(states, weight, targets), lambda: next_token_loss(states[None], weight, targets[None]))
+    most, least = (allocated(lambda form=form: torch.autograd.backward(form()), CPU) for form in forms)
+    assert least <= 0.12 * most
+
+
 @pytest.mark.parametrize("experts", [(), ("one", "two")])
 def test_packed_texts_are_blind_to_each_other(world: World, experts: tuple[str, ...]) -> None:
     run = run_of(world)
