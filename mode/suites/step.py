@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 FULL, LORA, ONE, TWO = "full fine-tuning", "LoRA", "MoDE, one expert", "MoDE, two experts"
 FOUR = "MoDE, four experts"
+HALF = f"{ONE} of half a block"
 HELD = (FULL, LORA, TWO)
 """Methods whose anchor is measured."""
 OPTIONAL = (FULL, LORA, ONE)
@@ -55,6 +56,9 @@ def steps(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
     methods = chosen(run, method)
     plain = {name: Step(run, each, Anchor(), device) for name, each in methods.items()}
     cases = [step.case("step", name) for name, step in plain.items()]
+    if HALF in methods:
+        again = config.replace(run, train=config.replace(run.train, activation_checkpointing="frozen"))
+        cases.append(Step(again, methods[HALF], Anchor(), device).case("step", f"{HALF}, frozen layers formed again"))
     cases += [step.case("frozen weights, MoDE, one expert", name) for name, step in wasteful(run, methods[ONE], device)]
     for name in HELD:
         held = Step(run, methods[name], Anchor(source=SELF), device)
@@ -202,9 +206,9 @@ def chosen(run: Run, method: MoDE) -> dict[str, Adaptation]:
     per_block = layers_per_block(len(shape_of(run.backbone).layers), method.num_blocks)
     fresh = partial(config.replace, method, start="fresh", experts=())
     methods: dict[str, Adaptation] = {FULL: known("sft"), LORA: known("lora"), ONE: fresh(num_experts=1)}
-    for part, name in ((2, "half"), (4, "a quarter of")):
+    for part, name in ((2, HALF), (4, f"{ONE} of a quarter of a block")):
         if per_block >= part:
-            methods[f"{ONE} of {name} a block"] = fresh(num_experts=1, expert_layers=per_block // part)
+            methods[name] = fresh(num_experts=1, expert_layers=per_block // part)
     numbers = {TWO: 2, FOUR: 4, "MoDE, eight experts": 8}
     return methods | {name: fresh(num_experts=number) for name, number in numbers.items()}
 
