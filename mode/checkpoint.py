@@ -165,7 +165,7 @@ def names_in(path: Path) -> set[str]:
     try:
         return set(HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata)
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path}: not a whole checkpoint ({error})") from error
+        raise damaged(path, str(error)) from error
 
 
 def fill(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -177,7 +177,12 @@ def fill(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
     except CheckpointException as error:
-        raise ConfigError(f"{path}: not a whole checkpoint ({reason(error)})") from error
+        raise damaged(path, reason(error)) from error
+
+
+def damaged(path: Path, why: str) -> ConfigError:
+    """Return the error that a checkpoint cannot be read."""
+    return ConfigError(f"{path}: not a whole checkpoint ({why}); remove it, and the run begins anew")
 
 
 def reason(error: CheckpointException) -> str:

@@ -171,7 +171,10 @@ def launched(count: int, command: Sequence[str]) -> subprocess.CompletedProcess[
     return subprocess.run(asked, capture_output=True, text=True, check=False, timeout=300)
 
 
-def test_a_job_one_of_whose_processes_is_killed_says_so_and_goes_on(shared_world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_job_one_of_whose_processes_is_killed_says_so_and_goes_on(
+    shared_world: World, tmp_path: Path, rank: int
+) -> None:
     whole, killed = shared_world.at(tmp_path / "whole"), shared_world.at(tmp_path / "killed")
     together(2, SCRIPT, json.dumps([[*whole.overrides, "method=sft", *LONG]]), str(whole.conf))
     asked = [sys.executable, "-m", "cli", "launch", "--nproc", "2", *words(killed, *LONG)]
@@ -180,11 +183,11 @@ def test_a_job_one_of_whose_processes_is_killed_says_so_and_goes_on(shared_world
             len(path.read_text("utf-8").splitlines()) > 10 for path in (killed.root / "runs").rglob("curve.jsonl")
         ):
             time.sleep(0.01)
-        second = next(pid for pid in children(job.pid) if b"\0RANK=1\0" in environment(pid))
-        os.kill(second, signal.SIGKILL)
+        one = next(pid for pid in children(job.pid) if f"\0RANK={rank}\0".encode() in environment(pid))
+        os.kill(one, signal.SIGKILL)
         told = job.communicate(timeout=60)[1].splitlines()
     assert job.returncode == 1
-    assert told[-1] == "mode: process 1 was ended by SIGKILL; the same command goes on from the last checkpoint"
+    assert told[-1] == f"mode: process {rank} was ended by SIGKILL; the same command goes on from the last checkpoint"
     assert not any("Traceback" in line for line in told)
     done = launched(2, words(killed, *LONG))
     assert done.returncode == 0, done.stderr

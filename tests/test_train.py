@@ -200,7 +200,9 @@ def test_a_damaged_checkpoint_is_told_in_one_line(world: World) -> None:
     (checkpoint,) = checkpoints(prepare_run(run).folder)
     (part,) = checkpoint.iterdir()
     part.write_bytes(part.read_bytes()[:100])
-    with pytest.raises(ConfigError, match=r"checkpoint-\d: not a whole checkpoint \("):
+    with pytest.raises(
+        ConfigError, match=r"checkpoint-\d: not a whole checkpoint \(.*; remove it, and the run begins anew"
+    ):
         execute(run)
 
 
