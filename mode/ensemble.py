@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mode.clusters import Nearness
-from mode.loss import CHUNK, TokenScores, head, hidden_states, softcap, token_scores
+from mode.loss import CHUNK, TokenScores, head, hidden_states, hits, softcap, token_scores
 from mode.router import Posterior
 
 
@@ -171,7 +171,8 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
             evidence = earlier(likelihoods.view(shape)) if near is None else near
             weights = self.weigh(evidence).flatten(0, 1)[piece]
             scores = mixed(found, weights)
-            nll[piece], hit[piece] = -scores.gather(1, wanted)[:, 0], scores.argmax(-1) == labels[piece]
+            nll[piece] = -scores.gather(1, wanted)[:, 0]
+            hit[piece] = hits(scores, labels[piece])
         return TokenScores(nll, hit)
 
 

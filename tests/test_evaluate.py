@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from mode.data.pack import PackedSplit
 from mode.evaluate import Score, evaluate, headline, summarise
-from mode.loss import CHUNK, head, hidden_states, next_token_loss, token_scores
+from mode.loss import CHUNK, head, hidden_states, hits, next_token_loss, token_scores
 
 VOCABULARY, HIDDEN, LENGTH = 23, 8, 6
 
@@ -259,6 +259,16 @@ def test_the_loss_is_computed_in_fp32_from_bf16_states() -> None:
     assert loss.dtype == torch.float32
     expected = functional.cross_entropy((states.float() @ weight.T).view(-1, VOCABULARY), targets.view(-1))
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("kinds", [2, 4, 1000])
+def test_hits_are_those_of_the_first_of_the_most_likely(kinds: int) -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randint(kinds, (300, 9)).float(), torch.randint(9, (300,))
+    logits[0] = -torch.inf
+    expected = logits.argmax(-1) == labels
+    assert 0 < expected.sum() < 300
+    assert torch.equal(hits(logits.clone(), labels), expected)
 
 
 @pytest.mark.parametrize("trains", [False, True])
