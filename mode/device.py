@@ -17,6 +17,8 @@ from mode.checked import ConfigError
 from mode.settings import Run
 
 CPU = torch.profiler.ProfilerActivity.CPU
+AT_ONCE = 1024
+"""Tokens that a processor reads in one pass when it scores: the activations of more do not stay in its caches."""
 
 
 def set_up(run: Run) -> torch.device:
@@ -26,6 +28,15 @@ def set_up(run: Run) -> torch.device:
         raise ConfigError("train.device=cuda: this machine has no CUDA device; train.device=auto takes what there is")
     cuda = run.train.device != "cpu" and torch.cuda.is_available()
     return torch.device("cuda", parallel.local_rank()) if cuda else torch.device("cpu")
+
+
+def rows_at_once(device: torch.device, batch_size: int, length: int) -> int:
+    """Return how many rows of so many tokens to read in one pass: as many as were asked for, or as is faster.
+
+    >>> rows_at_once(torch.device("cpu"), 16, 256), rows_at_once(torch.device("cpu"), 2, 256)
+    (4, 2)
+    """
+    return batch_size if device.type != "cpu" else min(batch_size, max(1, AT_ONCE // length))
 
 
 def has_cuda() -> bool:

@@ -15,6 +15,7 @@ from torch import nn
 from mode import parallel
 from mode.checked import ConfigError
 from mode.data.pack import PackedSplit
+from mode.device import rows_at_once
 from mode.loss import score_tokens
 
 
@@ -61,7 +62,7 @@ def evaluate(
         model: A causal LM.
         split: The packed split, num_tokens long.
         sequence_length: Tokens per row.
-        batch_size: Rows per forward pass.
+        batch_size: Rows per forward pass, at most.
         chunk: Tokens whose logits exist at one time.
         probe: Called after every forward pass with the number of its tokens that count.
     """
@@ -70,10 +71,11 @@ def evaluate(
     model.eval()
     num_scored = len(split.tokens) - 1
     nll, hit = np.zeros(num_scored, np.float64), np.zeros(num_scored, np.bool_)
-    starts = range(0, num_scored, batch_size * sequence_length)
+    tokens = rows_at_once(device, batch_size, sequence_length) * sequence_length
+    starts = range(0, num_scored, tokens)
     shared = len(starts) >= parallel.size()  # then every process has some, and its probe something to tell
     for start in starts[parallel.rank() :: parallel.size()] if shared else starts:
-        stop = min(num_scored, start + batch_size * sequence_length)
+        stop = min(num_scored, start + tokens)
         stream = torch.from_numpy(np.asarray(split.tokens[start : stop + 1], np.int64)).to(device)
         inputs, targets = fold(stream[:-1], sequence_length), fold(stream[1:], sequence_length)
         scores = score_tokens(model, inputs, targets, chunk)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mode.device import rows_at_once
 from mode.loss import score_tokens
 
 
@@ -56,7 +57,7 @@ def log_likelihoods(
         model: A causal LM, not training.
         texts: The texts, each of two tokens or more.
         row: Tokens of a row, unless a text is longer.
-        batch_size: Rows per forward pass.
+        batch_size: Rows per forward pass, at most.
         done: Told after every forward pass how many texts are scored.
 
     Returns:
@@ -66,6 +67,7 @@ def log_likelihoods(
     if any(getattr(module, "looks_back", False) for module in model.modules()):
         row = 1
     rows = packed([len(text.tokens) - 1 for text in texts], row)
+    batch_size = rows_at_once(device, batch_size, row)
     found: dict[int, Likelihood] = {}
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
