@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,7 +45,8 @@ class Writer(HuggingFaceStorageWriter):
     def finish(self, metadata: Any, results: Any) -> None:
         """Put a whole checkpoint in its place, and let those before it go. In the first process."""
         os.replace(self.path, self.whole)
-        sweep(self.whole.parent, self.whole)
+        with suppress(OSError):  # who goes on from here sweeps again
+            sweep(self.whole.parent, self.whole)
 
 
 def sweep(folder: Path, kept: Path | None) -> None:
@@ -153,7 +156,9 @@ def check_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter]) -> None
     """
     saved = {name.removeprefix("parameter.") for name in names_in(path) if name.startswith("parameter.")}
     if differing := sorted(saved.symmetric_difference(parameters)):
-        raise ConfigError(f"{path}: made by another model; {differing[0]} is trainable in only one of the two")
+        raise ConfigError(
+            f"{path}: made by another model, or a file is missing: {differing[0]} is trainable in only one of the two"
+        )
 
 
 def names_in(path: Path) -> set[str]:
@@ -163,9 +168,15 @@ def names_in(path: Path) -> set[str]:
         ConfigError: It is damaged.
     """
     try:
-        return set(HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata)
+        found: Any = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except (SafetensorError, OSError) as error:
         raise damaged(path, str(error)) from error
+    for name, tensor in found.items():  # torch takes what no file has for granted
+        if sum(prod(chunk.sizes) for chunk in tensor.chunks) != prod(tensor.size):
+            raise damaged(path, f"a part of {name} is missing")
+    if COUNTERS not in found:
+        raise damaged(path, f"no file has its {COUNTERS}")
+    return set(found)
 
 
 def fill(path: Path, tensors: Mapping[str, Tensor]) -> None:

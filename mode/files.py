@@ -21,14 +21,19 @@ def checkpoint_of(folder: Path, step: int) -> Path:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the folders of a run's checkpoints, the latest last."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    numbers = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")}
+    return sorted((path for path, step in numbers.items() if step.isdigit()), key=lambda path: int(numbers[path]))
 
 
 def forget(*paths: Path) -> None:
-    """Remove files and folders that need not be there."""
+    """Remove files and folders that need not be there; of a folder no part is left under its name."""
     for path in paths:
         if path.is_dir():
-            shutil.rmtree(path)
+            hidden = path.with_name(f".{path.name.strip('.').removesuffix('.partial')}.partial")
+            if hidden != path:
+                shutil.rmtree(hidden, ignore_errors=True)
+                os.replace(path, hidden)
+            shutil.rmtree(hidden)
         else:
             path.unlink(missing_ok=True)
 

@@ -19,7 +19,7 @@ CHUNK = 512
 vocabularies."""
 HALF_CHUNK = 256
 """The same where a chunk's logits take more memory, in which it is as fast: with more words than `WIDE`, and in bf16,
-where they are held in both precisions."""
+where they are held in both precisions. Bounded logits and held rows have `CHUNK` of any."""
 WIDE = 4096
 CUDA_CHUNK = 2048
 """The same on a GPU, whose products of matrices want more rows."""
@@ -224,9 +224,11 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
     To find the largest of the others takes a processor a fraction of what it takes to find where the largest is.
 
     Args:
-        logits: Of every token, (tokens, V); they are lost.
+        logits: Of every token, (tokens, V); they may be lost.
         labels: The right ones, (tokens,).
     """
+    if logits.device.type != "cpu":
+        return logits.argmax(-1) == labels
     wanted = labels[:, None]
     own = logits.gather(1, wanted)
     others = logits.scatter_(1, wanted, -torch.inf).amax(-1, keepdim=True)

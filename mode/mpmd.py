@@ -3,8 +3,8 @@
 K slots of D / K processes each. A process runs the branches of its slot alone; every process has the gates and the
 head. Before a block its input is the same in all slots, and its gradient is summed over them; after it the slots'
 outputs are summed (equation 2). The last block's sum leaves each slot a part of the rows, so that head and loss are
-shared. A branch's weights, gradients and moments exist in its slot alone, but for points of the curve, where all have
-all of the model, so that it is scored as ever.
+shared. A branch's weights, gradients and moments exist in its slot alone, but for the weights while the model is
+scored, when all have all of it.
 """
 
 from __future__ import annotations

@@ -243,8 +243,8 @@ class Evaluate:
     Attributes:
         domains: Domains that are scored beside the targets; those that are not targets measure retention.
         split: `test` for results; `validation` for choosing settings, so that tuning never touches the test split.
-        batch_size: Rows per forward pass.
-        chunk: Tokens whose logits exist at one time.
+        batch_size: Rows per forward pass, at most: a processor reads fewer where that is faster.
+        chunk: Tokens whose logits exist at one time, at most.
     """
 
     domains: Annotated[tuple[str, ...], Field(min_length=1)]

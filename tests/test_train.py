@@ -19,7 +19,7 @@ import torch
 from mode import config
 from mode.backbone import load_model
 from mode.checked import ConfigError
-from mode.checkpoint import Saver, load_checkpoint, read_counters
+from mode.checkpoint import Saver, load_checkpoint, names_in, read_counters
 from mode.files import checkpoints
 from mode.prepared import Prepared, prepare_run
 from mode.record import Record, processor
@@ -199,11 +199,34 @@ def test_a_damaged_checkpoint_is_told_in_one_line(world: World) -> None:
         execute(run, observe=crash)
     (checkpoint,) = checkpoints(prepare_run(run).folder)
     (part,) = checkpoint.iterdir()
-    part.write_bytes(part.read_bytes()[:100])
-    with pytest.raises(
-        ConfigError, match=r"checkpoint-\d: not a whole checkpoint \(.*; remove it, and the run begins anew"
-    ):
+    left = checkpoint.with_name(".checkpoint-9.partial")  # of processes that were killed as they wrote
+    left.mkdir()
+    whole = part.read_bytes()
+    part.write_bytes(whole[:100])
+    with pytest.raises(ConfigError, match=r"checkpoint-\d: not a whole checkpoint \(.*; remove it, and the run begins"):
         execute(run)
+    part.write_bytes(whole)
+    execute(run)
+    assert not left.exists()
+
+
+def test_a_checkpoint_without_one_of_its_files_is_not_gone_on_from(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+    from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY
+
+    for start in (0, 1, 2):  # as three processes write a vector in shards
+        offsets = {"parameter.bias": {"saved_offsets": [start]}, "counters": {"saved_offsets": [0]}}
+        tensors = {"parameter.bias": torch.ones(1)} | ({"counters": torch.ones(2)} if start == 0 else {})
+        told = {CUSTOM_METADATA_KEY: json.dumps({name: offsets[name] for name in tensors})}
+        save_file(tensors, tmp_path / f"{start}.safetensors", metadata=told)
+    assert names_in(tmp_path) == {"parameter.bias", "counters"}
+    (tmp_path / "1.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"a part of parameter\.bias is missing"):
+        names_in(tmp_path)
+    (tmp_path / "0.safetensors").unlink()
+    (tmp_path / "2.safetensors").unlink()
+    with pytest.raises(ConfigError, match="no file has its counters"):
+        names_in(tmp_path)
 
 
 def test_a_diverging_run_stops_with_the_step_and_the_learning_rate(world: World) -> None:
