@@ -1,4 +1,4 @@
-"""What the loop asks of decoder layers: fewer activations, to be compiled, what is frozen in bf16, no masks."""
+"""What the loop asks of decoder layers: fewer passes, fewer activations, compiling, frozen parts in bf16, no masks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from mode.branches import causal_attention
 from mode.checked import ConfigError
 from mode.loss import with_auxiliary
+from mode.rotary import Rotary
 from mode.train_settings import Train
 
 UNMASKED = "mode_unmasked"
@@ -79,6 +80,8 @@ class Layers:
             check_flexible(model, kind)
             self.attention, self.attending = "flex_attention", configs_of(model)
         self.before = [config._attn_implementation for config in self.attending]
+        plain = settings.compile is not True and settings.branches == "loop"
+        self.rotary: AbstractContextManager[None] = Rotary(model) if plain else nullcontext()
         layers = decoder_layers(model)
         self.held = [(weight, weight.data, weight.data.bfloat16()) for weight in frozen_matrices(layers) if half]
         chosen = [layer for layer in layers if forms_again(layer, settings.activation_checkpointing)]
@@ -91,6 +94,7 @@ class Layers:
 
     def __enter__(self) -> None:
         """Begin a step."""
+        self.rotary.__enter__()
         for layer, wanting in self.again:
             layer.gradient_checkpointing = True
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=wanting)
@@ -105,6 +109,7 @@ class Layers:
 
     def __exit__(self, *_: object) -> None:
         """End a step."""
+        self.rotary.__exit__(None, None, None)
         for layer, _wanting in self.again:
             layer.gradient_checkpointing = False
         for layer, _code in self.compiled:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from mode.rotary import Rotary
+
 CHUNK = 512
 """Tokens per chunk of the training loss on a processor, where torch's own choice is several times slower for small
 vocabularies."""
@@ -252,7 +254,9 @@ def score_tokens(
         options: As the decoder's.
     """
     own = getattr(model, "token_scores", None)
-    if own is not None:
-        scores: TokenScores = own(input_ids, targets, chunk, **options)
-        return scores
-    return token_scores(hidden_states(model, input_ids, **options), head(model), targets, chunk, softcap(model))
+    with Rotary(model):
+        if own is not None:
+            scores: TokenScores = own(input_ids, targets, chunk, **options)
+            return scores
+        states = hidden_states(model, input_ids, **options)
+    return token_scores(states, head(model), targets, chunk, softcap(model))

@@ -1,0 +1,92 @@
+"""Rotary embeddings in fewer passes over memory than `transformers` takes, to the same bits, for processors.
+
+Shapes: B rows, S tokens per row, H heads, D size of a head.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+NAME = "apply_rotary_pos_emb"
+"""Name of the function that turns queries and keys, in every module of `transformers` whose attention has one."""
+
+
+class Rotary:
+    """A model on a processor whose queries and keys are turned as they are here, within its context.
+
+    The library's function is exchanged where its code is Llama's, as it is in most families.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Find the modules of `transformers` that the model's attention is from."""
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        known = apply_rotary_pos_emb.__code__.co_code
+        sources = {sys.modules[type(module).__module__] for module in model.modules()}
+        functions = {source: getattr(source, NAME) for source in sources if hasattr(source, NAME)}
+        if next(model.parameters()).device.type != "cpu":
+            functions = {}
+        self.functions = {source: own for source, own in functions.items() if own.__code__.co_code == known}
+
+    def __enter__(self) -> None:
+        """Exchange the functions."""
+        for source in self.functions:
+            setattr(source, NAME, turned)
+
+    def __exit__(self, *_: object) -> None:
+        """Put the library's back."""
+        for source, own in self.functions.items():
+            setattr(source, NAME, own)
+
+
+def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Stand in for `apply_rotary_pos_emb`.
+
+    Args:
+        q: Queries, (B, H, S, D).
+        k: Keys, of as many heads or fewer.
+        cos: Cosines of every token's angles, (B or 1, S, D), each twice.
+        sin: Their sines.
+        unsqueeze_dim: Where the heads are in queries and keys.
+    """
+    angles = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return Turn.apply(q, *angles), Turn.apply(k, *angles)  # type: ignore[no-untyped-call]
+
+
+class Turn(Function):
+    """Queries or keys turned by the angles of their tokens (RoFormer, arXiv 2104.09864, equation 34).
+
+    The library forms a copy with both halves of every head exchanged, and autograd a tensor of zeros for the gradient
+    of each half. Here halves are added where they belong, each product rounded as there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn heads, (B, H, S, D), by angles, (B or 1, 1, S, D)."""
+        ctx.save_for_backward(cos, sin)
+        ctx.kind = heads.dtype
+        (first, second), (low, high) = heads.chunk(2, -1), sin.chunk(2, -1)
+        result = heads * cos
+        one, two = result.chunk(2, -1)
+        one.sub_(second * low)
+        two.add_(first * high)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        """Turn the gradient back, rounded and laid out in memory as autograd does it: norms of heads sum over it."""
+        cos, sin = ctx.saved_tensors
+        (first, second), (low, high) = slope.chunk(2, -1), sin.chunk(2, -1)
+        result = slope.new_empty(slope.shape, dtype=ctx.kind)
+        torch.mul(slope, cos, out=result)
+        one, two = result.chunk(2, -1)
+        one.add_((second * high).to(ctx.kind))
+        two.sub_((first * low).to(ctx.kind))
+        return result, None, None

@@ -1,0 +1,68 @@
+"""Rotary embeddings in fewer passes: the library's bits in both directions, and its functions put back."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from mode.loss import hidden_states, score_tokens
+from mode.rotary import NAME, Rotary, turned
+from tests.families import FAMILIES, make_model
+
+IDS = torch.randint(100, (2, 16), generator=torch.Generator().manual_seed(0))
+EXCHANGED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
+"""Families whose function is Llama's; Phi-3 and GPT-NeoX turn a part of a head, OLMo 2 casts, GPT-2 does not turn."""
+
+
+def attention_of(model: Any) -> Any:
+    """Return the module of the library that a decoder's layers are from."""
+    return sys.modules[type(model).__module__]
+
+
+def passed(model: Any, kind: torch.dtype | None) -> list[torch.Tensor]:
+    """Return what comes out of a decoder, and the gradients of its weights."""
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", kind, enabled=kind is not None):
+        states = hidden_states(model, IDS)
+    states.square().sum().backward()
+    return [states.detach(), *(each.grad.clone() for each in model.parameters() if each.grad is not None)]
+
+
+@pytest.mark.parametrize("kind", [None, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bits_are_the_librarys(family: str, kind: torch.dtype | None) -> None:
+    model = make_model(family)
+    own = passed(model, kind)
+    with Rotary(model):
+        assert (getattr(attention_of(model), NAME, None) is turned) == (family in EXCHANGED)
+        ours = passed(model, kind)
+    assert getattr(attention_of(model), NAME, None) is not turned
+    assert len(own) == len(ours) > 1
+    for one, other in zip(own, ours, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_long_rows_and_fewer_keys(kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 300, heads, 64).to(kind).transpose(1, 2).requires_grad_() for heads in (6, 2))
+    angles = torch.randn(1, 300, 32).repeat(1, 1, 2) * 100
+    found = []
+    for function in (apply_rotary_pos_emb, turned):
+        outputs = function(q, k, angles.cos(), angles.sin())
+        slopes = [torch.randn(each.shape, generator=torch.Generator().manual_seed(1)) for each in outputs]
+        found.append([*outputs, *torch.autograd.grad(outputs, (q, k), slopes)])
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+def test_it_is_put_back_when_a_pass_fails() -> None:
+    model = make_model("llama")
+    with pytest.raises(IndexError):
+        score_tokens(model, IDS + 1000, IDS)
+    assert getattr(attention_of(model), NAME) is apply_rotary_pos_emb
