@@ -249,6 +249,7 @@ def test_the_balance_of_a_ledger_is_over_all_layers_and_least_where_all_experts_
     assert banks[1].auxiliary is None
 
 
+@pytest.mark.slow
 def test_one_expert_of_mole_is_that_lora(world: World) -> None:
     overrides = [*world.overrides, "targets=[py]"]
     lora = config.compose([*overrides, "method=lora"], world.conf)
@@ -266,6 +267,7 @@ def test_one_expert_of_mole_is_that_lora(world: World) -> None:
     assert (expected - bare).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_what_gates_over_loras_take_follows_the_closed_form(world: World) -> None:
     run: Any = config.compose([*world.overrides, "method=mole"], world.conf)
     stages = [prepare_run(stage) for stage in run.method.needs(run)]

@@ -74,7 +74,7 @@ def check_slopes(found: dict[str, Tensor], expected: dict[str, Tensor], near: fl
         assert (found[name] - slope).norm() <= near * (slope.norm() + 0.1 * whole), name
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", EVERY)
 def test_every_way_gives_the_loss_and_the_gradients_of_the_plain_one(world: World, way: str, precision: str) -> None:
     asked = [*world.overrides, *FRESH, "method.num_experts=3", f"train.precision={precision}"]
@@ -110,6 +110,7 @@ def test_experts_of_every_family_can_be_batched_or_say_that_they_cannot(world: W
     check_slopes(others, slopes, 1e-4)
 
 
+@pytest.mark.slow
 def test_batched_experts_take_fewer_products(world: World) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 

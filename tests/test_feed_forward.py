@@ -154,6 +154,7 @@ def mixed(shared_world: World, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return run, built(run, folders), [own, *(load_tensors(folder / WEIGHTS)[0] for folder in folders)]
 
 
+@pytest.mark.slow
 def test_btx_has_the_branches_feed_forward_parts_and_the_mean_of_all_else(mixed: Any) -> None:
     _, model, states = mixed
     found = dict(model.named_parameters())
@@ -227,6 +228,7 @@ def test_a_part_that_is_not_gated_is_refused_in_one_line() -> None:
         LowRankFeedForward(make_model("gpt2").transformer.h[0].mlp, 2, 2, 1.0, Router(16, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("count", [1, 3])
 def test_equal_attention_experts_are_the_models_own_and_decode_with_a_cache(family: str, count: int) -> None:

@@ -54,6 +54,7 @@ def test_a_mix_that_cannot_be_is_refused(world: World, overrides: tuple[str, ...
         config.compose([*world.overrides, *overrides], world.conf)
 
 
+@pytest.mark.slow
 def test_replay_is_scored_and_belongs_to_the_mix_alone(world: World) -> None:
     run = config.compose(
         [*world.overrides, "method=mode", "train.replay={prose: 0.2}", "train.examples=10"], world.conf

@@ -64,6 +64,7 @@ FEW = (106, 400, 7037, 1827, 1129, 1938, 1127, 447, 615, 7989, 14392, 10287, 400
 MANY = tuple(range(50, 150)) * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [FEW, MANY], ids=["few documents of unlike lengths", "many"])
 def test_about_five_of_a_hundred_intervals_miss_the_truth(sizes: tuple[int, ...]) -> None:
     # Two rows equal in truth, whose difference varies from document to document.

@@ -105,7 +105,7 @@ def test_the_backbone_alone_is_scored_in_eight_bits(world: World, choice: str) -
     assert eight["loss"] == pytest.approx(full["loss"], rel=1e-2)
 
 
-@pytest.mark.parametrize("method", ["lora", "mode"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "mode"])
 def test_what_a_model_is_held_to_is_the_backbone_in_eight_bits(world: World, method: str) -> None:
     held = ["method.anchor.source=prose", "method.anchor.share=0.5", "train.frozen_weights=fp8", "train.steps=1"]
     asked = [*(FRESH if method == "mode" else [f"method={method}"]), *held, "train.lr=1e-9", "train.log_every=1"]
@@ -123,7 +123,9 @@ def test_what_a_model_is_held_to_is_the_backbone_in_eight_bits(world: World, met
     torch.testing.assert_close(states, hidden_states(plain, rows))
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("mixlora", marks=pytest.mark.slow), "mode"])
+@pytest.mark.parametrize(
+    "method", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "mixlora")), "mode"]
+)
 @pytest.mark.parametrize("choice", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_a_run_in_eight_bits_is_near_the_one_in_full(world: World, method: str, choice: str) -> None:
     half = ["train.precision=bf16"] if method == "lora" else []

@@ -231,6 +231,7 @@ def test_stdlib_documents_are_modules_without_excluded_folders_and_installed_pac
     assert source_state(source) != before
 
 
+@pytest.mark.slow
 def test_stdlib_is_that_of_the_running_interpreter() -> None:
     excluded = tuple(path.name for path in Path(sysconfig.get_path("stdlib")).iterdir() if path.is_dir())
     documents = read(StdlibSource(kind="stdlib", exclude=excluded))
@@ -241,6 +242,7 @@ def test_stdlib_is_that_of_the_running_interpreter() -> None:
 # --- generator
 
 
+@pytest.mark.slow
 def test_generator_is_a_function_of_its_seed() -> None:
     def exercises(seed: int) -> list[str]:
         return read(GeneratorSource(kind="generator", seed=seed, counts={"chain_sum": 4, "simple_equations": 3}))
