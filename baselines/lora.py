@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
+from mode.adapter_cost import adapted
 from mode.backbone import stack
 from mode.checked import STRICT, ConfigError
 from mode.config import replace
-from mode.cost import Cost, Layer, Shape, adapted, add, is_named, shape_of
+from mode.cost import Cost, Layer, Shape, add, is_named, shape_of
 from mode.low_rank import LowRank
 from mode.method import Material
 from mode.settings import Run

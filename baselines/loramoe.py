@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
+from mode.adapter_cost import banks
 from mode.checked import STRICT
-from mode.cost import Cost, Layer, banks, shape_of
+from mode.cost import Cost, Layer, shape_of
 from mode.low_rank import LowRank
 from mode.method import Material
 from mode.settings import Run

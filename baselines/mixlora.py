@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
+from mode.adapter_cost import adapted
 from mode.backbone import stack
 from mode.checked import STRICT
-from mode.cost import Cost, adapted, add, shape_of
+from mode.cost import Cost, add, shape_of
 from mode.low_rank import LowRank
 from mode.method import Material
 from mode.settings import RouterSettings, Run

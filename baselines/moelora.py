@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
+from mode.adapter_cost import banks
 from mode.checked import STRICT
-from mode.cost import Cost, Flops, banks, shape_of
+from mode.cost import Cost, Flops, shape_of
 from mode.low_rank import LowRank
 from mode.method import Material
 from mode.settings import Run

@@ -18,8 +18,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from mode import config
+from mode.adapter_cost import adapted
 from mode.checked import STRICT, ConfigError
-from mode.cost import Cost, adapted, add, shape_of
+from mode.cost import Cost, add, shape_of
 from mode.files import WEIGHTS
 from mode.method import Material, stages_by_domain
 from mode.settings import Run

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Self
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
+from mode.adapter_cost import adapted
 from mode.checked import STRICT
 from mode.config import replace
-from mode.cost import Cost, adapted, add, is_named, shape_of
+from mode.cost import Cost, add, is_named, shape_of
 from mode.method import Material
 from mode.settings import RouterSettings, Run
 from mode.sized import Sized

@@ -7,6 +7,12 @@ Per token of a row of S tokens, a layer with P weights in its matrices and atten
     backward, weights are frozen     2 P + 2.5 A: gradients of inputs alone
     backward, nothing before trains  0
 
+Of a layer whose output a share s of tokens keeps (`mode.sparse`) the others run the matrices into attention, P_in, and
+gradients go through those of keys and values, P_kv, as far as they are of their own:
+
+    forward                          2 P_in + s (2 P + A)
+    backward, weights train          4 P_kv + s (4 (P - P_kv) + 2.5 A); half the first terms where weights are frozen
+
 Attention that is not fused (Gemma 2's, or with dropout) keeps its scores and takes 2 A backward. Where nothing before a
 layer trains that has no norm at its input (OLMo 2), its matrices into attention pass no gradient on. The head, with d
 inputs and V outputs, takes 2 d V forward, and as much again for its inputs and for its weights. Norms, embeddings and
@@ -15,7 +21,7 @@ element-wise work are left out, as torch's own counter leaves them out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, reduce
 from typing import TYPE_CHECKING, Any
@@ -24,6 +30,7 @@ from mode.backbone import locate, stack
 from mode.checked import ConfigError
 from mode.random_weights import architecture
 from mode.settings import Backbone
+from mode.sparse import WHOLE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,9 +38,11 @@ if TYPE_CHECKING:
 OUTPUTS = ("o_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h")
 """Matrices that lead out of attention or out of the feed-forward part; the others lead into it."""
 
+GIVEN = ("k_proj", "v_proj")
+"""Matrices of keys and values."""
+
 Matrices = Mapping[str, tuple[int, int]]
 """Inputs and outputs of matrices, by their path in a layer."""
-NOTHING: Mapping[str, int] = {}
 
 
 ATTENTION = ("self_attn.", "attention.", "attn.")
@@ -94,6 +103,7 @@ class Layer:
         parallel: Whether attention and the feed-forward part both read the layer's input.
         fused: Whether attention computes its scores again in the backward pass.
         normed: Whether a norm comes before attention.
+        skips: Whether tokens that do not keep its output can be left out of it (`mode.sparse`).
     """
 
     stages: tuple[Matrices, Matrices, Matrices, Matrices]
@@ -104,6 +114,7 @@ class Layer:
     parallel: bool
     fused: bool
     normed: bool
+    skips: bool
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -133,6 +144,30 @@ class Layer:
         if trains and not upstream and not self.normed:
             backward -= 2.0 * size(self.stages[0])
         return Flops(one, backward) + self.attention(length, passes=trains or upstream)
+
+    def flops_of_some(self, length: int, share: float, *, trains: bool, upstream: bool = True) -> Flops:
+        """Return what the layer takes per token of all, where a share of them keeps its output.
+
+        Args:
+            length: Tokens of a row, S.
+            share: Those of them that keep it, s.
+            trains: Whether its weights train.
+            upstream: Whether something before the layer trains.
+        """
+        if share == 1.0 or not self.skips:
+            return self.flops(length, trains=trains, upstream=upstream)
+        into = size(self.stages[0])
+        given = size({path: each for path, each in self.stages[0].items() if path.rpartition(".")[2] in GIVEN})
+        rest = (
+            self.weights - given
+        )  # where keys and values come out of one matrix with queries, gradients go through it
+        given = given or into
+        backward = 2.0 * (trains + (trains or upstream)) * (given + share * rest)
+        if trains and not upstream and not self.normed:
+            backward -= 2.0 * (given + share * (rest - self.weights + into))
+        attention = self.attention(length, passes=trains or upstream)
+        forward = 2.0 * into + share * (2.0 * self.weights + attention.forward)
+        return Flops(forward, backward + share * attention.backward)
 
 
 @dataclass(frozen=True)
@@ -325,6 +360,7 @@ def layer_shape(layer: nn.Module, config: Any) -> Layer:
         parallel=bool(getattr(config, "use_parallel_residual", False)),
         fused=config._attn_implementation != "eager" and not dropout,
         normed=any(hasattr(layer, name) for name in ("input_layernorm", "ln_1")),
+        skips=config.model_type not in WHOLE,
     )
 
 
@@ -335,64 +371,3 @@ def is_named(path: str, name: str) -> bool:
     (True, False)
     """
     return path == name or path.endswith(f".{name}")
-
-
-def adapted(
-    layer: Layer,
-    length: int,
-    targets: Mapping[str, int],
-    *,
-    upstream: bool,
-    routers: Mapping[str, int] = NOTHING,
-    trains: bool = True,
-) -> Flops:
-    """Return what a frozen layer with low-rank adapters takes per token.
-
-    A matrix passes gradients on to its inputs only where something before it trains: in the first layer what leads
-    into attention has nothing before it, and attention itself runs backward only for adapters that lead into it.
-
-    Args:
-        layer: Shape of the layer.
-        length: Tokens of a row.
-        targets: Rank of the adapter of every matrix that has one, by its path; 0 where vectors alone train.
-        upstream: Whether something before the layer trains.
-        routers: Weights of the router that every matrix has beside it, by its path, if it has one.
-        trains: Whether the adapters train, or their routers alone.
-    """
-    into, out, up, down = layer.stages
-    within = upstream or any(path in targets for path in into)
-    after = upstream or (not layer.parallel and (within or any(path in targets for path in out)))
-    reached = (upstream, within, after, after or any(path in targets for path in up))
-    parts = [layer.attention(length, passes=within)]
-    for stage, passes in zip((into, out, up, down), reached, strict=True):
-        for path, (inputs, outputs) in stage.items():
-            parts.append(Flops(2 * inputs * outputs, 2 * inputs * outputs if passes else 0))
-            rank = targets.get(path, 0)
-            back = (1 + passes) * inputs + 2 * outputs if trains else passes * (inputs + outputs)
-            parts.append(Flops(2 * rank * (inputs + outputs), 2 * rank * back))
-            routed = 2.0 * routers.get(path, 0)
-            parts.append(Flops(routed, (1 + passes) * routed))
-    return add(parts)
-
-
-def banks(
-    shape: Shape, length: int, count: int, rank: int, chosen: Callable[[Layer], Sequence[str]], routed: bool = True
-) -> Cost:
-    """Return what it costs to train low-rank experts, and routers of their own, beside matrices of a frozen decoder.
-
-    Args:
-        shape: Of the decoder.
-        length: Tokens of a row, S.
-        count: N, experts of a matrix; all run.
-        rank: r of each.
-        chosen: From a layer to the paths of its matrices that have experts.
-        routed: Whether each of these matrices has a router that reads its inputs.
-    """
-    parts, added = [shape.head(trains=False)], 0
-    for number, layer in enumerate(shape.layers):
-        sizes = {path: layer.matrices[path] for path in chosen(layer)}
-        routers = {path: inputs * count for path, (inputs, _) in sizes.items() if routed}
-        parts.append(adapted(layer, length, dict.fromkeys(sizes, count * rank), upstream=number > 0, routers=routers))
-        added += sum(routers.values()) + count * rank * sum(map(sum, sizes.values()))
-    total = shape.parameters + added
-    return Cost(flops=add(parts), total=total, trainable=added, added=added, active=total)

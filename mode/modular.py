@@ -33,6 +33,7 @@ from mode.cost import layers_per_block
 from mode.gate import PLAIN, Gate
 from mode.modular_head import HeadBlock
 from mode.settings import GateSettings
+from mode.sparse import WORTH, add_at, can_skip, picked, run_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,13 +84,33 @@ class Block(nn.Module):
         self.weights = weights.detach().mean(dim=(0, 1))
         branches = [self.backbone, *self.experts]
         outputs |= self.together(branches, hidden_states, calls, len(outputs))
+        counts = self.counts(weights, cached=cache_in(calls[0]) is not None)
         mixed: Tensor = torch.zeros((), device=hidden_states.device)
         for index, layers in enumerate(branches):
-            if some is not None and index not in some:
+            if counts[index] == 0 or (some is not None and index not in some):
+                continue
+            weight = weights[..., index : index + 1]
+            if index not in outputs and counts[index] <= WORTH * weights.shape[1] and can_skip(layers, calls):
+                output, chosen = run_kept(layers, hidden_states, calls, weight[..., 0] > 0, counts[index])
+                mixed = mixed if mixed.ndim else torch.zeros_like(hidden_states)
+                mixed = add_at(mixed, chosen, picked(weight, chosen).to(output.dtype) * output)
                 continue
             output = outputs[index] if index in outputs else run_layers(layers, hidden_states, calls)
-            mixed = mixed + weights[..., index : index + 1].to(output.dtype) * output
-        return mixed
+            mixed = mixed + weight.to(output.dtype) * output
+        return mixed if mixed.ndim else torch.zeros_like(hidden_states)
+
+    def counts(self, weights: Tensor, *, cached: bool) -> list[int]:
+        """Return of every branch the tokens that keep it, the most of any row; all of a row where none is left out.
+
+        To ask waits for the device, which a graph cannot; and what is cached is of all tokens. In training a branch
+        that nobody keeps has one: its weights' gradients are zero, not missing.
+        """
+        settings = self.gate.settings
+        recording = weights.is_cuda and torch.cuda.is_current_stream_capturing()
+        if cached or recording or (settings.top_k is None and settings.top_p is None):
+            return [weights.shape[1]] * weights.shape[2]
+        found: list[int] = (weights > 0).sum(1).amax(0).clamp(min=int(torch.is_grad_enabled())).tolist()
+        return found
 
     def together(self, branches: Sequence[Any], states: Tensor, calls: Sequence[Call], done: int) -> dict[int, Tensor]:
         """Return the outputs of branches that run beside each other, by number; none where all run in a loop.

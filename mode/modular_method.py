@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,9 +11,10 @@ from pydantic.dataclasses import dataclass as settings
 
 from mode.checked import STRICT, ConfigError
 from mode.config import replace
-from mode.cost import Cost, Flops, add, beside, blocks, gate_size, shape_of
+from mode.cost import Cost, Flops, Layer, add, beside, blocks, gate_size, shape_of
 from mode.method import Adaptation, Material, Reference, stages_by_domain
 from mode.settings import Anchor, GateSettings, Run
+from mode.sparse import WORTH
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mode.expert import Expert
+
+
+def branch_flops(layers: Sequence[Layer], length: int, share: float, *, trains: bool, upstream: bool) -> Flops:
+    """Return what a branch takes per token where a share of them keeps it: the last layer leaves the others out."""
+    shares = [1.0] * (len(layers) - 1) + [share]
+    return add(
+        layer.flops_of_some(length, each, trains=trains, upstream=upstream or (trains and number > 0))
+        for number, (layer, each) in enumerate(zip(layers, shares, strict=True))
+    )
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
@@ -107,9 +117,13 @@ class MoDE(Adaptation):
         return stages_by_domain(run, stage, self.missing(run))
 
     def cost(self, run: Run) -> Cost:
-        """Return what this stage takes; in block 1 no gradient goes through what is frozen."""
+        """Return what this stage takes; in block 1 no gradient goes through what is frozen.
+
+        Of branches that `top_k` leaves out, with an even load, the last layers run on the tokens that keep them.
+        """
         shape, count, length = shape_of(run.backbone), self.count(run), run.train.sequence_length
         changed = count * self.head_rank
+        share = self.kept_share(run)
         gate = 2.0 * gate_size(shape.hidden, count, self.gate.hidden)
         parts, idle = [shape.head(trains=bool(changed) and self.train_experts, extra=changed)], 0
         if changed:
@@ -117,8 +131,8 @@ class MoDE(Adaptation):
             parts += [Flops(down, down * (1 + self.train_experts)), Flops(gate, 2.0 * gate)]
         for number, (block, expert) in enumerate(blocks(shape, self.num_blocks, self.expert_layers)):
             later = number > 0
-            parts += [layer.flops(length, trains=False, upstream=later) for layer in block]
-            parts += [layer.flops(length, trains=self.train_experts, upstream=later) for layer in expert * count]
+            parts.append(branch_flops(block, length, share, trains=False, upstream=later))
+            parts += [branch_flops(expert, length, share, trains=self.train_experts, upstream=later)] * count
             parts.append(Flops(gate, gate * (1 + later)))
             sizes = [sum(layer.parameters for layer in stack) for stack in (block, *[expert] * count)]
             idle += sum(sorted(sizes)[: -self.gate.top_k]) if self.gate.top_k else 0
@@ -131,6 +145,13 @@ class MoDE(Adaptation):
             added=experts + gates,
             active=total - idle,
         )
+
+    def kept_share(self, run: Run) -> float:
+        """Return the share of tokens that keep a branch when the load is even, 1 where branches run whole."""
+        train, branches = run.train, self.count(run) + 1
+        share = min(self.gate.top_k or branches, branches) / branches
+        whole = train.layout in ("fsdp", "tp") or train.activation_checkpointing != "none"
+        return 1.0 if whole or share > WORTH or train.branches != "loop" else share
 
     def count(self, run: Run) -> int:
         """Return N, the experts of this stage's model."""

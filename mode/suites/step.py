@@ -19,6 +19,7 @@ from mode.graph import WARM_UP, recorded
 from mode.layers import Layers
 from mode.loss import hidden_states
 from mode.method import Adaptation, Material
+from mode.modular import blocks_of
 from mode.objective import Hold, Objective, precision_of
 from mode.quantized import quantize_frozen
 from mode.settings import SELF, Anchor
@@ -40,6 +41,7 @@ HELD = (FULL, LORA, TWO)
 """Methods whose anchor is measured."""
 OPTIONAL = (FULL, LORA, ONE)
 """Methods that are measured under the loop's options."""
+STAY = "two branches of every token stay"
 
 
 def steps(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
@@ -156,11 +158,11 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
     """
     count, size, length = len(shape_of(run.backbone).layers), run.train.batch_size, run.train.sequence_length
     fresh = partial(config.replace, method, start="fresh", experts=(), num_experts=1)
-    chosen_two = config.replace(method.gate, top_k=2)
+    two = config.replace(method.gate, top_k=2)
     divisors = [number for number in range(1, count + 1) if count % number == 0]
     jobs: dict[str, dict[str, tuple[Adaptation, dict[str, int]]]] = {
         "experts": {f"N = {number}": (fresh(num_experts=number), {}) for number in (1, 2, 4, 8, 16)}
-        | {"N = 16, two branches of every token stay": (fresh(num_experts=16, gate=chosen_two), {})},
+        | {f"N = {number}, {STAY}": (fresh(num_experts=number, gate=two), {}) for number in (4, 8, 16)},
         "blocks": {f"B = {number}": (fresh(num_blocks=number, expert_layers=1), {}) for number in divisors},
         "layers of an expert": {
             f"l = {number}": (fresh(expert_layers=number), {}) for number in range(1, count // method.num_blocks + 1)
@@ -175,12 +177,20 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
     for job, variants in jobs.items():
         for name, (each, changes) in variants.items():
             changed = config.replace(run, train=config.replace(run.train, **changes))
-            cases.append(Step(changed, each, Anchor(), device).case(job, name))
+            change = spread_tokens if STAY in name else lambda model: None
+            cases.append(Step(changed, each, Anchor(), device, change).case(job, name))
     step = Step(run, fresh(), Anchor(), device)
     shared, states = first_block(run, method, step.rows)
     cases += [step.case("what runs on the same rows can share", "MoDE, one expert")]
     cases += [replace(cases[-1], variant="first block of the backbone, forward", action=shared, flops=0.0)]
     return cases, {"weights of an expert": step.bytes, "states after the first block, a step": states}
+
+
+@torch.no_grad()
+def spread_tokens(model: nn.Module) -> None:
+    """Have gates choose as they do once they have learned: fresh ones choose the same branches for every token."""
+    for block in blocks_of(model):
+        block.gate.weight.normal_()
 
 
 def first_block(run: Run, method: MoDE, rows: torch.Tensor) -> tuple[Callable[[], None], int]:
@@ -242,7 +252,7 @@ class Step:
         method: Adaptation,
         anchor: Anchor,
         device: torch.device,
-        waste: Callable[[nn.Module], None] = lambda model: None,
+        change: Callable[[nn.Module], None] = lambda model: None,
     ) -> None:
         """Build the model, its optimizer and its rows.
 
@@ -251,7 +261,7 @@ class Step:
             method: The method.
             anchor: The rows on which it is held to its backbone.
             device: Where it trains.
-            waste: Lets weights have gradients that the optimizer does not know of.
+            change: Changes the model once its optimizer is made.
         """
         load = partial(load_model, run.backbone)
         asked = config.replace(run, method=method)
@@ -276,7 +286,7 @@ class Step:
         learns = list(trainable(self.model).values())
         self.passes = recorded(accumulate, learns, run.train, held=hold is not None)
         self.bytes = sum(parameter.nbytes for parameter in trainable(self.model).values())
-        waste(self.model)
+        change(self.model)
         cost = method.cost(asked)
         self.flops = size * length * cost.flops.total if cost and not hold else 0.0
 
