@@ -94,6 +94,7 @@ def noisy(run: Any) -> Any:
             [
                 ("method.num_experts=2", "train.accumulate=2"),
                 ("method.num_experts=1", "train.in_flight=4", "method.gate.balance=0.5"),
+                ("method.num_experts=4", "method.gate.top_k=2"),
                 (
                     "method.num_experts=4",
                     "train.in_flight=2",

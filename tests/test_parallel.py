@@ -49,6 +49,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "moelora": ("method=moelora", "method.task=guessed"),
     "btm": ("method=btm",),
     "upcycling in shards": ("method=upcycling", "train.layout=fsdp"),
+    "mode of some branches": ("method=mode", "method.start=fresh", "method.num_experts=4", "method.gate.top_k=2"),
     "mode in shards": ("method=mode", "method.num_blocks=2", "train.layout=fsdp"),
     "mole in shards, in bf16 and micro-batches": (  # and the LoRAs that it stands on
         *("method=mole", "train.layout=fsdp", "train.precision=bf16", "train.accumulate=2"),
