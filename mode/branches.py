@@ -15,6 +15,9 @@ from torch.func import functional_call, vmap
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
+UNMASKED = "mode_unmasked"
+"""Name by which `transformers` knows `causal_attention`, which has no mask made beside it."""
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What the decoder gives to a layer besides its input."""
 

@@ -13,12 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mode.cost import Flops
 from mode.loss import head, hidden_states
+from mode.modular import even_load
 
 
 def counted(model: nn.Module, rows: Tensor, context: AbstractContextManager[Any]) -> Flops:
     """Count what a step takes per token, by torch's counter, over a forward and a backward pass on a few rows.
 
-    The head is added by its formula, since the counter does not see into the loss that is fused with it. The model's
+    The head is added by its formula, since the counter does not see into the loss that is fused with it. Gates that
+    keep `top_k` branches keep each for as many tokens, and those with `top_p` keep all. The model's
     gradients are gone afterwards; its weights are as they were.
 
     Args:
@@ -27,7 +29,7 @@ def counted(model: nn.Module, rows: Tensor, context: AbstractContextManager[Any]
         context: Context of the forward pass, such as autocast.
     """
     with Counter() as counter:
-        with context:
+        with context, even_load(model):
             states = hidden_states(model, rows)
         forward = counter.total
         if states.requires_grad:

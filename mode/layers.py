@@ -11,14 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mode.branches import causal_attention
+from mode.branches import UNMASKED, causal_attention
 from mode.checked import ConfigError
 from mode.loss import with_auxiliary
 from mode.rotary import Rotary
 from mode.train_settings import Train
-
-UNMASKED = "mode_unmasked"
-"""Name by which `transformers` knows its own attention without a mask beside it."""
 
 FLEXIBLE = ("cuda",)
 """Types of device on which FlexAttention trains."""

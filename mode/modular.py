@@ -53,6 +53,7 @@ class Block(nn.Module):
         alone: Whether the experts are left out, so that the block is the backbone's.
         spread: How the branches are spread over processes (`mode.mpmd.Join`); None where all run here.
         beside: How its branches run: in a `loop`, experts `batched`, or on `streams` (`mode.branches`).
+        even: Whether branches are kept in turn, each by as many tokens, whatever the gate says.
     """
 
     def __init__(self, backbone: Sequence[nn.Module], experts: Sequence[Sequence[nn.Module]], gate: Gate) -> None:
@@ -66,6 +67,7 @@ class Block(nn.Module):
         self.alone = False
         self.spread: Any = None
         self.beside = "loop"
+        self.even = False
 
     def forward(self, hidden_states: Tensor, calls: Sequence[Call]) -> Tensor:
         """Map a block's input, (B, S, d), to its output, (B, S, d), with what is meant for each of its layers."""
@@ -81,6 +83,8 @@ class Block(nn.Module):
         if self.gate.settings.reads == "output":
             outputs[0] = run_layers(self.backbone, hidden_states, calls)
         weights = self.gate(outputs.get(0, hidden_states), cache_in(calls[0]))
+        if self.even:
+            weights = in_turn(weights, self.gate.settings.top_k)
         self.weights = weights.detach().mean(dim=(0, 1))
         branches = [self.backbone, *self.experts]
         outputs |= self.together(branches, hidden_states, calls, len(outputs))
@@ -281,6 +285,26 @@ def without_experts(model: nn.Module) -> Iterator[None]:
     finally:
         for block in found:
             block.alone = False
+
+
+@contextmanager
+def even_load(model: nn.Module) -> Iterator[None]:
+    """Let a modular model's gates that keep `top_k` branches keep each for as many tokens: what costs are told of."""
+    found = [block for block in blocks_of(model) if isinstance(block, Block)]
+    for block in found:
+        block.even = True
+    try:
+        yield
+    finally:
+        for block in found:
+            block.even = False
+
+
+def in_turn(weights: Tensor, top_k: int | None) -> Tensor:
+    """Return weights of which every token keeps the branches that it is its turn to, (B, S, N + 1); all without k."""
+    _, length, branches = weights.shape
+    turns = torch.arange(length, device=weights.device)[:, None] + torch.arange(branches, device=weights.device)
+    return torch.where(turns % branches < (top_k or branches), weights + 1.0, 0.0)
 
 
 def expert_state(model: nn.Module, index: int) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mode.branches import Call, run_layers
+from mode.branches import UNMASKED, Call, run_layers
 
 NEEDED = ("past_key_values", "position_embeddings", "position_ids", "attention_mask")
 """What a decoder has to give to its layers by these names."""
@@ -33,16 +33,25 @@ def can_skip(layers: Sequence[Any], calls: Sequence[Call]) -> bool:
     """Say whether a branch's last layer may leave tokens out.
 
     Not with a cache, nor where activations are formed again, for then a layer gets none, nor with weights in shards or
-    in slices. A layer that is compiled is so for whole rows: it runs as it is written.
+    in slices; and attention has to take a mask of tokens by tokens, as FlashAttention and FlexAttention do not. A layer
+    that is compiled is so for whole rows: it runs as it is written.
     """
     layer, (args, options) = last(layers, calls)
     if args or any(name not in options for name in NEEDED) or options["past_key_values"] is not None:
         return False
     mask = options["attention_mask"]
-    if not (mask is None or isinstance(mask, Tensor)):  # FlexAttention's
+    if mask is None and attention_of(layer) not in ("sdpa", UNMASKED):
+        return False
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
         return False
     whole = all(type(weight) is nn.Parameter for weight in layer.parameters())
     return whole and not (layer.gradient_checkpointing and layer.training)
+
+
+def attention_of(layer: nn.Module) -> str | None:
+    """Return how a layer attends, by the name that `transformers` knows it by."""
+    configs = (getattr(module, "config", None) for module in layer.modules())
+    return next((each._attn_implementation for each in configs if each is not None), None)
 
 
 def last(layers: Sequence[Any], calls: Sequence[Call]) -> tuple[Any, Call]:

@@ -43,6 +43,15 @@ METHODS: dict[str, tuple[str, ...]] = {
     "mode 2 and the head": (*FRESH, "method.head_rank=4"),
     "mode 2 and gates' hidden layer": (*FRESH, "method.gate.hidden=8", "method.head_rank=4"),
     "mode 2 blocks, 2 layers": (*FRESH, "method.num_blocks=2", "method.expert_layers=2"),
+    "mode 3, one branch stays": (*FRESH, "method.num_experts=3", "method.gate.top_k=1"),
+    "mode 3 of 2 layers, two stay": (
+        *FRESH,
+        "method.num_blocks=2",
+        "method.num_experts=3",
+        "method.expert_layers=2",
+        "method.gate.top_k=2",
+    ),
+    "mode 2, by their share": (*FRESH, "method.gate.top_p=0.4"),
     "molora": ("method=molora",),
     "molora q and v": ("method=molora", "method.target_modules=[q_proj,v_proj]"),
     "mov": ("method=mov",),
@@ -123,7 +132,7 @@ def test_gates_alone_take_less_than_experts_beside_them(world: World) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["sft", "lora attention", "mode 2"])
+@pytest.mark.parametrize("name", ["sft", "lora attention", "mode 2", "mode 3, one branch stays"])
 def test_closed_forms_hold_on_every_family(world: World, tmp_path: Path, family: str, name: str) -> None:
     make_model(family).save_pretrained(tmp_path / family)
     run = run_of(world, *METHODS[name], f"backbone.path={tmp_path / family}", "train.sequence_length=16")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from mode import config
 from mode.cost import layer_shape
@@ -14,7 +15,7 @@ from mode.loss import hidden_states
 from mode.model import make_modular
 from mode.modular import blocks_of
 from mode.settings import GateSettings
-from mode.sparse import WHOLE, run_kept
+from mode.sparse import WHOLE, can_skip, run_kept
 from tests.families import FAMILIES, VOCABULARY, make_model
 
 IDS = torch.randint(2, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(5))
@@ -98,6 +99,27 @@ def test_what_nobody_keeps_has_gradients_of_zero_and_is_not_scored() -> None:
         assert not alone.mix(states, [((), {})], some=[2]).any()  # as a process does that has no other branch
 
 
+def call_of(model: Any, states: torch.Tensor, **changes: Any) -> Any:
+    """Return what a decoder gives to a layer."""
+    positions = torch.arange(states.shape[1])[None]
+    options = {"position_embeddings": model.model.rotary_emb(states, positions), "position_ids": positions}
+    return ((), options | {"attention_mask": None, "past_key_values": None} | changes)
+
+
+def test_whole_branches_run_where_a_layer_cannot_leave_tokens_out() -> None:
+    model = make_model("llama").train()
+    layer, states = model.model.layers[0], torch.randn(*IDS.shape, model.config.hidden_size)
+    assert can_skip([layer], [call_of(model, states)])
+    assert not can_skip([layer], [call_of(model, states, past_key_values=DynamicCache())])
+    assert not can_skip([layer], [call_of(model, states, attention_mask=torch.ones(IDS.shape))])  # FlashAttention's
+    assert not can_skip([layer], [((torch.ones(1),), call_of(model, states)[1])])
+    layer.gradient_checkpointing = True
+    assert not can_skip([layer], [call_of(model, states)])
+    layer.gradient_checkpointing = False
+    model.config._attn_implementation = "flash_attention_2"
+    assert not can_skip([layer], [call_of(model, states)])
+
+
 @pytest.mark.parametrize(("family", "train"), [("llama", True), ("llama", False), ("phi3", True), ("olmo2", True)])
 @pytest.mark.parametrize("upstream", [True, False])
 def test_the_closed_form_is_what_torch_counts(family: str, train: bool, upstream: bool) -> None:
@@ -105,13 +127,10 @@ def test_the_closed_form_is_what_torch_counts(family: str, train: bool, upstream
     layer, about, count = model.model.layers[0], model.config, 6
     layer.requires_grad_(train)
     states = torch.randn(*IDS.shape, about.hidden_size, requires_grad=upstream)
-    positions = torch.arange(IDS.shape[1])[None]
-    options = {"position_embeddings": model.model.rotary_emb(states, positions), "position_ids": positions}
-    call = ((), options | {"attention_mask": None, "past_key_values": None})
     kept = torch.zeros(IDS.shape, dtype=torch.bool)
     kept[:, 3 : 3 + count] = True
     with Counter() as counter:
-        output, _ = run_kept([layer], states, [call], kept, count)
+        output, _ = run_kept([layer], states, [call_of(model, states)], kept, count)
         forward = counter.total
         if output.requires_grad:
             output.backward(torch.randn_like(output))
