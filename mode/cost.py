@@ -30,13 +30,18 @@ from mode.backbone import locate, stack
 from mode.checked import ConfigError
 from mode.random_weights import architecture
 from mode.settings import Backbone
-from mode.sparse import WHOLE
 
 if TYPE_CHECKING:
     from torch import nn
 
 OUTPUTS = ("o_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h")
 """Matrices that lead out of attention or out of the feed-forward part; the others lead into it."""
+
+WORTH = 0.75
+"""Share of tokens up to which it takes less time to leave the others out of a layer (measured on a processor)."""
+
+WHOLE_LAYERS = ("gpt_neox", "gpt2")
+"""Families whose layers run on all tokens: their decoders do not tell them by name what they are given."""
 
 GIVEN = ("k_proj", "v_proj")
 """Matrices of keys and values."""
@@ -360,7 +365,7 @@ def layer_shape(layer: nn.Module, config: Any) -> Layer:
         parallel=bool(getattr(config, "use_parallel_residual", False)),
         fused=config._attn_implementation != "eager" and not dropout,
         normed=any(hasattr(layer, name) for name in ("input_layernorm", "ln_1")),
-        skips=config.model_type not in WHOLE,
+        skips=config.model_type not in WHOLE_LAYERS,
     )
 
 

@@ -65,7 +65,7 @@ class Layers:
         if settings.branches == "streams" and kind != "cuda":
             raise ConfigError("train.branches=streams needs a CUDA device; loop and batched go without one")
         self.blocks: list[Any] = [block for block in model.modules() if hasattr(block, "beside")]
-        self.branches = settings.branches
+        self.branches, self.skips = settings.branches, not settings.graph  # to ask what to skip waits for the device
         joined = settings.documents == "joined"
         self.attending = unmasked(model, settings.sequence_length) if joined else []
         if settings.branches == "batched" and self.blocks and not self.attending:
@@ -100,7 +100,7 @@ class Layers:
         for weight, _full, half in self.held:
             weight.data = half
         for block in self.blocks:
-            block.beside = self.branches
+            block.beside, block.skips = self.branches, self.skips
         for config in self.attending:
             config._attn_implementation = self.attention
 
@@ -114,7 +114,7 @@ class Layers:
         for weight, full, _half in self.held:
             weight.data = full
         for block in self.blocks:
-            block.beside = "loop"
+            block.beside, block.skips = "loop", True
         for config, before in zip(self.attending, self.before, strict=True):
             config._attn_implementation = before
 

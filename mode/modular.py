@@ -33,7 +33,7 @@ from mode.cost import layers_per_block
 from mode.gate import PLAIN, Gate
 from mode.modular_head import HeadBlock
 from mode.settings import GateSettings
-from mode.sparse import WORTH, add_at, can_skip, picked, run_kept
+from mode.sparse import add_kept, can_skip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +53,7 @@ class Block(nn.Module):
         alone: Whether the experts are left out, so that the block is the backbone's.
         spread: How the branches are spread over processes (`mode.mpmd.Join`); None where all run here.
         beside: How its branches run: in a `loop`, experts `batched`, or on `streams` (`mode.branches`).
+        skips: Whether branches may leave out tokens that do not keep them (`mode.sparse`).
         even: Whether branches are kept in turn, each by as many tokens, whatever the gate says.
     """
 
@@ -67,6 +68,7 @@ class Block(nn.Module):
         self.alone = False
         self.spread: Any = None
         self.beside = "loop"
+        self.skips = True
         self.even = False
 
     def forward(self, hidden_states: Tensor, calls: Sequence[Call]) -> Tensor:
@@ -88,32 +90,30 @@ class Block(nn.Module):
         self.weights = weights.detach().mean(dim=(0, 1))
         branches = [self.backbone, *self.experts]
         outputs |= self.together(branches, hidden_states, calls, len(outputs))
-        counts = self.counts(weights, cached=cache_in(calls[0]) is not None)
+        kept = self.kept(weights, cached=cache_in(calls[0]) is not None)
         mixed: Tensor = torch.zeros((), device=hidden_states.device)
         for index, layers in enumerate(branches):
-            if counts[index] == 0 or (some is not None and index not in some):
+            if some is not None and index not in some:
                 continue
             weight = weights[..., index : index + 1]
-            if index not in outputs and counts[index] <= WORTH * weights.shape[1] and can_skip(layers, calls):
-                output, chosen = run_kept(layers, hidden_states, calls, weight[..., 0] > 0, counts[index])
+            if kept is not None and index not in outputs and can_skip(layers, calls):
                 mixed = mixed if mixed.ndim else torch.zeros_like(hidden_states)
-                mixed = add_at(mixed, chosen, picked(weight, chosen).to(output.dtype) * output)
-                continue
-            output = outputs[index] if index in outputs else run_layers(layers, hidden_states, calls)
-            mixed = mixed + weight.to(output.dtype) * output
-        return mixed if mixed.ndim else torch.zeros_like(hidden_states)
+                mixed = add_kept(mixed, layers, hidden_states, calls, weight, kept[index])
+            else:
+                output = outputs[index] if index in outputs else run_layers(layers, hidden_states, calls)
+                mixed = mixed + weight.to(output.dtype) * output
+        return mixed
 
-    def counts(self, weights: Tensor, *, cached: bool) -> list[int]:
-        """Return of every branch the tokens that keep it, the most of any row; all of a row where none is left out.
+    def kept(self, weights: Tensor, *, cached: bool) -> list[list[int]] | None:
+        """Return how many tokens of every row keep every branch, by branch; None where no token may be left out.
 
-        To ask waits for the device, which a graph cannot; and what is cached is of all tokens. In training a branch
-        that nobody keeps has one: its weights' gradients are zero, not missing.
+        To ask waits for the device, which a graph cannot; and what is cached is of all tokens.
         """
         settings = self.gate.settings
-        recording = weights.is_cuda and torch.cuda.is_current_stream_capturing()
-        if cached or recording or (settings.top_k is None and settings.top_p is None):
-            return [weights.shape[1]] * weights.shape[2]
-        found: list[int] = (weights > 0).sum(1).amax(0).clamp(min=int(torch.is_grad_enabled())).tolist()
+        chooses = settings.top_k is not None or settings.top_p is not None
+        if not chooses or cached or not self.skips or torch.compiler.is_compiling():
+            return None
+        found: list[list[int]] = (weights != 0).sum(1).T.tolist()  # not "> 0": what is no number is not left out
         return found
 
     def together(self, branches: Sequence[Any], states: Tensor, calls: Sequence[Call], done: int) -> dict[int, Tensor]:

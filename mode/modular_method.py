@@ -11,10 +11,9 @@ from pydantic.dataclasses import dataclass as settings
 
 from mode.checked import STRICT, ConfigError
 from mode.config import replace
-from mode.cost import Cost, Flops, Layer, add, beside, blocks, gate_size, shape_of
+from mode.cost import WORTH, Cost, Flops, Layer, add, beside, blocks, gate_size, shape_of
 from mode.method import Adaptation, Material, Reference, stages_by_domain
 from mode.settings import Anchor, GateSettings, Run
-from mode.sparse import WORTH
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +122,7 @@ class MoDE(Adaptation):
         """
         shape, count, length = shape_of(run.backbone), self.count(run), run.train.sequence_length
         changed = count * self.head_rank
-        share = self.kept_share(run)
+        shared, chosen = self.kept_shares(run)
         gate = 2.0 * gate_size(shape.hidden, count, self.gate.hidden)
         parts, idle = [shape.head(trains=bool(changed) and self.train_experts, extra=changed)], 0
         if changed:
@@ -131,8 +130,8 @@ class MoDE(Adaptation):
             parts += [Flops(down, down * (1 + self.train_experts)), Flops(gate, 2.0 * gate)]
         for number, (block, expert) in enumerate(blocks(shape, self.num_blocks, self.expert_layers)):
             later = number > 0
-            parts.append(branch_flops(block, length, share, trains=False, upstream=later))
-            parts += [branch_flops(expert, length, share, trains=self.train_experts, upstream=later)] * count
+            parts.append(branch_flops(block, length, shared, trains=False, upstream=later))
+            parts += [branch_flops(expert, length, chosen, trains=self.train_experts, upstream=later)] * count
             parts.append(Flops(gate, gate * (1 + later)))
             sizes = [sum(layer.parameters for layer in stack) for stack in (block, *[expert] * count)]
             idle += sum(sorted(sizes)[: -self.gate.top_k]) if self.gate.top_k else 0
@@ -146,12 +145,16 @@ class MoDE(Adaptation):
             active=total - idle,
         )
 
-    def kept_share(self, run: Run) -> float:
-        """Return the share of tokens that keep a branch when the load is even, 1 where branches run whole."""
+    def kept_shares(self, run: Run) -> tuple[float, float]:
+        """Return the shares of tokens that the backbone's and an expert's last layers run on, when the load is even."""
         train, branches = run.train, self.count(run) + 1
         share = min(self.gate.top_k or branches, branches) / branches
-        whole = train.layout in ("fsdp", "tp") or train.activation_checkpointing != "none"
-        return 1.0 if whole or share > WORTH or train.branches != "loop" else share
+        again = train.activation_checkpointing
+        if share > WORTH or train.graph or train.branches != "loop" or train.layout in ("fsdp", "tp"):
+            return 1.0, 1.0
+        if train.attention == "flex" or again in ("all", "auto") or (again == "frozen" and not self.train_experts):
+            return 1.0, 1.0
+        return 1.0 if again == "frozen" or self.gate.reads == "output" else share, share
 
     def count(self, run: Run) -> int:
         """Return N, the experts of this stage's model."""

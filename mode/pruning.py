@@ -195,7 +195,7 @@ def least(needs: Tensor, ratio: float) -> list[int]:
 
 @contextmanager
 def without(model: nn.Module, gone: Mapping[str, Sequence[int]]) -> Iterator[None]:
-    """Let a model do without some experts for a while.
+    """Let a model do without some experts for a while; tokens that chose those alone have the backbone.
 
     Args:
         model: The model.
@@ -208,7 +208,11 @@ def without(model: nn.Module, gone: Mapping[str, Sequence[int]]) -> Iterator[Non
             kept = torch.ones(weights.shape[-1], device=weights.device)
             kept[[number + shared for number in numbers]] = 0.0
             left = weights * kept
-            return left / left.sum(-1, keepdim=True) * weights.sum(-1, keepdim=True) if shared else left
+            if not shared:
+                return left
+            rest = left.sum(-1, keepdim=True)
+            alone = torch.zeros_like(left).index_fill_(-1, torch.zeros(1, dtype=torch.long, device=left.device), 1.0)
+            return torch.where(rest == 0, alone, left / rest) * weights.sum(-1, keepdim=True)
 
         return masked
 

@@ -25,14 +25,11 @@ class Rotary:
 
     def __init__(self, model: nn.Module) -> None:
         """Find the modules of `transformers` that the model's attention is from."""
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+        from transformers.models.llama import modeling_llama as llama
 
-        known = apply_rotary_pos_emb.__code__.co_code
-        sources = {sys.modules[type(module).__module__] for module in model.modules()}
-        functions = {source: getattr(source, NAME) for source in sources if hasattr(source, NAME)}
-        if next(model.parameters()).device.type != "cpu":
-            functions = {}
-        self.functions = {source: own for source, own in functions.items() if own.__code__.co_code == known}
+        on_processor = next(model.parameters()).device.type == "cpu"
+        sources = {sys.modules[type(module).__module__] for module in model.modules()} if on_processor else set()
+        self.functions = {source: getattr(source, NAME) for source in sources if alike(source, llama)}
 
     def __enter__(self) -> None:
         """Exchange the functions."""
@@ -43,6 +40,13 @@ class Rotary:
         """Put the library's back."""
         for source, own in self.functions.items():
             setattr(source, NAME, own)
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Say whether two modules turn heads by the same code, and not by that which is here already."""
+    functions = [(getattr(each, NAME, None), getattr(each, "rotate_half", None)) for each in (one, other)]
+    codes = [tuple(getattr(getattr(each, "__code__", None), "co_code", None) for each in pair) for pair in functions]
+    return codes[0] == codes[1] and None not in codes[0] and functions[0][0] is not turned
 
 
 def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:

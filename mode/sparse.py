@@ -18,33 +18,33 @@ import torch
 from torch import Tensor, nn
 
 from mode.branches import UNMASKED, Call, run_layers
+from mode.cost import WORTH
 
 NEEDED = ("past_key_values", "position_embeddings", "position_ids", "attention_mask")
 """What a decoder has to give to its layers by these names."""
-
-WHOLE = ("gpt_neox", "gpt2")
-"""Families whose decoders do not."""
-
-WORTH = 0.75
-"""Share of a row's tokens up to which it takes less time to leave the others out (measured on a processor)."""
 
 
 def can_skip(layers: Sequence[Any], calls: Sequence[Call]) -> bool:
     """Say whether a branch's last layer may leave tokens out.
 
-    Not with a cache, nor where activations are formed again, for then a layer gets none, nor with weights in shards or
-    in slices; and attention has to take a mask of tokens by tokens, as FlashAttention and FlexAttention do not. A layer
-    that is compiled is so for whole rows: it runs as it is written.
+    Not with a cache, nor where activations are formed again, for then a layer gets none; nor with weights in shards or
+    in slices; nor where attention takes no mask of tokens by tokens, as FlashAttention and FlexAttention take none; nor
+    with anything of tokens among what the layer is given that is not known here. A layer that is compiled is so for
+    whole rows: it runs as it is written.
     """
     layer, (args, options) = last(layers, calls)
     if args or any(name not in options for name in NEEDED) or options["past_key_values"] is not None:
         return False
-    mask = options["attention_mask"]
-    if mask is None and attention_of(layer) not in ("sdpa", UNMASKED):
+    mask, places, angles = (options[name] for name in ("attention_mask", "position_ids", "position_embeddings"))
+    if mask is None and (attention_of(layer) not in ("sdpa", UNMASKED) or options.get("is_causal") is False):
         return False
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
         return False
-    whole = all(type(weight) is nn.Parameter for weight in layer.parameters())
+    if places is None or places.ndim != 2 or len(angles) != 2 or any(each.ndim != 3 for each in angles):
+        return False
+    if any(isinstance(each, Tensor) and each.ndim > 1 for name, each in options.items() if name not in NEEDED):
+        return False
+    whole = all(type(weight) is nn.Parameter and not hasattr(weight, "ds_id") for weight in layer.parameters())
     return whole and not (layer.gradient_checkpointing and layer.training)
 
 
@@ -59,7 +59,55 @@ def last(layers: Sequence[Any], calls: Sequence[Call]) -> tuple[Any, Call]:
     return layers[-1], calls[(len(layers) - 1) % len(calls)]
 
 
-def run_kept(
+def add_kept(
+    total: Tensor, layers: Sequence[Any], states: Tensor, calls: Sequence[Call], weight: Tensor, counts: Sequence[int]
+) -> Tensor:
+    """Add a branch to the weighted sum of branches, run on what keeps it: some rows, and in the last layer some tokens.
+
+    In training a branch that nobody keeps runs on one token all the same, so that the gradients of its weights are
+    zero and not missing.
+
+    Args:
+        total: The sum, (B, S, d), which is changed.
+        layers: The branch.
+        states: Input, (B, S, d).
+        calls: What is meant for each layer.
+        weight: The branch's, (B, S, 1); a token keeps it where that is not zero.
+        counts: Tokens of every row that keep it.
+    """
+    rows = [row for row, count in enumerate(counts) if count]
+    if not rows:
+        if not torch.is_grad_enabled():
+            return total
+        rows = [0]
+    number, most = states.shape[1], max(1, *counts)
+    if len(rows) < len(counts):
+        some = torch.tensor(rows, device=states.device)
+        states, weight, calls = states[some], weight[some], [rows_of(call, some, len(counts)) for call in calls]
+    if most > WORTH * number:
+        output = run_layers(layers, states, calls)
+        chosen = torch.arange(number, device=states.device).expand(len(rows), -1)
+    else:
+        output, chosen = run_some(layers, states, calls, weight[..., 0] != 0, most)
+    values = (picked(weight, chosen).to(output.dtype) * output).to(total.dtype)
+    if len(rows) == len(counts):
+        return total.scatter_add_(1, chosen[..., None].expand_as(values), values)
+    return total.index_put_((some[:, None], chosen), values, accumulate=True)
+
+
+def rows_of(call: Call, some: Tensor, count: int) -> Call:
+    """Return what is meant for a layer, of some rows of all."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(cut(each) for each in value)
+        return value[some] if isinstance(value, Tensor) and value.ndim > 1 and len(value) == count else value
+
+    args, options = call
+    return args, {name: cut(value) for name, value in options.items()}
+
+
+def run_some(
     layers: Sequence[Any], states: Tensor, calls: Sequence[Call], kept: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
     """Run a branch whose last layer makes an output of some tokens alone.
@@ -96,22 +144,18 @@ def picked(values: Tensor, chosen: Tensor) -> Tensor:
     return wide.gather(1, chosen[..., None].expand(-1, -1, values.shape[-1]))
 
 
-def add_at(total: Tensor, chosen: Tensor, values: Tensor) -> Tensor:
-    """Add values of chosen tokens, (B, K, d), to a sum over branches, (B, S, d), in place."""
-    return total.scatter_add_(1, chosen[..., None].expand_as(values), values.to(total.dtype))
-
-
 def seen(mask: Tensor | None, chosen: Tensor, length: int) -> Tensor:
     """Return which of a row's tokens every chosen one sees, (B, 1, K, S), as the decoder's mask has it for all.
 
     Args:
-        mask: The decoder's, (B, 1, S, S), of any kind; None where attention is causal.
+        mask: The decoder's, (B or 1, 1, S, S), of any kind; None where attention is causal.
         chosen: Positions, (B, K).
         length: S.
     """
     if mask is None:
         return chosen[:, None, :, None] >= torch.arange(length, device=chosen.device)
-    return mask.gather(2, chosen[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
+    wide = mask.expand(len(chosen), -1, -1, -1)
+    return wide.gather(2, chosen[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
 
 
 class FoundError(Exception):

@@ -289,6 +289,12 @@ def test_importing_the_command_line_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_what_is_asked_is_checked_without_torch() -> None:
+    script = "import sys; from mode import config; config.compose(['method=mode']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("group", ["method", "domain", "backbone", "table"])
 def test_show_lists_the_projects_and_ones_own(own: World, group: str) -> None:

@@ -51,6 +51,12 @@ METHODS: dict[str, tuple[str, ...]] = {
         "method.expert_layers=2",
         "method.gate.top_k=2",
     ),
+    "mode 3, one branch stays, read after": (
+        *FRESH,
+        "method.num_experts=3",
+        "method.gate.top_k=1",
+        "method.gate.reads=output",
+    ),
     "mode 2, by their share": (*FRESH, "method.gate.top_p=0.4"),
     "molora": ("method=molora",),
     "molora q and v": ("method=molora", "method.target_modules=[q_proj,v_proj]"),

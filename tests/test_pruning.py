@@ -9,6 +9,7 @@ import torch
 
 from mode import config
 from mode.gates import gates_of, watched
+from mode.modular import without_experts
 from mode.prepared import prepare_run
 from mode.pruning import ORDERS, SHEET, least, needed, weighing, without
 from mode.runner import build, execute, restore
@@ -81,6 +82,18 @@ def test_what_a_gate_gave_to_a_pruned_expert_goes_to_the_rest(world: World) -> N
             alone = (states @ gate.weight[:2].T + gate.bias[:2]).softmax(-1)  # type: ignore[index]
             torch.testing.assert_close(found[..., :2], alone)
             assert (found[..., 2] == 0).all()
+
+
+def test_tokens_that_chose_pruned_experts_alone_have_the_backbone(world: World) -> None:
+    settings = ("method=mode", "method.start=fresh", "method.num_experts=2", "method.gate.top_k=1")
+    _, model = finished(world, *settings)
+    with torch.no_grad():
+        for gate in gates_of(model).values():
+            gate.bias[2] = 1e4
+    with without_experts(model):
+        backbone = logits(model)
+    with without(model, {name: [0, 1] for name in gates_of(model)}):
+        torch.testing.assert_close(logits(model), backbone)
 
 
 def test_orders_are_what_their_names_say(world: World) -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from mode import config
+from mode.layers import Layers
 from mode.loss import hidden_states, score_tokens
 from mode.rotary import NAME, Rotary, turned
 from tests.families import FAMILIES, make_model
@@ -65,4 +67,26 @@ def test_it_is_put_back_when_a_pass_fails() -> None:
     model = make_model("llama")
     with pytest.raises(IndexError):
         score_tokens(model, IDS + 1000, IDS)
+    assert getattr(attention_of(model), NAME) is apply_rotary_pos_emb
+
+
+def test_steps_and_scores_are_made_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = make_model("llama"), []
+    monkeypatch.setattr("mode.rotary.Turn.apply", lambda heads, *_: calls.append(1) or heads)
+    score_tokens(model, IDS, IDS)
+    assert len(calls) == 2 * model.config.num_hidden_layers
+    with Layers(model, config.compose([]).train):
+        hidden_states(model, IDS)
+    assert len(calls) == 4 * model.config.num_hidden_layers
+    with Layers(model, config.compose(["train.branches=batched"]).train):
+        hidden_states(model, IDS)
+    assert len(calls) == 4 * model.config.num_hidden_layers
+
+
+def test_within_itself_it_changes_nothing() -> None:
+    model = make_model("llama")
+    with Rotary(model):
+        with Rotary(model):
+            pass
+        assert getattr(attention_of(model), NAME) is turned
     assert getattr(attention_of(model), NAME) is apply_rotary_pos_emb

@@ -177,7 +177,7 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
     for job, variants in jobs.items():
         for name, (each, changes) in variants.items():
             changed = config.replace(run, train=config.replace(run.train, **changes))
-            change = spread_tokens if STAY in name else lambda model: None
+            change = even_gates if STAY in name else lambda model: None
             cases.append(Step(changed, each, Anchor(), device, change).case(job, name))
     step = Step(run, fresh(), Anchor(), device)
     shared, states = first_block(run, method, step.rows)
@@ -186,11 +186,10 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
     return cases, {"weights of an expert": step.bytes, "states after the first block, a step": states}
 
 
-@torch.no_grad()
-def spread_tokens(model: nn.Module) -> None:
-    """Have gates choose as they do once they have learned: fresh ones choose the same branches for every token."""
+def even_gates(model: nn.Module) -> None:
+    """Have branches kept by as many tokens each, as their operations are counted; fresh gates choose alike for all."""
     for block in blocks_of(model):
-        block.gate.weight.normal_()
+        block.even = True
 
 
 def first_block(run: Run, method: MoDE, rows: torch.Tensor) -> tuple[Callable[[], None], int]:
