@@ -192,15 +192,15 @@ def work_of(run: Run) -> Work:
     tokens = run.train.batch_size * length
     outside = shape.parameters - sum(layer.parameters for layer in shape.layers)
     if isinstance(method, MoDE):
-        found, count = [], method.count(run)
+        found, count, (shared, chosen) = [], method.count(run), method.kept_shares(run)
         gates = beside(shape, count, method.num_blocks, method.expert_layers, 0, method.gate.hidden)[1]
         gate = 2.0 * gate_size(shape.hidden, count, method.gate.hidden)
         mixing = Flops(method.num_blocks * gate, (2 * method.num_blocks - 1) * gate)
         head = Branch(shape.head(trains=False) + mixing, outside + gates, gates, 1, 0.0)
         for number, (block, expert) in enumerate(blocks(shape, method.num_blocks, method.expert_layers)):
             trains, later = method.train_experts, number > 0
-            backbone = stacked(block, length, trains=False, upstream=later)
-            found.append((backbone, *[stacked(expert, length, trains=trains, upstream=later)] * count))
+            backbone = stacked(block, length, shared, trains=False, upstream=later)
+            found.append((backbone, *[stacked(expert, length, chosen, trains=trains, upstream=later)] * count))
         return Work(tuple(found), head, shape.hidden, tokens)
     cost = method.cost(run) if isinstance(method, Method) else None
     if cost is None:
@@ -216,13 +216,14 @@ def work_of(run: Run) -> Work:
     return Work(((one,),), head, shape.hidden, tokens)
 
 
-def stacked(layers: list[Layer], length: int, *, trains: bool, upstream: bool) -> Branch:
-    """Return layers as a branch."""
+def stacked(layers: list[Layer], length: int, share: float, *, trains: bool, upstream: bool) -> Branch:
+    """Return layers as a branch, on whose last a share of tokens run."""
     found = IDLE
-    for layer in layers:
+    for number, layer in enumerate(layers, 1):
         kept = activations(layer, trains=trains, upstream=upstream)
-        weights = layer.parameters
-        found += Branch(layer.flops(length, trains=trains, upstream=upstream), weights, trains * weights, 1, kept)
+        weights, some = layer.parameters, share if number == len(layers) else 1.0
+        flops = layer.flops_of_some(length, some, trains=trains, upstream=upstream)
+        found += Branch(flops, weights, trains * weights, 1, kept)
         upstream = upstream or trains
     return found
 
