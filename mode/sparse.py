@@ -81,6 +81,8 @@ def add_kept(
             return total
         rows = [0]
     number, most = states.shape[1], max(1, *counts)
+    if any(layer._compiled_call_impl is not None for layer in layers):  # for as many rows as these alone
+        rows = list(range(len(counts)))
     if len(rows) < len(counts):
         some = torch.tensor(rows, device=states.device)
         states, weight, calls = states[some], weight[some], [rows_of(call, some, len(counts)) for call in calls]

@@ -190,3 +190,18 @@ def run_of(*overrides: str) -> Any:
     """Return a run of a modular model with sixteen experts."""
     fresh = ("method=mode", "method.start=fresh", "method.num_experts=16", "backbone=tiny")
     return config.compose([*fresh, *overrides])
+
+
+def test_compiled_layers_run_on_as_many_rows_as_they_are_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = modular(top_k=1), []
+    for block in blocks_of(model):
+        chosen = torch.nn.functional.one_hot(torch.arange(len(IDS)), 6).float()[:, None]
+        block.gate.register_forward_hook(lambda _, __, weights, chosen=chosen: weights * 0 + chosen)
+        for layer in (layer for expert in block.experts for layer in expert):
+            code = layer._call_impl
+            monkeypatch.setattr(
+                layer, "_compiled_call_impl", lambda x, code=code, **kw: seen.append(len(x)) or code(x, **kw)
+            )
+    with torch.no_grad():
+        hidden_states(model, IDS)
+    assert set(seen) == {len(IDS)}
