@@ -15,7 +15,7 @@ def bench(
         str,
         typer.Argument(
             metavar="SUITE",
-            help="step, loops, options, scale, loss, data, sharding: training; eval, generate, edge: use; startup.",
+            help="step, loops, options, branches, scale, loss, data, sharding, eval, generate, edge, startup.",
         ),
     ],
     overrides: Overrides = None,

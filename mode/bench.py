@@ -33,13 +33,14 @@ from mode.suites.machine import MACHINE, limits
 from mode.suites.peers import loops
 from mode.suites.sharding import sharding
 from mode.suites.startup import startup
-from mode.suites.step import options, scale, steps
+from mode.suites.step import branches, options, scale, steps
 from mode.timing import Case, interleave, ratio
 
 SCHEMA = 1
 Cases = list[Case] | Iterator[list[Case]]
 """What a suite times: all in turn, or group by group."""
 SUITES: dict[str, Callable[[Run, MoDE, torch.device, Path], tuple[Cases, dict[str, int]]]] = {
+    "branches": branches,
     "data": batches,
     "edge": edge,
     "eval": evaluation,
@@ -52,7 +53,7 @@ SUITES: dict[str, Callable[[Run, MoDE, torch.device, Path], tuple[Cases, dict[st
     "startup": startup,
     "step": steps,
 }
-ROWS = ("data", "eval", "loops", "loss", "options", "scale", "step")
+ROWS = ("branches", "data", "eval", "loops", "loss", "options", "scale", "step")
 """Suites that work on rows of tokens, as many and as long as a run's."""
 HEADS = ("Job", "Variant", "Median", "Ratio", "Quartiles")
 USAGE = ("GFLOP", "Of peak", "Peak MB")
@@ -170,7 +171,7 @@ def describe(name: str, run: Run, method: MoDE, device: torch.device) -> dict[st
         "expert_layers": method.expert_layers,
         "gate": asdict(method.gate),
         "threads": run.train.threads,
-        "precision": precision_of(run.train, device) if name in ("loops", "scale", "step") else "fp32",
+        "precision": precision_of(run.train, device) if name in ("branches", "loops", "scale", "step") else "fp32",
         **({"rows": [run.train.batch_size, run.train.sequence_length]} if name in ROWS else {}),
     }
 

@@ -19,7 +19,7 @@ from mode.objective import Objective, precision_of
 from mode.runner import execute
 from mode.settings import Run
 from mode.tensors import trainable
-from mode.train import accumulate
+from mode.train import Job, accumulate, train
 from tests.conftest import World
 from tests.families import FAMILIES, make_model
 
@@ -187,6 +187,26 @@ def test_a_run_of_a_graph_has_the_curve_of_a_plain_one(world: World, method: lis
     plain, replayed = losses
     assert len(plain) >= 8
     assert replayed == pytest.approx(plain, rel=1e-5 if precision == "fp32" else 2e-3)
+
+
+@needs_cuda
+@pytest.mark.parametrize("method", [["method=sft"], ["method=lora"], [*FRESH, "method.num_experts=2"]])
+def test_no_step_waits_for_a_gpu(world: World, method: list[str]) -> None:
+    class Watched:
+        """Rows of steps between which, but for the first ones, nothing may wait for the device."""
+
+        def batch(self, step: int) -> Any:
+            torch.cuda.set_sync_debug_mode("error" if 3 <= step < 6 else "default")
+            return torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(step)).numpy()
+
+    run = config.compose([*world.overrides, *method, "train.log_every=8"], world.conf)
+    settings = config.replace(run.train, checkpoint_every=8, validate_every=0)
+    job = Job(settings=settings, steps=8, lr=1e-3, folder=world.root / "run", validate=dict)
+    try:
+        done = train(build(run), Watched(), job)  # type: ignore[arg-type]  # all that the loop asks of batches
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert done.curve[-1]["loss"] > 0
 
 
 @needs_cuda

@@ -42,8 +42,8 @@ def passed(model: Any, **options: Any) -> tuple[torch.Tensor, dict[str, torch.Te
     """Return what comes out of a decoder, the gradients of its weights, and the operations of both passes."""
     model.zero_grad(set_to_none=True)
     with Counter() as counter:
-        states = hidden_states(model, IDS, **options)
-        states.backward(torch.randn(states.shape, generator=torch.Generator().manual_seed(2)))
+        states = hidden_states(model, IDS.to(model.device), **options)
+        states.backward(torch.randn(states.shape, generator=torch.Generator().manual_seed(2)).to(model.device))
     grads = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
     return states.detach(), grads, counter.total
 
@@ -72,6 +72,16 @@ def test_outputs_and_gradients_are_those_of_whole_branches(
 ) -> None:
     (_, _, flops), (_, _, most) = both(modular(family, **settings), monkeypatch)
     assert flops == most if family in WHOLE_LAYERS else flops < 0.9 * most
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_leaves_out_what_a_processor_does(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = modular(family, layers=2, top_k=1)
+    expected, _, _ = passed(model)
+    (found, _, flops), (_, _, most) = both(model.to("cuda"), monkeypatch)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
+    assert flops == most if family in WHOLE_LAYERS else flops < most
 
 
 def test_layers_before_the_last_run_on_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from mode.suites.loss import full_logits, fused, losses
 from mode.suites.peers import OwnLoop, can_bf16
 from mode.suites.sharding import variants
 from mode.suites.startup import command, first_step, script
-from mode.suites.step import options, scale, steps
+from mode.suites.step import branches, options, scale, steps
+from mode.suites.trainers import Kernels
 from mode.tensors import trainable
 from tests.conftest import World
 from tests.test_bench import fresh
@@ -144,7 +146,7 @@ def test_texts_are_packed_into_few_rows() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", [batches, generation, losses, options, scale])
+@pytest.mark.parametrize("suite", [batches, branches, generation, losses, options, scale])
 def test_suites_do_what_they_time(world: World, suite: Any) -> None:
     run = run_of(world)
     folder = world.root / "suite"
@@ -171,6 +173,19 @@ def test_the_eval_suite_leaves_its_peers_and_limits_in_the_record(world: World) 
     theirs, ours = benchmark.happened["cases"][:2]
     assert ours["flops"] == theirs["flops"]
     assert ours["peak"] < theirs["peak"]
+
+
+def test_what_liger_exchanges_is_there_for_its_trainer_alone(tmp_path: Path) -> None:
+    from transformers.models.llama import modeling_llama as llama
+
+    kernels, own = Kernels(load_model(random_backbone(tmp_path))), llama.apply_rotary_pos_emb
+    for _ in range(2):
+        with suppress(RuntimeError), kernels:
+            first = llama.apply_rotary_pos_emb
+            llama.apply_rotary_pos_emb = max
+            raise RuntimeError
+        assert llama.apply_rotary_pos_emb is own
+    assert first is max  # the second time it was there already
 
 
 def test_start_up_is_timed_from_outside(world: World) -> None:

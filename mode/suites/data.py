@@ -12,7 +12,7 @@ import torch
 
 from mode.cost import shape_of
 from mode.data.batches import Batches, Stream
-from mode.suites.peers import hushed
+from mode.suites.trainers import hushed
 from mode.timing import Case
 
 if TYPE_CHECKING:

@@ -96,7 +96,7 @@ def other(model: Any, texts: Sequence[Sequence[int]], rows: int) -> Callable[[],
     with quiet():
         from lm_eval.models.huggingface import HFLM
 
-        from mode.suites.peers import one_word
+        from mode.suites.trainers import one_word
 
         reader = HFLM(pretrained=model, tokenizer=one_word(), batch_size=rows, backend="causal", add_bos_token=False)
     asked = [(("", ""), list(tokens[:1]), list(tokens[1:])) for tokens in texts]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,10 @@ import torch
 from mode import config
 from mode.backbone import load_model
 from mode.cost import layers_per_block, shape_of
+from mode.graph import WARM_UP
 from mode.method import Adaptation, Material
 from mode.objective import precision_of
+from mode.suites.trainers import OTHERS, STEPS, OtherLoop, weight_bytes
 from mode.timing import Case, wait
 from mode.train import Job, train
 
@@ -31,12 +32,8 @@ if TYPE_CHECKING:
     from mode.modular_method import MoDE
     from mode.settings import Run
 
-STEPS = 4
-"""Optimizer steps that a loop makes each time. The first, in which an optimizer's states may be made, is not timed."""
 SILENT = {"log_every": 1000, "checkpoint_every": 1000, "validate_every": 0}
 """No points of the curve, validations or checkpoints in the steps that are timed."""
-OTHERS = {"Trainer": "accelerate", "SFTTrainer": "trl"}
-"""Trainers to compare with, and what has to be installed for each."""
 
 
 def peers(run: Run, methods: Mapping[str, Adaptation], device: torch.device, folder: Path) -> list[Case]:
@@ -69,7 +66,8 @@ def loops(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[I
     """Return what to time where models are large: groups that are measured, and forgotten, one after the other.
 
     All train by whole loops, in the precision of the device: full fine-tuning and LoRA beside other trainers, and MoDE
-    beside full fine-tuning. With `train.compile=true` there are compiled variants too.
+    beside full fine-tuning. With `train.compile=true` there are compiled variants too, with `train.graph=true` such as
+    are one CUDA graph, and on a GPU Trainer with Liger's kernels where those are installed.
 
     Args:
         run: Names backbone, rows and their length.
@@ -89,16 +87,17 @@ def loops(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[I
 
 def beside_trainers(at: Bench, name: str) -> list[Case]:
     """Return what to time of a method: other trainers, and this project's loop."""
-    others = [other for other, package in OTHERS.items() if find_spec(package)]
-    job, own = f"{name}, loops", OwnLoop(at)
-    made = [at.case(job, other, OtherLoop(other, at), counted=True) for other in others]
-    compiled = at.run.train.compile is True
-    if compiled and "Trainer" in others and low_rank(at.run, at.method) is None:  # a minute and more each
-        made.append(at.case(job, "Trainer, compiled", OtherLoop("Trainer", at, compiled=True), counted=True))
-    made.append(at.case(job, "mode", own, counted=True))
-    if compiled:
-        made.append(at.case(job, "mode, compiled layers", own.twin(compiled=True), counted=True))
-    return made
+    job = f"{name}, loops"
+    ways: dict[str, dict[str, bool]] = {other: {} for other, package in OTHERS.items() if find_spec(package)}
+    if "Trainer" in ways and at.device.type == "cuda" and find_spec("liger_kernel"):
+        ways["Trainer, Liger"] = {"liger": True}
+    if "Trainer" in ways and at.run.train.compile is True and at.lora is None:  # a minute and more each
+        ways["Trainer, compiled"] = {"compiled": True}
+    cases = [
+        at.case(job, way, OtherLoop(way.partition(",")[0], at, **options), counted=True)
+        for way, options in ways.items()
+    ]
+    return cases + [at.case(job, f"mode{way}", loop, counted=True) for way, loop in own_loops(at).items()]
 
 
 def beside_full_fine_tuning(bench: Callable[[Adaptation], Bench], run: Run, method: MoDE) -> list[Case]:
@@ -109,11 +108,26 @@ def beside_full_fine_tuning(bench: Callable[[Adaptation], Bench], run: Run, meth
     if half > method.expert_layers:
         models["one expert of half a block"] = fresh(expert_layers=half)
     models["two experts"] = fresh(num_experts=2)
-    made = []
+    cases: dict[str, list[Case]] = {}
     for name, each in models.items():
         at = bench(each)
-        made.append(at.case("MoDE beside full fine-tuning", name, OwnLoop(at), counted=True))
-    return made
+        for way, loop in own_loops(at).items():
+            job = f"MoDE beside full fine-tuning{way}"
+            cases.setdefault(way, []).append(at.case(job, name, loop, counted=True))
+    return [case for some in cases.values() for case in some]
+
+
+def own_loops(at: Bench) -> dict[str, OwnLoop]:
+    """Return this project's loop over one model, as it is and in the ways that the settings ask for, by name."""
+    plain, asked = OwnLoop(at), at.run.train
+    ways = {"": plain}
+    if asked.compile is True:
+        ways[", compiled layers"] = plain.twin(compiled=True)
+    if asked.graph:
+        ways[", one graph"] = plain.twin(graph=True)
+    if asked.compile is True and asked.graph:
+        ways[", compiled layers, one graph"] = plain.twin(compiled=True, graph=True)
+    return ways
 
 
 def known(name: str) -> Any:
@@ -138,6 +152,14 @@ class Bench:
     device: torch.device
     folder: Path
     precision: str
+
+    @cached_property
+    def lora(self) -> Any:
+        """A low-rank method's settings as PEFT's, or None for full fine-tuning."""
+        made: Any = self.method.build(
+            config.replace(self.run, method=self.method), Material(backbone=partial(load_model, self.run.backbone))
+        )
+        return getattr(made, "peft_config", {}).get("default")
 
     def case(self, job: str, variant: str, loop: OwnLoop | OtherLoop, *, counted: bool = False) -> Case:
         """Return what to time."""
@@ -166,25 +188,28 @@ class EnoughError(Exception):
 
 
 class Rows:
-    """The same rows at every step, and a clock: from the beginning of the second step to the end of the last.
+    """The same rows at every step, and a clock: from the beginning of the first step to time to the end of the last.
 
     Attributes:
+        first: Number of the step that is the first to time, from 0.
         seconds: What it showed.
     """
 
-    def __init__(self, run: Run, vocabulary: int) -> None:
+    def __init__(self, run: Run, vocabulary: int, first: int) -> None:
         """Draw them."""
+        self.first = first
         shape = (run.train.batch_size, run.train.sequence_length + 1)
         self.rows: NDArray[np.int64] = torch.randint(vocabulary, shape).numpy()
         self.begin = self.seconds = 0.0
 
     def batch(self, step: int) -> NDArray[np.int64]:
         """Return the rows of a step, (B, S + 1)."""
-        if step in (1, STEPS):
+        last = self.first + STEPS - 1
+        if step in (self.first, last):
             wait()
-        if step == 1:
+        if step == self.first:
             self.begin = time.perf_counter()
-        if step == STEPS:
+        if step == last:
             self.seconds = time.perf_counter() - self.begin
             raise EnoughError
         return self.rows
@@ -193,24 +218,27 @@ class Rows:
 class OwnLoop:
     """Trains a model by this project's loop for some steps, and returns their seconds."""
 
-    def __init__(self, at: Bench, *, compiled: bool = False, model: nn.Module | None = None) -> None:
+    def __init__(
+        self, at: Bench, *, compiled: bool = False, graph: bool = False, model: nn.Module | None = None
+    ) -> None:
         """Build the model, unless there is one.
 
         Args:
             at: What it trains, and how.
             compiled: Whether decoder layers are compiled.
+            graph: Whether the passes of a step are one CUDA graph; steps up to its recording are not timed.
             model: A model that another loop trains too.
         """
-        self.at = at
-        changes = {**SILENT, "precision": at.precision, "compile": compiled}
+        self.at, self.first = at, WARM_UP + 1 if graph else 1
+        changes = {**SILENT, "precision": at.precision, "compile": compiled, "graph": graph}
         self.settings = config.replace(at.run.train, **changes)
         asked = config.replace(at.run, method=at.method, train=self.settings)
         load = partial(load_model, at.run.backbone)
         self.model = at.method.build(asked, Material(backbone=load)).to(at.device) if model is None else model
 
-    def twin(self, *, compiled: bool) -> OwnLoop:
+    def twin(self, **ways: bool) -> OwnLoop:
         """Return a loop over the same model."""
-        return OwnLoop(self.at, compiled=compiled, model=self.model)
+        return OwnLoop(self.at, model=self.model, **ways)
 
     def resident(self) -> int:
         """Return the bytes of weights, which stay from one time to the next."""
@@ -218,148 +246,10 @@ class OwnLoop:
 
     def __call__(self) -> float:
         """Train."""
-        rows = Rows(self.at.run, self.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+        rows = Rows(self.at.run, self.model.get_output_embeddings().weight.shape[0], self.first)  # type: ignore[operator]
         with tempfile.TemporaryDirectory(dir=self.at.folder) as place:
-            job = Job(settings=self.settings, steps=STEPS + 1, lr=1e-6, folder=Path(place), validate=dict)
+            job = Job(settings=self.settings, steps=self.first + STEPS, lr=1e-6, folder=Path(place), validate=dict)
             with suppress(EnoughError):
                 train(self.model, rows, job)  # type: ignore[arg-type]  # all that the loop asks of batches
         self.model.zero_grad(set_to_none=True)
         return rows.seconds
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's weights."""
-    return sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
-
-
-class OtherLoop:
-    """Trains a model by another trainer's loop for some steps, and returns their seconds."""
-
-    def __init__(self, other: str, at: Bench, *, compiled: bool = False) -> None:
-        """Build the model and the trainer.
-
-        Args:
-            other: Name of the trainer.
-            at: What it trains, and how.
-            compiled: Whether it compiles the model.
-        """
-        from transformers import PrinterCallback, TrainerCallback
-
-        model = load_model(at.run.backbone)
-        vocabulary = model.get_output_embeddings().weight.shape[0]
-        length = at.run.train.sequence_length
-        rows = torch.randint(vocabulary, (STEPS * at.run.train.batch_size, length + 1))[:, :length].tolist()
-
-        class Clock(TrainerCallback):  # type: ignore[misc]
-            """From the beginning of the second step to the end of the last."""
-
-            begin = end = 0.0
-
-            def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if state.global_step == 1:
-                    wait()
-                    self.begin = time.perf_counter()
-
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if state.global_step == STEPS:
-                    wait()
-                    self.end = time.perf_counter()
-
-        self.clock = Clock()
-        arguments = settings(at.run, at.precision, at.device, at.folder)
-        if compiled:
-            model.compile()  # not by the trainer's `torch_compile`: accelerate would compile for all trainers there are
-        with hushed():
-            self.trainer = make_trainer(other, model, low_rank(at.run, at.method), rows, arguments, self.clock)
-            self.trainer.remove_callback(PrinterCallback)
-
-    def resident(self) -> int:
-        """Return the bytes of weights and of the optimizer's states, which stay from one time to the next."""
-        states = (value for state in self.trainer.optimizer.state.values() for value in state.values())
-        return weight_bytes(self.trainer.model) + sum(int(each.nbytes) for each in states)
-
-    def __call__(self) -> float:
-        """Train."""
-        with hushed():
-            self.trainer.train()
-        return float(self.clock.end - self.clock.begin)
-
-
-def low_rank(run: Run, method: Adaptation) -> Any:
-    """Return a low-rank method's settings as PEFT's, or None for full fine-tuning."""
-    made: Any = method.build(config.replace(run, method=method), Material(backbone=partial(load_model, run.backbone)))
-    return getattr(made, "peft_config", {}).get("default")
-
-
-def settings(run: Run, precision: str, device: torch.device, folder: Path) -> dict[str, Any]:
-    """Return the arguments that any of the trainers takes: its defaults, but for what has to be equal."""
-    return {
-        "output_dir": str(folder),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": run.train.batch_size,
-        "learning_rate": 1e-6,
-        "bf16": precision == "bf16",
-        "use_cpu": device.type == "cpu",
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-    }
-
-
-def make_trainer(
-    other: str, model: Any, lora: Any, rows: list[list[int]], arguments: Mapping[str, Any], clock: Any
-) -> Any:
-    """Return another trainer, ready to train."""
-    if other == "SFTTrainer":
-        return make_sft_trainer(model, lora, rows, arguments, clock)
-    from peft import get_peft_model
-    from transformers import Trainer, TrainingArguments
-
-    data = [{"input_ids": row, "labels": row} for row in rows]
-    if lora is not None:
-        model = get_peft_model(model, lora)
-    return Trainer(model, TrainingArguments(**arguments), train_dataset=data, callbacks=[clock])
-
-
-def make_sft_trainer(model: Any, lora: Any, rows: list[list[int]], arguments: Mapping[str, Any], clock: Any) -> Any:
-    """Return TRL's trainer."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    return SFTTrainer(
-        model,
-        args=SFTConfig(**arguments, max_length=len(rows[0])),
-        train_dataset=Dataset.from_dict({"input_ids": rows}),
-        processing_class=one_word(),
-        peft_config=lora,
-        callbacks=[clock],
-    )
-
-
-def one_word() -> Any:
-    """Return a tokenizer for those who want one, though what they are given are tokens already."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>")
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """Keep what other libraries have to say to themselves."""
-    from datasets.utils import logging as bars
-    from transformers.utils import logging
-
-    verbosity, shown = logging.get_verbosity(), bars.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    bars.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            bars.enable_progress_bar()

@@ -1,8 +1,8 @@
-"""The suites `step`, `options` and `scale`: what an optimizer step takes, by method, by the loop's options, by size."""
+"""The suites `step`, `options`, `branches` and `scale`: an optimizer step by method, by the loop's options, by size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,14 @@ HELD = (FULL, LORA, TWO)
 """Methods whose anchor is measured."""
 OPTIONAL = (FULL, LORA, ONE)
 """Methods that are measured under the loop's options."""
+PLAIN = {
+    "precision": "fp32",
+    "activation_checkpointing": "none",
+    "compile": False,
+    "branches": "loop",
+    "graph": False,
+}
+"""The loop's options where none of them is measured."""
 STAY = "two branches of every token stay"
 
 
@@ -78,13 +86,6 @@ def options(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
         device: Where the models train.
         folder: For a checkpoint.
     """
-    plain = {
-        "precision": "fp32",
-        "activation_checkpointing": "none",
-        "compile": False,
-        "branches": "loop",
-        "graph": False,
-    }
     variants: dict[str, dict[str, Any]] = {
         "fp32": {},
         "bf16": {"precision": "bf16"},
@@ -101,17 +102,22 @@ def options(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
     cases = []
     for name in OPTIONAL:
         for variant, changes in variants.items():
-            changed = config.replace(run, train=config.replace(run.train, **plain | changes))
+            changed = config.replace(run, train=config.replace(run.train, **PLAIN | changes))
             if name != FULL or "frozen" not in variant:  # nothing is there
                 cases.append(Step(changed, methods[name], Anchor(), device).case(f"options, {name}", variant))
-    cases += branches(
-        config.replace(run, train=config.replace(run.train, **plain | {"precision": "auto"})), methods, device
-    )
     return cases, checkpoint_bytes(Step(run, methods[ONE], Anchor(), device), folder)
 
 
-def branches(run: Run, methods: Mapping[str, Adaptation], device: torch.device) -> list[Case]:
-    """Return what to time of the ways that branches run, and of CUDA graphs."""
+def branches(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return what to time of the ways that branches run, and on a GPU of steps whose passes are one CUDA graph.
+
+    Args:
+        run: Names backbone, rows and their length.
+        method: Shape of blocks, experts and gates.
+        device: Where the models train.
+        folder: Not used.
+    """
+    methods = chosen(run, method)
     ways: dict[str, dict[str, Any]] = {"in a loop": {}, "batched": {"branches": "batched"}}
     if device.type == "cuda":
         ways |= {f"{name}, one graph": {**changes, "graph": True} for name, changes in ways.items()}
@@ -127,13 +133,12 @@ def branches(run: Run, methods: Mapping[str, Adaptation], device: torch.device) 
     cases = []
     for (job, name), variants in jobs.items():
         for variant, changes in variants.items():
-            step = Step(
-                config.replace(run, train=config.replace(run.train, **changes)), methods[name], Anchor(), device
-            )
+            changed = config.replace(run, train=config.replace(run.train, **PLAIN | {"precision": "auto"} | changes))
+            step = Step(changed, methods[name], Anchor(), device)
             for _ in range(WARM_UP + 1 if step.job.settings.graph else 0):  # what is timed is replayed
                 step()
-            cases.append(step.case(f"{job}, {step.precision}", variant))
-    return cases
+            cases.append(step.case(job, variant))
+    return cases, {}
 
 
 def checkpoint_bytes(step: Step, folder: Path) -> dict[str, int]:
