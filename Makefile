@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A busy neighbour core slows spinning OpenMP threads many times over; waiting threads it does not.
 export OMP_WAIT_POLICY := PASSIVE
+# What is compiled once, tests with their assertions too, is kept for the next time, whatever the environment says.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: table1 lint check test report clean
 

@@ -98,7 +98,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown domain to show": (("data", "show", "-d", "cod"), ("domain cod", "did you mean code?")),
     "domain named twice": ((*LORA, "-d", "py,py"), ("py", "twice")),
     "unknown table": (("reproduce", "tabel1"), ("table tabel1: not one of", "did you mean table1?")),
-    "unknown suite": (("bench", "edgy"), ("edgy: not one of the suites branches, data, edge, eval", "did you mean edge?")),
+    "unknown suite": (
+        ("bench", "edgy"),
+        ("edgy: not one of the suites branches, data, edge, eval", "did you mean edge?"),
+    ),
     "unknown table to report": (("report", "tabel1"), ("table tabel1: not one of", "did you mean table1?")),
     "page and check": (("report", "--html", "--check"), ("--check compares", "--html writes a page", "one of the two")),
     "page and log": (("report", "--html", "--wandb"), ("--wandb logs", "--html writes a page", "one of the two")),

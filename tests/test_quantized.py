@@ -123,10 +123,9 @@ def test_what_a_model_is_held_to_is_the_backbone_in_eight_bits(world: World, met
     torch.testing.assert_close(states, hidden_states(plain, rows))
 
 
-@pytest.mark.parametrize(
-    "method", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "mixlora")), "mode"]
-)
-@pytest.mark.parametrize("choice", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "mixlora", "mode"])
+@pytest.mark.parametrize("choice", ["int8", "fp8"])
 def test_a_run_in_eight_bits_is_near_the_one_in_full(world: World, method: str, choice: str) -> None:
     half = ["train.precision=bf16"] if method == "lora" else []
     asked = [*(FRESH if method == "mode" else [f"method={method}"]), *half, "train.log_every=1"]

@@ -21,6 +21,8 @@ from tests.families import FAMILIES, VOCABULARY, make_model
 IDS = torch.randint(2, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(5))
 
 P = {"top_p": 0.6}
+QUICK = ("llama", "gemma2", "gpt2")
+"""Families that stand for the others in the quick round."""
 
 
 def modular(family: str = "llama", experts: int = 5, layers: int = 1, **settings: Any) -> Any:
@@ -66,7 +68,9 @@ def both(model: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[A
     "settings",
     [{"top_k": 1}, *(pytest.param(each, marks=pytest.mark.slow) for each in ({"top_k": 2, "renormalize": False}, P))],
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in FAMILIES]
+)
 def test_outputs_and_gradients_are_those_of_whole_branches(
     family: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
