@@ -23,7 +23,7 @@ from mode.objective import precision_of
 from mode.record import surroundings
 from mode.settings import Run
 from mode.sheet import Sheet
-from mode.suites import sharding_figure
+from mode.suites import scale_figure, sharding_figure
 from mode.suites.data import batches
 from mode.suites.edge import edge
 from mode.suites.evaluation import evaluation
@@ -55,6 +55,8 @@ SUITES: dict[str, Callable[[Run, MoDE, torch.device, Path], tuple[Cases, dict[st
 }
 ROWS = ("branches", "data", "eval", "loops", "loss", "options", "scale", "step")
 """Suites that work on rows of tokens, as many and as long as a run's."""
+FIGURES = {"scale": scale_figure.draw, "sharding": sharding_figure.draw}
+"""Suites whose record is drawn too."""
 HEADS = ("Job", "Variant", "Median", "Ratio", "Quartiles")
 USAGE = ("GFLOP", "Of peak", "Peak MB")
 INTRODUCTION = (
@@ -182,10 +184,11 @@ def render(benchmarks: Sequence[Benchmark]) -> dict[str, str]:
 
 
 def draw(benchmarks: Sequence[Benchmark], folder: Path) -> None:
-    """Draw the figure of every benchmark of layouts on several processes."""
+    """Draw the figure of every benchmark whose suite has one."""
     for each in benchmarks:
-        if each.asked["suite"] == "sharding":
-            sharding_figure.draw(each.happened["cases"], folder / f"bench-{each.filename.removesuffix('.json')}.png")
+        if each.asked["suite"] in FIGURES:
+            path = folder / f"bench-{each.filename.removesuffix('.json')}.png"
+            FIGURES[each.asked["suite"]](each.happened["cases"], path)
 
 
 SHEET = Sheet("bench", "benchmark", Benchmark, SCHEMA, f"mode bench {next(iter(SUITES))}", render, draw)

@@ -188,6 +188,22 @@ def test_what_liger_exchanges_is_there_for_its_trainer_alone(tmp_path: Path) -> 
     assert first is max  # the second time it was there already
 
 
+@pytest.mark.slow
+def test_the_scale_suite_varies_what_a_step_grows_with_and_its_record_is_drawn(world: World) -> None:
+    run = run_of(world)
+    method = config.replace(run.method, num_blocks=2)
+    cases, _ = scale(config.replace(run, backbone=random_backbone(world.root)), method, CPU, world.root)
+    words = [case for case in cases if case.job == "words"]
+    assert [case.variant for case in words] == [f"V = {number}" for number in (75, 150, 300, 600, 1200)]
+    assert len({case.action.objective.model.lm_head.weight.shape for case in words}) == len(words)  # type: ignore[attr-defined]
+    one, two, three, *_ = (case.flops for case in words)
+    assert three - two == pytest.approx(2 * (two - one))
+    assert call(world, "bench", "scale", "--rounds", "1").exit_code == 0
+    assert call(world, "report", "bench").exit_code == 0
+    (figure,) = (world.root / "results").glob("bench-scale-pico-*.png")
+    assert figure.stat().st_size > 10_000
+
+
 def test_start_up_is_timed_from_outside(world: World) -> None:
     script("")()
     with pytest.raises(ConfigError, match="No such command"):

@@ -151,12 +151,13 @@ def checkpoint_bytes(step: Step, folder: Path) -> dict[str, int]:
 
 
 def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
-    """Return what to time to see how a step grows with experts, their layers, blocks and the length of rows.
+    """Return what to time to see how a step grows with experts, their layers, blocks, the length of rows and words.
 
     Where time follows the closed form of the operations, the share of the machine's rate stays the same.
 
     Args:
-        run: Names backbone, rows and their length; longer rows are fewer, so that a step has as many tokens.
+        run: Names backbone, rows and their length; longer rows are fewer, so that a step has as many tokens. With
+            random weights the vocabulary is varied too.
         method: Shape of blocks, experts and gates where it is not varied.
         device: Where the models train.
         folder: Not used.
@@ -178,10 +179,14 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
             if size % part == 0
         },
     }
+    if run.backbone.random is not None:
+        words = [shape_of(run.backbone).vocabulary * part // 4 for part in (1, 2, 4, 8, 16)]
+        jobs["words"] = {f"V = {number}": (fresh(), {"words": number}) for number in words}
     cases = []
     for job, variants in jobs.items():
         for name, (each, changes) in variants.items():
-            changed = config.replace(run, train=config.replace(run.train, **changes))
+            changed = with_words(run, changes.pop("words", None))
+            changed = config.replace(changed, train=config.replace(run.train, **changes))
             change = even_gates if STAY in name else lambda model: None
             cases.append(Step(changed, each, Anchor(), device, change).case(job, name))
     step = Step(run, fresh(), Anchor(), device)
@@ -189,6 +194,16 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
     cases += [step.case("what runs on the same rows can share", "MoDE, one expert")]
     cases += [replace(cases[-1], variant="first block of the backbone, forward", action=shared, flops=0.0)]
     return cases, {"weights of an expert": step.bytes, "states after the first block, a step": states}
+
+
+def with_words(run: Run, number: int | None) -> Run:
+    """Return a run whose backbone has random weights for so many words."""
+    if number is None or run.backbone.random is None:
+        return run
+    shape = {**run.backbone.random.config, "vocab_size": number}
+    random = config.replace(run.backbone.random, config=shape)
+    changed: Run = config.replace(run, backbone=config.replace(run.backbone, random=random))
+    return changed
 
 
 def even_gates(model: nn.Module) -> None:
