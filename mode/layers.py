@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mode.branches import UNMASKED, causal_attention
 from mode.checked import ConfigError
+from mode.exchange import Exchange
 from mode.loss import with_auxiliary
-from mode.rotary import Rotary
 from mode.train_settings import Train
 
 FLEXIBLE = ("cuda",)
@@ -78,7 +78,7 @@ class Layers:
             self.attention, self.attending = "flex_attention", configs_of(model)
         self.before = [config._attn_implementation for config in self.attending]
         plain = settings.compile is not True and settings.branches == "loop"
-        self.rotary: AbstractContextManager[None] = Rotary(model) if plain else nullcontext()
+        self.exchange: AbstractContextManager[None] = Exchange(model) if plain else nullcontext()
         layers = decoder_layers(model)
         self.held = [(weight, weight.data, weight.data.bfloat16()) for weight in frozen_matrices(layers) if half]
         chosen = [layer for layer in layers if forms_again(layer, settings.activation_checkpointing)]
@@ -91,7 +91,7 @@ class Layers:
 
     def __enter__(self) -> None:
         """Begin a step."""
-        self.rotary.__enter__()
+        self.exchange.__enter__()
         for layer, wanting in self.again:
             layer.gradient_checkpointing = True
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=wanting)
@@ -106,7 +106,7 @@ class Layers:
 
     def __exit__(self, *_: object) -> None:
         """End a step."""
-        self.rotary.__exit__(None, None, None)
+        self.exchange.__exit__(None, None, None)
         for layer, _wanting in self.again:
             layer.gradient_checkpointing = False
         for layer, _code in self.compiled:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from mode.rotary import Rotary
+from mode.exchange import Exchange
 
 CHUNK = 512
 """Tokens per chunk of the training loss on a processor, where torch's own choice is several times slower for small
@@ -254,7 +254,7 @@ def score_tokens(
         options: As the decoder's.
     """
     own = getattr(model, "token_scores", None)
-    with Rotary(model):
+    with Exchange(model):
         if own is not None:
             scores: TokenScores = own(input_ids, targets, chunk, **options)
             return scores

@@ -5,48 +5,12 @@ Shapes: B rows, S tokens per row, H heads, D size of a head.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-
-NAME = "apply_rotary_pos_emb"
-"""Name of the function that turns queries and keys, in every module of `transformers` whose attention has one."""
-
-
-class Rotary:
-    """A model on a processor whose queries and keys are turned as they are here, within its context.
-
-    The library's function is exchanged where its code is Llama's, as it is in most families.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        """Find the modules of `transformers` that the model's attention is from."""
-        from transformers.models.llama import modeling_llama as llama
-
-        on_processor = next(model.parameters()).device.type == "cpu"
-        sources = {sys.modules[type(module).__module__] for module in model.modules()} if on_processor else set()
-        self.functions = {source: getattr(source, NAME) for source in sources if alike(source, llama)}
-
-    def __enter__(self) -> None:
-        """Exchange the functions."""
-        for source in self.functions:
-            setattr(source, NAME, turned)
-
-    def __exit__(self, *_: object) -> None:
-        """Put the library's back."""
-        for source, own in self.functions.items():
-            setattr(source, NAME, own)
-
-
-def alike(one: Any, other: Any) -> bool:
-    """Say whether two modules turn heads by the same code, and not by that which is here already."""
-    functions = [(getattr(each, NAME, None), getattr(each, "rotate_half", None)) for each in (one, other)]
-    codes = [tuple(getattr(getattr(each, "__code__", None), "co_code", None) for each in pair) for pair in functions]
-    return codes[0] == codes[1] and None not in codes[0] and functions[0][0] is not turned
 
 
 def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
