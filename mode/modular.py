@@ -90,7 +90,9 @@ class Block(nn.Module):
         self.weights = weights.detach().mean(dim=(0, 1))
         branches = [self.backbone, *self.experts]
         outputs |= self.together(branches, hidden_states, calls, len(outputs))
-        kept = self.kept(weights, cached=cache_in(calls[0]) is not None)
+        kept = None
+        if len(outputs) < len(branches):
+            kept = self.kept(weights, cached=cache_in(calls[0]) is not None)
         mixed: Tensor = torch.zeros((), device=hidden_states.device)
         for index, layers in enumerate(branches):
             if some is not None and index not in some:

@@ -117,7 +117,7 @@ def branches(run: Run, method: MoDE, device: torch.device, folder: Path) -> tupl
         device: Where the models train.
         folder: Not used.
     """
-    methods = chosen(run, method)
+    methods, plain = chosen(run, method), PLAIN | {"precision": run.train.precision}
     ways: dict[str, dict[str, Any]] = {"in a loop": {}, "batched": {"branches": "batched"}}
     if device.type == "cuda":
         ways |= {f"{name}, one graph": {**changes, "graph": True} for name, changes in ways.items()}
@@ -133,7 +133,7 @@ def branches(run: Run, method: MoDE, device: torch.device, folder: Path) -> tupl
     cases = []
     for (job, name), variants in jobs.items():
         for variant, changes in variants.items():
-            changed = config.replace(run, train=config.replace(run.train, **PLAIN | {"precision": "auto"} | changes))
+            changed = config.replace(run, train=config.replace(run.train, **plain | changes))
             step = Step(changed, methods[name], Anchor(), device)
             for _ in range(WARM_UP + 1 if step.job.settings.graph else 0):  # what is timed is replayed
                 step()
