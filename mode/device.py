@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from mode import parallel
 from mode.checked import ConfigError
@@ -47,6 +48,11 @@ def has_cuda() -> bool:
 def device_name(device: torch.device) -> str:
     """Return a device's type, and the name of an accelerator."""
     return f"cuda ({torch.cuda.get_device_name()})" if device.type == "cuda" else device.type
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Return what is in a processor's memory on a device, which is not waited for: it may have much to do still."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 def peak_memory(device: torch.device) -> int:

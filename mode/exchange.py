@@ -18,7 +18,7 @@ class Exchange:
     """A model on a processor whose rotary embeddings and norms are computed as here, to the same bits, in its context.
 
     What is exchanged is the library's functions where their code is Llama's, as it is in most families, for all models
-    of the family.
+    of the family. They are for one backward pass: neither second derivatives nor `torch.func` go through them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -34,17 +34,21 @@ class Exchange:
             if alike(source, llama, ROTARY) and alike(source, llama, "rotate_half")
         ]
         found += [(kind, "forward", normed) for kind in kinds if alike(kind, llama.LlamaRMSNorm, "forward")]
-        self.places = [(*each, getattr(*each[:2])) for each in found if getattr(*each[:2]) is not each[2]]
+        self.places = [each for each in found if getattr(*each[:2]) is not each[2]]
+        self.own = [vars(place).get(name) for place, name, _ in self.places]
 
     def __enter__(self) -> None:
         """Exchange the functions."""
-        for place, name, ours, _ in self.places:
+        for place, name, ours in self.places:
             setattr(place, name, ours)
 
     def __exit__(self, *_: object) -> None:
         """Put the library's back."""
-        for place, name, _, own in self.places:
-            setattr(place, name, own)
+        for (place, name, _), own in zip(self.places, self.own, strict=True):
+            if own is None:  # of another class that this one is a kind of
+                delattr(place, name)
+            else:
+                setattr(place, name, own)
 
 
 def alike(one: Any, other: Any, name: str) -> bool:

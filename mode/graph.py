@@ -34,8 +34,7 @@ def recorded(passes: Passes, weights: Sequence[nn.Parameter], settings: Train, *
     """
     if not settings.graph:
         return passes
-    if weights[0].device.type != "cuda":
-        raise ConfigError("train.graph=true needs a CUDA device; leave it off here")
+    check_device(weights[0].device)
     if held:
         raise ConfigError(
             "train.graph=true: which rows are held to the backbone differs from step to step; leave it off"
@@ -43,6 +42,16 @@ def recorded(passes: Passes, weights: Sequence[nn.Parameter], settings: Train, *
     if parallel.size() > 1:
         raise ConfigError("train.graph=true goes with one process; leave it off")
     return Graph(passes, weights)
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse a graph on a device that has none.
+
+    Raises:
+        ConfigError: It is not of CUDA.
+    """
+    if device.type != "cuda":
+        raise ConfigError("train.graph=true needs a CUDA device; leave it off here")
 
 
 class Graph:

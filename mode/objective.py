@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mode.checked import ConfigError
+from mode.device import sent
 from mode.loss import divergence, head, hidden_states, next_token_loss, softcap, sum_auxiliary, with_auxiliary
 from mode.train_settings import Train
 
@@ -72,7 +73,7 @@ class Objective(nn.Module):
 
         Args:
             rows: Tokens, (B, S + 1).
-            held: Which rows are held to the backbone, (B,).
+            held: Which rows are held to the backbone, (B,), in the processor's memory.
             kinds: Of what kind each row is, (B,), where modules want to know.
         """
         model, device = self.model, rows.device
@@ -85,7 +86,7 @@ class Objective(nn.Module):
         if self.hold is None or held is None:
             loss = next_token_loss(states, head(model), self.part(rows[:, 1:]), softcap(model), precision)
         else:
-            asked = rows[held] if held.any() or not self.hold.always else rows[:1]
+            asked = picked(rows, held) if held.any() or not self.hold.always else rows[:1]
             with torch.no_grad(), autocast(self.settings, device):
                 known = self.hold.reference(model, asked[:, :-1]) if len(asked) else None
             loss = held_loss(model, states, rows, held, known, self.hold.weight, precision)
@@ -131,7 +132,7 @@ def held_loss(
         model: The model that trains.
         states: Its final hidden states, (B, S, d).
         rows: Tokens, (B, S + 1).
-        held: Which rows are held to the backbone, (B,).
+        held: Which rows are held to the backbone, (B,), in the processor's memory.
         known: The backbone's final hidden states on those, (held rows, S, d), and its head, (V, d); without such rows
             they do not matter.
         weight: Factor on their divergence.
@@ -140,10 +141,16 @@ def held_loss(
     loss, cap = torch.zeros((), device=states.device), softcap(model)
     free, count = ~held, len(rows)
     if free.any():
-        loss = loss + next_token_loss(states[free], head(model), rows[free, 1:], cap, precision) * (free.sum() / count)
+        mine, targets = picked(states, free), picked(rows, free)[:, 1:]
+        loss = loss + next_token_loss(mine, head(model), targets, cap, precision) * (free.sum() / count)
     if known is not None and held.any():
-        loss = loss + weight * divergence(states[held], head(model), *known, cap) * (held.sum() / count)
+        loss = loss + weight * divergence(picked(states, held), head(model), *known, cap) * (held.sum() / count)
     return loss
+
+
+def picked(values: Tensor, chosen: Tensor) -> Tensor:
+    """Return the rows of values, (B, ...), that are chosen, (B,): in the processor's memory, so that nothing waits."""
+    return values[sent(chosen.nonzero()[:, 0], values.device)]
 
 
 def autocast(settings: Train, device: torch.device) -> torch.autocast:

@@ -53,7 +53,7 @@ class Norm(Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         """Return the gradient's two parts, and the weight's."""
         states, inverse, weight, scaled = ctx.saved_tensors
-        for_weight = None if scaled is None else (slope * scaled).sum(tuple(range(slope.ndim - 1)))
+        for_weight = None if scaled is None else (slope * scaled).sum_to_size(weight.shape)
         if not ctx.needs_input_grad[0]:
             return None, None, for_weight, None
         direct = slope * weight

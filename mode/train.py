@@ -21,6 +21,7 @@ from mode import parallel
 from mode.checked import ConfigError
 from mode.checkpoint import Saver, check_checkpoint, load_checkpoint, read_counters, sweep
 from mode.data.batches import Batches
+from mode.device import sent
 from mode.files import CURVE, checkpoints, write_atomic
 from mode.graph import recorded
 from mode.layers import Layers
@@ -153,15 +154,15 @@ def share(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return this process's rows of a step, (B, S + 1), and of each whether it is held and of what kind it is, (B,).
 
-    An accelerator is given them without waiting for what it has still to do, which takes memory that stays in place.
+    Which rows are held stays in the processor's memory: it decides what is run.
     """
 
     def mine(values: NDArray[Any]) -> Tensor:
-        some = torch.from_numpy(spread.rows(values))
-        return some if device.type == "cpu" else some.pin_memory().to(device, non_blocking=True)
+        return torch.from_numpy(spread.rows(values))
 
     held = mine(job.hold.held(step)) if job.hold else None
-    return mine(batches.batch(step)), held, mine(job.kinds(step)) if job.kinds else None
+    kinds = sent(mine(job.kinds(step)), device) if job.kinds else None
+    return sent(mine(batches.batch(step)), device), held, kinds
 
 
 def accumulate(
@@ -178,7 +179,7 @@ def accumulate(
         objective: An `Objective`, or several processes' (`mode.parallel.replicated`).
         rows: Tokens, (B, S + 1).
         parts: Micro-batches.
-        held: Which rows are held to the backbone, (B,).
+        held: Which rows are held to the backbone, (B,), in the processor's memory.
         kinds: Of what kind each row is, (B,), where the model wants to know.
         slots: Processes that share every row, and of whose losses the mean is meant.
 

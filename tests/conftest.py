@@ -25,7 +25,7 @@ SPLITS = "{test: 0.2, validation: 0.2, train: 0.4, pretrain: 0.2}"
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Collect garbage again, and never look through what has been loaded until now: it stays, and is a lot."""
+    """Collect garbage again, and look no more through what has been loaded until now: it stays, and is a lot."""
     gc.freeze()
     gc.enable()
 

@@ -190,18 +190,22 @@ def test_a_run_of_a_graph_has_the_curve_of_a_plain_one(world: World, method: lis
 
 
 @needs_cuda
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", [["method=sft"], ["method=lora"], [*FRESH, "method.num_experts=2"]])
-def test_no_step_waits_for_a_gpu(world: World, method: list[str]) -> None:
+def test_steps_of_these_methods_do_not_wait_for_a_gpu(world: World, method: list[str], precision: str) -> None:
     class Watched:
         """Rows of steps between which, but for the first ones, nothing may wait for the device."""
 
         def batch(self, step: int) -> Any:
             torch.cuda.set_sync_debug_mode("error" if 3 <= step < 6 else "default")
+            if step == 3:
+                with pytest.raises(RuntimeError, match="synchronizing"):
+                    float(torch.ones(1, device=DEVICE))
             return torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(step)).numpy()
 
-    run = config.compose([*world.overrides, *method, "train.log_every=8"], world.conf)
-    settings = config.replace(run.train, checkpoint_every=8, validate_every=0)
-    job = Job(settings=settings, steps=8, lr=1e-3, folder=world.root / "run", validate=dict)
+    asked = [f"train.{name}" for name in ("log_every=8", "checkpoint_every=8", "validate_every=0")]
+    run = config.compose([*world.overrides, *method, *asked, f"train.precision={precision}"], world.conf)
+    job = Job(settings=run.train, steps=8, lr=1e-3, folder=world.root / "run", validate=dict)
     try:
         done = train(build(run), Watched(), job)  # type: ignore[arg-type]  # all that the loop asks of batches
     finally:

@@ -88,6 +88,18 @@ def test_norms_of_what_trains_and_of_what_does_not(trains: str, kind: torch.dtyp
         assert torch.equal(one, other)
 
 
+def test_a_norm_that_is_a_kind_of_the_librarys_is_left_as_it_was() -> None:
+    class Kind(LlamaRMSNorm):
+        pass
+
+    model, states = nn.Sequential(Kind(8)), torch.randn(8, requires_grad=True)
+    with Exchange(model):
+        assert Kind.forward is normed
+        model(states).sum().backward()
+    assert "forward" not in vars(Kind)
+    assert model[0].weight.grad.shape == (8,)
+
+
 def test_it_is_put_back_when_a_pass_fails() -> None:
     model = make_model("llama")
     with pytest.raises(IndexError):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
+from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -23,11 +26,11 @@ from mode.suites.data import batches
 from mode.suites.evaluation import evaluation
 from mode.suites.generation import generation
 from mode.suites.loss import full_logits, fused, losses
-from mode.suites.peers import OwnLoop, can_bf16
+from mode.suites.peers import Bench, EnoughError, OwnLoop, Rows, can_bf16, known
 from mode.suites.sharding import variants
 from mode.suites.startup import command, first_step, script
 from mode.suites.step import branches, options, scale, steps
-from mode.suites.trainers import Kernels
+from mode.suites.trainers import STEPS, Kernels, OtherLoop
 from mode.tensors import trainable
 from tests.conftest import World
 from tests.test_bench import fresh
@@ -186,6 +189,47 @@ def test_what_liger_exchanges_is_there_for_its_trainer_alone(tmp_path: Path) -> 
             raise RuntimeError
         assert llama.apply_rotary_pos_emb is own
     assert first is max  # the second time it was there already
+
+
+def test_the_clock_of_a_loop_runs_over_three_steps(world: World) -> None:
+    for first in (1, 3):
+        rows, moments = Rows(run_of(world), 50, first), []
+        with suppress(EnoughError):
+            for step in range(20):
+                rows.batch(step)
+                moments.append(time.perf_counter())
+                time.sleep(0.002)
+        assert len(moments) == first + STEPS - 1
+        assert rows.seconds == pytest.approx(moments[-1] + 0.002 - moments[first], abs=0.1)
+        assert rows.seconds >= (STEPS - 1) * 0.002
+
+
+@needs_peers
+def test_liger_stays_beneath_what_autocasts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def patch(model: Any, *_: Any, **__: Any) -> None:  # as Liger does: its forward pass in the place of the model's
+        own = type(model).forward
+
+        @wraps(own)
+        def forward(*args: Any, **options: Any) -> Any:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return own(*args, **options)
+
+        model.forward = MethodType(forward, model)
+
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", patch)
+    run: Run = run_of(world)
+    loop = OtherLoop("Trainer", Bench(run, known("sft"), CPU, world.root, "bf16"), liger=True)
+    for _ in range(2):
+        loop()
+    assert seen == 2 * STEPS * [True]
+
+
+def test_loops_are_no_graphs_without_a_gpu(world: World) -> None:
+    result = call(world, "bench", "loops", "train.graph=true")
+    assert result.exit_code == 2
+    assert "train.graph=true needs a CUDA device" in result.output
 
 
 @pytest.mark.slow

@@ -17,10 +17,10 @@ import torch
 from mode import config
 from mode.backbone import load_model
 from mode.cost import layers_per_block, shape_of
-from mode.graph import WARM_UP
+from mode.graph import WARM_UP, check_device
 from mode.method import Adaptation, Material
 from mode.objective import precision_of
-from mode.suites.trainers import OTHERS, STEPS, OtherLoop, weight_bytes
+from mode.suites.trainers import OTHERS, STEPS, OtherLoop, knows_liger, weight_bytes
 from mode.timing import Case, wait
 from mode.train import Job, train
 
@@ -74,7 +74,12 @@ def loops(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[I
         method: Shape of blocks, experts and gates.
         device: Where the models train.
         folder: For what the loops write.
+
+    Raises:
+        ConfigError: A graph is asked for where there can be none.
     """
+    if run.train.graph:
+        check_device(device)
     bench = partial(Bench, run, device=device, folder=folder, precision=precision_of(run.train, device))
 
     def groups() -> Iterator[list[Case]]:
@@ -89,7 +94,7 @@ def beside_trainers(at: Bench, name: str) -> list[Case]:
     """Return what to time of a method: other trainers, and this project's loop."""
     job = f"{name}, loops"
     ways: dict[str, dict[str, bool]] = {other: {} for other, package in OTHERS.items() if find_spec(package)}
-    if "Trainer" in ways and at.device.type == "cuda" and find_spec("liger_kernel"):
+    if "Trainer" in ways and at.device.type == "cuda" and knows_liger(at.run):
         ways["Trainer, Liger"] = {"liger": True}
     if "Trainer" in ways and at.run.train.compile is True and at.lora is None:  # a minute and more each
         ways["Trainer, compiled"] = {"compiled": True}

@@ -290,10 +290,10 @@ class Step:
         size, length = run.train.batch_size, run.train.sequence_length
         vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
         self.rows = torch.randint(vocabulary, (size, length + 1)).to(device)
-        self.held = torch.arange(size, device=device) >= size - max(1, round(size * anchor.share))
+        self.held = torch.arange(size) >= size - max(1, round(size * anchor.share))
         hold = None
         if anchor.source != "none":
-            hold = Hold(anchor.weight, lambda step: self.held.cpu().numpy(), method.reference(load, device))
+            hold = Hold(anchor.weight, lambda step: self.held.numpy(), method.reference(load, device))
         self.job = Job(settings=run.train, steps=1, lr=1e-6, folder=Path(), validate=dict, hold=hold)
         self.objective = Objective(self.model, run.train, hold)
         self.optimizer, self.device, self.precision = (
@@ -336,5 +336,5 @@ class Step:
             flops=self.flops,
             precision=self.precision,
             resident=self.resident,
-            counted=True,
+            counted=not self.job.settings.graph,  # what a graph keeps for itself is not among what is allocated
         )

@@ -7,12 +7,14 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mode.backbone import load_model
+from mode.backbone import load_model, locate
 from mode.timing import wait
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ class OtherLoop:
         """Train."""
         with hushed(), self.kernels:
             self.trainer.train()
+        self.trainer.args.use_liger_kernel = False  # once: or Liger's forward pass replaces the one made to autocast
         return float(self.clock.end - self.clock.begin)
 
 
@@ -107,7 +110,19 @@ class Kernels:
     def __exit__(self, *_: object) -> None:
         """Keep what is other than it was, and put that back."""
         self.own = {name: value for name, value in self.place.items() if value is not self.before.get(name)}
+        for name in self.own:
+            del self.place[name]
         self.place.update(self.before)
+
+
+def knows_liger(run: Run) -> bool:
+    """Say whether Liger is installed, and has kernels for models like a run's; for others it says nothing."""
+    if find_spec("liger_kernel") is None:
+        return False
+    from transformers import AutoConfig
+
+    known = import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
+    return AutoConfig.from_pretrained(locate(run.backbone)).model_type in known
 
 
 def settings(run: Run, precision: str, device: torch.device, folder: Path) -> dict[str, Any]:
