@@ -25,6 +25,11 @@ COMPILED_FROM = {"cpu": 2e13, "cuda": 5e16}
 is compiled takes about a seventh less time on a processor, and a third less on an H200 (`mode bench loops`)."""
 
 
+KINDS = 64
+"""Kinds of layers that code is compiled for: by shape, by what trains in them and before them, by their attention. With
+more than torch allows, which is 8, it goes on with layers as they are, and says so in a warning alone."""
+
+
 def compiles(settings: Train, device: torch.device, flops: float) -> bool:
     """Say whether a stage's layers are to be compiled, by the operations that it takes where that decides."""
     if settings.compile == "auto":
@@ -84,6 +89,8 @@ class Layers:
         chosen = [layer for layer in layers if forms_again(layer, settings.activation_checkpointing)]
         self.again = [(layer, partial(contexts, with_auxiliary(layer))) for layer in chosen]
         self.compiled: list[tuple[Any, Any]] = []
+        if settings.compile is True:
+            torch._dynamo.config.recompile_limit = max(KINDS, torch._dynamo.config.recompile_limit)
         for layer in layers if settings.compile is True else ():
             layer.compile(dynamic=False)
             self.compiled.append((layer, layer._compiled_call_impl))

@@ -21,6 +21,7 @@ from mode.backbone import load_model
 from mode.checked import ConfigError
 from mode.checkpoint import Saver, load_checkpoint, names_in, read_counters
 from mode.files import checkpoints
+from mode.loss import hidden_states
 from mode.prepared import Prepared, prepare_run
 from mode.record import Record, processor
 from mode.runner import WEIGHTS, execute
@@ -329,6 +330,25 @@ def test_layers_are_compiled_where_a_stage_is_long(world: World, setting: Any, f
 
     settings = config.replace(run_of(world, "method=sft").train, compile=setting)
     assert compiles(settings, torch.device("cpu"), flops) is expected
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_layers_of_many_kinds_are_all_compiled(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mode.layers import Layers
+
+    def quickly(layer: Any, **options: Any) -> None:
+        layer._compiled_call_impl = torch.compile(layer._call_impl, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", quickly)
+    run = run_of(world, "method=sft")
+    model = load_model(run.backbone).train()
+    with (
+        torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
+        Layers(model, config.replace(run.train, compile=True)),
+    ):
+        for size in range(1, 12):
+            hidden_states(model, torch.arange(12).expand(size, -1))
 
 
 @pytest.mark.slow
