@@ -151,7 +151,7 @@ def checkpoint_bytes(step: Step, folder: Path) -> dict[str, int]:
 
 
 def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
-    """Return what to time to see how a step grows with experts, their layers, blocks, the length of rows and words.
+    """Return what to time to see how a step grows: experts, their layers, blocks, rows, vocabulary.
 
     Where time follows the closed form of the operations, the share of the machine's rate stays the same.
 
@@ -180,13 +180,14 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
         },
     }
     if run.backbone.random is not None:
-        words = [shape_of(run.backbone).vocabulary * part // 4 for part in (1, 2, 4, 8, 16)]
-        jobs["words"] = {f"V = {number}": (fresh(), {"words": number}) for number in words}
+        sizes = [shape_of(run.backbone).vocabulary * part // 4 for part in (1, 2, 4, 8, 16)]
+        jobs["vocabulary"] = {f"V = {number}": (fresh(), {}) for number in sizes}
     cases = []
     for job, variants in jobs.items():
         for name, (each, changes) in variants.items():
-            changed = with_words(run, changes.pop("words", None))
-            changed = config.replace(changed, train=config.replace(run.train, **changes))
+            changed = config.replace(run, train=config.replace(run.train, **changes))
+            if job == "vocabulary":
+                changed = with_vocabulary(changed, int(name.removeprefix("V = ")))
             change = even_gates if STAY in name else lambda model: None
             cases.append(Step(changed, each, Anchor(), device, change).case(job, name))
     step = Step(run, fresh(), Anchor(), device)
@@ -196,10 +197,9 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
     return cases, {"weights of an expert": step.bytes, "states after the first block, a step": states}
 
 
-def with_words(run: Run, number: int | None) -> Run:
-    """Return a run whose backbone has random weights for so many words."""
-    if number is None or run.backbone.random is None:
-        return run
+def with_vocabulary(run: Run, number: int) -> Run:
+    """Return a run whose backbone, of random weights, has a vocabulary of another size."""
+    assert run.backbone.random is not None
     shape = {**run.backbone.random.config, "vocab_size": number}
     random = config.replace(run.backbone.random, config=shape)
     changed: Run = config.replace(run, backbone=config.replace(run.backbone, random=random))
