@@ -249,7 +249,7 @@ def render_tables(
     names: Sequence[str], results: Path, given: Sequence[str], conf: Path | None, *, write: bool
 ) -> list[Rendered]:
     """Render every table that there are records for, and each under the experiments and budgets that it knows."""
-    from mode.checked import ConfigError
+    from mode.checked import NothingError
     from mode.report import report as render_report
     from mode.sheet import SHEETS, find_sheet
 
@@ -262,7 +262,7 @@ def render_tables(
                     text, path = find_sheet(name).report(results, write=write)
                 else:
                     text, path = render_report(name, results, each, conf, write=write)
-            except ConfigError:
+            except NothingError:
                 if len(names) == len(variants) == 1:
                     raise
                 continue
@@ -271,7 +271,7 @@ def render_tables(
                 print(f"written to {path}", file=sys.stderr)
             rendered.append((name, each))
     if not rendered:
-        raise ConfigError(f"no record of {names[0]} in {results / 'records'}: `mode reproduce {names[0]}` makes them")
+        raise NothingError(f"no record of {names[0]} in {results / 'records'}: `mode reproduce {names[0]}` makes them")
     return rendered
 
 

@@ -21,6 +21,10 @@ class ConfigError(ValueError):
     """A mistake in what the user asked for, told in one line: what is wrong, where, and the nearest right thing."""
 
 
+class NothingError(ConfigError):
+    """Nothing of what was asked for is there yet, and nothing is wrong."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Phrase the nearest valid choice, if there is one.
 

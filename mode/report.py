@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from mode.checked import ConfigError
+from mode.checked import ConfigError, NothingError
 from mode.compiled import BACKBONE, Compiled, Line, compile_table
 from mode.data.contamination import PRETRAINING
 from mode.files import is_drawn
@@ -355,12 +355,12 @@ def report(
         The Markdown, and the path of its file.
 
     Raises:
-        ConfigError: There is no record that belongs to the table.
+        ConfigError: A file is not a whole record; `NothingError`: no record belongs to the table.
     """
     table = load_table(name, extra)
     compiled = compile_table(table, read_records(results), overrides, extra)
     if not compiled.says_something:
-        raise ConfigError(f"no record of {name} in {results / 'records'}: make them with `mode reproduce {name}`")
+        raise NothingError(f"no record of {name} in {results / 'records'}: make them with `mode reproduce {name}`")
     base = results / stem(name, overrides, table.overrides)
     rendered = {base.with_suffix(f".{suffix}"): text for suffix, text in render(compiled).items()}
     if write is False or (write is None and is_drawn(base.with_suffix(".png"), rendered, results / "records")):

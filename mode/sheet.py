@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic
 
-from mode.checked import ConfigError
+from mode.checked import NothingError
 from mode.measurement import Kind, read_measurement
 
 SHEETS = {"bench": "mode.bench", "downstream": "mode.result", "pruning": "mode.pruning"}
@@ -60,11 +60,11 @@ class Sheet(Generic[Kind]):
             The Markdown, and the path of its file.
 
         Raises:
-            ConfigError: There is none.
+            ConfigError: A file is not a whole one of a known schema; `NothingError`: there is none.
         """
         found = self.read(results)
         if not found:
-            raise ConfigError(f"no {self.what} in {results / self.name}: make one with `{self.make}`")
+            raise NothingError(f"no {self.what} in {results / self.name}: make one with `{self.make}`")
         texts = self.render(found)
         if write:
             for suffix, text in texts.items():

@@ -22,6 +22,7 @@ from mode.record import SCHEMA, Record, read_record
 from mode.report import check_tables, frame, latex, markdown, render, report
 from mode.table import load_table, row_run
 from tests.conftest import World
+from tests.test_cli import call
 
 pytestmark = pytest.mark.usefixtures("composed_once")
 
@@ -546,3 +547,13 @@ def test_gates_are_averaged_over_seeds_and_drawn_beside_the_table(conf: Path, tm
 def test_without_gates_no_heat_map_is_drawn(conf: Path, results: Path) -> None:
     report("tiny", results, extra=conf)
     assert not (results / "tiny-gates.png").exists()
+
+
+@pytest.mark.parametrize("asked", [(), ("table1",)])
+def test_a_damaged_record_is_told_whatever_tables_are_asked_for(world: World, asked: tuple[str, ...]) -> None:
+    path = world.root / "results" / "records" / "sft-py-s0-0123456789ab.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"schema": 1, "id"', encoding="utf-8")
+    result = call(world, "report", *asked)
+    assert result.exit_code == 2
+    assert f"{path}: not a record that mode wrote" in result.output
