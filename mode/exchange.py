@@ -9,13 +9,16 @@ from torch import nn
 
 from mode.rms_norm import normed
 from mode.rotary import turned
+from mode.swiglu import fed
 
 ROTARY = "apply_rotary_pos_emb"
 """Name of the function that turns queries and keys, in every module of `transformers` whose attention has one."""
 
 
 class Exchange:
-    """A model on a processor whose rotary embeddings and norms are computed as here, to the same bits, in its context.
+    """A model on a processor that computes some things as it is done here, to the same bits, in its context.
+
+    These are its rotary embeddings, its norms and its feed-forward layers.
 
     What is exchanged is the library's functions where their code is Llama's, as it is in most families, for all models
     of the family. They are for one backward pass: neither second derivatives nor `torch.func` go through them.
@@ -33,7 +36,8 @@ class Exchange:
             for source in sources
             if alike(source, llama, ROTARY) and alike(source, llama, "rotate_half")
         ]
-        found += [(kind, "forward", normed) for kind in kinds if alike(kind, llama.LlamaRMSNorm, "forward")]
+        for own, ours in ((llama.LlamaRMSNorm, normed), (llama.LlamaMLP, fed)):
+            found += [(kind, "forward", ours) for kind in kinds if alike(kind, own, "forward")]
         self.places = [each for each in found if getattr(*each[:2]) is not each[2]]
         self.own = [vars(place).get(name) for place, name, _ in self.places]
 

@@ -41,19 +41,17 @@ class Norm(Function):
     def forward(ctx: Any, states: Tensor, again: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """Norm states, (..., d), which are given twice."""
         inverse = torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + epsilon)
-        scaled = states * inverse
-        if not ctx.needs_input_grad[2]:
-            ctx.save_for_backward(states, inverse, weight, None)
-            return scaled.mul_(weight)
-        ctx.save_for_backward(states, inverse, weight, scaled)
-        return weight * scaled
+        ctx.save_for_backward(states, inverse, weight)
+        return (states * inverse).mul_(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         """Return the gradient's two parts, and the weight's."""
-        states, inverse, weight, scaled = ctx.saved_tensors
-        for_weight = None if scaled is None else (slope * scaled).sum_to_size(weight.shape)
+        states, inverse, weight = ctx.saved_tensors
+        for_weight = None
+        if ctx.needs_input_grad[2]:  # what the weight scaled is formed again: to keep it takes memory for no less time
+            for_weight = (slope * (states * inverse)).sum_to_size(weight.shape)
         if not ctx.needs_input_grad[0]:
             return None, None, for_weight, None
         direct = slope * weight

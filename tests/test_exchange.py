@@ -1,4 +1,4 @@
-"""Rotary embeddings and norms in fewer passes: the library's bits in both directions, and its functions put back."""
+"""What is computed another way on a processor: the library's bits in both directions, and its functions put back."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mode.layers import Layers
 from mode.loss import hidden_states, score_tokens
 from mode.rms_norm import normed
 from mode.rotary import turned
+from mode.swiglu import SwiGLU, fed
 from tests.families import FAMILIES, make_model
 
 IDS = torch.randint(100, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -23,6 +24,9 @@ EXCHANGED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smo
 """Families that turn as Llama does; Phi-3 and GPT-NeoX turn a part of a head, OLMo 2 casts, GPT-2 does not turn."""
 NORMED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3")
 """Families that norm as Llama does; Gemma's weights are around zero, OLMo 2 casts last, others take means off."""
+
+FED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3")
+"""Families whose feed-forward layers are written as Llama's; Gemma's activation is another, which is left to it."""
 
 
 def attention_of(model: Any) -> Any:
@@ -47,9 +51,10 @@ def test_bits_are_the_librarys(family: str, kind: torch.dtype | None) -> None:
     with Exchange(model):
         assert (getattr(attention_of(model), ROTARY, None) is turned) == (family in EXCHANGED)
         assert any(type(module).forward is normed for module in model.modules()) == (family in NORMED)
+        assert any(type(module).forward is fed for module in model.modules()) == (family in FED)
         ours = passed(model, kind)
     assert getattr(attention_of(model), ROTARY, None) is not turned
-    assert all(type(module).forward is not normed for module in model.modules())
+    assert all(type(module).forward not in (normed, fed) for module in model.modules())
     assert len(own) == len(ours) > 1
     for one, other in zip(own, ours, strict=True):
         assert torch.equal(one, other)
@@ -88,6 +93,27 @@ def test_norms_of_what_trains_and_of_what_does_not(trains: str, kind: torch.dtyp
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trains", ["gate", "up", "both"])
+def test_feed_forward_layers_of_what_trains_and_of_what_does_not(trains: str, kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    gate, up = (
+        torch.randn(2, 7, 96).to(kind).mul_(4).requires_grad_(trains in (each, "both")) for each in ("gate", "up")
+    )
+    wanted, found, kept = [each for each in (gate, up) if each.requires_grad], [], []
+    for function in (lambda one, other: nn.functional.silu(one) * other, SwiGLU.apply):
+        kept.append(set())
+        with torch.autograd.graph.saved_tensors_hooks(lambda each: kept[-1].add(each.data_ptr()) or each, lambda _: _):
+            output = function(gate, up)
+        slope = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(kind)
+        found.append([output, *torch.autograd.grad(output, wanted, slope)])
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    assert kept[1] == {gate.data_ptr(), up.data_ptr()}
+    assert len(kept[0] - kept[1]) == (trains != "gate")  # the library keeps silu(gate) too
+
+
 def test_a_norm_that_is_a_kind_of_the_librarys_is_left_as_it_was() -> None:
     class Kind(LlamaRMSNorm):
         pass
@@ -108,18 +134,19 @@ def test_it_is_put_back_when_a_pass_fails() -> None:
 
 
 def test_steps_and_scores_are_made_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, turns, norms = make_model("llama"), [], []
+    model, turns, norms, feeds = make_model("llama"), [], [], []
     monkeypatch.setattr("mode.rotary.Turn.apply", lambda heads, *_: turns.append(1) or heads)
     monkeypatch.setattr("mode.rms_norm.Norm.apply", lambda states, *_: norms.append(1) or states)
+    monkeypatch.setattr("mode.swiglu.SwiGLU.apply", lambda gate, up: feeds.append(1) or gate * up)
     score_tokens(model, IDS, IDS)
     once = 2 * model.config.num_hidden_layers
-    assert (len(turns), len(norms)) == (once, once + 1)
+    assert (len(turns), len(norms), 2 * len(feeds)) == (once, once + 1, once)
     with Layers(model, config.compose([]).train):
         hidden_states(model, IDS)
-    assert (len(turns), len(norms)) == (2 * once, 2 * once + 2)
+    assert (len(turns), len(norms), 2 * len(feeds)) == (2 * once, 2 * once + 2, 2 * once)
     with Layers(model, config.compose(["train.branches=batched"]).train):
         hidden_states(model, IDS)
-    assert (len(turns), len(norms)) == (2 * once, 2 * once + 2)
+    assert (len(turns), len(norms), 2 * len(feeds)) == (2 * once, 2 * once + 2, 2 * once)
 
 
 def test_within_itself_it_changes_nothing() -> None:
