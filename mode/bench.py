@@ -33,7 +33,7 @@ from mode.suites.machine import MACHINE, limits
 from mode.suites.peers import loops
 from mode.suites.sharding import sharding
 from mode.suites.startup import startup
-from mode.suites.step import branches, options, scale, steps
+from mode.suites.step import PLAIN, branches, options, scale, steps
 from mode.timing import Case, interleave, ratio
 
 SCHEMA = 1
@@ -55,6 +55,16 @@ SUITES: dict[str, Callable[[Run, MoDE, torch.device, Path], tuple[Cases, dict[st
 }
 ROWS = ("branches", "data", "eval", "loops", "loss", "options", "scale", "step")
 """Suites that work on rows of tokens, as many and as long as a run's."""
+STEPS = ("loops", "scale", "step")
+"""Suites whose steps are made with the loop's options that are asked for; `branches` and `options` vary these."""
+NOT_ASKED = {
+    "activation_checkpointing=auto": "say which layers form activations again",
+    "compile=auto": "say true or false, as there is no stage that is short or long",
+    "documents=apart": "the tokens of its rows are random",
+    "frozen_weights=int8": "suite `options` times all of them",
+    "frozen_weights=fp8": "suite `options` times all of them",
+}
+"""Settings of the loop that no suite measures, and why."""
 FIGURES = {"scale": scale_figure.draw, "sharding": sharding_figure.draw}
 """Suites whose record is drawn too."""
 HEADS = ("Job", "Variant", "Median", "Ratio", "Quartiles")
@@ -73,7 +83,7 @@ class Benchmark(Measurement):
     """What a suite leaves.
 
     Its identity is what was asked, on which machine; measuring the same again replaces it. `asked` has suite, backbone,
-    shape, threads and precision, `happened` the cases (job, variant, tokens, seconds by round) and bytes.
+    shape, threads, precision and options, `happened` the cases (job, variant, tokens, seconds by round) and bytes.
     """
 
     @property
@@ -108,8 +118,10 @@ def measure(
         raise ConfigError(f"{name}: not one of the suites {', '.join(SUITES)}{nearest(name, SUITES)}")
     if not isinstance(run.method, MoDE):
         raise ConfigError("a benchmark measures a model with experts: it goes with method=mode")
-    if run.train.frozen_weights != "full":
-        raise ConfigError("train.frozen_weights is of no suite's asking: suite `options` times all of them")
+    for setting, why in NOT_ASKED.items():
+        key, value = setting.split("=")
+        if str(getattr(run.train, key)) == value:
+            raise ConfigError(f"train.{setting} is of no suite's asking: {why}")
     results = Path(run.paths.results).expanduser() / SHEET.name
     results.mkdir(parents=True, exist_ok=True)  # now, so that a place where nothing can be written costs no time
     device = set_up(run)
@@ -165,7 +177,15 @@ def tell(case: Case, seconds: Sequence[float], device: torch.device) -> dict[str
 
 
 def describe(name: str, run: Run, method: MoDE, device: torch.device) -> dict[str, Any]:
-    """Return what a benchmark is asked to measure."""
+    """Return what a benchmark is asked to measure; options are told where they are not the plain ones."""
+    size = run.evaluate.batch_size if name == "eval" else run.train.batch_size
+    told: dict[str, tuple[Any, object]] = {
+        "train.accumulate": (run.train.accumulate, 1),
+        "method.head_rank": (method.head_rank, 0),
+    }
+    if name in STEPS:
+        told |= {f"train.{key}": (getattr(run.train, key), plain) for key, plain in PLAIN.items() if key != "precision"}
+    options = {key: value for key, (value, plain) in told.items() if value != plain}
     return {
         "suite": name,
         "backbone": run.backbone.name,
@@ -174,7 +194,8 @@ def describe(name: str, run: Run, method: MoDE, device: torch.device) -> dict[st
         "gate": asdict(method.gate),
         "threads": run.train.threads,
         "precision": precision_of(run.train, device) if name in ("branches", "loops", "scale", "step") else "fp32",
-        **({"rows": [run.train.batch_size, run.train.sequence_length]} if name in ROWS else {}),
+        **({"rows": [size, run.train.sequence_length]} if name in ROWS else {}),
+        **({"options": options} if options and name in (*STEPS, "branches", "options") else {}),
     }
 
 
@@ -225,7 +246,8 @@ def conditions(benchmark: Benchmark) -> str:
     machine = seen["machine"]
     return (
         f"{asked['num_blocks']} blocks, {asked['expert_layers']} layers per expert and block, {asked['precision']}"
-        f"{'; {} rows of {} tokens'.format(*asked['rows']) if 'rows' in asked else ''}; "
+        f"{'; {} rows of {} tokens'.format(*asked['rows']) if 'rows' in asked else ''}"
+        f"{''.join(f'; {key}={value}' for key, value in asked.get('options', {}).items())}; "
         f"{machine['device']} of {machine['processor']}, {asked['threads']} of {machine['cores']} threads; "
         f"torch {seen['versions']['torch']}; {benchmark.happened['rounds']} rounds, {seen['date'][:10]}."
     )

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from mode.objective import Hold
     from mode.train_settings import Train
 
-CHOICES = ("none", "frozen", "all")
-"""Layers that form activations again, from the fastest choice to that of the least memory."""
+CHOICES = ("all", "frozen", "none")
+"""Layers that form activations again, from the choice of the least memory to the fastest."""
 
 
 def affordable(
@@ -30,8 +30,8 @@ def affordable(
 ) -> str:
     """Return which layers are to form activations again so that a step takes no more than `settings.memory`.
 
-    The passes of a step are run for every choice until one fits; weights, gradients and both moments of AdamW count
-    too. The model and the state of random numbers are as before.
+    The passes of a step are run for one choice after the other until one takes more; weights, gradients and both
+    moments of AdamW count too. The model and the state of random numbers are as before.
 
     Args:
         model: The model, with what is frozen frozen.
@@ -48,19 +48,23 @@ def affordable(
     resident = sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
     resident += 2 * sum(part.nbytes for part in trainable(model).values())
     model.train()
-    needed = {}
+    best, least = None, None
     for choice in CHOICES:
-        chosen = replace(settings, activation_checkpointing=choice, memory=None)
+        chosen, needed = replace(settings, activation_checkpointing=choice, memory=None), None
         with torch.random.fork_rng([device] if device.type == "cuda" else []), suppress(torch.OutOfMemoryError):
-            needed[choice] = resident + allocated(step(model, chosen, hold, end, given), device)
+            needed = resident + allocated(step(model, chosen, hold, end, given), device)
         model.zero_grad(set_to_none=True)
-        if choice in needed and needed[choice] <= 1e9 * settings.memory:
-            return choice
-    if not needed:
+        least = least or needed
+        if needed is None or needed > 1e9 * settings.memory:  # the next would take more: it may be more than there is
+            break
+        best = choice
+    if best is not None:
+        return best
+    if least is None:
         raise ConfigError("train.activation_checkpointing=auto: a step does not fit on this device at all")
-    least = min(needed.values()) / 1e9
     raise ConfigError(
-        f"train.memory={settings.memory:g}: a step takes {least:.3g} GB at least; more train.accumulate takes less"
+        f"train.memory={settings.memory:g}: a step takes {least / 1e9:.3g} GB at least; "
+        "more train.accumulate takes less"
     )
 
 

@@ -94,8 +94,8 @@ class Train:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         if (self.activation_checkpointing == "auto") != (self.memory is not None):
             raise ValueError("activation_checkpointing=auto and memory go together")
-        if self.activation_checkpointing == "auto" and self.layout in ("tp", "mpmd"):
-            raise ValueError(f"activation_checkpointing=auto does not go with layout={self.layout}")
+        if self.activation_checkpointing == "auto" and self.layout != "ddp":  # what it measures is a whole model
+            raise ValueError(f"activation_checkpointing=auto goes with layout=ddp, not {self.layout}")
         if self.layout != "ddp" and self.branches != "loop":
             raise ValueError(f"layout={self.layout} goes with branches=loop")
         if self.frozen_weights != "full" and (self.layout != "ddp" or self.branches == "batched"):

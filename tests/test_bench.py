@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mode import config
-from mode.bench import SHEET, cells, measure, section
+from mode.bench import SHEET, cells, conditions, describe, measure, section
 from mode.checked import ConfigError
 from mode.model import MoDEForCausalLM, swap_expert, with_experts
 from mode.modular import expert_state
@@ -49,6 +50,40 @@ def test_ratios_are_paired_by_round() -> None:
     # The machine is ten times slower in the second round; the ratio is not.
     assert ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]).high == 2.0
     assert ratio([3.0], [1.5]).low == 2.0
+
+
+@pytest.mark.parametrize(
+    ("suite", "settings", "told"),
+    [
+        ("step", ["train.documents=apart"], "train.documents=apart is of no suite's asking: the tokens"),
+        ("loops", ["train.compile=auto"], "train.compile=auto is of no suite's asking: say true or false"),
+        ("scale", ["train.activation_checkpointing=auto", "train.memory=1"], "say which layers"),
+        ("startup", [], "suite `startup` starts backbone=tiny, not pico"),
+        ("sharding", ["method.head_rank=2"], "suite `sharding` goes with method.head_rank=0"),
+        ("sharding", ["method.gate.reads=output"], "and method.gate.reads=input"),
+    ],
+)
+def test_what_a_suite_does_not_measure_is_refused(world: World, suite: str, settings: list[str], told: str) -> None:
+    result = call(world, "bench", suite, *settings)
+    assert result.exit_code == 2
+    assert told in " ".join(result.output.split())
+
+
+def test_options_are_part_of_what_was_measured(world: World) -> None:
+    def asked(suite: str, *settings: str) -> dict[str, Any]:
+        run: Any = config.compose([*world.overrides, "method=mode", *settings], world.conf)
+        return describe(suite, run, run.method, torch.device("cpu"))
+
+    given = ["train.activation_checkpointing=all", "train.accumulate=2", "method.head_rank=2"]
+    everywhere = {"train.accumulate": 2, "method.head_rank": 2}
+    assert "options" not in asked("step")
+    assert asked("step", *given) == asked("step") | {"options": everywhere | {"train.activation_checkpointing": "all"}}
+    assert asked("options", *given)["options"] == everywhere  # which itself varies what is formed again
+    assert asked("eval", "evaluate.batch_size=3") == asked("eval") | {"rows": [3, asked("eval")["rows"][1]]}
+    committed = SHEET.read(Path(__file__).parent.parent / "results")
+    published = next(each for each in committed if each.asked["suite"] == "step")
+    told = conditions(config.replace(published, asked=published.asked | {"options": {"train.compile": True}}))
+    assert "tokens; train.compile=True; cpu" in told
 
 
 @pytest.mark.slow

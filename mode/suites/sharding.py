@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import distributed, nn
 
 from mode import config, parallel
 from mode.backbone import load_model
+from mode.checked import ConfigError
 from mode.cost import layers_per_block, shape_of
 from mode.files import write_atomic
 from mode.layers import Layers
@@ -70,7 +72,14 @@ def sharding(run: Run, method: MoDE, device: torch.device, folder: Path) -> tupl
         method: Shape of blocks and experts: one expert, of half a block where that has several layers.
         device: Not used: processes are on the CPU.
         folder: For the runs' settings.
+
+    Raises:
+        ConfigError: The method is one that does not run branches side by side.
     """
+    if method.head_rank or method.gate.reads == "output":
+        raise ConfigError(
+            "suite `sharding` goes with method.head_rank=0 and method.gate.reads=input, as layout mpmd does"
+        )
     team = Team(folder)
     jobs = {name: team.settle(each) for name, each in variants(run, method).items()}
     shape = {name: replace(work_of(each), half=WHOLE) for name, each in variants(run, method).items()}
@@ -228,12 +237,20 @@ class Team:
             one.communicate()
 
     def ask(self, *words: str | int) -> float:
-        """Let all do something, and return the seconds that it took."""
-        for member in self.members:
-            assert member.stdin is not None
-            member.stdin.write(json.dumps(words) + "\n")
-            member.stdin.flush()
-        answers = [member.stdout.readline() for member in self.members if member.stdout is not None]
+        """Let all do something, and return the seconds that it took.
+
+        Raises:
+            ConfigError: One of them has ended, and has said why on its standard error.
+        """
+        answers = [""]
+        with suppress(BrokenPipeError):
+            for member in self.members:
+                assert member.stdin is not None
+                member.stdin.write(json.dumps(words) + "\n")
+                member.stdin.flush()
+            answers = [member.stdout.readline() for member in self.members if member.stdout is not None]
+        if not all(answers):
+            raise ConfigError(f"a process of suite `sharding` ended before it answered {' '.join(map(str, words))}")
         return float(answers[0])
 
     def seconds(self, file: str, layout: str) -> float:

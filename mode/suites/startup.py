@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mode.modular_method import MoDE
     from mode.settings import Run
 
+EMBEDDED = "tiny"
 MAIN = "from cli.app import main; main()"
 
 
@@ -28,13 +29,19 @@ def startup(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
     """Return what to time: help, a first step with and without imports that anyone pays, and a table that is done.
 
     Args:
-        run: Its backbone trains; its cache is used.
+        run: Says which cache is used, and how many threads.
         method: Not used.
         device: Not used.
         folder: For runs and records.
+
+    Raises:
+        ConfigError: Another backbone is asked for than the embedded one, which Table 1 is trained on by default.
     """
+    if run.backbone.name != EMBEDDED:
+        raise ConfigError(f"suite `startup` starts backbone={EMBEDDED}, not {run.backbone.name}")
     cache = Path(run.paths.cache).expanduser()
-    here = [f"paths.runs={folder / 'runs'}", f"paths.results={folder / 'results'}", f"paths.cache={cache}"]
+    given = [f"paths.cache={cache}", f"train.threads={run.train.threads}"]
+    here = [f"paths.runs={folder / 'runs'}", f"paths.results={folder / 'results'}", *given]
     short = ["train.steps=2", "train.sequence_length=32", "train.batch_size=2", "evaluate.split=validation"]
     table = ["reproduce", "table1", "seeds=[0]", *short, *here]
     command(table)()  # prepares data too, which later calls find
@@ -42,7 +49,11 @@ def startup(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
         Case("start", "python", script("")),
         Case("start", "python with torch and transformers", script("import torch, transformers")),
         Case("start", "mode --help", command(["--help"])),
-        Case("start", "first step of a run", first_step(["train", "baseline", "sft", "train.log_every=1"], folder)),
+        Case(
+            "start",
+            "first step of a run",
+            first_step(["train", "baseline", "sft", "train.log_every=1", *given], folder),
+        ),
         Case("start", "Table 1, all of whose runs are done", command(table)),
     ], {}
 

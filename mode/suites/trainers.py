@@ -130,7 +130,8 @@ def settings(run: Run, precision: str, device: torch.device, folder: Path) -> di
     return {
         "output_dir": str(folder),
         "max_steps": STEPS,
-        "per_device_train_batch_size": run.train.batch_size,
+        "per_device_train_batch_size": run.train.batch_size // run.train.accumulate,
+        "gradient_accumulation_steps": run.train.accumulate,
         "learning_rate": 1e-6,
         "bf16": precision == "bf16",
         "use_cpu": device.type == "cpu",
