@@ -1,5 +1,7 @@
 """Gated feed-forward layers that keep less for the backward pass than `transformers` does, to the same bits.
 
+Products of what is kept are formed again: on a processor that takes less time than to keep them.
+
 Shapes: d hidden size, f size inside of the layer; what is before them is any.
 """
 
@@ -22,20 +24,28 @@ def fed(layer: Any, states: Tensor) -> Tensor:
         layer: The library's module, with `gate_proj`, `up_proj`, `down_proj` and `act_fn`.
         states: What it is given, (..., d).
     """
-    gate, act = layer.gate_proj(states), layer.act_fn
-    up = layer.up_proj(states)
-    if isinstance(act, nn.SiLU | SiLUActivation) and type(gate) is type(up) is Tensor and gate.dtype is up.dtype:
-        result: Tensor = layer.down_proj(SwiGLU.apply(gate, up))  # type: ignore[no-untyped-call]
-    else:  # other activations, and slices
-        result = layer.down_proj(act(gate) * up)
+    gate, up = layer.gate_proj(states), layer.up_proj(states)
+    act, down = layer.act_fn, layer.down_proj
+    result: Tensor
+    if not (isinstance(act, nn.SiLU | SiLUActivation) and type(gate) is type(up) is Tensor and gate.dtype is up.dtype):
+        result = down(act(gate) * up)  # other activations, and slices
+    elif trains_alone(down) and down.weight.dtype is gate.dtype:
+        result = FeedForward.apply(gate, up, down.weight)  # type: ignore[no-untyped-call]
+    else:  # nothing keeps what it is given, or it is another's to say what is kept
+        result = down(SwiGLU.apply(gate, up))  # type: ignore[no-untyped-call]
     return result
 
 
-class SwiGLU(Function):
-    """silu(gate) times up (Shazeer, arXiv 2002.05202, equation 6).
+def trains_alone(module: nn.Module) -> bool:
+    """Say whether a module is a matrix that trains, and nothing else."""
+    if type(module) is not nn.Linear or module.bias is not None or type(module.weight) is not nn.Parameter:
+        return False
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return module.weight.requires_grad and not any(hooks)
 
-    Autograd keeps silu(gate) beside both. To form it again takes a processor less time than to take new memory for it.
-    """
+
+class SwiGLU(Function):
+    """silu(gate) times up (Shazeer, arXiv 2002.05202, section 2), of which autograd would keep silu(gate) too."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -48,10 +58,35 @@ class SwiGLU(Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of both, rounded as by autograd."""
         gate, up = ctx.saved_tensors
-        for_gate = for_up = None
-        if ctx.needs_input_grad[0]:
-            for_gate = slope * up
-            torch.ops.aten.silu_backward.grad_input(for_gate, gate, grad_input=for_gate)
-        if ctx.needs_input_grad[1]:
-            for_up = functional.silu(gate).mul_(slope)
-        return for_gate, for_up
+        for_gate, for_up = ctx.needs_input_grad
+        return (
+            through_silu(slope * up, gate) if for_gate else None,
+            functional.silu(gate).mul_(slope) if for_up else None,
+        )
+
+
+class FeedForward(Function):
+    """The same and the matrix after it, which trains: autograd would keep what it multiplies as well."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        """Multiply both, (..., f), and the product with a matrix, (d, f)."""
+        ctx.save_for_backward(gate, up, weight)
+        return functional.linear(functional.silu(gate).mul_(up), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Return the gradients of all three, rounded as by autograd."""
+        gate, up, weight = ctx.saved_tensors
+        for_gate, for_up, _ = ctx.needs_input_grad
+        slope, active = slope.reshape(-1, slope.shape[-1]), functional.silu(gate)
+        for_weight = slope.t().mm((active * up).view(-1, up.shape[-1]))
+        inside = slope.mm(weight).view_as(up)
+        up_slope = active.mul_(inside) if for_up else None
+        return through_silu(inside.mul_(up), gate) if for_gate else None, up_slope, for_weight
+
+
+def through_silu(slope: Tensor, states: Tensor) -> Tensor:
+    """Return the gradient of what silu is given, in the place of that of what it gives."""
+    return torch.ops.aten.silu_backward.grad_input(slope, states, grad_input=slope)  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ from mode.layers import Layers
 from mode.loss import hidden_states, score_tokens
 from mode.rms_norm import normed
 from mode.rotary import turned
-from mode.swiglu import SwiGLU, fed
+from mode.swiglu import FeedForward, SwiGLU, fed, trains_alone
 from tests.families import FAMILIES, make_model
 
 IDS = torch.randint(100, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -114,6 +114,34 @@ def test_feed_forward_layers_of_what_trains_and_of_what_does_not(trains: str, ki
     assert len(kept[0] - kept[1]) == (trains != "gate")  # the library keeps silu(gate) too
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trains", ["matrix", "all"])
+def test_a_matrix_that_trains_keeps_no_products(trains: str, kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    gate, up = (torch.randn(2, 7, 96).to(kind).mul_(4).requires_grad_(trains == "all") for _ in "ab")
+    matrix = nn.Parameter(torch.randn(32, 96).to(kind))
+    wanted, found, kept = [each for each in (gate, up, matrix) if each.requires_grad], [], set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.add(each.data_ptr()) or each, lambda _: _):
+        ours = FeedForward.apply(gate, up, matrix)
+    for output in (ours, nn.functional.linear(nn.functional.silu(gate) * up, matrix)):
+        slope = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(kind)
+        found.append([output, *torch.autograd.grad(output, wanted, slope)])
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    assert kept == {each.data_ptr() for each in (gate, up, matrix)}
+
+
+def test_a_matrix_that_is_more_than_one_is_asked_itself() -> None:
+    heard, plain = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    assert trains_alone(heard)
+    assert not trains_alone(nn.Linear(4, 4))
+    assert not trains_alone(nn.Sequential(plain))
+    assert not trains_alone(plain.requires_grad_(False))
+    heard.register_forward_hook(lambda *_: None)
+    assert not trains_alone(heard)
+
+
 def test_a_norm_that_is_a_kind_of_the_librarys_is_left_as_it_was() -> None:
     class Kind(LlamaRMSNorm):
         pass
@@ -137,7 +165,7 @@ def test_steps_and_scores_are_made_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model, turns, norms, feeds = make_model("llama"), [], [], []
     monkeypatch.setattr("mode.rotary.Turn.apply", lambda heads, *_: turns.append(1) or heads)
     monkeypatch.setattr("mode.rms_norm.Norm.apply", lambda states, *_: norms.append(1) or states)
-    monkeypatch.setattr("mode.swiglu.SwiGLU.apply", lambda gate, up: feeds.append(1) or gate * up)
+    monkeypatch.setattr("mode.swiglu.FeedForward.apply", lambda gate, up, down: feeds.append(1) or (gate * up) @ down.T)
     score_tokens(model, IDS, IDS)
     once = 2 * model.config.num_hidden_layers
     assert (len(turns), len(norms), 2 * len(feeds)) == (once, once + 1, once)
