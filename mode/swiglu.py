@@ -81,8 +81,8 @@ class FeedForward(Function):
         gate, up, weight = ctx.saved_tensors
         for_gate, for_up, _ = ctx.needs_input_grad
         slope, active = slope.reshape(-1, slope.shape[-1]), functional.silu(gate)
-        for_weight = slope.t().mm((active * up).view(-1, up.shape[-1]))
-        inside = slope.mm(weight).view_as(up)
+        for_weight = slope.t().mm((active * up).reshape(-1, up.shape[-1]))
+        inside = slope.mm(weight).view(up.shape)
         up_slope = active.mul_(inside) if for_up else None
         return through_silu(inside.mul_(up), gate) if for_gate else None, up_slope, for_weight
 
