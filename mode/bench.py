@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
+from mode import config
 from mode.backbone import weights_fingerprint
 from mode.checked import ConfigError, nearest
+from mode.cost import shape_of
 from mode.device import allocated, device_name, set_up
 from mode.measurement import Measurement
 from mode.modular_method import MoDE
-from mode.objective import precision_of
+from mode.objective import resolved
 from mode.record import surroundings
 from mode.settings import Run
 from mode.sheet import Sheet
@@ -116,7 +118,8 @@ def measure(
     """
     if name not in SUITES:
         raise ConfigError(f"{name}: not one of the suites {', '.join(SUITES)}{nearest(name, SUITES)}")
-    if not isinstance(run.method, MoDE):
+    method = run.method
+    if not isinstance(method, MoDE):
         raise ConfigError("a benchmark measures a model with experts: it goes with method=mode")
     for setting, why in NOT_ASKED.items():
         key, value = setting.split("=")
@@ -125,14 +128,16 @@ def measure(
     results = Path(run.paths.results).expanduser() / SHEET.name
     results.mkdir(parents=True, exist_ok=True)  # now, so that a place where nothing can be written costs no time
     device = set_up(run)
+    precision = resolved(run.train.precision, device, shape_of(run.backbone).hidden)
+    run = config.replace(run, train=config.replace(run.train, precision=precision))
     seen = surroundings(device_name(device), run.train.threads)
     with tempfile.TemporaryDirectory() as folder:
-        cases, sizes = SUITES[name](run, run.method, device, Path(folder))
+        cases, sizes = SUITES[name](run, method, device, Path(folder))
         told: list[dict[str, Any]] = []
         groups: Iterable[list[Case]] = [cases] if isinstance(cases, list) else cases
         for group in groups:
             told += time_group(group, rounds, done, device)
-    asked = describe(name, run, run.method, device)
+    asked = describe(name, run, method)
     fingerprint = weights_fingerprint(run.backbone)
     identity = json.dumps([asked, fingerprint, seen["machine"]], sort_keys=True)
     benchmark = Benchmark(
@@ -176,7 +181,7 @@ def tell(case: Case, seconds: Sequence[float], device: torch.device) -> dict[str
     return about
 
 
-def describe(name: str, run: Run, method: MoDE, device: torch.device) -> dict[str, Any]:
+def describe(name: str, run: Run, method: MoDE) -> dict[str, Any]:
     """Return what a benchmark is asked to measure; options are told where they are not the plain ones."""
     size = run.evaluate.batch_size if name == "eval" else run.train.batch_size
     told: dict[str, tuple[Any, object]] = {
@@ -193,7 +198,7 @@ def describe(name: str, run: Run, method: MoDE, device: torch.device) -> dict[st
         "expert_layers": method.expert_layers,
         "gate": asdict(method.gate),
         "threads": run.train.threads,
-        "precision": precision_of(run.train, device) if name in ("branches", "loops", "scale", "step") else "fp32",
+        "precision": run.train.precision if name in ("branches", "loops", "scale", "step") else "fp32",
         **({"rows": [size, run.train.sequence_length]} if name in ROWS else {}),
         **({"options": options} if options and name in (*STEPS, "branches", "options") else {}),
     }

@@ -9,7 +9,7 @@ import torch
 
 from mode.flop_count import counted
 from mode.method import Method, anchoring_flops
-from mode.objective import autocast
+from mode.objective import autocast, precision_of
 from mode.settings import Run
 
 if TYPE_CHECKING:
@@ -85,6 +85,6 @@ def count(run: Run, model: nn.Module) -> float:
     row = torch.zeros(1, run.train.sequence_length, dtype=torch.long, device=device)
     was_training = model.training
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws
-        found = counted(model.train(), row, autocast(run.train, device)).total
+        found = counted(model.train(), row, autocast(precision_of(run.train, model), device)).total
     model.train(was_training)
     return found + anchoring_flops(run)

@@ -13,7 +13,7 @@ from mode.checked import ConfigError
 from mode.config import replace
 from mode.device import allocated
 from mode.layers import Layers
-from mode.objective import Objective, precision_of
+from mode.objective import Objective
 from mode.tensors import trainable
 from mode.train import accumulate
 
@@ -72,11 +72,10 @@ def step(
     model: nn.Module, settings: Train, hold: Hold | None, end: int | None, given: Callable[[], tuple[Any, ...]]
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     """Return what runs the passes of a step."""
-    device = next(model.parameters()).device
     objective = Objective(model, settings, hold, end=end)
 
     def action() -> tuple[Tensor, Tensor]:
-        layers = Layers(model, settings, half=precision_of(settings, device) == "bf16")  # its copies count as well
+        layers = Layers(model, settings, half=objective.precision == "bf16")  # its copies count as well
         rows, held, kinds = given()
         with layers:
             return accumulate(objective, rows, settings.accumulate, held, kinds)

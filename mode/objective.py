@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,6 +61,7 @@ class Objective(nn.Module):
         """
         super().__init__()
         self.model, self.settings, self.hold, self.part = model, settings, hold, part
+        self.precision = precision_of(settings, model)
         self.wanting, self.end = with_auxiliary(model), end
         if end is not None and (hold or any(getattr(module, "looks_back", False) for module in model.modules())):
             raise ConfigError(
@@ -77,19 +79,18 @@ class Objective(nn.Module):
             kinds: Of what kind each row is, (B,), where modules want to know.
         """
         model, device = self.model, rows.device
-        precision = precision_of(self.settings, device)
         if kinds is not None:
             tell_kinds(model, kinds)
-        with autocast(self.settings, device):
+        with autocast(self.precision, device):
             places = {} if self.end is None else {"position_ids": positions(rows[:, :-1], self.end)}
             states = hidden_states(model, rows[:, :-1], **places)
         if self.hold is None or held is None:
-            loss = next_token_loss(states, head(model), self.part(rows[:, 1:]), softcap(model), precision)
+            loss = next_token_loss(states, head(model), self.part(rows[:, 1:]), softcap(model), self.precision)
         else:
             asked = picked(rows, held) if held.any() or not self.hold.always else rows[:1]
-            with torch.no_grad(), autocast(self.settings, device):
+            with torch.no_grad(), autocast(self.precision, device):
                 known = self.hold.reference(model, asked[:, :-1]) if len(asked) else None
-            loss = held_loss(model, states, rows, held, known, self.hold.weight, precision)
+            loss = held_loss(model, states, rows, held, known, self.hold.weight, self.precision)
         return loss, sum_auxiliary(self.wanting), states
 
 
@@ -153,14 +154,34 @@ def picked(values: Tensor, chosen: Tensor) -> Tensor:
     return values[sent(chosen.nonzero()[:, 0], values.device)]
 
 
-def autocast(settings: Train, device: torch.device) -> torch.autocast:
-    """Return the context of the forward pass."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision_of(settings, device) == "bf16")
+WIDE = 256
+"""Hidden size from which bf16 pays on a processor with tiles (AMX). Without them, with instructions for bf16 alone, it
+takes longer than fp32 at any."""
 
 
-def precision_of(settings: Train, device: torch.device) -> str:
-    """Return the precision of the forward pass: with `auto`, bf16 on an accelerator that has it, else fp32."""
-    if settings.precision != "auto":
-        return settings.precision
-    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if has_it else "fp32"
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Return the context of a forward pass."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def precision_of(settings: Train, model: nn.Module) -> str:
+    """Return the precision of a model's forward pass, where it is."""
+    config: Any = model.config
+    return resolved(settings.precision, next(model.parameters()).device, config.get_text_config().hidden_size)
+
+
+def resolved(precision: str, device: torch.device, hidden: int) -> str:
+    """Return a precision that is asked for, or what `auto` stands for: bf16 where it pays, else fp32.
+
+    Args:
+        precision: `fp32`, `bf16` or `auto`.
+        device: Where a model is.
+        hidden: Its hidden size.
+    """
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        pays = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        pays = device.type == "cpu" and hidden >= WIDE and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return "bf16" if pays else "fp32"

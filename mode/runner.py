@@ -110,6 +110,11 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
     from mode.quantized import quantize_frozen
 
     run, device = prepared.run, set_up(prepared.run)
+    model = build(prepared, needs)
+    check_context(model, run)
+    sizes = parameters(prepared, model)
+    quantize_frozen(model, run.train.frozen_weights)  # here, so that a device need not hold more
+    model = model.to(device)
     sky = provenance(
         run,
         data=prepared.fingerprints,
@@ -117,13 +122,8 @@ def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again:
         pretraining=prepared.method.pretraining_data(run),
         needs=[stage.id for stage in needs],
         device=device_name(device),
-        precision=precision_of(run.train, device),
+        precision=precision_of(run.train, model),
     )
-    model = build(prepared, needs)
-    check_context(model, run)
-    sizes = parameters(prepared, model)
-    quantize_frozen(model, run.train.frozen_weights)  # here, so that a device need not hold more
-    model = model.to(device)
     if parallel.is_main():
         write_atomic(prepared.folder / SETTINGS, config.to_yaml(run).encode())
     # The count comes before training, so that a model that it cannot cope with costs nothing.

@@ -26,7 +26,7 @@ from mode.files import CURVE, checkpoints, write_atomic
 from mode.graph import recorded
 from mode.layers import Layers
 from mode.loss import head, softcap, token_scores
-from mode.objective import Hold, Objective, precision_of
+from mode.objective import Hold, Objective
 from mode.spread import Copies, spread_over
 from mode.tensors import trainable
 from mode.train_settings import Train
@@ -110,7 +110,7 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
     objective, optimizer = spread.wrap(made, partial(make_optimizer, job=job))
     if checkpoint:
         load_checkpoint(checkpoint, spread.trained(), optimizer)
-    layers = Layers(spread.model, settings, half=spread.halves and precision_of(settings, device) == "bf16")
+    layers = Layers(spread.model, settings, half=spread.halves and made.precision == "bf16")
     passes = recorded(accumulate, list(trainable(spread.model).values()), settings, held=job.hold is not None)
     total, begin = torch.zeros((), device=device), time.monotonic()
     with Saver() as saver:

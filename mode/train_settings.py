@@ -25,7 +25,8 @@ class Train:
         weight_decay: Decoupled weight decay of matrices; vectors have none.
         betas: AdamW's decay rates.
         clip: Largest global gradient norm.
-        precision: `fp32`, `bf16` (autocast, weights stay fp32), or `auto`: bf16 on an accelerator, else fp32.
+        precision: `fp32`, `bf16` (autocast, weights stay fp32), or `auto`: bf16 where it pays (`mode.objective`),
+            which is on GPUs and, for models as wide as 256, on processors with AMX; else fp32.
         device: `auto`, `cpu` or `cuda`.
         threads: CPU threads of torch; part of the configuration because the order of sums depends on it.
         log_every: Steps between two points of the training curve.

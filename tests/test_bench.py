@@ -72,7 +72,7 @@ def test_what_a_suite_does_not_measure_is_refused(world: World, suite: str, sett
 def test_options_are_part_of_what_was_measured(world: World) -> None:
     def asked(suite: str, *settings: str) -> dict[str, Any]:
         run: Any = config.compose([*world.overrides, "method=mode", *settings], world.conf)
-        return describe(suite, run, run.method, torch.device("cpu"))
+        return describe(suite, run, run.method)
 
     given = ["train.activation_checkpointing=all", "train.accumulate=2", "method.head_rank=2"]
     everywhere = {"train.accumulate": 2, "method.head_rank": 2}

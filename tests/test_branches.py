@@ -15,7 +15,7 @@ from mode.graph import recorded
 from mode.layers import UNMASKED, Layers, decoder_layers, unmasked
 from mode.method import Material
 from mode.modular import insert_blocks
-from mode.objective import Objective, precision_of
+from mode.objective import Objective
 from mode.runner import execute
 from mode.settings import Run
 from mode.tensors import trainable
@@ -56,7 +56,7 @@ def passes(run: Run, model: nn.Module, times: int = 1) -> tuple[Tensor, dict[str
     learns = trainable(model)
     go = recorded(accumulate, list(learns.values()), run.train, held=False)
     objective = Objective(model, run.train, None)
-    layers = Layers(model, run.train, half=precision_of(run.train, device) == "bf16")
+    layers = Layers(model, run.train, half=objective.precision == "bf16")
     for number in range(times):
         torch.manual_seed(number)
         rows = torch.randint(64, (4, run.train.sequence_length + 1)).to(device)

@@ -323,6 +323,37 @@ def test_what_is_frozen_is_in_bf16_within_a_step_alone(world: World) -> None:
 
 
 @pytest.mark.parametrize(
+    ("asked", "tiles", "hidden", "expected"),
+    [
+        ("auto", True, 256, "bf16"),
+        ("auto", True, 255, "fp32"),
+        ("auto", False, 4096, "fp32"),
+        ("fp32", True, 4096, "fp32"),
+        ("bf16", False, 8, "bf16"),
+    ],
+)
+def test_a_processor_trains_in_bf16_where_it_pays(
+    asked: str, tiles: bool, hidden: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mode.objective import resolved
+
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": tiles, "avx512_bf16": True})
+    assert resolved(asked, torch.device("cpu"), hidden) == expected
+
+
+def test_where_bf16_pays_a_run_is_in_bf16_and_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True})
+    plain = execute(run_of(world.at(world.root / "narrow"), "method=sft"))
+    monkeypatch.setattr("mode.objective.WIDE", 1)
+    auto, asked = (
+        execute(run_of(world.at(world.root / place), "method=sft", f"train.precision={precision}"))
+        for place, precision in (("wide", "auto"), ("half", "bf16"))
+    )
+    assert [each.provenance["precision"] for each in (plain, auto, asked)] == ["fp32", "bf16", "bf16"]
+    assert curve_of(plain) != curve_of(auto) == curve_of(asked)
+
+
+@pytest.mark.parametrize(
     ("setting", "flops", "expected"), [("auto", 1e13, False), ("auto", 3e13, True), (True, 1.0, True)]
 )
 def test_layers_are_compiled_where_a_stage_is_long(world: World, setting: Any, flops: float, expected: bool) -> None:

@@ -19,7 +19,6 @@ from mode.backbone import load_model
 from mode.cost import layers_per_block, shape_of
 from mode.graph import WARM_UP, check_device
 from mode.method import Adaptation, Material
-from mode.objective import precision_of
 from mode.suites.trainers import OTHERS, STEPS, OtherLoop, knows_liger, weight_bytes
 from mode.timing import Case, wait
 from mode.train import Job, train
@@ -80,7 +79,7 @@ def loops(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[I
     """
     if run.train.graph:
         check_device(device)
-    bench = partial(Bench, run, device=device, folder=folder, precision=precision_of(run.train, device))
+    bench = partial(Bench, run, device=device, folder=folder, precision=run.train.precision)
 
     def groups() -> Iterator[list[Case]]:
         for name in ("sft", "lora"):

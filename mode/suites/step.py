@@ -20,7 +20,7 @@ from mode.layers import Layers
 from mode.loss import hidden_states
 from mode.method import Adaptation, Material
 from mode.modular import blocks_of
-from mode.objective import Hold, Objective, precision_of
+from mode.objective import Hold, Objective
 from mode.quantized import quantize_frozen
 from mode.settings import SELF, Anchor
 from mode.suites.peers import known, peers
@@ -298,11 +298,8 @@ class Step:
             hold = Hold(anchor.weight, lambda step: self.held.numpy(), method.reference(load, device))
         self.job = Job(settings=run.train, steps=1, lr=1e-6, folder=Path(), validate=dict, hold=hold)
         self.objective = Objective(self.model, run.train, hold)
-        self.optimizer, self.device, self.precision = (
-            make_optimizer(self.model, self.job),
-            device,
-            precision_of(run.train, device),
-        )
+        self.optimizer, self.device = make_optimizer(self.model, self.job), device
+        self.precision = self.objective.precision
         self.layers = Layers(self.model, run.train, half=self.precision == "bf16")
         learns = list(trainable(self.model).values())
         self.passes = recorded(accumulate, learns, run.train, held=hold is not None)
