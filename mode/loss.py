@@ -25,6 +25,8 @@ where they are held in both precisions. Bounded logits and held rows have `CHUNK
 WIDE = 4096
 CUDA_CHUNK = 2048
 """The same on a GPU, whose products of matrices want more rows."""
+ADDED = 256
+"""Rows of a gradient in bf16 that a processor adds at a time."""
 NATIVE = hasattr(nn, "LinearCrossEntropyOptions")
 """Whether torch has the fused loss, which came with 2.13."""
 
@@ -105,18 +107,26 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, kind: torch.dtype, chunk: int) -> Tensor:
         """Return the loss of states, (tokens, d), with a head, (V, d), for next tokens, (tokens,)."""
         narrow, count = weight.to(kind), len(targets)
-        for_states = torch.empty_like(states)
-        for_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for_states, for_weight = torch.empty_like(states), None
         total = torch.zeros((), device=states.device)
+        # The same memory for every chunk: on a processor a large piece of it comes from the system, a page at a time.
+        products = narrow.new_empty(min(chunk, count), len(weight))
+        logits = products if kind == torch.float32 else torch.empty_like(products, dtype=torch.float32)
+        found, part = torch.empty_like(logits), None
         for start in range(0, count, chunk):
             piece = states[start : start + chunk].to(kind)
             wanted = targets[start : start + chunk, None]
-            scores = (piece @ narrow.T).float().log_softmax(-1)
+            product, wide = products[: len(piece)], logits[: len(piece)]
+            torch.mm(piece, narrow.T, out=product)
+            if wide.dtype != kind:
+                wide.copy_(product)
+            scores = torch.log_softmax(wide, -1, out=found[: len(piece)])
             total -= scores.gather(1, wanted).sum()
-            slope = scores.exp_().scatter_add_(1, wanted, scores.new_full(wanted.shape, -1.0)).div_(count).to(kind)
-            for_states[start : start + chunk] = slope @ narrow
-            if for_weight is not None:
-                for_weight += slope.T @ piece
+            product.copy_(scores.exp_().scatter_add_(1, wanted, scores.new_full(wanted.shape, -1.0)).div_(count))
+            for_states[start : start + chunk] = product @ narrow
+            if ctx.needs_input_grad[1]:
+                part = torch.mm(product.T, piece, out=part)
+                for_weight = part.to(torch.float32, copy=True) if for_weight is None else added(for_weight, part)
         ctx.save_for_backward(for_states, for_weight)
         ctx.kind = weight.dtype
         return total / count
@@ -127,6 +137,14 @@ class ChunkedLoss(torch.autograd.Function):
         for_states, for_weight = ctx.saved_tensors
         (slope,) = slopes
         return slope * for_states, None if for_weight is None else (slope * for_weight).to(ctx.kind), None, None, None
+
+
+def added(total: Tensor, part: Tensor) -> Tensor:
+    """Add a matrix to one in fp32, in its place; on a processor a few rows at a time, whose casts its cache holds."""
+    rows = len(part) if part.is_cuda else ADDED
+    for some, more in zip(torch.split(total, rows), torch.split(part, rows), strict=True):
+        some.add_(more)
+    return total
 
 
 def capped_loss(states: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
@@ -209,14 +227,16 @@ def token_scores(
         torch.empty(len(labels), device=flat.device),
         torch.empty(len(labels), dtype=torch.bool, device=flat.device),
     )
-    chunk = min(chunk, chunk_of(weight, torch.float32))
+    chunk, weight = min(chunk, chunk_of(weight, torch.float32), max(len(labels), 1)), weight.float()
+    products, scores = flat.new_empty(2, chunk, len(weight))  # once for all chunks, as in training
     for start in range(0, len(labels), chunk):
-        piece = slice(start, start + chunk)
-        logits = flat[piece] @ weight.float().T
+        lines = slice(start, start + chunk)
+        logits = torch.mm(flat[lines], weight.T, out=products[: len(flat[lines])])
         if cap is not None:
-            logits = cap * torch.tanh(logits / cap)
-        nll[piece] = functional.cross_entropy(logits, labels[piece], reduction="none")
-        hit[piece] = hits(logits, labels[piece])
+            logits.div_(cap).tanh_().mul_(cap)
+        known = torch.log_softmax(logits, -1, out=scores[: len(logits)])
+        nll[lines] = -known.gather(1, labels[lines, None])[:, 0]
+        hit[lines] = hits(logits, labels[lines])
     return TokenScores(nll, hit)
 
 

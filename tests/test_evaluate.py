@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from mode.data.pack import PackedSplit
 from mode.evaluate import Score, evaluate, headline, summarise
-from mode.loss import CHUNK, head, hidden_states, hits, next_token_loss, token_scores
+from mode.loss import ADDED, CHUNK, added, head, hidden_states, hits, next_token_loss, token_scores
 
 VOCABULARY, HIDDEN, LENGTH = 23, 8, 6
 
@@ -132,13 +132,13 @@ def test_scores_do_not_depend_on_batch_size_and_chunk() -> None:
 
 def test_no_more_logits_exist_at_a_time_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    genuine = functional.cross_entropy
+    genuine = torch.log_softmax
 
     def watched(logits: Tensor, *arguments: Any, **options: Any) -> Tensor:
         sizes.append(len(logits))
         return genuine(logits, *arguments, **options)
 
-    monkeypatch.setattr(functional, "cross_entropy", watched)
+    monkeypatch.setattr(torch, "log_softmax", watched)
     run(Tiny(), packed(30), batch_size=4, chunk=10)
     assert sizes == [10, 10, 4, 6]
 
@@ -269,6 +269,14 @@ def test_hits_are_those_of_the_first_of_the_most_likely(kinds: int) -> None:
     expected = logits.argmax(-1) == labels
     assert 0 < expected.sum() < 300
     assert torch.equal(hits(logits.clone(), labels), expected)
+
+
+def test_a_gradient_in_bf16_is_added_whole() -> None:
+    torch.manual_seed(0)
+    total, part = torch.randn(2 * ADDED + 3, 5), torch.randn(2 * ADDED + 3, 5, dtype=torch.bfloat16)
+    expected = total + part.float()
+    assert added(total, part) is total
+    assert torch.equal(total, expected)
 
 
 @pytest.mark.parametrize("trains", [False, True])
