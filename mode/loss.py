@@ -25,8 +25,8 @@ where they are held in both precisions. Bounded logits and held rows have `CHUNK
 WIDE = 4096
 CUDA_CHUNK = 2048
 """The same on a GPU, whose products of matrices want more rows."""
-ADDED = 256
-"""Rows of a gradient in bf16 that a processor adds at a time."""
+PART = 2048
+"""Words whose part of the head's gradient a processor forms and adds at a time."""
 NATIVE = hasattr(nn, "LinearCrossEntropyOptions")
 """Whether torch has the fused loss, which came with 2.13."""
 
@@ -107,12 +107,13 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, kind: torch.dtype, chunk: int) -> Tensor:
         """Return the loss of states, (tokens, d), with a head, (V, d), for next tokens, (tokens,)."""
         narrow, count = weight.to(kind), len(targets)
-        for_states, for_weight = torch.empty_like(states), None
+        for_states = torch.empty_like(states)
+        for_weight = torch.empty_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), device=states.device)
         # The same memory for every chunk: on a processor a large piece of it comes from the system, a page at a time.
         products = narrow.new_empty(min(chunk, count), len(weight))
         logits = products if kind == torch.float32 else torch.empty_like(products, dtype=torch.float32)
-        found, part = torch.empty_like(logits), None
+        found = logits if logits.device.type == "cpu" else torch.empty_like(logits)
         for start in range(0, count, chunk):
             piece = states[start : start + chunk].to(kind)
             wanted = targets[start : start + chunk, None]
@@ -120,13 +121,12 @@ class ChunkedLoss(torch.autograd.Function):
             torch.mm(piece, narrow.T, out=product)
             if wide.dtype != kind:
                 wide.copy_(product)
-            scores = torch.log_softmax(wide, -1, out=found[: len(piece)])
+            scores = torch.log_softmax(wide, -1, out=found[: len(piece)])  # a processor's goes row by row: in its place
             total -= scores.gather(1, wanted).sum()
             product.copy_(scores.exp_().scatter_add_(1, wanted, scores.new_full(wanted.shape, -1.0)).div_(count))
             for_states[start : start + chunk] = product @ narrow
-            if ctx.needs_input_grad[1]:
-                part = torch.mm(product.T, piece, out=part)
-                for_weight = part.to(torch.float32, copy=True) if for_weight is None else added(for_weight, part)
+            if for_weight is not None:
+                add_products(for_weight, product, piece, first=start == 0)
         ctx.save_for_backward(for_states, for_weight)
         ctx.kind = weight.dtype
         return total / count
@@ -139,12 +139,22 @@ class ChunkedLoss(torch.autograd.Function):
         return slope * for_states, None if for_weight is None else (slope * for_weight).to(ctx.kind), None, None, None
 
 
-def added(total: Tensor, part: Tensor) -> Tensor:
-    """Add a matrix to one in fp32, in its place; on a processor a few rows at a time, whose casts its cache holds."""
-    rows = len(part) if part.is_cuda else ADDED
-    for some, more in zip(torch.split(total, rows), torch.split(part, rows), strict=True):
-        some.add_(more)
-    return total
+def add_products(total: Tensor, slope: Tensor, states: Tensor, *, first: bool) -> None:
+    """Add slope.T @ states to a matrix in fp32, (V, d); on a processor part by part, so that its cache holds the casts.
+
+    Args:
+        total: The matrix.
+        slope: Gradient of the logits, (tokens, V).
+        states: Hidden states, (tokens, d).
+        first: Whether nothing has been added yet.
+    """
+    words = PART if total.device.type == "cpu" else len(total)
+    for part, of_part in zip(torch.split(total, words), torch.split(slope, words, dim=1), strict=True):
+        product = of_part.T @ states
+        if first:
+            part.copy_(product)
+        else:
+            part.add_(product)
 
 
 def capped_loss(states: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:

@@ -156,7 +156,7 @@ def picked(values: Tensor, chosen: Tensor) -> Tensor:
 
 WIDE = 256
 """Hidden size from which bf16 pays on a processor with tiles (AMX): a step gains little at 160, a third and more at 256
-(`mode bench options`). With tiles switched off, by other instructions for bf16, it took 1.6 times as long as in fp32."""
+(`mode bench options`). With tiles switched off, by other bf16 instructions, it took 1.6 times as long as in fp32."""
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from mode.data.pack import PackedSplit
 from mode.evaluate import Score, evaluate, headline, summarise
-from mode.loss import ADDED, CHUNK, added, head, hidden_states, hits, next_token_loss, token_scores
+from mode.loss import CHUNK, PART, ChunkedLoss, head, hidden_states, hits, next_token_loss, token_scores
 
 VOCABULARY, HIDDEN, LENGTH = 23, 8, 6
 
@@ -271,12 +271,24 @@ def test_hits_are_those_of_the_first_of_the_most_likely(kinds: int) -> None:
     assert torch.equal(hits(logits.clone(), labels), expected)
 
 
-def test_a_gradient_in_bf16_is_added_whole() -> None:
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_chunks_in_one_piece_of_memory_give_the_bits_of_chunks_apart(kind: torch.dtype) -> None:
     torch.manual_seed(0)
-    total, part = torch.randn(2 * ADDED + 3, 5), torch.randn(2 * ADDED + 3, 5, dtype=torch.bfloat16)
-    expected = total + part.float()
-    assert added(total, part) is total
-    assert torch.equal(total, expected)
+    words, chunk = PART + 3, 40
+    states = torch.randn(2 * chunk + 7, HIDDEN, requires_grad=True)
+    weight = torch.randn(words, HIDDEN).mul_(0.2).requires_grad_()
+    targets = torch.randint(words, (len(states),))
+    loss: Tensor = ChunkedLoss.apply(states, weight, targets, kind, chunk)  # type: ignore[no-untyped-call]
+    found = [loss.detach(), *torch.autograd.grad(loss, (states, weight))]
+    narrow, total, for_states, for_weight = weight.detach().to(kind), torch.zeros(()), [], torch.zeros_like(weight)
+    for piece, wanted in zip(states.detach().to(kind).split(chunk), targets.split(chunk), strict=True):
+        scores = (piece @ narrow.T).float().log_softmax(-1)
+        total -= scores.gather(1, wanted[:, None]).sum()
+        slope = (scores.exp() - functional.one_hot(wanted, words)).div(len(states)).to(kind)
+        for_states.append((slope @ narrow).float())
+        for_weight += (slope.T @ piece).float()
+    for mine, expected in zip(found, [total / len(states), torch.cat(for_states), for_weight], strict=True):
+        assert torch.equal(mine, expected)
 
 
 @pytest.mark.parametrize("trains", [False, True])
