@@ -321,9 +321,10 @@ class Step:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def resident(self) -> int:
-        """Return the bytes of the model's weights and of the optimizer's states."""
+        """Return the bytes of the model's weights, of their copies in bf16 and of the optimizer's states."""
         states = (value for state in self.optimizer.state.values() for value in state.values())
-        return sum(part.nbytes for part in (*self.model.parameters(), *self.model.buffers(), *states))
+        copies = (half for _, _, half in self.layers.held)
+        return sum(part.nbytes for part in (*self.model.parameters(), *self.model.buffers(), *copies, *states))
 
     def case(self, job: str, variant: str) -> Case:
         """Return what to time."""
