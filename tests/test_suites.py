@@ -20,7 +20,7 @@ from mode.checked import ConfigError
 from mode.device import allocated
 from mode.likelihood import Text, log_likelihoods, packed
 from mode.loss import next_token_loss
-from mode.settings import Backbone, RandomWeights, Run
+from mode.settings import Anchor, Backbone, RandomWeights, Run
 from mode.suites.data import batches
 from mode.suites.evaluation import evaluation
 from mode.suites.generation import generation
@@ -28,7 +28,7 @@ from mode.suites.loss import full_logits, fused, losses
 from mode.suites.peers import Bench, EnoughError, OwnLoop, Rows, can_bf16, known
 from mode.suites.sharding import variants
 from mode.suites.startup import command, first_step, script
-from mode.suites.step import branches, options, scale, steps
+from mode.suites.step import Step, branches, options, scale, steps
 from mode.suites.trainers import STEPS, Kernels, OtherLoop
 from mode.tensors import trainable
 from tests.conftest import World
@@ -304,3 +304,14 @@ def test_the_step_suite_makes_real_steps_of_every_method(world: World, monkeypat
     assert result.exit_code == 0, result.output
     assert "| anchor, LoRA | held |" in result.stdout
     assert "2 rows of 32 tokens" in result.stdout
+
+
+def test_copies_in_bf16_are_in_a_steps_memory(world: World) -> None:
+    def resident(precision: str) -> int:
+        asked = ["method=mode", "method.start=fresh", "method.num_experts=1", f"train.precision={precision}"]
+        run: Any = config.compose([*world.overrides, *asked], world.conf)
+        return Step(run, run.method, Anchor(), torch.device("cpu")).resident()
+
+    run: Any = config.compose([*world.overrides, "method=sft"], world.conf)
+    maps = {name: each for name, each in load_model(run.backbone).named_parameters() if name.endswith("_proj.weight")}
+    assert resident("bf16") - resident("fp32") == sum(2 * each.numel() for each in maps.values()) > 0
