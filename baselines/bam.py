@@ -10,7 +10,7 @@ The published block runs attention and feed-forward part in parallel; here they 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass as settings
 
@@ -32,6 +32,8 @@ class BAM(Mixture):
         attention_router: How tokens weigh the attention experts: all of them, as published.
         shares_keys: Whether the attention experts of a layer share keys and values, whose maps are the mean of theirs.
     """
+
+    recorded_as: ClassVar[str] = "baselines.bam.BAM"
 
     router: RouterSettings
     attention_router: RouterSettings

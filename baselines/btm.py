@@ -10,7 +10,7 @@ all are as likely at the beginning of a row, and its own tokens decide.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
@@ -36,6 +36,8 @@ class BTM(Method):
         top_k: Models that stay, of `posterior`.
         backbone: Whether the backbone is one of the models.
     """
+
+    recorded_as: ClassVar[str] = "baselines.btm.BTM"
 
     branch: dict[str, Any]
     combine: Literal["posterior", "uniform", "average"]

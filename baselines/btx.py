@@ -9,7 +9,7 @@ The mix here is of the targets; the published one has the data of pretraining to
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
@@ -33,6 +33,8 @@ class BTX(Mixture):
         train_experts: Whether the experts train on the mix too, or the rest alone.
         soft_layers: Where a token's expert is drawn (`router.sample`): first layers in which all of them run.
     """
+
+    recorded_as: ClassVar[str] = "baselines.btx.BTX"
 
     router: RouterSettings
     train_experts: bool

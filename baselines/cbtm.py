@@ -11,7 +11,7 @@ it was words without the most common ones and with one for all numbers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
@@ -43,6 +43,8 @@ class Branch(Method):
         num_clusters: K.
         cluster: Which of them, from 0.
     """
+
+    recorded_as: ClassVar[str] = "baselines.cbtm.Branch"
 
     num_clusters: Annotated[int, Field(gt=0)]
     cluster: Annotated[int, Field(ge=0)]
@@ -91,6 +93,8 @@ class CBTM(Method):
         temperature: T.
         top_k: Models that stay, the nearest first; all by default.
     """
+
+    recorded_as: ClassVar[str] = "baselines.cbtm.CBTM"
 
     branch_lr: Annotated[float, Field(gt=0.0)]
     num_clusters: Annotated[int, Field(gt=0)]

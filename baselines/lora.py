@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
@@ -29,6 +29,8 @@ class LoRA(LowRank):
         target_modules: Linear layers that get an adapter: those of `attention`, as in the MoDE paper, or named ones.
         rank_stabilized: Scale by alpha / sqrt(r) instead (Kalajdzievski, 2023).
     """
+
+    recorded_as: ClassVar[str] = "baselines.lora.LoRA"
 
     target_modules: Literal["attention"] | Annotated[tuple[str, ...], Field(min_length=1)]
     rank_stabilized: bool = False

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
@@ -37,6 +37,8 @@ class LoRAMoE(LowRank):
         balance: beta, weight of the localized balancing constraint.
         spread: delta, by how much an expert may have more of its own kind's rows.
     """
+
+    recorded_as: ClassVar[str] = "baselines.loramoe.LoRAMoE"
 
     num_experts: Annotated[int, Field(gt=1, multiple_of=2)]
     balance: Annotated[float, Field(ge=0.0)]

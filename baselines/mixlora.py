@@ -6,7 +6,7 @@ the two that a linear router prefers, weights renormalised. Attention has plain 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
@@ -31,6 +31,8 @@ class MixLoRA(LowRank):
         num_experts: N.
         router: How tokens choose.
     """
+
+    recorded_as: ClassVar[str] = "baselines.mixlora.MixLoRA"
 
     num_experts: Annotated[int, Field(gt=0)]
     router: RouterSettings

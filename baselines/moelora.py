@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
@@ -38,6 +38,8 @@ class MOELoRA(LowRank):
         num_experts: N.
         task: How a task is known after training.
     """
+
+    recorded_as: ClassVar[str] = "baselines.moelora.MOELoRA"
 
     num_experts: Annotated[int, Field(gt=0)]
     task: Literal["told", "guessed"]

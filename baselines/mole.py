@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
@@ -38,6 +38,8 @@ class MoLE(Sized):
         experts: The method of the experts, as its YAML has it: LoRA.
         balance: Weight of the balance loss.
     """
+
+    recorded_as: ClassVar[str] = "baselines.mole.MoLE"
 
     experts: dict[str, Any]
     balance: Annotated[float, Field(ge=0.0)]

@@ -7,7 +7,7 @@ for T5; here on a decoder.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
@@ -32,6 +32,8 @@ class MoLORA(LowRank):
         target_modules: Linear layers with experts, by the ends of their paths; or `all`.
         router: How the router chooses; dense by default, as published.
     """
+
+    recorded_as: ClassVar[str] = "baselines.molora.MoLORA"
 
     num_experts: Annotated[int, Field(gt=0)]
     target_modules: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)]

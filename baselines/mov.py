@@ -6,7 +6,7 @@ start, s = softmax(W h) over N experts, in fp32, without a bias. Published for T
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
@@ -33,6 +33,8 @@ class MoV(Sized):
         inputs: Linear layers whose input is scaled: the last of the feed-forward part.
         router: How the router chooses; dense by default, as published.
     """
+
+    recorded_as: ClassVar[str] = "baselines.mov.MoV"
 
     num_experts: Annotated[int, Field(gt=0)]
     outputs: tuple[str, ...]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass as settings
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 @settings(frozen=True, kw_only=True, config=STRICT)
 class SFT(Adaptation):
     """Full fine-tuning (supervised, all parameters)."""
+
+    recorded_as: ClassVar[str] = "baselines.sft.SFT"
 
     def effective(self, run: Run) -> Budget:
         """Return the plainest budget: all of them measure by full fine-tuning, and give it `train.steps`."""

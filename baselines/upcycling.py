@@ -7,7 +7,7 @@ whose weights keep what the softmax gave them: the model does not start as the b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
@@ -29,6 +29,8 @@ class SparseUpcycling(Adaptation):
         num_experts: N.
         router: How tokens choose.
     """
+
+    recorded_as: ClassVar[str] = "baselines.upcycling.SparseUpcycling"
 
     num_experts: Annotated[int, Field(gt=0)]
     router: RouterSettings

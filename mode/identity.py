@@ -33,7 +33,7 @@ def asked(run: Run) -> dict[str, Any]:
     for name in NO_EFFECT:
         plain["train"].pop(name, None)
     plain["budget"] = plain_settings(run.method.effective(run))
-    plain["method"] = {"_target_": f"{type(run.method).__module__}.{type(run.method).__qualname__}", **method}
+    plain["method"] = {"_target_": run.method.recorded_name(), **method}
     return plain
 
 

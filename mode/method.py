@@ -313,6 +313,8 @@ def merged(material: Material) -> tuple[PreTrainedModel, list[dict[str, Tensor]]
 class Untouched(Method):
     """The bare backbone: the zero point of retention, scored before anything wraps it."""
 
+    recorded_as: ClassVar[str] = "mode.method.Untouched"
+
     def steps(self, run: Run) -> int:
         """Return 0: nothing trains."""
         return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
@@ -61,6 +61,8 @@ class MoDE(Adaptation):
         experts: Folders of experts that are at hand, or of saved models whose experts are; the other targets' experts
             are stage-1 runs.
     """
+
+    recorded_as: ClassVar[str] = "mode.modular_method.MoDE"
 
     compose_lr: Annotated[float, Field(gt=0.0)]
     gates_lr: Annotated[float, Field(gt=0.0)]

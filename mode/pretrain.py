@@ -41,6 +41,8 @@ class Pretrain(Method):
         context: Longest sequence that the model is declared for.
     """
 
+    recorded_as: ClassVar[str] = "mode.pretrain.Pretrain"
+
     split: ClassVar[Split] = "pretrain"
     weights: dict[str, PositiveInt]
     vocab_size: Annotated[int, Field(ge=257)]

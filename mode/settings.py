@@ -7,7 +7,7 @@ Hydra composes YAML, `mode.config` turns the result into these types, and nothin
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -79,10 +79,19 @@ class MethodSettings:
     """What every method says about itself; subclasses add their own settings and the behaviour (`mode.method`).
 
     Attributes:
+        recorded_as: The method's name in records, which is part of a run's identity. It never changes, wherever the
+            class moves; by default it is the class's import path.
         lr: Peak learning rate, chosen on the validation split.
     """
 
+    recorded_as: ClassVar[str]
+
     lr: Annotated[float, Field(gt=0.0)]
+
+    @classmethod
+    def recorded_name(cls) -> str:
+        """Return the method's name in records. A subclass never inherits the name of its base."""
+        return str(vars(cls).get("recorded_as", f"{cls.__module__}.{cls.__qualname__}"))
 
     def peak_lr(self) -> float:
         """Return the peak learning rate of the stage that these settings describe."""

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from pydantic.dataclasses import dataclass as settings
@@ -231,6 +231,42 @@ def test_text_that_differs_from_the_pretraining_is_named() -> None:
     seen = dataclasses.replace(record(), provenance={**record().provenance, "data": {"code": "ä", "math": "m"}})
     assert seen.overlap == ()
     assert dataclasses.replace(seen, provenance={**seen.provenance, "pretraining_data": known}).overlap == ("code",)
+
+
+COMMITTED = sorted(
+    path
+    for path in (Path(__file__).parent.parent / "results").rglob("*.json")
+    if path.parent.name == "records" and "partial" not in path.name
+)
+
+
+def test_the_id_of_every_committed_record_follows_from_its_content() -> None:
+    assert COMMITTED
+    for path in COMMITTED:
+        found = read_record(path)
+        data = {**found.provenance["data"], "backbone": found.provenance["backbone"]}
+        assert identity.digest(found.asked, data) == found.id, path
+        assert found.filename == path.name
+
+
+def test_every_method_has_a_name_of_its_own_in_records() -> None:
+    classes = {type(config.compose([f"method={name}"]).method) for name in config.choices("method")}
+    names = [cls.recorded_name() for cls in classes]
+    assert all("recorded_as" in vars(cls) for cls in classes)
+    assert len(set(names)) == len(names)
+    recorded = {read_record(path).asked["method"]["_target_"] for path in COMMITTED}
+    assert recorded <= set(names)
+
+
+def test_a_method_of_another_place_is_found_by_its_recorded_name() -> None:
+    @settings(frozen=True, kw_only=True, config=STRICT)
+    class Moved(Before):
+        """The same method in another module."""
+
+        recorded_as: ClassVar[str] = "older.place.Before"
+
+    assert Moved.recorded_name() == "older.place.Before"
+    assert After.recorded_name() == f"{__name__}.After"  # a subclass is a method of its own
 
 
 @pytest.mark.slow
