@@ -25,7 +25,8 @@ from mode.objective import resolved
 from mode.record import surroundings
 from mode.settings import Run
 from mode.sheet import Sheet
-from mode.suites import scale_figure, sharding_figure
+from mode.suites.scale_figure import draw_scale
+from mode.suites.sharding_figure import draw_layouts
 from mode.suites.data import batches
 from mode.suites.edge import edge
 from mode.suites.evaluation import evaluation
@@ -67,7 +68,7 @@ NOT_ASKED = {
     "frozen_weights=fp8": "suite `options` times all of them",
 }
 """Settings of the loop that no suite measures, and why."""
-FIGURES = {"scale": scale_figure.draw, "sharding": sharding_figure.draw}
+FIGURES = {"scale": draw_scale, "sharding": draw_layouts}
 """Suites whose record is drawn too."""
 HEADS = ("Job", "Variant", "Median", "Ratio", "Quartiles")
 USAGE = ("GFLOP", "Of peak", "Peak MB")

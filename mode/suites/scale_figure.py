@@ -9,12 +9,12 @@ from typing import Any
 
 from mode.timing import ratio
 
-SHADES = ("#0072b2", "#d55e00")
+SCALE_SHADES = ("#0072b2", "#d55e00")
 """Of a step as it is, and of one whose gates leave branches out."""
 VARIANT = re.compile(r"(\w) = (\d+)(?:, (.+))?")
 
 
-def draw(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
+def draw_scale(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw a record's cases: a panel for every quantity, points for what was measured, a broken line for operations.
 
     Args:
@@ -33,7 +33,7 @@ def draw(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, panels = pyplot.subplots(1, len(jobs), figsize=(2.6 * len(jobs), 3.4), squeeze=False)
     for (job, found), panel in zip(jobs.items(), panels.flat, strict=True):
         (first, base), *_ = found
-        for kind, shade in zip(dict.fromkeys(match[3] for match, _ in found), SHADES, strict=False):
+        for kind, shade in zip(dict.fromkeys(match[3] for match, _ in found), SCALE_SHADES, strict=False):
             mine = [(int(match[2]), case) for match, case in found if match[3] == kind]
             numbers = [number for number, _ in mine]
             times = [ratio(case["seconds"], base["seconds"]) for _, case in mine]

@@ -9,13 +9,13 @@ from typing import Any
 
 from mode.timing import ratio
 
-SHADES = ("#444444", "#0072b2", "#d55e00", "#e69f00")
+LAYOUT_SHADES = ("#444444", "#0072b2", "#d55e00", "#e69f00")
 """Of copies, shards, side by side, and that with micro-batches in flight; as in the figures of plans."""
 JOB = re.compile(r"width (\d+), (\d+) tokens")
 PLANNED = ", planned"
 
 
-def draw(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
+def draw_layouts(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw a record's cases: a panel for every width, a line for every layout, a broken one for its plan.
 
     Args:
@@ -36,7 +36,7 @@ def draw(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
     for width, panel in zip(widths, panels.flat, strict=True):
         mine = sorted((tokens, job) for job, (own, tokens) in jobs.items() if own == width)
         tokens = [count for count, _ in mine]
-        for layout, shade in zip(layouts, SHADES, strict=False):
+        for layout, shade in zip(layouts, LAYOUT_SHADES, strict=False):
             found = [ratio(seconds[job, first], seconds[job, layout]) for _, job in mine]
             told = [ratio(seconds[job, first], seconds[job, layout + PLANNED]) for _, job in mine]
             middle = [one.median for one in found]
