@@ -15,7 +15,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from mode.checked import STRICT
-from mode.config import replace
+from mode.config import replace_settings
 from mode.cost import Cost, mixture, shape_of
 from mode.method import Material, Mixture, merged
 from mode.settings import RouterSettings, Run
@@ -55,7 +55,7 @@ class BTX(Mixture):
         for number, bank in enumerate(insert_feed_forward_banks(model, states, self.router)):
             bank.experts.requires_grad_(self.train_experts)
             if number < self.soft:
-                bank.router.settings = replace(self.router, sample=False)
+                bank.router.settings = replace_settings(self.router, sample=False)
         mixed: nn.Module = model
         return mixed
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from mode.checked import STRICT
-from mode.config import replace
+from mode.config import replace_settings
 from mode.cost import Cost, add, full, shape_of, untouched
 from mode.files import WEIGHTS
 from mode.method import Material, Method, stages_by_domain
@@ -112,7 +112,7 @@ class CBTM(Method):
             method = Branch(lr=self.branch_lr, num_clusters=self.num_clusters, cluster=cluster)
             names = [f"cluster-{number}" for number in range(self.num_clusters)]
             first = stages_by_domain(run, method, names, trains=False)[0]
-            stages.append(replace(first, targets=run.targets))
+            stages.append(replace_settings(first, targets=run.targets))
         return tuple(stages)
 
     def branches(self, run: Run) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass as settings
 from mode.adapter_cost import adapted
 from mode.backbone import stack
 from mode.checked import STRICT, ConfigError
-from mode.config import replace
+from mode.config import replace_settings
 from mode.cost import Cost, Layer, Shape, add, is_named, shape_of
 from mode.low_rank import LowRank
 from mode.method import Material
@@ -68,7 +68,7 @@ class LoRA(LowRank):
         """Return the method at another rank: with the same alpha / r, or as it is if that is to shrink."""
         if not self.rank_stabilized:
             return super().at(rank)
-        changed: Self = replace(self, rank=rank)
+        changed: Self = replace_settings(self, rank=rank)
         return changed
 
     def size(self, shape: Shape) -> int:

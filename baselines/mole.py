@@ -56,7 +56,9 @@ class MoLE(Sized):
     def at(self, rank: int) -> Self:
         """Return the method with experts of another rank."""
         expert = self.expert.at(rank)
-        changed: Self = config.replace(self, experts=self.experts | {"rank": expert.rank, "alpha": expert.alpha})
+        changed: Self = config.replace_settings(
+            self, experts=self.experts | {"rank": expert.rank, "alpha": expert.alpha}
+        )
         return changed
 
     def needs(self, run: Run) -> tuple[Run, ...]:

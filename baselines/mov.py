@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from mode.adapter_cost import adapted
 from mode.checked import STRICT
-from mode.config import replace
+from mode.config import replace_settings
 from mode.cost import Cost, add, is_named, shape_of
 from mode.method import Material
 from mode.settings import RouterSettings, Run
@@ -47,7 +47,7 @@ class MoV(Sized):
 
     def at(self, num_experts: int) -> Self:
         """Return the method with another number of vectors."""
-        changed: Self = replace(self, num_experts=num_experts)
+        changed: Self = replace_settings(self, num_experts=num_experts)
         return changed
 
     def build(self, run: Run, material: Material) -> nn.Module:

@@ -25,7 +25,7 @@ def score_downstream(run: Run, names: Sequence[str], limit: int | None, conf: Pa
         raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
     print(f"run {prepared.id}: {record.filename.removesuffix('.json')}", file=sys.stderr)
     for result, existed in measure(prepared, record, planned, limit=limit, again=again, done=tell_progress):
-        print(told(result) + ("  (exists; --again scores it anew)" if existed else ""))
+        print(describe_result(result) + ("  (exists; --again scores it anew)" if existed else ""))
     print("`mode report downstream` renders all", file=sys.stderr)
 
 
@@ -37,7 +37,7 @@ def tell_progress(name: str, number: int, total: int) -> None:
         print(f"{name}: {number} of {total}", file=sys.stderr)
 
 
-def told(result: Result) -> str:
+def describe_result(result: Result) -> str:
     """Phrase a result in one line."""
     asked, happened = result.asked, result.happened
     parts = [

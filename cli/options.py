@@ -25,10 +25,10 @@ def complete(group: str) -> Callable[[str], list[str]]:
     """Return a completion over the members of a configuration group, listed from its folder."""
 
     def members(incomplete: str) -> list[str]:
-        from mode.config import choices
+        from mode.config import list_members
 
         head, comma, last = incomplete.rpartition(",")
-        return [f"{head}{comma}{name}" for name in choices(group) if name.startswith(last)]
+        return [f"{head}{comma}{name}" for name in list_members(group) if name.startswith(last)]
 
     return members
 

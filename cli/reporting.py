@@ -68,7 +68,7 @@ def evaluate(
         from mode.runner import execute
 
         bare = config.compose([*given, "method=backbone"], conf)
-        zero = execute(config.replace(bare, track=config.replace(bare.track, mode="none")))
+        zero = execute(config.replace_settings(bare, track=config.replace_settings(bare.track, mode="none")))
         print_retention(read_records(Path(run.paths.results).expanduser()), zero)
 
 
@@ -128,7 +128,7 @@ def distinctions(records: Sequence[Record]) -> dict[str, str]:
         groups.setdefault(f"{record.asked['method']['_target_']} {record.asked['targets']}", []).append(record)
     told: dict[str, str] = {}
     for members in groups.values():
-        flat = {record.id: config.flat(record.asked) for record in members}
+        flat = {record.id: config.flatten(record.asked) for record in members}
         keys = dict.fromkeys(key for settings in flat.values() for key in settings)
         differing = [key for key in keys if len({str(settings.get(key)) for settings in flat.values()}) > 1]
         for run_id, settings in flat.items():
@@ -175,7 +175,7 @@ def report(
             overrides, table = [table, *(overrides or [])], None
         refuse_both({"--check": check, "--wandb": wandb, "--html": html})
         given = list(overrides or [])
-        names = [*config.choices("table", conf), *SHEETS]
+        names = [*config.list_members("table", conf), *SHEETS]
         if table is not None and table not in names:
             raise ConfigError(f"table {table}: not one of {', '.join(names)}{nearest(table, names)}")
         results = results_folder(given, conf)
@@ -226,7 +226,9 @@ def publish_tables(rendered: Sequence[Rendered], results: Path, given: Sequence[
     tables = [item for item in rendered if item[0] not in SHEETS]
     if run.track.mode == "none" or not tables:
         raise ConfigError("--wandb with track=none logs nowhere" if tables else "--wandb: no table to log")
-    run_id = publish(tables, config.replace(run, paths=config.replace(run.paths, results=str(results))), conf)
+    run_id = publish(
+        tables, config.replace_settings(run, paths=config.replace_settings(run.paths, results=str(results))), conf
+    )
     where = "`mode sync` pushes it" if run.track.mode == "offline" else "pushed"
     print(f"logged to Weights & Biases as {run_id}: {where}", file=sys.stderr)
 

@@ -21,7 +21,7 @@ def listing(group: str, conf: Path | None, describe: str | None = None) -> None:
     """Print the members of a configuration group, each with one line about it."""
     from mode import config
 
-    for name in config.choices(group, conf):
+    for name in config.list_members(group, conf):
         node = config.read_group(group, name, conf)
         about = str(node.get(describe, "")) if describe else ""
         print(f"{name:<16} {about}".rstrip())
@@ -33,11 +33,11 @@ def methods(conf: ConfOption = None) -> None:
     with told():
         from mode import config
 
-        for name in config.choices("method", conf):
+        for name in config.list_members("method", conf):
             method = config.compose([f"method={name}"], conf).method
             about = (type(method).__doc__ or "").strip().splitlines()[0]
             print(f"{name:<16} {about}")
-            settings = ", ".join(f"{key}={value}" for key, value in config.flat(asdict(method)).items())
+            settings = ", ".join(f"{key}={value}" for key, value in config.flatten(asdict(method)).items())
             print(f"{'':<16} {settings}")
 
 

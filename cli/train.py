@@ -135,7 +135,7 @@ def with_experts(names: Sequence[str], overrides: Sequence[str], conf: Path | No
     """Turn names of experts into the domains they are for, with an override for those that are at hand."""
     from mode import config
 
-    known = config.choices("domain", conf)
+    known = config.list_members("domain", conf)
     if all(name in known for name in names):
         return list(names), list(overrides)
     from mode.expert import describe
@@ -161,7 +161,7 @@ def launch(
     from mode import config, parallel
     from mode.checked import ConfigError
 
-    sets = config.expand(overrides) if sweep else [list(overrides)]
+    sets = config.expand_sweep(overrides) if sweep else [list(overrides)]
     runs = [config.compose(each, conf) for each in sets]
     for run in runs:
         if single and len(run.targets) != 1:

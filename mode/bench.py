@@ -25,8 +25,6 @@ from mode.objective import resolved
 from mode.record import surroundings
 from mode.settings import Run
 from mode.sheet import Sheet
-from mode.suites.scale_figure import draw_scale
-from mode.suites.sharding_figure import draw_layouts
 from mode.suites.data import batches
 from mode.suites.edge import edge
 from mode.suites.evaluation import evaluation
@@ -34,7 +32,9 @@ from mode.suites.generation import generation
 from mode.suites.loss import losses
 from mode.suites.machine import MACHINE, limits
 from mode.suites.peers import loops
+from mode.suites.scale_figure import draw_scale
 from mode.suites.sharding import sharding
+from mode.suites.sharding_figure import draw_layouts
 from mode.suites.startup import startup
 from mode.suites.step import PLAIN, branches, options, scale, steps
 from mode.timing import Case, interleave, ratio
@@ -130,7 +130,7 @@ def measure(
     results.mkdir(parents=True, exist_ok=True)  # now, so that a place where nothing can be written costs no time
     device = set_up(run)
     precision = resolved(run.train.precision, device, shape_of(run.backbone).hidden)
-    run = config.replace(run, train=config.replace(run.train, precision=precision))
+    run = config.replace_settings(run, train=config.replace_settings(run.train, precision=precision))
     seen = surroundings(device_name(device), run.train.threads)
     with tempfile.TemporaryDirectory() as folder:
         cases, sizes = SUITES[name](run, method, device, Path(folder))

@@ -96,7 +96,7 @@ def method_name(target: str, extra: Path | None) -> str:
     Raises:
         ConfigError: There is none.
     """
-    names = [name for name in config.choices("method", extra) if target_of(name, extra) == target]
+    names = [name for name in config.list_members("method", extra) if target_of(name, extra) == target]
     if not names:
         raise ConfigError(f"{target}: no method of that class is configured")
     return min(names, key=len)

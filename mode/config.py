@@ -49,10 +49,10 @@ def conf_dirs(extra: Path | None = None) -> list[Path]:
     return [own, extra]
 
 
-def choices(group: str, extra: Path | None = None) -> list[str]:
+def list_members(group: str, extra: Path | None = None) -> list[str]:
     """List the members of a configuration group.
 
-    >>> "code" in choices("domain")
+    >>> "code" in list_members("domain")
     True
     """
     return sorted({path.stem for root in conf_dirs(extra) for path in (root / group).glob("*.yaml")})
@@ -70,7 +70,7 @@ def compose(overrides: Sequence[str], extra: Path | None = None) -> Run:
     """
     overrides = [text for text in overrides if text != "experiment=null"]  # the default; Hydra takes it for a name
     check_overrides(overrides, extra)
-    return check(compose_plain(overrides, extra), extra)
+    return check_run(compose_plain(overrides, extra), extra)
 
 
 def compose_plain(overrides: Sequence[str], extra: Path | None = None) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def compose_groups(chosen: tuple[str, ...], extra: Path | None, written: tuple[t
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
 
-    domains = [f"+domain@domains.{name}={name}" for name in choices("domain", extra)]
+    domains = [f"+domain@domains.{name}={name}" for name in list_members("domain", extra)]
     search = [f"hydra.searchpath=[{quote(f'file://{extra.resolve()}')}]"] if extra else []
     with initialize_config_module("conf", version_base="1.3"):
         return hydra_compose("run", overrides=[*domains, *search, *chosen])
@@ -134,12 +134,12 @@ class Override:
     text: str
 
 
-def parse(overrides: Sequence[str]) -> list[Override]:
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     """Parse overrides, refusing what is malformed and what would be a sweep.
 
-    >>> parse(["train.lr=1.0e-3"])
+    >>> parse_overrides(["train.lr=1.0e-3"])
     [Override(key='train.lr', text='train.lr=1.0e-3')]
-    >>> parse(["seed=1,2"])
+    >>> parse_overrides(["seed=1,2"])
     Traceback (most recent call last):
     mode.checked.ConfigError: seed=1,2: a comma means a sweep: add --sweep, or write seed=[1,2] for a list
     """
@@ -173,10 +173,10 @@ def hydra_parse(overrides: Sequence[str]) -> list[Any]:
     return result
 
 
-def expand(overrides: Sequence[str]) -> list[list[str]]:
+def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
     """Expand the commas of a sweep into the product of all choices, the last one varying fastest.
 
-    >>> expand(["seed=0,1", "train.lr=1e-3"])
+    >>> expand_sweep(["seed=0,1", "train.lr=1e-3"])
     [['seed=0', 'train.lr=1e-3'], ['seed=1', 'train.lr=1e-3']]
     """
     result: list[list[str]] = [[]]
@@ -192,12 +192,12 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
 
 def check_overrides(overrides: Sequence[str], extra: Path | None) -> None:
     """Answer the common mistakes in one line, before Hydra answers them in many."""
-    parsed = parse(overrides)
+    parsed = parse_overrides(overrides)
     selected = [item.text for item in parsed if item.key in GROUPS]
     for item in parsed:
         value = item.text.partition("=")[2]
         if item.key in GROUPS:
-            members = choices(item.key, extra)
+            members = list_members(item.key, extra)
             if value not in members:
                 raise ConfigError(f"{item.text}: not one of {', '.join(members)}{nearest(value, members)}")
         elif item.key == "domain":
@@ -214,7 +214,7 @@ def settings_known(
     selected: tuple[str, ...], extra: Path | None, written: tuple[tuple[Path, int], ...]
 ) -> frozenset[str]:
     """Return the names of all settings under the chosen members of groups; `written` as in `compose_groups`."""
-    return frozenset(flat(compose_plain(selected, extra)))
+    return frozenset(flatten(compose_plain(selected, extra)))
 
 
 def written_by(extra: Path | None) -> tuple[tuple[Path, int], ...]:
@@ -223,7 +223,7 @@ def written_by(extra: Path | None) -> tuple[tuple[Path, int], ...]:
     return tuple((path, path.stat().st_mtime_ns) for path in files)
 
 
-def check(plain: dict[str, Any], extra: Path | None = None) -> Run:
+def check_run(plain: dict[str, Any], extra: Path | None = None) -> Run:
     """Turn composed plain data into a checked run, without the domains that it does not use.
 
     Raises:
@@ -236,7 +236,7 @@ def check(plain: dict[str, Any], extra: Path | None = None) -> Run:
     wanted = dict.fromkeys([*run.targets, *run.scored])
     for name in wanted:
         if name not in run.domains:
-            known = choices("domain", extra)
+            known = list_members("domain", extra)
             raise ConfigError(f"domain {name}: not one of {', '.join(known)}{nearest(name, known)}")
     if len(set(run.targets)) != len(run.targets):
         raise ConfigError(f"targets={list(run.targets)}: a domain is named twice")
@@ -247,7 +247,7 @@ def check(plain: dict[str, Any], extra: Path | None = None) -> Run:
                 f"{key}: {twice[0]} is one of targets={list(run.targets)} or replayed, so trained on already"
             )
         taken += names
-    used: Run = replace(run, domains={name: run.domains[name] for name in wanted})
+    used: Run = replace_settings(run, domains={name: run.domains[name] for name in wanted})
     return used
 
 
@@ -314,22 +314,22 @@ def field_names(cls: Any, path: Sequence[int | str] = ()) -> set[str]:
     return {item.name for item in fields(cls)} if is_dataclass(cls) else set()
 
 
-def replace(instance: Any, **changes: Any) -> Any:
+def replace_settings(instance: Any, **changes: Any) -> Any:
     """Return a copy of a settings object with some fields changed, checked again."""
     values = {item.name: getattr(instance, item.name) for item in fields(instance)}
     return type(instance)(**{**values, **changes})
 
 
-def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by their dotted names.
 
-    >>> flat({"train": {"lr": 1}, "seed": 0})
+    >>> flatten({"train": {"lr": 1}, "seed": 0})
     {'train.lr': 1, 'seed': 0}
     """
     values: dict[str, Any] = {}
     for key, value in node.items():
         nested = isinstance(value, Mapping)
-        values |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        values |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return values
 
 
@@ -346,7 +346,7 @@ def from_yaml(text: str) -> Run:
     Raises:
         ConfigError: A setting is unknown or not allowed.
     """
-    return check(yaml.safe_load(text))
+    return check_run(yaml.safe_load(text))
 
 
 def read_group(group: str, name: str, extra: Path | None = None) -> dict[str, Any]:
@@ -366,5 +366,5 @@ def read_group(group: str, name: str, extra: Path | None = None) -> dict[str, An
             if not isinstance(data, dict):
                 raise ConfigError(f"{path}: settings of the form KEY: VALUE are meant")
             return data
-    known = choices(group, extra)
+    known = list_members(group, extra)
     raise ConfigError(f"{group} {name}: not one of {', '.join(known)}{nearest(name, known)}")

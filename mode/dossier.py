@@ -76,7 +76,7 @@ def dossiers(
             title=title(method, [label for _, _, label in rows]),
             about=f"{targets} · seed {record.seed} · {record.asked['backbone']['name']} · {record.happened['split']}",
             rows=rows,
-            settings=tuple(f"{name}={shown(value)}" for name, value in config.flat(record.asked).items()),
+            settings=tuple(f"{name}={shown(value)}" for name, value in config.flatten(record.asked).items()),
             scores=tuple(scores(record)),
             costs=tuple(costs(record.happened)),
             origin=tuple(origin(record.provenance)),

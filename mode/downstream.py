@@ -99,7 +99,7 @@ def plan(names: Sequence[str], cache: Path, extra: Path | None = None) -> list[P
     Raises:
         ConfigError: There is no such task, or something that it needs is not here.
     """
-    own = config.choices("downstream", extra)
+    own = config.list_members("downstream", extra)
     names = list(dict.fromkeys(names or DEFAULT))
     tasks = {name: load_task(name, extra) for name in names if name in own}
     check_needs(names, tasks, own)

@@ -60,7 +60,7 @@ def read(name: str, extra: Path | None = None) -> Launcher:
     Raises:
         ConfigError: There is none of that name, it does not say what it should, or its library is not installed.
     """
-    known = config.choices(GROUP, extra)
+    known = config.list_members(GROUP, extra)
     if name not in known:
         raise ConfigError(f"--launcher {name}: not one of {', '.join(known)}{nearest(name, known)}")
     try:

@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from mode.checked import STRICT
-from mode.config import replace
+from mode.config import replace_settings
 from mode.sized import Sized
 
 
@@ -31,5 +31,5 @@ class LowRank(Sized):
 
     def at(self, rank: int) -> Self:
         """Return the method at another rank; alpha / r, and so the scale of what is added, stays."""
-        changed: Self = replace(self, rank=rank, alpha=self.alpha * (rank / self.rank))
+        changed: Self = replace_settings(self, rank=rank, alpha=self.alpha * (rank / self.rank))
         return changed

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mode.checked import ConfigError
-from mode.config import replace
+from mode.config import replace_settings
 from mode.device import allocated
 from mode.layers import Layers
 from mode.objective import Objective
@@ -50,7 +50,7 @@ def affordable(
     model.train()
     best, least = None, None
     for choice in CHOICES:
-        chosen, needed = replace(settings, activation_checkpointing=choice, memory=None), None
+        chosen, needed = replace_settings(settings, activation_checkpointing=choice, memory=None), None
         with torch.random.fork_rng([device] if device.type == "cuda" else []), suppress(torch.OutOfMemoryError):
             needed = resident + allocated(step(model, chosen, hold, end, given), device)
         model.zero_grad(set_to_none=True)

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from mode.backbone import BackboneTokenizer, load_tokenizer, num_parameters, pretraining_data, weights_fingerprint
 from mode.checked import STRICT, ConfigError, exact
-from mode.config import build_method, replace
+from mode.config import build_method, replace_settings
 from mode.cost import Cost, full, shape_of, untouched
 from mode.domain import Split
 from mode.files import WEIGHTS
@@ -263,15 +263,15 @@ def stages_by_domain(
     if not domains:
         return ()
     stages = len(domains) + trains
-    train = replace(run.train, lr=None, examples=None, replay=None, placement=None)
-    alone = replace(run, targets=tuple(domains[:1]), method=method, budget=Budget(policy="paper"), train=train)
+    train = replace_settings(run.train, lr=None, examples=None, replay=None, placement=None)
+    alone = replace_settings(run, targets=tuple(domains[:1]), method=method, budget=Budget(policy="paper"), train=train)
     steps = run.train.steps
     if run.budget.shares_steps:
         steps //= stages
     elif run.budget.policy == "compute" and steps:
         steps = max(1, round(allowance(run) / stages / per_token(alone)))
-    train = replace(alone.train, steps=steps)
-    return tuple(replace(alone, targets=(domain,), train=train) for domain in domains)
+    train = replace_settings(alone.train, steps=steps)
+    return tuple(replace_settings(alone, targets=(domain,), train=train) for domain in domains)
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)

@@ -10,7 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from mode.checked import STRICT, ConfigError
-from mode.config import replace
+from mode.config import replace_settings
 from mode.cost import WORTH, Cost, Flops, Layer, add, beside, blocks, gate_size, shape_of
 from mode.method import Adaptation, Material, Reference, stages_by_domain
 from mode.settings import Anchor, GateSettings, Run
@@ -114,7 +114,7 @@ class MoDE(Adaptation):
     def needs(self, run: Run) -> tuple[Run, ...]:
         """Return one stage-1 run per target when experts are to be composed that are not at hand."""
         anchor = self.anchor if self.anchor_experts else Anchor()
-        stage = replace(self, start="fresh", num_experts=1, train_experts=True, experts=(), anchor=anchor)
+        stage = replace_settings(self, start="fresh", num_experts=1, train_experts=True, experts=(), anchor=anchor)
         return stages_by_domain(run, stage, self.missing(run))
 
     def cost(self, run: Run) -> Cost:

@@ -172,7 +172,7 @@ def read(kind: type[Any], group: str, name: str, extra: Path | None = None) -> A
     Raises:
         ConfigError: There is none of that name, or it does not say what it should.
     """
-    known = config.choices(group, extra)
+    known = config.list_members(group, extra)
     if name not in known:
         raise ConfigError(f"--{group} {name}: not one of {', '.join(known)}{nearest(name, known)}")
     try:

@@ -50,7 +50,7 @@ def recall_run(name: str, runs: Path) -> Run:
         what = "no run of that id" if not found else f"{len(found)} runs begin with it"
         raise ConfigError(f"{name}: {what} in {runs}{nearest(name, known)}")
     run: Run = config.from_yaml(known[found[0]].read_text("utf-8"))
-    return config.replace(run, paths=config.replace(run.paths, runs=str(runs)))  # type: ignore[no-any-return]
+    return config.replace_settings(run, paths=config.replace_settings(run.paths, runs=str(runs)))  # type: ignore[no-any-return]
 
 
 def load_folder(folder: Path) -> PreTrainedModel:

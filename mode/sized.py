@@ -7,7 +7,7 @@ from typing import Self
 from pydantic.dataclasses import dataclass as settings
 
 from mode.checked import STRICT, ConfigError
-from mode.config import replace
+from mode.config import replace_settings
 from mode.cost import beside, shape_of
 from mode.method import Adaptation
 from mode.settings import Budget, Run
@@ -47,7 +47,7 @@ class Sized(Adaptation):
 
     def adds(self, run: Run, size: int) -> int:
         """Return the parameters beside the backbone's at some size, trained in this stage or in an earlier one."""
-        cost = self.at(size).cost(replace(run, budget=Budget(policy="paper")))
+        cost = self.at(size).cost(replace_settings(run, budget=Budget(policy="paper")))
         if cost is None:
             raise ConfigError(f"budget=params: {type(self).__name__} does not say what it adds with these settings")
         return cost.added

@@ -13,7 +13,7 @@ import numpy as np
 
 from mode import parallel
 from mode.backbone import load_model
-from mode.config import replace
+from mode.config import replace_settings
 from mode.data.batches import Batches, Stream
 from mode.data.pack import Tokens
 from mode.method import Adaptation, Probe
@@ -62,7 +62,7 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
     kinds, seen = method.row_kinds(run), tuple(name for name in mixture if name in prepared.packed)
     total = flops * steps * run.train.batch_size * run.train.sequence_length
     job = Job(
-        settings=replace(run.train, compile=compiles(run.train, device, total)),
+        settings=replace_settings(run.train, compile=compiles(run.train, device, total)),
         steps=steps,
         lr=run.lr,
         folder=prepared.folder,
@@ -89,7 +89,9 @@ def within_memory(model: nn.Module, batches: Batches, job: Job) -> Job:
     device = next(model.parameters()).device
     given = partial(share, batches, job, 0, Copies(model), device)
     choice = affordable(model, job.settings, job.hold, job.end, given)
-    return dataclasses.replace(job, settings=replace(job.settings, activation_checkpointing=choice, memory=None))
+    return dataclasses.replace(
+        job, settings=replace_settings(job.settings, activation_checkpointing=choice, memory=None)
+    )
 
 
 def closing(prepared: Prepared) -> int:

@@ -162,7 +162,7 @@ def load_table(name: str, extra: Path | None = None) -> Table:
         ConfigError: There is no such table, or it is malformed.
     """
     table: Table = config.validate(Table, config.read_group("table", name, extra), f"table/{name}")
-    known = ["average", "retention", *config.choices("domain", extra)]
+    known = ["average", "retention", *config.list_members("domain", extra)]
     for column in [*(claim.column for claim in table.claims), *(panel.column for panel in table.curves)]:
         if column not in known:
             raise ConfigError(f"table/{name}: column {column}: not one of {', '.join(known)}{nearest(column, known)}")
@@ -178,8 +178,8 @@ def row_run(table: Table, row: Row, seed: int, overrides: Sequence[str], extra: 
     refuse_fixed(overrides)
     everything = [*table.overrides, *overrides, *row.overrides, f"seed={seed}"]
     run = config.compose(everything, extra)
-    track = config.replace(run.track, group=run.track.group or table.title.partition(".")[0], name=row.name)
-    named: Run = config.replace(run, track=track)
+    track = config.replace_settings(run.track, group=run.track.group or table.title.partition(".")[0], name=row.name)
+    named: Run = config.replace_settings(run, track=track)
     return named
 
 
@@ -210,7 +210,9 @@ def only(table: Table, names: Collection[str]) -> Table:
     rows = tuple(row for row in table.rows if row.name in names)
     pairs = tuple(pair for pair in table.differences if set(pair) <= set(names))
     claims = tuple(claim for claim in table.claims if {claim.ours, claim.theirs} <= set(names))
-    shorter: Table = config.replace(table, rows=rows, differences=pairs, claims=claims, curves=kept(table, names))
+    shorter: Table = config.replace_settings(
+        table, rows=rows, differences=pairs, claims=claims, curves=kept(table, names)
+    )
     return shorter
 
 
@@ -219,7 +221,7 @@ def kept(table: Table, names: Collection[str]) -> tuple[Curves, ...]:
     found = []
     for panel in table.curves:
         lines = {label: tuple(name for name in rows if name in names) for label, rows in panel.lines.items()}
-        found.append(config.replace(panel, lines=lines))
+        found.append(config.replace_settings(panel, lines=lines))
     return tuple(found)
 
 

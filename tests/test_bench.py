@@ -28,7 +28,7 @@ def fresh(world: World, *experts: str, seed: int = 0, **settings: int) -> MoDEFo
     run = config.compose([*world.overrides, "method=mode"], world.conf)
     assert isinstance(run.method, MoDE)
     torch.manual_seed(seed)
-    model = modular(run, config.replace(run.method, **settings), list(experts)).eval()
+    model = modular(run, config.replace_settings(run.method, **settings), list(experts)).eval()
     for name, parameter in model.named_parameters():
         if ".gate." in name:
             torch.nn.init.normal_(parameter)
@@ -82,7 +82,7 @@ def test_options_are_part_of_what_was_measured(world: World) -> None:
     assert asked("eval", "evaluate.batch_size=3") == asked("eval") | {"rows": [3, asked("eval")["rows"][1]]}
     committed = SHEET.read(Path(__file__).parent.parent / "results")
     published = next(each for each in committed if each.asked["suite"] == "step")
-    told = conditions(config.replace(published, asked=published.asked | {"options": {"train.compile": True}}))
+    told = conditions(config.replace_settings(published, asked=published.asked | {"options": {"train.compile": True}}))
     assert "tokens; train.compile=True; cpu" in told
 
 

@@ -81,7 +81,9 @@ def test_every_way_gives_the_loss_and_the_gradients_of_the_plain_one(world: Worl
     run = config.compose(asked, world.conf)
     model = build(run)
     loss, slopes = passes(run, model, 4)
-    other, others = passes(config.replace(run, train=config.replace(run.train, **changes_of(way))), model, 4)
+    other, others = passes(
+        config.replace_settings(run, train=config.replace_settings(run.train, **changes_of(way))), model, 4
+    )
     near = {"rtol": 1e-5, "atol": 1e-6} if precision == "fp32" else {"rtol": 2e-2, "atol": 2e-3}
     torch.testing.assert_close(other, loss, **near)
     check_slopes(others, slopes, 1e-4 if precision == "fp32" else 3e-2)
@@ -100,7 +102,7 @@ def test_experts_of_every_family_can_be_batched_or_say_that_they_cannot(world: W
             module.p = 0.0
     model.to(DEVICE)
     loss, slopes = passes(run, model)
-    batched = config.replace(run, train=config.replace(run.train, branches="batched"))
+    batched = config.replace_settings(run, train=config.replace_settings(run.train, branches="batched"))
     if "sliding_window" in FAMILIES[family]:
         with pytest.raises(ConfigError, match="loop goes with all"):
             passes(batched, model)
@@ -125,7 +127,7 @@ def test_batched_experts_take_fewer_products(world: World) -> None:
     model, found = build(run), {}
     for way in ("loop", "batched"):
         with Count() as count:
-            passes(config.replace(run, train=config.replace(run.train, branches=way)), model)
+            passes(config.replace_settings(run, train=config.replace_settings(run.train, branches=way)), model)
         found[way] = count.calls
     assert found["batched"] < 0.6 * found["loop"]
 
@@ -260,7 +262,7 @@ def test_flex_attention_keeps_documents_apart_as_masks_do(
     rows[:, 5::9] = end
     found = []
     for attention in ("sdpa", "flex"):
-        settings = config.replace(run.train, attention=attention)
+        settings = config.replace_settings(run.train, attention=attention)
         with Layers(model, settings), torch.set_grad_enabled(CUDA):
             loss, _, states = Objective(model, settings, None, end=end)(rows)
         found.append([loss, states, *(torch.autograd.grad(loss, list(trainable(model).values())) if CUDA else ())])

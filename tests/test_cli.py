@@ -307,15 +307,15 @@ def test_show_lists_the_projects_and_ones_own(own: World, group: str) -> None:
     result = CliRunner().invoke(app, ["show", f"{group}s", "--conf", str(own.conf)])
     assert result.exit_code == 0
     names = [line.split()[0] for line in result.stdout.splitlines() if not line.startswith(" ")]
-    assert names == config.choices(group, own.conf)
+    assert names == config.list_members(group, own.conf)
     assert {"method": "mine", "domain": "prose", "backbone": "pico", "table": "mine"}[group] in names
 
 
 @pytest.mark.slow
 def test_show_methods_names_every_setting() -> None:
     text = CliRunner().invoke(app, ["show", "methods"]).stdout
-    for name in config.choices("method"):
-        for key, value in config.flat(asdict(config.compose([f"method={name}"]).method)).items():
+    for name in config.list_members("method"):
+        for key, value in config.flatten(asdict(config.compose([f"method={name}"]).method)).items():
             assert f"{key}={value}" in text, (name, key)
 
 
@@ -513,7 +513,7 @@ def test_data_show_tells_size_licence_and_fingerprint(world: World) -> None:
 
 
 def test_completion_lists_a_group_from_its_folder() -> None:
-    assert complete("domain")("") == config.choices("domain")
+    assert complete("domain")("") == config.list_members("domain")
     assert complete("domain")("code,ma") == ["code,math"]
     assert complete("method")("lor") == ["lora", "loramoe"]
     assert complete("method")("nothing") == []

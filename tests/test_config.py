@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from mode import config
 from mode.checked import ConfigError
 
-DOMAINS = [f"+domain@domains.{name}={name}" for name in config.choices("domain")]
+DOMAINS = [f"+domain@domains.{name}={name}" for name in config.list_members("domain")]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "upcycling-sampled": ("method=upcycling", *SAMPLED),
     "btx-sampled": ("method=btx", *SAMPLED),
     "upcycling-top-p": ("method=upcycling", "method.router.top_k=null", "method.router.top_p=0.4"),
-    **{name: (f"method={name}",) for name in config.choices("method") if name != "pretrain"},
+    **{name: (f"method={name}",) for name in config.list_members("method") if name != "pretrain"},
 }
 QUICK = ("mode", "sft", "lora", "backbone")
 ALL = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]

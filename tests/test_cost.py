@@ -282,7 +282,12 @@ def test_a_method_that_does_not_say_what_it_takes_is_told(world: World, monkeypa
     monkeypatch.setattr(type(run.method), "cost", Method.cost)
     with pytest.raises(ConfigError, match="SFT does not say what it takes"):
         execute(run)
-    assert execute(config.replace(run, budget=config.replace(run.budget, policy="data"))).happened["forecast"] is None
+    assert (
+        execute(config.replace_settings(run, budget=config.replace_settings(run.budget, policy="data"))).happened[
+            "forecast"
+        ]
+        is None
+    )
     assert forecasts("table1", world.overrides, world.conf)["SFT"] is None
 
 

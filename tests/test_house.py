@@ -128,11 +128,11 @@ def test_every_tracker_checks(name: str) -> None:
 @pytest.mark.parametrize("name", members("experiment"))
 def test_every_experiment_changes_what_it_says(name: str) -> None:
     plain = config.compose_plain([f"experiment={name}"])
-    run = config.check(plain)
+    run = config.check_run(plain)
     node = config.read_group("experiment", name)
     said = {key: value for key, value in node.items() if key != "defaults"}
     assert said
-    for key in config.flat(said):
+    for key in config.flatten(said):
         expected, found = said, plain
         for part in key.split("."):
             expected, found = expected[part], found[part]

@@ -91,7 +91,7 @@ def test_a_job_that_dies_goes_on_from_its_checkpoint_and_one_that_fails_does_not
 
 
 def test_every_launcher_that_ships_can_be_read() -> None:
-    for name in config.choices("launcher"):
+    for name in config.list_members("launcher"):
         kind = config.read_group("launcher", name)["kind"]
         if kind == "local" or find_spec(kind):
             assert read(name).kind == kind

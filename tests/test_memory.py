@@ -63,7 +63,7 @@ def test_what_is_chosen_takes_less(world: World) -> None:
     rows = torch.randint(64, (2, 129))
     sizes = []
     for choice in CHOICES:
-        chosen = config.replace(run.train, activation_checkpointing=choice)
+        chosen = config.replace_settings(run.train, activation_checkpointing=choice)
         sizes.append(allocated(step(model, chosen, None, None, lambda: (rows, None, None)), torch.device("cpu")))
         model.zero_grad(set_to_none=True)
     assert sizes[0] < sizes[1] < sizes[2]
@@ -95,7 +95,7 @@ def test_what_is_left_for_the_loss_keeps_no_activations(world: World, method: st
     rows = torch.randint(64, (4, 129))
     sizes = []
     for choice in ("none", "all"):
-        chosen = config.replace(run.train, activation_checkpointing=choice)
+        chosen = config.replace_settings(run.train, activation_checkpointing=choice)
         sizes.append(allocated(step(model, chosen, None, None, lambda: (rows, None, None)), torch.device("cpu")))
         model.zero_grad(set_to_none=True)
     assert sizes[1] < 0.45 * sizes[0]

@@ -63,7 +63,9 @@ def test_replay_is_scored_and_belongs_to_the_mix_alone(world: World) -> None:
     assert [(stage.train.replay, stage.train.examples) for stage in stages] == [(None, None)] * 2
     plain = config.compose([*world.overrides, "method=mode"], world.conf)
     assert stages == plain.method.needs(plain)  # type: ignore[attr-defined]
-    record = execute(config.replace(run, method=config.compose([*world.overrides, "method=sft"], world.conf).method))
+    record = execute(
+        config.replace_settings(run, method=config.compose([*world.overrides, "method=sft"], world.conf).method)
+    )
     assert "prose" in record.happened["scores"]
     assert record.asked["train"]["replay"] == {"prose": 0.2}
     assert record.asked["targets"] == ["py", "sums"]

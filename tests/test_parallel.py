@@ -155,8 +155,8 @@ def test_rows_that_do_not_divide_are_refused(world: World, monkeypatch: pytest.M
     settings = run_of(world, "method=sft", "train.batch_size=8", "train.accumulate=2").train
     with pytest.raises(ConfigError, match=message):
         check(settings)
-    check(config.replace(settings, batch_size=12))
-    check(config.replace(settings, layout="tp"))
+    check(config.replace_settings(settings, batch_size=12))
+    check(config.replace_settings(settings, layout="tp"))
     monkeypatch.setenv("RANK", "2")
     assert parallel.share(list(range(6))) == [4, 5]
 

@@ -144,8 +144,8 @@ def changed(run: Run, **changes: Any) -> Run:
     """Change settings of a run, named `group__setting` or `setting`."""
     for name, value in changes.items():
         group, _, field = name.rpartition("__")
-        run = config.replace(
-            run, **({group: config.replace(getattr(run, group), **{field: value})} if group else {name: value})
+        run = config.replace_settings(
+            run, **({group: config.replace_settings(getattr(run, group), **{field: value})} if group else {name: value})
         )
     return run
 
@@ -204,7 +204,7 @@ class After(Before):
 
 def test_a_setting_added_later_and_left_at_its_default_changes_no_id(run: Run) -> None:
     def asked(method: MethodSettings) -> dict[str, Any]:
-        plain = identity.asked(config.replace(run, method=method))
+        plain = identity.asked(config.replace_settings(run, method=method))
         plain["method"].pop("_target_")
         return plain
 
@@ -250,7 +250,7 @@ def test_the_id_of_every_committed_record_follows_from_its_content() -> None:
 
 
 def test_every_method_has_a_name_of_its_own_in_records() -> None:
-    classes = {type(config.compose([f"method={name}"]).method) for name in config.choices("method")}
+    classes = {type(config.compose([f"method={name}"]).method) for name in config.list_members("method")}
     names = [cls.recorded_name() for cls in classes]
     assert all("recorded_as" in vars(cls) for cls in classes)
     assert len(set(names)) == len(names)

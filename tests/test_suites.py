@@ -235,8 +235,8 @@ def test_loops_are_no_graphs_without_a_gpu(world: World) -> None:
 @pytest.mark.slow
 def test_the_scale_suite_varies_what_a_step_grows_with_and_is_drawn(world: World) -> None:
     run = run_of(world)
-    method = config.replace(run.method, num_blocks=2)
-    cases, _ = scale(config.replace(run, backbone=random_backbone(world.root)), method, CPU, world.root)
+    method = config.replace_settings(run.method, num_blocks=2)
+    cases, _ = scale(config.replace_settings(run, backbone=random_backbone(world.root)), method, CPU, world.root)
     sizes = [case for case in cases if case.job == "vocabulary"]
     assert [case.variant for case in sizes] == [f"V = {number}" for number in (75, 150, 300, 600, 1200)]
     assert len({case.action.model.get_output_embeddings().weight.shape for case in sizes}) == len(sizes)  # type: ignore[attr-defined]

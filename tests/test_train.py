@@ -359,7 +359,7 @@ def test_where_bf16_pays_a_run_is_in_bf16_and_says_so(world: World, monkeypatch:
 def test_layers_are_compiled_where_a_stage_is_long(world: World, setting: Any, flops: float, expected: bool) -> None:
     from mode.layers import compiles
 
-    settings = config.replace(run_of(world, "method=sft").train, compile=setting)
+    settings = config.replace_settings(run_of(world, "method=sft").train, compile=setting)
     assert compiles(settings, torch.device("cpu"), flops) is expected
 
 
@@ -376,7 +376,7 @@ def test_layers_of_many_kinds_are_all_compiled(world: World, monkeypatch: pytest
     model = load_model(run.backbone).train()
     with (
         torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
-        Layers(model, config.replace(run.train, compile=True)),
+        Layers(model, config.replace_settings(run.train, compile=True)),
     ):
         for size in range(1, 12):
             hidden_states(model, torch.arange(12).expand(size, -1))
@@ -390,7 +390,7 @@ def test_compiled_layers_train_as_plain_ones_and_are_plain_again_afterwards(worl
     run = config.compose([*world.overrides, "method=sft"], world.conf)
     ids = torch.arange(24).view(2, 12)
     model = load_model(run.backbone).train()
-    layers = Layers(model, config.replace(run.train, compile=True))
+    layers = Layers(model, config.replace_settings(run.train, compile=True))
     plain = model(input_ids=ids).logits
     with layers:
         compiled = model(input_ids=ids).logits

@@ -106,7 +106,7 @@ def beside_trainers(at: Bench, name: str) -> list[Case]:
 
 def beside_full_fine_tuning(bench: Callable[[Adaptation], Bench], run: Run, method: MoDE) -> list[Case]:
     """Return what to time of MoDE: one expert, of some depths, and two."""
-    fresh = partial(config.replace, method, start="fresh", experts=(), num_experts=1)
+    fresh = partial(config.replace_settings, method, start="fresh", experts=(), num_experts=1)
     half = layers_per_block(len(shape_of(run.backbone).layers), method.num_blocks) // 2
     models: dict[str, Adaptation] = {"full fine-tuning": known("sft"), "one expert": fresh()}
     if half > method.expert_layers:
@@ -161,14 +161,15 @@ class Bench:
     def lora(self) -> Any:
         """A low-rank method's settings as PEFT's, or None for full fine-tuning."""
         made: Any = self.method.build(
-            config.replace(self.run, method=self.method), Material(backbone=partial(load_model, self.run.backbone))
+            config.replace_settings(self.run, method=self.method),
+            Material(backbone=partial(load_model, self.run.backbone)),
         )
         return getattr(made, "peft_config", {}).get("default")
 
     def case(self, job: str, variant: str, loop: OwnLoop | OtherLoop, *, counted: bool = False) -> Case:
         """Return what to time."""
         tokens = (STEPS - 1) * self.run.train.batch_size * self.run.train.sequence_length
-        cost = self.method.cost(config.replace(self.run, method=self.method))
+        cost = self.method.cost(config.replace_settings(self.run, method=self.method))
         flops = tokens * cost.flops.total if cost else 0.0
         return Case(
             job,
@@ -235,8 +236,8 @@ class OwnLoop:
         """
         self.at, self.first = at, WARM_UP + 1 if graph else 1
         changes = {**SILENT, "precision": at.precision, "compile": compiled, "graph": graph}
-        self.settings = config.replace(at.run.train, **changes)
-        asked = config.replace(at.run, method=at.method, train=self.settings)
+        self.settings = config.replace_settings(at.run.train, **changes)
+        asked = config.replace_settings(at.run, method=at.method, train=self.settings)
         load = partial(load_model, at.run.backbone)
         self.model = at.method.build(asked, Material(backbone=load)).to(at.device) if model is None else model
 

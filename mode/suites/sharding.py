@@ -186,18 +186,22 @@ def variants(run: Run, method: MoDE) -> dict[str, Run]:
     """Return the runs whose steps are timed, by job."""
     per_block = layers_per_block(len(shape_of(run.backbone).layers), method.num_blocks)
     half = max(1, per_block // 2)
-    one = config.replace(method, start="fresh", num_experts=1, experts=(), expert_layers=half, train_experts=True)
+    one = config.replace_settings(
+        method, start="fresh", num_experts=1, experts=(), expert_layers=half, train_experts=True
+    )
     found = {}
     for factor in WIDTHS if run.backbone.random else (1,):
         backbone = run.backbone
         if backbone.random:
             shape = dict(backbone.random.config)
             shape |= {key: factor * int(shape[key]) for key in ("hidden_size", "intermediate_size") if key in shape}
-            backbone = config.replace(backbone, random=config.replace(backbone.random, config=shape))
+            backbone = config.replace_settings(backbone, random=config.replace_settings(backbone.random, config=shape))
         for rows, length in ROWS:
-            train = config.replace(run.train, batch_size=rows, accumulate=1, sequence_length=length, precision="fp32")
+            train = config.replace_settings(
+                run.train, batch_size=rows, accumulate=1, sequence_length=length, precision="fp32"
+            )
             name = f"width {factor}, {rows * length} tokens"
-            found[name] = config.replace(run, backbone=backbone, method=one, train=train)
+            found[name] = config.replace_settings(run, backbone=backbone, method=one, train=train)
     return found
 
 
@@ -304,10 +308,10 @@ def make_step(file: Path, layout: str) -> Callable[[], None]:
     """Return an optimizer step, as the loop makes it, under a layout; alone it is the first process's, or each's."""
     if layout == ALONE and not parallel.is_main():
         return lambda: None
-    run = config.check(yaml.safe_load(file.read_text("utf-8")))
+    run = config.check_run(yaml.safe_load(file.read_text("utf-8")))
     method: Any = run.method
     model: nn.Module = method.build(run, Material(backbone=partial(load_model, run.backbone))).train()
-    train = config.replace(run.train, **LAYOUTS.get(layout, {}))
+    train = config.replace_settings(run.train, **LAYOUTS.get(layout, {}))
     spread = Alone(model) if layout in (ALONE, EACH) else spread_over(model, False, train, torch.device("cpu"))
     job = Job(settings=train, steps=1, lr=1e-6, folder=Path(), validate=dict)
     made = Objective(model, train, None, spread.part)

@@ -67,7 +67,9 @@ def steps(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
     plain = {name: Step(run, each, Anchor(), device) for name, each in methods.items()}
     cases = [step.case("step", name) for name, step in plain.items()]
     if HALF in methods:
-        again = config.replace(run, train=config.replace(run.train, activation_checkpointing="frozen"))
+        again = config.replace_settings(
+            run, train=config.replace_settings(run.train, activation_checkpointing="frozen")
+        )
         cases.append(Step(again, methods[HALF], Anchor(), device).case("step", f"{HALF}, frozen layers formed again"))
     cases += [step.case("frozen weights, MoDE, one expert", name) for name, step in wasteful(run, methods[ONE], device)]
     for name in HELD:
@@ -102,7 +104,7 @@ def options(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
     cases = []
     for name in OPTIONAL:
         for variant, changes in variants.items():
-            changed = config.replace(run, train=config.replace(run.train, **PLAIN | changes))
+            changed = config.replace_settings(run, train=config.replace_settings(run.train, **PLAIN | changes))
             if name != FULL or "frozen" not in variant:  # nothing is there
                 cases.append(Step(changed, methods[name], Anchor(), device).case(f"options, {name}", variant))
     return cases, checkpoint_bytes(Step(run, methods[ONE], Anchor(), device), folder)
@@ -133,7 +135,7 @@ def branches(run: Run, method: MoDE, device: torch.device, folder: Path) -> tupl
     cases = []
     for (job, name), variants in jobs.items():
         for variant, changes in variants.items():
-            changed = config.replace(run, train=config.replace(run.train, **plain | changes))
+            changed = config.replace_settings(run, train=config.replace_settings(run.train, **plain | changes))
             step = Step(changed, methods[name], Anchor(), device)
             for _ in range(WARM_UP + 1 if step.job.settings.graph else 0):  # what is timed is replayed
                 step()
@@ -163,8 +165,8 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
         folder: Not used.
     """
     count, size, length = len(shape_of(run.backbone).layers), run.train.batch_size, run.train.sequence_length
-    fresh = partial(config.replace, method, start="fresh", experts=(), num_experts=1)
-    two = config.replace(method.gate, top_k=2)
+    fresh = partial(config.replace_settings, method, start="fresh", experts=(), num_experts=1)
+    two = config.replace_settings(method.gate, top_k=2)
     divisors = [number for number in range(1, count + 1) if count % number == 0]
     jobs: dict[str, dict[str, tuple[Adaptation, dict[str, int]]]] = {
         "experts": {f"N = {number}": (fresh(num_experts=number), {}) for number in (1, 2, 4, 8, 16)}
@@ -185,7 +187,7 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
     cases = []
     for job, variants in jobs.items():
         for name, (each, changes) in variants.items():
-            changed = config.replace(run, train=config.replace(run.train, **changes))
+            changed = config.replace_settings(run, train=config.replace_settings(run.train, **changes))
             if job == "vocabulary":
                 changed = with_vocabulary(changed, int(name.removeprefix("V = ")))
             change = even_gates if STAY in name else lambda model: None
@@ -203,8 +205,8 @@ def with_vocabulary(run: Run, number: int) -> Run:
     """Return a run whose backbone, of random weights, has a vocabulary of another size."""
     assert run.backbone.random is not None
     shape = {**run.backbone.random.config, "vocab_size": number}
-    random = config.replace(run.backbone.random, config=shape)
-    changed: Run = config.replace(run, backbone=config.replace(run.backbone, random=random))
+    random = config.replace_settings(run.backbone.random, config=shape)
+    changed: Run = config.replace_settings(run, backbone=config.replace_settings(run.backbone, random=random))
     return changed
 
 
@@ -235,7 +237,7 @@ def first_block(run: Run, method: MoDE, rows: torch.Tensor) -> tuple[Callable[[]
 def chosen(run: Run, method: MoDE) -> dict[str, Adaptation]:
     """Return the methods to measure, by name: of MoDE, experts of other depths and in other numbers too."""
     per_block = layers_per_block(len(shape_of(run.backbone).layers), method.num_blocks)
-    fresh = partial(config.replace, method, start="fresh", experts=())
+    fresh = partial(config.replace_settings, method, start="fresh", experts=())
     methods: dict[str, Adaptation] = {FULL: known("sft"), LORA: known("lora"), ONE: fresh(num_experts=1)}
     for part, name in ((2, HALF), (4, f"{ONE} of a quarter of a block")):
         if per_block >= part:
@@ -285,7 +287,7 @@ class Step:
             change: Changes the model once its optimizer is made.
         """
         load = partial(load_model, run.backbone)
-        asked = config.replace(run, method=method)
+        asked = config.replace_settings(run, method=method)
         self.model = method.build(asked, Material(backbone=load)).train()
         quantize_frozen(self.model, run.train.frozen_weights)
         self.model = self.model.to(device)
