@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass as settings
 
-from mode.checked import STRICT
-from mode.cost import Cost, mixture, shape_of
-from mode.method import Material, Mixture, merged
-from mode.settings import RouterSettings, Run
+from mode.backbone.shape import shape_of
+from mode.config.base import STRICT
+from mode.config.method import RouterSettings
+from mode.config.run import Run
+from mode.cost.flops import Cost, mixture
+from mode.methods.base import Material
+from mode.methods.stages import Mixture, merged
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,8 +50,8 @@ class BAM(Mixture):
         """Return the mixture of the backbone and its branches."""
         import torch
 
-        from mode.attention import insert_attention_banks
-        from mode.feed_forward import insert_feed_forward_banks
+        from mode.moe.attention import insert_attention_banks
+        from mode.moe.feed_forward import insert_feed_forward_banks
 
         model, states = merged(material)
         torch.manual_seed(run.seed)

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode import config
-from mode.checked import STRICT
-from mode.cost import Cost, add, shape_of, untouched
-from mode.files import WEIGHTS
-from mode.method import Material, Method, stages_by_domain
-from mode.settings import Choice, Run
+from mode.backbone.shape import shape_of
+from mode.config.base import STRICT
+from mode.config.check import build_method
+from mode.config.method import Choice
+from mode.config.run import Run
+from mode.core.files import WEIGHTS
+from mode.cost.flops import Cost, add, untouched
+from mode.methods.base import Material, Method
+from mode.methods.stages import stages_by_domain
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,7 +57,7 @@ class BTM(Method):
 
     def needs(self, run: Run) -> tuple[Run, ...]:
         """Return one run of full fine-tuning per target."""
-        return stages_by_domain(run, config.build_method(self.branch), run.targets, trains=False)
+        return stages_by_domain(run, build_method(self.branch), run.targets, trains=False)
 
     def steps(self, run: Run) -> int:
         """Return 0: what trains are the stages before."""
@@ -66,10 +69,9 @@ class BTM(Method):
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the models as one."""
-        from mode.ensemble import Ensemble
-        from mode.merge import mean
-        from mode.router import Posterior
-        from mode.tensors import load_tensors
+        from mode.core.tensors import load_tensors, mean
+        from mode.gating.router import Posterior
+        from mode.moe.ensemble import Ensemble
 
         states = [load_tensors(folder / WEIGHTS)[0] for folder in material.needs]
         members = [material.backbone().requires_grad_(False) for _ in states]

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.checked import STRICT
-from mode.config import replace_settings
-from mode.cost import Cost, mixture, shape_of
-from mode.method import Material, Mixture, merged
-from mode.settings import RouterSettings, Run
+from mode.backbone.shape import shape_of
+from mode.config.base import STRICT
+from mode.config.check import replace_settings
+from mode.config.method import RouterSettings
+from mode.config.run import Run
+from mode.cost.flops import Cost, mixture
+from mode.methods.base import Material
+from mode.methods.stages import Mixture, merged
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,7 +51,7 @@ class BTX(Mixture):
         """Return the mixture of the backbone and its branches."""
         import torch
 
-        from mode.feed_forward import insert_feed_forward_banks
+        from mode.moe.feed_forward import insert_feed_forward_banks
 
         model, states = merged(material)
         torch.manual_seed(run.seed)

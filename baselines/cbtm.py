@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.checked import STRICT
-from mode.config import replace_settings
-from mode.cost import Cost, add, full, shape_of, untouched
-from mode.files import WEIGHTS
-from mode.method import Material, Method, stages_by_domain
-from mode.settings import Choice, Run
+from mode.backbone.shape import shape_of
+from mode.config.base import STRICT
+from mode.config.check import replace_settings
+from mode.config.method import Choice
+from mode.config.run import Run
+from mode.core.files import WEIGHTS
+from mode.cost.flops import Cost, add, full, untouched
+from mode.methods.base import Material, Method
+from mode.methods.stages import stages_by_domain
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -76,8 +79,8 @@ class Branch(Method):
 
     def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
         """Write where the clusters are, for who weighs them."""
-        from mode.prepared import prepare_run
-        from mode.tensors import save_tensors
+        from mode.core.tensors import save_tensors
+        from mode.runs.prepare import prepare_run
 
         _, vectors, centres, _ = clusters(self, run, prepare_run(run).packed)
         save_tensors(folder / CLUSTERS, {"vectors": vectors, "centres": centres}, {})
@@ -125,9 +128,9 @@ class CBTM(Method):
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the models as one."""
-        from mode.clusters import Nearness
-        from mode.ensemble import Ensemble
-        from mode.tensors import load_tensors
+        from mode.core.tensors import load_tensors
+        from mode.moe.clusters import Nearness
+        from mode.moe.ensemble import Ensemble
 
         members = [material.backbone().requires_grad_(False) for _ in material.needs]
         for member, folder in zip(members, material.needs, strict=True):
@@ -147,7 +150,7 @@ class CBTM(Method):
 
 def clusters(branch: Branch, run: Run, packed: Mapping[str, Packed]) -> tuple[Any, Any, Any, list[int]]:
     """Return the targets' training rows, the tokens' vectors, the centres, and the cluster of every row."""
-    from mode.clusters import find_clusters, rows_of
+    from mode.moe.clusters import find_clusters, rows_of
 
     rows = rows_of([packed[name].split("train").tokens for name in run.targets], run.train.sequence_length)
     vectors, centres, members = find_clusters(rows, branch.num_clusters, branch.tokenizer(run).vocab_size)

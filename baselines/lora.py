@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.adapter_cost import adapted
-from mode.backbone import stack
-from mode.checked import STRICT, ConfigError
-from mode.config import replace_settings
-from mode.cost import Cost, Layer, Shape, add, is_named, shape_of
-from mode.low_rank import LowRank
-from mode.method import Material
-from mode.settings import Run
+from mode.backbone.shape import Layer, Shape, is_named, shape_of
+from mode.backbone.structure import stack
+from mode.config.base import STRICT
+from mode.config.check import replace_settings
+from mode.config.run import Run
+from mode.core.errors import ConfigError
+from mode.cost.adapters import adapted
+from mode.cost.flops import Cost, add
+from mode.methods.base import Material
+from mode.methods.sizing import LowRank
 
 if TYPE_CHECKING:
     from torch import nn

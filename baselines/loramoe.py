@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.adapter_cost import banks
-from mode.checked import STRICT
-from mode.cost import Cost, Layer, shape_of
-from mode.low_rank import LowRank
-from mode.method import Material
-from mode.settings import Run
+from mode.backbone.shape import Layer, shape_of
+from mode.config.base import STRICT
+from mode.config.run import Run
+from mode.cost.adapters import banks
+from mode.cost.flops import Cost
+from mode.methods.base import Material
+from mode.methods.sizing import LowRank
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,8 +56,8 @@ class LoRAMoE(LowRank):
         """Return the backbone with experts beside its feed-forward parts; they and their routers alone train."""
         import torch
 
-        from mode.bank import LowRankBank, replace_linears, sizes
-        from mode.router import LocalizedRouter
+        from mode.gating.router import LocalizedRouter
+        from mode.moe.low_rank import LowRankBank, replace_linears, sizes
 
         model: nn.Module = material.backbone()
         model.requires_grad_(False)

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.adapter_cost import adapted
-from mode.backbone import stack
-from mode.checked import STRICT
-from mode.cost import Cost, add, shape_of
-from mode.low_rank import LowRank
-from mode.method import Material
-from mode.settings import RouterSettings, Run
+from mode.backbone.shape import shape_of
+from mode.backbone.structure import stack
+from mode.config.base import STRICT
+from mode.config.method import RouterSettings
+from mode.config.run import Run
+from mode.cost.adapters import adapted
+from mode.cost.flops import Cost, add
+from mode.methods.base import Material
+from mode.methods.sizing import LowRank
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,8 +48,8 @@ class MixLoRA(LowRank):
         import torch
         from peft import LoraConfig, inject_adapter_in_model
 
-        from mode.feed_forward import PART, LowRankFeedForward
-        from mode.router import Router
+        from mode.gating.router import Router
+        from mode.moe.feed_forward import PART, LowRankFeedForward
 
         sized = self.sized(run)
         model: Any = material.backbone().requires_grad_(False)

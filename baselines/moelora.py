@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.adapter_cost import banks
-from mode.checked import STRICT
-from mode.cost import Cost, Flops, shape_of
-from mode.low_rank import LowRank
-from mode.method import Material
-from mode.settings import Run
+from mode.backbone.shape import Flops, shape_of
+from mode.config.base import STRICT
+from mode.config.run import Run
+from mode.cost.adapters import banks
+from mode.cost.flops import Cost
+from mode.methods.base import Material
+from mode.methods.sizing import LowRank
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,8 +62,8 @@ class MOELoRA(LowRank):
         """Return the backbone with experts at all linear layers of its decoder layers; all that is new trains."""
         import torch
 
-        from mode.bank import LowRankBank, replace_linears
-        from mode.tasks import TaskRouter, Tasks, insert_tasks
+        from mode.moe.low_rank import LowRankBank, replace_linears
+        from mode.moe.task_router import TaskRouter, Tasks, insert_tasks
 
         model = material.backbone()
         model.requires_grad_(False)
@@ -84,7 +85,7 @@ class MOELoRA(LowRank):
 
     def cost(self, run: Run) -> Cost:
         """Return what experts take beside a frozen backbone; their gates, a row's alone, take next to nothing."""
-        from mode.tasks import WIDTH
+        from mode.moe.task_router import WIDTH
 
         shape, length, tasks = shape_of(run.backbone), run.train.sequence_length, len(self.row_kinds(run))
         each = self.sized(run).rank // self.num_experts

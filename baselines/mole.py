@@ -17,14 +17,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode import config
-from mode.adapter_cost import adapted
-from mode.checked import STRICT, ConfigError
-from mode.cost import Cost, add, shape_of
-from mode.files import WEIGHTS
-from mode.method import Material, stages_by_domain
-from mode.settings import Run
-from mode.sized import Sized
+from mode.backbone.shape import shape_of
+from mode.config.base import STRICT
+from mode.config.check import build_method, replace_settings
+from mode.config.run import Run
+from mode.core.errors import ConfigError
+from mode.core.files import WEIGHTS
+from mode.cost.adapters import adapted
+from mode.cost.flops import Cost, add
+from mode.methods.base import Material
+from mode.methods.sizing import Sized
+from mode.methods.stages import stages_by_domain
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,14 +54,12 @@ class MoLE(Sized):
     @property
     def expert(self) -> Any:
         """The method of the experts."""
-        return config.build_method(self.experts)
+        return build_method(self.experts)
 
     def at(self, rank: int) -> Self:
         """Return the method with experts of another rank."""
         expert = self.expert.at(rank)
-        changed: Self = config.replace_settings(
-            self, experts=self.experts | {"rank": expert.rank, "alpha": expert.alpha}
-        )
+        changed: Self = replace_settings(self, experts=self.experts | {"rank": expert.rank, "alpha": expert.alpha})
         return changed
 
     def needs(self, run: Run) -> tuple[Run, ...]:
@@ -77,8 +78,8 @@ class MoLE(Sized):
         """
         import torch
 
-        from mode.bank import Ledger, OutputGatedBank, replace_linears
-        from mode.tensors import load_tensors
+        from mode.core.tensors import load_tensors
+        from mode.moe.low_rank import Ledger, OutputGatedBank, replace_linears
 
         model: nn.Module = material.backbone()
         model.requires_grad_(False)

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.adapter_cost import banks
-from mode.checked import STRICT
-from mode.cost import Cost, Layer, is_named, shape_of
-from mode.low_rank import LowRank
-from mode.method import Material
-from mode.settings import RouterSettings, Run
+from mode.backbone.shape import Layer, is_named, shape_of
+from mode.config.base import STRICT
+from mode.config.method import RouterSettings
+from mode.config.run import Run
+from mode.cost.adapters import banks
+from mode.cost.flops import Cost
+from mode.methods.base import Material
+from mode.methods.sizing import LowRank
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,8 +49,8 @@ class MoLORA(LowRank):
         """
         import torch
 
-        from mode.bank import LowRankBank, replace_linears, sizes
-        from mode.router import Router
+        from mode.gating.router import Router
+        from mode.moe.low_rank import LowRankBank, replace_linears, sizes
 
         model: nn.Module = material.backbone()
         model.requires_grad_(False)

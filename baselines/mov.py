@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.adapter_cost import adapted
-from mode.checked import STRICT
-from mode.config import replace_settings
-from mode.cost import Cost, add, is_named, shape_of
-from mode.method import Material
-from mode.settings import RouterSettings, Run
-from mode.sized import Sized
+from mode.backbone.shape import is_named, shape_of
+from mode.config.base import STRICT
+from mode.config.check import replace_settings
+from mode.config.method import RouterSettings
+from mode.config.run import Run
+from mode.cost.adapters import adapted
+from mode.cost.flops import Cost, add
+from mode.methods.base import Material
+from mode.methods.sizing import Sized
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,8 +60,8 @@ class MoV(Sized):
         """
         import torch
 
-        from mode.bank import VectorBank, replace_linears, sizes
-        from mode.router import Router
+        from mode.gating.router import Router
+        from mode.moe.low_rank import VectorBank, replace_linears, sizes
 
         model: nn.Module = material.backbone()
         model.requires_grad_(False)

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass as settings
 
-from mode.checked import STRICT
-from mode.cost import Cost, full, shape_of
-from mode.method import Adaptation, Material
-from mode.settings import Budget, Run
+from mode.backbone.shape import shape_of
+from mode.config.base import STRICT
+from mode.config.run import Budget, Run
+from mode.cost.flops import Cost, full
+from mode.methods.anchored import Adaptation
+from mode.methods.base import Material
 
 if TYPE_CHECKING:
     from torch import nn

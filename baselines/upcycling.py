@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.checked import STRICT
-from mode.cost import Cost, mixture, shape_of
-from mode.method import Adaptation, Material
-from mode.settings import RouterSettings, Run
+from mode.backbone.shape import shape_of
+from mode.config.base import STRICT
+from mode.config.method import RouterSettings
+from mode.config.run import Run
+from mode.cost.flops import Cost, mixture
+from mode.methods.anchored import Adaptation
+from mode.methods.base import Material
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,7 +42,7 @@ class SparseUpcycling(Adaptation):
         """Return the upcycled backbone, all of which trains."""
         import torch
 
-        from mode.feed_forward import insert_feed_forward_banks
+        from mode.moe.feed_forward import insert_feed_forward_banks
 
         model = material.backbone().requires_grad_(True)
         torch.manual_seed(run.seed)

@@ -27,15 +27,16 @@ def gates(
     Example: mode analyze gates 3f2a90c1d2e4 --html gates.html
     """
     with told():
-        from mode.checked import ConfigError
-        from mode.export import experts_of
-        from mode.files import write_atomic
-        from mode.gates import GateMeter, watched
-        from mode.generate import Section, read, to_html
-        from mode.prepared import prepare_run
-        from mode.quantized import quantize_frozen
-        from mode.recall import branches, recall
-        from mode.stage import score
+        from mode.artefacts.edit import experts_of
+        from mode.artefacts.find import branches, recall
+        from mode.core.errors import ConfigError
+        from mode.core.files import write_atomic
+        from mode.evaluation.generate import read
+        from mode.gating.meter import GateMeter, watched
+        from mode.ops.quantize import quantize_frozen
+        from mode.report.generated_text import Section, to_html
+        from mode.runs.fit import score
+        from mode.runs.prepare import prepare_run
 
         if html is not None and not html.parent.is_dir():
             raise ConfigError(f"--html {html}: no folder {html.parent}")

@@ -7,17 +7,32 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from mode import parallel
+from mode.core import processes
 
 # A busy neighbour core slows spinning OpenMP threads many times over; waiting ones it does not. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-if parallel.size() > 1:  # DDP warns of a search for idle experts where none was idle
+if processes.size() > 1:  # DDP warns of a search for idle experts where none was idle
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import typer
 
-from cli import analyze, bench, data, expert, generate, launch, plan, prune, reporting, show, tracking, train
+from cli import (
+    analyze,
+    bench,
+    data,
+    eval,
+    expert,
+    generate,
+    launch,
+    plan,
+    prune,
+    report,
+    reproduce,
+    show,
+    tracking,
+    train,
+)
 
 app = typer.Typer(
     name="mode",
@@ -32,9 +47,9 @@ app.command("compose")(train.compose)
 app.command("launch", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})(
     launch.launch
 )
-app.command("eval")(reporting.evaluate)
-app.command("report")(reporting.report)
-app.command("reproduce")(reporting.reproduce)
+app.command("eval")(eval.evaluate)
+app.command("report")(report.report)
+app.command("reproduce")(reproduce.reproduce)
 app.command("plan")(plan.plan)
 app.command("bench")(bench.bench)
 app.command("sync")(tracking.sync)
@@ -50,11 +65,11 @@ app.add_typer(data.app, name="data")
 def main() -> None:
     """Run the command line; of several processes the first alone is heard."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    if parallel.size() > 1 and command not in launch.ABLE:
-        if parallel.is_main():
+    if processes.size() > 1 and command not in launch.ABLE:
+        if processes.is_main():
             print(f"mode: {command}: several processes can share {' or '.join(launch.ABLE)} alone", file=sys.stderr)
         raise SystemExit(2)
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(sys.stdout if parallel.is_main() else nowhere):
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(sys.stdout if processes.is_main() else nowhere):
         app()
 
 

@@ -27,10 +27,11 @@ def bench(
     Example: mode bench edge backbone=smollm2-135m
     """
     with told():
-        from mode import config
-        from mode.bench import measure, section
+        from mode.bench.records import section
+        from mode.bench.run import measure
+        from mode.config.compose import compose
 
-        run = config.compose(with_method(overrides or [], "mode", "mode bench", conf), conf)
+        run = compose(with_method(overrides or [], "mode", "mode bench", conf), conf)
 
         def done(number: int) -> None:
             print(f"round {number} of {rounds}" if number else "warmed up", file=sys.stderr)

@@ -11,8 +11,8 @@ import typer
 from cli.options import ConfOption, DomainOption, Overrides, told, with_domains
 
 if TYPE_CHECKING:
+    from mode.config.data import Domain
     from mode.data.pack import Packed
-    from mode.domain import Domain
 
 app = typer.Typer(help="Prepare and describe the domains.", no_args_is_help=True)
 
@@ -69,13 +69,13 @@ def packed_domains(
     overrides: Sequence[str], domain: str | None, conf: Path | None
 ) -> tuple[list[tuple[Packed, Domain]], dict[str, str]]:
     """Prepare the domains named by --domain, or all used; return them, and what the backbone was pretrained on."""
-    from mode import config
-    from mode.prepared import prepare_run
+    from mode.config.compose import compose
+    from mode.runs.prepare import prepare_run
 
     given = with_domains(overrides, domain)
     if domain is not None:
         given.append(given[0].replace("targets", "evaluate.domains"))
-    run = config.compose(given, conf)
+    run = compose(given, conf)
     prepared = prepare_run(run)
     domains = [(packed, run.domains[name]) for name, packed in prepared.packed.items()]
     return domains, prepared.method.pretraining_data(run)

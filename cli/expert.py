@@ -10,7 +10,7 @@ import typer
 from cli.options import ConfOption, Overrides, runs_folder, told
 
 if TYPE_CHECKING:
-    from mode.recall import Recalled
+    from mode.artefacts.find import Recalled
 
 app = typer.Typer(help="Look at experts, put them into a composed model, take them out.", no_args_is_help=True)
 
@@ -30,9 +30,9 @@ def show(
     Example: mode expert show runs/3f2a90c1d2e4/expert
     """
     with told():
-        from mode.checked import ConfigError
-        from mode.expert import load_experts
-        from mode.recall import branches, expert_folder, recall
+        from mode.artefacts.find import branches, expert_folder, recall
+        from mode.core.errors import ConfigError
+        from mode.modular.artefact import load_experts
 
         runs = runs_folder(overrides, conf)
         if any(path.name.startswith(name) and not (path / "expert").exists() for path in runs.glob("*")):
@@ -66,8 +66,9 @@ def add(
     Example: mode expert add 3f2a90c1d2e4 ~/experts/law with-law
     """
     with told():
-        from mode.export import check_vacant, joined
-        from mode.recall import expert_folder, recall
+        from mode.artefacts.edit import joined
+        from mode.artefacts.find import expert_folder, recall
+        from mode.artefacts.write import check_vacant
 
         runs = runs_folder(overrides, conf)
         check_vacant(folder)
@@ -90,8 +91,9 @@ def remove(
     Example: mode expert remove 3f2a90c1d2e4 math code-alone
     """
     with told():
-        from mode.export import check_vacant, without
-        from mode.recall import recall
+        from mode.artefacts.edit import without
+        from mode.artefacts.find import recall
+        from mode.artefacts.write import check_vacant
 
         check_vacant(folder)
         recalled = recall(run, runs_folder(overrides, conf))
@@ -115,8 +117,9 @@ def export(
     Example: mode export 3f2a90c1d2e4 code-model --experts code --precision bf16
     """
     with told():
-        from mode.export import check_vacant, merge_measured, only
-        from mode.recall import recall
+        from mode.artefacts.edit import merge_measured, only
+        from mode.artefacts.find import recall
+        from mode.artefacts.write import check_vacant
 
         check_vacant(folder)
         recalled = recall(run, runs_folder(overrides, conf))
@@ -132,7 +135,7 @@ def export(
 
 def write(model: object, recalled: Recalled, folder: Path, *, embed: bool, precision: str = "fp32") -> None:
     """Write a model and say where."""
-    from mode.export import write_model
+    from mode.artefacts.write import write_model
 
     title = recalled.run.track.name or type(recalled.run.method).__name__ if recalled.run else folder.name
     write_model(model, recalled.place, folder, embed=embed, precision=precision, title=title)

@@ -11,7 +11,7 @@ import typer
 from cli.options import ConfOption, Overrides, runs_folder, told
 
 if TYPE_CHECKING:
-    from mode.generate import Piece
+    from mode.evaluation.generate import Piece
 
 ANSI = (0, 43, 215, 141, 203, 75, 113, 218)
 """Terminal colours of the branches; the backbone keeps the terminal's own."""
@@ -37,11 +37,12 @@ def generate(
     Example: mode generate 3f2a "def main():" --gates
     """
     with told():
-        from mode.checked import ConfigError
-        from mode.files import write_atomic
-        from mode.generate import Sampling, Section, to_html
-        from mode.generate import generate as stream
-        from mode.recall import branches, recall
+        from mode.artefacts.find import branches, recall
+        from mode.core.errors import ConfigError
+        from mode.core.files import write_atomic
+        from mode.evaluation.generate import Sampling
+        from mode.evaluation.generate import generate as stream
+        from mode.report.generated_text import Section, to_html
 
         recalled = recall(run, runs_folder(overrides, conf))
         names = branches(recalled)
@@ -68,17 +69,17 @@ def generate(
 
 def laid_out(model: Any, layout: str) -> bool:
     """Lay a model's branches out over processes, if asked for, and say whether keys and values can be kept."""
-    from mode import parallel
-    from mode.checked import ConfigError, nearest
+    from mode.core import processes
+    from mode.core.errors import ConfigError, nearest
 
     known = ("alone", "mpmd")
     if layout not in known:
         raise ConfigError(f"--layout {layout}: not one of {', '.join(known)}{nearest(layout, known)}")
     if layout == "mpmd":
-        from mode.mpmd import spread_for_good
+        from mode.distributed.mpmd import spread_for_good
 
         spread_for_good(model)
-    elif parallel.size() > 1:
+    elif processes.size() > 1:
         raise ConfigError("mode generate on several processes needs --layout mpmd")
     return layout == "alone"
 

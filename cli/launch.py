@@ -28,11 +28,11 @@ def launch(
     Example: mode launch --nproc 2 train baseline sft --domain code
     """
     with told():
-        from mode.checked import ConfigError, nearest
+        from mode.core.errors import ConfigError, nearest
 
         if command[0] not in ABLE:
             raise ConfigError(f"launch {command[0]}: not one of {', '.join(ABLE)}{nearest(command[0], ABLE)}")
-        from mode.launch import launch as start
+        from mode.launch.elastic import launch as start
 
         code = start(command, nproc)
     raise typer.Exit(code)

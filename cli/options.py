@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from mode.settings import Run
+    from mode.config.run import Run
 
 Result = TypeVar("Result")
 SECOND_OPINION = 3.0
@@ -25,7 +25,7 @@ def complete(group: str) -> Callable[[str], list[str]]:
     """Return a completion over the members of a configuration group, listed from its folder."""
 
     def members(incomplete: str) -> list[str]:
-        from mode.config import list_members
+        from mode.config.groups import list_members
 
         head, comma, last = incomplete.rpartition(",")
         return [f"{head}{comma}{name}" for name in list_members(group) if name.startswith(last)]
@@ -56,14 +56,14 @@ def told() -> Iterator[None]:
 
     So does SIGTERM, which schedulers send, and what was started for it ends with it.
     """
-    from mode import parallel
-    from mode.checked import ConfigError
+    from mode.core import processes
+    from mode.core.errors import ConfigError
 
     try:
-        with interrupted_by_sigterm() if parallel.size() == 1 else nullcontext():
+        with interrupted_by_sigterm() if processes.size() == 1 else nullcontext():
             yield
     except ConfigError as error:
-        if not parallel.is_main():  # what the first says too is said once: whoever launched them ends this one first
+        if not processes.is_main():  # what the first says too is said once: whoever launched them ends this one first
             time.sleep(SECOND_OPINION)
         print(f"mode: {who()}{error}", file=sys.stderr)
         raise typer.Exit(2) from None
@@ -71,7 +71,7 @@ def told() -> Iterator[None]:
         print("mode: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise typer.Exit(130) from None
     except RuntimeError as error:
-        if not parallel.is_loss(error):
+        if not processes.is_loss(error):
             raise
         time.sleep(SECOND_OPINION)  # whoever launched them knows which, and ends this one first
         print(f"mode: {who()}lost another process; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -105,9 +105,9 @@ def who() -> str:
     >>> who()
     ''
     """
-    from mode import parallel
+    from mode.core import processes
 
-    return "" if parallel.is_main() else f"process {parallel.rank()}: "
+    return "" if processes.is_main() else f"process {processes.rank()}: "
 
 
 def with_domains(overrides: Sequence[str], domain: str | None) -> list[str]:
@@ -116,7 +116,7 @@ def with_domains(overrides: Sequence[str], domain: str | None) -> list[str]:
     >>> with_domains(["seed=1"], "code,math")
     ['targets=[code,math]', 'seed=1']
     """
-    from mode.checked import ConfigError
+    from mode.core.errors import ConfigError
 
     if domain is None:
         return list(overrides)
@@ -140,8 +140,8 @@ def with_method(
     A group choice on the command line silently beats an experiment's own, so the two have to agree. With `variants` an
     override may choose other settings of the same method, such as `mode-anchored` for `mode`.
     """
-    from mode.checked import ConfigError
-    from mode.config import read_group
+    from mode.config.groups import read_group
+    from mode.core.errors import ConfigError
 
     rest, wanted = [], read_group("method", method, conf)["_target_"] if variants else None
     for text in overrides:
@@ -178,7 +178,7 @@ def with_fixed(overrides: Sequence[str], fixed: Mapping[str, str], command: str)
     >>> with_fixed(["seed=1"], {"method.start": "fresh"}, "mode train expert")
     ['seed=1', 'method.start=fresh']
     """
-    from mode.checked import ConfigError
+    from mode.core.errors import ConfigError
 
     rest = []
     for text in overrides:
@@ -196,7 +196,7 @@ def take_list(overrides: Sequence[str], key: str) -> tuple[list[str], list[int] 
     >>> take_list(["seeds=[0,1]", "train.lr=1"], "seeds")
     (['train.lr=1'], [0, 1])
     """
-    from mode.checked import ConfigError
+    from mode.core.errors import ConfigError
 
     rest, values = [], None
     for text in overrides:
@@ -215,13 +215,13 @@ def take_list(overrides: Sequence[str], key: str) -> tuple[list[str], list[int] 
 
 def show_config(run: Run) -> None:
     """Print a run's resolved configuration."""
-    from mode.config import to_yaml
+    from mode.config.check import to_yaml
 
     print(to_yaml(run), end="")
 
 
 def runs_folder(overrides: Sequence[str] | None, conf: Path | None) -> Path:
     """Return the folder of runs that the settings name."""
-    from mode import config
+    from mode.config.compose import compose
 
-    return Path(config.compose(overrides or [], conf).paths.runs).expanduser()
+    return Path(compose(overrides or [], conf).paths.runs).expanduser()

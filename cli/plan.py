@@ -12,8 +12,8 @@ import typer
 from cli.options import ConfOption, Overrides, complete, told, with_method
 
 if TYPE_CHECKING:
-    from mode.plan import Device
-    from mode.settings import Run
+    from mode.config.run import Run
+    from mode.planning.machine import Device
 
 DRAWN = ("llama-1b", "llama-8b", "llama-70b")
 LINKS = ("nvlink", "ib", "ethernet")
@@ -42,14 +42,16 @@ def plan(
     Example: mode plan backbone=llama-8b train.batch_size=64 train.sequence_length=4096 --devices 16 --link ib
     """
     with told():
-        from mode import config
-        from mode.plan import Device, Link, estimates, read, verdict, work_of
+        from mode.config.compose import compose
+        from mode.planning.machine import Device, Link, read
+        from mode.planning.plan import estimates, verdict
+        from mode.planning.work import work_of
 
         def composed(*more: str) -> Run:
             given = [*(overrides or []), *more]
             if not any(text.startswith(("method=", "experiment=")) for text in given):
                 given = with_method([*given, "method.start=fresh", "method.num_experts=1"], "mode", "mode plan", conf)
-            return config.compose(given, conf)
+            return compose(given, conf)
 
         if calibrate is not None:
             measure(composed(), conf, calibrate)
@@ -72,9 +74,9 @@ def plan(
 
 def measure(run: Run, conf: Path | None, name: str) -> None:
     """Measure this machine for plans."""
-    from mode.checked import ConfigError
-    from mode.modular_method import MoDE
-    from mode.suites.sharding import calibrated
+    from mode.bench.suites.sharding import calibrated
+    from mode.core.errors import ConfigError
+    from mode.methods.mode import MoDE
 
     if conf is None:
         raise ConfigError(f"--calibrate {name} needs --conf FOLDER, where the YAMLs of device and link go")
@@ -87,8 +89,9 @@ def measure(run: Run, conf: Path | None, name: str) -> None:
 
 def draw(composed: Callable[..., Run], device: Device, folder: Path, conf: Path | None) -> None:
     """Draw what is planned for backbones of three sizes on three links."""
-    from mode.curves import publish
-    from mode.plan import Link, read, work_of
+    from mode.planning.machine import Link, read
+    from mode.planning.work import work_of
+    from mode.report.plan_figures import publish
 
     works = {name: work_of(composed(f"backbone={name}", "train.sequence_length=4096")) for name in DRAWN}
     for path in publish(works, {name: read(Link, "link", name, conf) for name in LINKS}, device, folder):

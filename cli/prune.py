@@ -27,11 +27,11 @@ def prune(
     Example: mode prune 3f2a90c1d2e4 --ratio 0.25 --ratio 0.5 --by change
     """
     with told():
-        from cli.reporting import results_folder
-        from mode.checked import ConfigError, nearest
-        from mode.pruning import ORDERS, render
-        from mode.pruning import prune as measure
-        from mode.recall import recall_run
+        from cli.report import results_folder
+        from mode.artefacts.find import recall_run
+        from mode.artefacts.prune import ORDERS, render
+        from mode.artefacts.prune import prune as measure
+        from mode.core.errors import ConfigError, nearest
 
         orders = by or list(ORDERS)
         for order in orders:

@@ -12,17 +12,17 @@ import typer
 from cli.options import ConfOption, DomainOption, Overrides, complete, show_config, told, with_domains
 
 if TYPE_CHECKING:
-    from mode.forecast import Forecast
+    from mode.runs.forecast import Forecast
 
 app = typer.Typer(help="List what there is.", no_args_is_help=True)
 
 
 def listing(group: str, conf: Path | None, describe: str | None = None) -> None:
     """Print the members of a configuration group, each with one line about it."""
-    from mode import config
+    from mode.config.groups import list_members, read_group
 
-    for name in config.list_members(group, conf):
-        node = config.read_group(group, name, conf)
+    for name in list_members(group, conf):
+        node = read_group(group, name, conf)
         about = str(node.get(describe, "")) if describe else ""
         print(f"{name:<16} {about}".rstrip())
 
@@ -31,13 +31,20 @@ def listing(group: str, conf: Path | None, describe: str | None = None) -> None:
 def methods(conf: ConfOption = None) -> None:
     """List the methods with the settings of each."""
     with told():
-        from mode import config
+        from mode.config.check import flatten
+        from mode.config.compose import compose
+        from mode.config.groups import list_members
+        from mode.core.errors import ConfigError
 
-        for name in config.list_members("method", conf):
-            method = config.compose([f"method={name}"], conf).method
+        for name in list_members("method", conf):
+            try:
+                method = compose([f"method={name}"], conf).method
+            except ConfigError as error:
+                print(f"{name:<16} cannot be used: {error}")
+                continue
             about = (type(method).__doc__ or "").strip().splitlines()[0]
             print(f"{name:<16} {about}")
-            settings = ", ".join(f"{key}={value}" for key, value in config.flatten(asdict(method)).items())
+            settings = ", ".join(f"{key}={value}" for key, value in flatten(asdict(method)).items())
             print(f"{'':<16} {settings}")
 
 
@@ -66,10 +73,10 @@ def tables(conf: ConfOption = None) -> None:
 def runs(overrides: Overrides = None, conf: ConfOption = None) -> None:
     """List the finished runs, from their records, and those that can be resumed."""
     with told():
-        from mode import config
-        from mode.record import read_records
+        from mode.config.compose import compose
+        from mode.records.record import read_records
 
-        run = config.compose(overrides or [], conf)
+        run = compose(overrides or [], conf)
         records = read_records(Path(run.paths.results).expanduser())
         for record in records:
             happened = record.happened
@@ -95,15 +102,16 @@ def budget(
     Example: mode show budget table1 budget=compute
     """
     with told():
-        from mode import config
-        from mode.device import matrix_rate, set_up
-        from mode.reproduce import forecasts
+        from mode.config.compose import compose
+        from mode.core.device import matrix_rate, set_up
+        from mode.launch.schedule import forecasts
 
         if "=" in table:
             table, overrides = "table1", [table, *(overrides or [])]
         given = list(overrides or [])
         rows = forecasts(table, given, conf)
-        rate = matrix_rate(set_up(config.compose(given, conf)))
+        train = compose(given, conf).train
+        rate = matrix_rate(set_up(train.threads, train.device))
         heads = ("steps", "tokens M", "TFLOPs", "trained M", "added M", "active M", "minutes", "GB")
         width = max(map(len, rows)) + 1
         print(f"{'row':<{width}}" + "".join(f"{head:>11}" for head in heads))
@@ -142,6 +150,6 @@ def resumable(folder: Path) -> Sequence[str]:
 def config_command(overrides: Overrides = None, domain: DomainOption = None, conf: ConfOption = None) -> None:
     """Print the resolved configuration that settings lead to."""
     with told():
-        from mode import config
+        from mode.config.compose import compose
 
-        show_config(config.compose(with_domains(overrides or [], domain), conf))
+        show_config(compose(with_domains(overrides or [], domain), conf))

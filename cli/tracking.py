@@ -13,11 +13,11 @@ def sync(overrides: Overrides = None, conf: ConfOption = None) -> None:
     Example: mode sync paths.runs=runs
     """
     with told():
-        from mode import config
-        from mode.track import sync as push
-        from mode.track import unsynced
+        from mode.config.compose import compose
+        from mode.runs.tracking import sync as push
+        from mode.runs.tracking import unsynced
 
-        runs = Path(config.compose(overrides or [], conf).paths.runs).expanduser()
+        runs = Path(compose(overrides or [], conf).paths.runs).expanduser()
         logs = unsynced(runs)
         if not logs:
             print(f"nothing to push: no offline run in {runs} that was not pushed before")

@@ -26,10 +26,10 @@ from cli.options import (
 )
 
 if TYPE_CHECKING:
-    from mode.prepared import Prepared
-    from mode.record import Record
-    from mode.settings import Run
-    from mode.train import Point
+    from mode.config.run import Run
+    from mode.records.record import Record
+    from mode.runs.prepare import Prepared
+    from mode.train.curve import Point
 
 app = typer.Typer(help="Train an expert, a baseline or the embedded backbone.", no_args_is_help=True)
 
@@ -115,7 +115,7 @@ def compose(
     Example: mode compose code math; mode compose code ~/experts/law
     """
     with told():
-        from mode.checked import ConfigError
+        from mode.core.errors import ConfigError
 
         names = [text for text in domains or [] if "=" not in text]
         names, given = with_experts(names, [text for text in domains or [] if "=" in text], conf)
@@ -133,18 +133,19 @@ def compose(
 
 def with_experts(names: Sequence[str], overrides: Sequence[str], conf: Path | None) -> tuple[list[str], list[str]]:
     """Turn names of experts into the domains they are for, with an override for those that are at hand."""
-    from mode import config
+    from mode.config.compose import quote
+    from mode.config.groups import list_members
 
-    known = config.list_members("domain", conf)
+    known = list_members("domain", conf)
     if all(name in known for name in names):
         return list(names), list(overrides)
-    from mode.expert import describe
-    from mode.recall import expert_folder
+    from mode.artefacts.find import expert_folder
+    from mode.modular.artefact import describe
 
     runs = runs_folder(overrides, conf)
     folders = {name: expert_folder(name, runs, known) for name in names if name not in known}
     domains = [domain for name in names for domain in (describe(folders[name]) if name in folders else [name])]
-    given = ", ".join(config.quote(str(folder)) for folder in folders.values())
+    given = ", ".join(quote(str(folder)) for folder in folders.values())
     return domains, [*overrides, f"method.experts=[{given}]"]
 
 
@@ -158,11 +159,13 @@ def launch(
     single: bool = False,
 ) -> None:
     """Compose the runs that overrides describe, check them all, then execute them in order."""
-    from mode import config, parallel
-    from mode.checked import ConfigError
+    from mode.config.compose import compose as compose_run
+    from mode.config.compose import expand_sweep
+    from mode.core import processes
+    from mode.core.errors import ConfigError
 
-    sets = config.expand_sweep(overrides) if sweep else [list(overrides)]
-    runs = [config.compose(each, conf) for each in sets]
+    sets = expand_sweep(overrides) if sweep else [list(overrides)]
+    runs = [compose_run(each, conf) for each in sets]
     for run in runs:
         if single and len(run.targets) != 1:
             raise ConfigError(
@@ -175,7 +178,7 @@ def launch(
             show_config(run)
         return
     if sweep:
-        if parallel.size() > 1:
+        if processes.size() > 1:
             raise ConfigError("--sweep is one run after the other; it does not go with several processes")
         if again:
             raise ConfigError("--again trains one run anew; it does not go with --sweep")
@@ -187,8 +190,8 @@ def launch(
 def execute_all(runs: Sequence[Run]) -> None:
     """Execute several runs in order, one process each, going on after a failure, and print a summary."""
     from cli.progress import make_display
-    from mode.prepared import finished, prepare_run
-    from mode.reproduce import run_all
+    from mode.launch.schedule import run_all
+    from mode.runs.prepare import finished, prepare_run
 
     with make_display() as display:
         outcome = run_all(runs, jobs=1, display=display)
@@ -207,9 +210,9 @@ def execute_all(runs: Sequence[Run]) -> None:
 def execute(run: Run, *, again: bool) -> None:
     """Execute one run with a progress display and print its scores."""
     from cli.progress import make_display
-    from mode.prepared import finished, has_weights, prepare_run
-    from mode.reproduce import describe
-    from mode.runner import execute as execute_run
+    from mode.launch.schedule import describe
+    from mode.runs.execute import execute as execute_run
+    from mode.runs.prepare import finished, has_weights, prepare_run
 
     prepared = prepare_run(run)
     record = finished(prepared)

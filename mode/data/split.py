@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mode.domain import SPLITS, Split
+from mode.config.data import SPLITS, Split
 
 SHINGLE = 5
 """Words per shingle."""

@@ -1,0 +1,183 @@
+"""mode eval: scores of finished runs, on their domains and on downstream tasks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options import ConfOption, Overrides, complete, told
+
+if TYPE_CHECKING:
+    from mode.config.run import Run
+    from mode.downstream.results import Result
+    from mode.records.record import Record
+
+
+def score_downstream(run: Run, names: Sequence[str], limit: int | None, conf: Path | None, *, again: bool) -> None:
+    """Score the finished run that the settings describe on downstream tasks, and keep the results."""
+    from mode.core.errors import ConfigError
+    from mode.downstream.run import measure, plan
+    from mode.runs.prepare import finished, prepare_run
+
+    planned = plan(names, Path(run.paths.cache).expanduser(), conf)
+    prepared = prepare_run(run)
+    record = finished(prepared)
+    if record is None:
+        raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
+    print(f"run {prepared.id}: {record.filename.removesuffix('.json')}", file=sys.stderr)
+    for result, existed in measure(prepared, record, planned, limit=limit, again=again, done=tell_progress):
+        print(describe_result(result) + ("  (exists; --again scores it anew)" if existed else ""))
+    print("`mode report downstream` renders all", file=sys.stderr)
+
+
+def tell_progress(name: str, number: int, total: int) -> None:
+    """Say how far a task is: in place on a terminal, else ten times in all."""
+    if sys.stderr.isatty():
+        print(f"\r{name}: {number} of {total}", end="\n" if number == total else "", file=sys.stderr, flush=True)
+    elif number == total or number % max(1, total // 10) == 0:
+        print(f"{name}: {number} of {total}", file=sys.stderr)
+
+
+def describe_result(result: Result) -> str:
+    """Phrase a result in one line."""
+    asked, happened = result.asked, result.happened
+    parts = [
+        f"{asked['task']} v{asked['version']}",
+        f"{asked['metric']} {result.score}",
+        f"{happened['n']} of {happened['of']} questions",
+        f"{asked['num_fewshot']} shots",
+        f"unparsed {result.unparsed}",
+        *(f"{count} {outcome}" for outcome, count in happened["outcomes"].items() if outcome != "unparsed"),
+        *([f"{happened['truncated']} prompts cut"] if happened["truncated"] else []),
+        f"{happened['seconds']:.0f} s",
+        f"prompt {asked['prompt_sha256']}",
+    ]
+    return "  ".join(parts)
+
+
+def evaluate(
+    overrides: Overrides = None,
+    retention: Annotated[
+        bool, typer.Option("--retention", help="Show target and retention accuracy of every finished run.")
+    ] = False,
+    downstream: Annotated[
+        bool, typer.Option("--downstream", help="Score the run on downstream tasks: HumanEval, GSM8K, HellaSwag.")
+    ] = False,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", help="With --downstream: a task; repeat it.", autocompletion=complete("downstream")),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --downstream: questions of each task.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="With --downstream: score anew what has a result.")] = False,
+    conf: ConfOption = None,
+) -> None:
+    """Score runs on every domain against the bare backbone.
+
+    With --retention: every finished run, from its record; the backbone is scored first if it has no record yet.
+    With --downstream: the run that the settings describe, on downstream tasks, from its weights.
+    Without: that run on its domains, from its weights.
+
+    Examples: mode eval --retention; mode eval method=sft; mode eval --downstream --task gsm8k-100 method=sft
+    """
+    with told():
+        from mode.config.check import replace_settings
+        from mode.config.compose import compose
+        from mode.core.errors import ConfigError
+
+        if downstream and retention:
+            raise ConfigError("--downstream and --retention are two commands: give one of them")
+        if not downstream and (task or limit is not None or again):
+            raise ConfigError("--task, --limit and --again go with --downstream")
+        given = list(overrides or [])
+        run = compose(given, conf)
+        if downstream:
+            score_downstream(run, task or [], limit, conf, again=again)
+            return
+        if not retention:
+            rescore(run)
+            return
+        from mode.records.record import read_records
+        from mode.runs.execute import execute
+
+        bare = compose([*given, "method=backbone"], conf)
+        zero = execute(replace_settings(bare, track=replace_settings(bare.track, mode="none")))
+        print_retention(read_records(Path(run.paths.results).expanduser()), zero)
+
+
+def rescore(run: Run) -> None:
+    """Score a finished run from its weights and compare with its record."""
+    from dataclasses import asdict
+
+    from cli.train import print_scores
+    from mode.core.device import set_up
+    from mode.core.errors import ConfigError
+    from mode.ops.quantize import quantize_frozen
+    from mode.runs.execute import restore
+    from mode.runs.fit import score
+    from mode.runs.prepare import finished, prepare_run
+
+    prepared = prepare_run(run)
+    record = finished(prepared)
+    if record is None:
+        raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
+    device, model = set_up(run.train.threads, run.train.device), restore(prepared)
+    quantize_frozen(model, run.train.frozen_weights)
+    model = model.to(device)
+    scores = {name: asdict(value) for name, value in score(prepared, model, run.evaluate.split).items()}
+    print(f"run {prepared.id}, scored from its weights")
+    print_scores(type(record)(**{**vars(record), "happened": {**record.happened, "scores": scores}}))
+    same = all(
+        scores[name]["accuracy"] == record.happened["scores"][name]["accuracy"] for name in record.happened["scores"]
+    )
+    print("accuracies equal the record's" if same else "accuracies differ from the record's")
+
+
+def print_retention(records: Sequence[Record], zero: Record) -> None:
+    """Print target and retention accuracy of every record under the sky of the bare backbone's."""
+    from mode.tables.compile import qualities
+
+    same = [record for record in records if record.id != zero.id and comparable(record, zero)]
+    apart = distinctions([zero, *same])
+    names = list(zero.happened["scores"])
+    print(f"{'run':<44}" + "".join(f"{name:>10}" for name in names) + f"{'target':>10}{'retention':>11}")
+    for record in [zero, *same]:
+        values = qualities(record, zero)
+        label = record.filename.removesuffix(".json")
+        cells = "".join(f"{values[name]:>10.2f}" for name in names)
+        kept = f"{values['retention']:>+11.2f}" if "retention" in values else f"{'–':>11}"
+        print(f"{label:<44}{cells}{values['target']:>10.2f}{kept}  {apart[record.id]}".rstrip())
+    hidden = len(records) - len(same) - 1
+    if hidden:
+        print(f"{hidden} records on other data, domains or context lengths, or another backbone, are not shown")
+
+
+def distinctions(records: Sequence[Record]) -> dict[str, str]:
+    """Say, by run id, which settings tell a record apart from the others of its method and targets."""
+    from mode.config.check import flatten
+
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(f"{record.asked['method']['_target_']} {record.asked['targets']}", []).append(record)
+    told: dict[str, str] = {}
+    for members in groups.values():
+        flat = {record.id: flatten(record.asked) for record in members}
+        keys = dict.fromkeys(key for settings in flat.values() for key in settings)
+        differing = [key for key in keys if len({str(settings.get(key)) for settings in flat.values()}) > 1]
+        for run_id, settings in flat.items():
+            shown = [key for key in differing if key in settings and key != "seed"]
+            told[run_id] = " ".join(f"{key.rpartition('.')[2]}={settings[key]}" for key in shown)
+    return told
+
+
+def comparable(record: Record, zero: Record) -> bool:
+    """Say whether two records score the same tokens of the same domains with the same context, under one sky."""
+    return (
+        record.sky == zero.sky
+        and list(record.happened["scores"]) == list(zero.happened["scores"])
+        and record.happened["split"] == zero.happened["split"]
+        and record.asked["train"]["sequence_length"] == zero.asked["train"]["sequence_length"]
+    )

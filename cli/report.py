@@ -1,0 +1,164 @@
+"""mode report: tables, figures and the page, rendered from records."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.options import ConfOption, Overrides, complete, told
+
+Rendered = tuple[str, list[str]]
+"""A table and the overrides that it was rendered under."""
+
+
+PUBLISHED = Path(__file__).parent.parent / "results"
+
+
+def report(
+    table: Annotated[
+        str | None,
+        typer.Argument(help="Table, or bench, downstream or pruning.", autocompletion=complete("table")),
+    ] = None,
+    overrides: Overrides = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Fail if a published table no longer follows from its records.")
+    ] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Log the tables and figures to Weights & Biases too.")] = False,
+    html: Annotated[
+        bool, typer.Option("--html", help="Write tables, figures and every run as one page, report.html.")
+    ] = False,
+    conf: ConfOption = None,
+) -> None:
+    """Render tables and figures from records; alone, all that there are records for.
+
+    Examples: mode report table1; mode report --check; mode report --html
+    """
+    with told():
+        from mode.config.groups import list_members
+        from mode.core.errors import ConfigError, nearest
+        from mode.records.collection import SHEETS
+
+        if table is not None and "=" in table:
+            overrides, table = [table, *(overrides or [])], None
+        refuse_both({"--check": check, "--wandb": wandb, "--html": html})
+        given = list(overrides or [])
+        names = [*list_members("table", conf), *SHEETS]
+        if table is not None and table not in names:
+            raise ConfigError(f"table {table}: not one of {', '.join(names)}{nearest(table, names)}")
+        results = results_folder(given, conf)
+        if check:
+            chosen = results if any(text.startswith("paths.results=") for text in given) else PUBLISHED
+            check_published(chosen, [table] if table else names, conf)
+            return
+        folder = table if table in SHEETS else "records"
+        published = not any((results / folder).glob("*.json")) and any((PUBLISHED / folder).glob("*.json"))
+        if published:
+            print(f"no records in {results}; these are the published ones", file=sys.stderr)
+        chosen = PUBLISHED if published else results
+        shown = [table] if table else names
+        if html:
+            print_page(shown, chosen, results, given, conf)
+            return
+        rendered = render_tables(shown, chosen, given, conf, write=not published)
+        if wandb:
+            publish_tables(rendered, chosen, given, conf)
+
+
+def refuse_both(flags: Mapping[str, bool]) -> None:
+    """Refuse two flags that each do something else with what was rendered."""
+    from mode.core.errors import ConfigError
+
+    given = [name for name, chosen in flags.items() if chosen]
+    if len(given) > 1:
+        does = {"--check": "compares files", "--wandb": "logs tables", "--html": "writes a page"}
+        raise ConfigError(f"{' and '.join(f'{name} {does[name]}' for name in given)}: one of the two")
+
+
+def print_page(names: Sequence[str], records: Path, results: Path, given: Sequence[str], conf: Path | None) -> None:
+    """Write the page of some tables into the folder of results, wherever its records lie, and print where it is."""
+    from mode.report.page import write_page
+
+    tables = [(name, each) for name in names for each in known_variants(name, given, conf)]
+    print(write_page(tables, records, results, conf))
+
+
+def publish_tables(rendered: Sequence[Rendered], results: Path, given: Sequence[str], conf: Path | None) -> None:
+    """Log rendered tables to Weights & Biases."""
+    from mode.config.check import replace_settings
+    from mode.config.compose import compose
+    from mode.core.errors import ConfigError
+    from mode.records.collection import SHEETS
+    from mode.report.wandb import publish
+
+    run = compose(given, conf)
+    tables = [item for item in rendered if item[0] not in SHEETS]
+    if run.track.mode == "none" or not tables:
+        raise ConfigError("--wandb with track=none logs nowhere" if tables else "--wandb: no table to log")
+    run_id = publish(tables, replace_settings(run, paths=replace_settings(run.paths, results=str(results))), conf)
+    where = "`mode sync` pushes it" if run.track.mode == "offline" else "pushed"
+    print(f"logged to Weights & Biases as {run_id}: {where}", file=sys.stderr)
+
+
+def check_published(results: Path, names: Sequence[str], conf: Path | None) -> None:
+    """Compare the tables of a results folder with those that follow from its records."""
+    from mode.core.errors import ConfigError
+    from mode.records.collection import SHEETS, find_sheet
+    from mode.report.render import check_tables
+
+    tables = [name for name in names if name not in SHEETS]
+    stale = check_tables(results, tables, conf) if tables else []
+    stale += [path for name in names if name in SHEETS for path in find_sheet(name).stale(results)]
+    if stale:
+        raise ConfigError(f"{stale[0]} does not follow from the records beside it: `mode report` makes it anew")
+    print(f"every table in {results} follows from its records")
+
+
+def render_tables(
+    names: Sequence[str], results: Path, given: Sequence[str], conf: Path | None, *, write: bool
+) -> list[Rendered]:
+    """Render every table that there are records for, and each under the experiments and budgets that it knows."""
+    from mode.core.errors import NothingError
+    from mode.records.collection import SHEETS, find_sheet
+    from mode.report.render import report as render_report
+
+    rendered: list[Rendered] = []
+    for name in names:
+        variants = known_variants(name, given, conf)
+        for each in variants:
+            try:
+                if name in SHEETS:
+                    text, path = find_sheet(name).report(results, write=write)
+                else:
+                    text, path = render_report(name, results, each, conf, write=write)
+            except NothingError:
+                if len(names) == len(variants) == 1:
+                    raise
+                continue
+            print(text)
+            if write:
+                print(f"written to {path}", file=sys.stderr)
+            rendered.append((name, each))
+    if not rendered:
+        raise NothingError(f"no record of {names[0]} in {results / 'records'}: `mode reproduce {names[0]}` makes them")
+    return rendered
+
+
+def known_variants(table: str, given: Sequence[str], conf: Path | None) -> list[list[str]]:
+    """Return the overrides to render a table under: those given alone if they choose, else each that it knows."""
+    from mode.records.collection import SHEETS
+    from mode.tables.table import load_table
+
+    if table in SHEETS or any(text.startswith(("experiment=", "budget=")) for text in given):
+        return [list(given)]
+    return [[*variant, *given] for variant in load_table(table, conf).variants]
+
+
+def results_folder(overrides: Sequence[str], conf: Path | None) -> Path:
+    """Return the folder that the configuration puts records in."""
+    from mode.config.compose import compose
+
+    return Path(compose(overrides, conf).paths.results).expanduser()

@@ -1,0 +1,88 @@
+"""mode reproduce: every run that a table needs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options import ConfOption, Overrides, complete, take_list, told
+from cli.report import results_folder
+
+if TYPE_CHECKING:
+    from mode.config.run import Run
+    from mode.launch.schedule import Outcome, Start
+
+
+def reproduce(
+    table: Annotated[str, typer.Argument(help="Table to make.", autocompletion=complete("table"))],
+    overrides: Overrides = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Runs at a time; 0: one per core.")] = 0,
+    launcher: Annotated[
+        str, typer.Option("--launcher", help="Where runs are executed.", autocompletion=complete("launcher"))
+    ] = "local",
+    conf: ConfOption = None,
+) -> None:
+    """Execute every run that a table needs, skipping those that exist, then render it.
+
+    A run whose process dies is started again from its checkpoint; one that fails is told, and the rest go on.
+
+    Example: mode reproduce table1 seeds=[0,1,2]
+    """
+    with told():
+        from cli.progress import make_display
+        from mode.launch.schedule import run_all, table_runs
+
+        given, seeds = take_list(overrides or [], "seeds")
+        runs = table_runs(table, seeds, given, conf)
+        start, retries = started_by(launcher, runs, conf)
+        with make_display() as display:
+            outcome = run_all(runs, jobs=jobs or default_jobs(runs), display=display, start=start, retries=retries)
+        finish(table, given, conf, outcome)
+
+
+def started_by(name: str, runs: Sequence[Run], conf: Path | None) -> tuple[Start | None, int]:
+    """Return what starts a run, None for a process of this machine, and how often one that dies is started again."""
+    from mode.launch.launchers import read, starter
+
+    launcher = read(name, conf)
+    if launcher.kind == "local":
+        return None, launcher.retries
+    return starter(launcher, Path(runs[0].paths.runs).expanduser() / "jobs"), launcher.retries
+
+
+def finish(table: str, overrides: Sequence[str], conf: Path | None, outcome: Outcome) -> None:
+    """Render the table of what succeeded, and tell what failed."""
+    from mode.core.errors import ConfigError
+    from mode.report.render import report as render_report
+
+    print(f"{outcome.executed} runs executed, {outcome.skipped} existed, {len(outcome.failed)} failed", file=sys.stderr)
+    for run_id, error in outcome.failed.items():
+        print(f"  {run_id}: {error}", file=sys.stderr)
+    if outcome.failed and not outcome.executed and not outcome.skipped:
+        raise ConfigError("no run succeeded")
+    text, path = render_report(
+        table, results_folder(overrides, conf), overrides, conf, write=True if outcome.executed else None
+    )
+    print(text)
+    print(f"written to {path} with .tex, .csv and .png beside it", file=sys.stderr)
+    if outcome.failed:
+        raise typer.Exit(1)
+
+
+def default_jobs(runs: Sequence[Run]) -> int:
+    """Return how many runs fit on this machine: one on an accelerator, else as many as have cores for their threads."""
+    if any(run.train.device != "cpu" for run in runs) and has_accelerator():
+        return 1
+    return max(1, (os.cpu_count() or 1) // max(run.train.threads for run in runs))
+
+
+def has_accelerator() -> bool:
+    """Say whether this machine has a CUDA device."""
+    from mode.core.device import has_cuda
+
+    return has_cuda()

@@ -1,0 +1,1 @@
+"""Finished runs as parts: found, edited, pruned and written as model folders."""

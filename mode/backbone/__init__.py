@@ -1,0 +1,1 @@
+"""Pretrained models: loaded, measured, and described by their shape."""

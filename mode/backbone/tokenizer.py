@@ -1,0 +1,107 @@
+"""A backbone's tokenizer: read, trained and saved."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mode.backbone.load import locate
+from mode.config.backbone import Backbone
+from mode.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EOS = "<|endoftext|>"
+
+
+class BackboneTokenizer:
+    """A backbone's own tokenizer, and a fingerprint of it.
+
+    Attributes:
+        eos_id: Id of the token that closes a document.
+        vocab_size: Number of ids.
+        fingerprint: Digest of the serialised tokenizer.
+    """
+
+    def __init__(self, backend: Any, eos_id: int | None) -> None:
+        """Wrap a tokenizer of the `tokenizers` library.
+
+        Raises:
+            ConfigError: There is no end-of-sequence token.
+        """
+        if eos_id is None:
+            raise ConfigError("the tokenizer has no end-of-sequence token, which closes every document")
+        backend.no_truncation()  # some tokenizers come with a length to cut at
+        backend.no_padding()
+        self.backend = backend
+        self.eos_id = eos_id
+        self.vocab_size = int(backend.get_vocab_size())
+        self.fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()[:16]
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Tokenise documents, without special tokens."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Turn tokens back into text."""
+        return str(self.backend.decode(ids))
+
+
+def load_tokenizer(backbone: Backbone) -> BackboneTokenizer:
+    """Load a backbone's tokenizer.
+
+    Raises:
+        ConfigError: The tokenizer cannot be found or read, or has no end-of-sequence token.
+    """
+    from tokenizers import Tokenizer
+
+    place = locate(backbone)
+    try:
+        if (place / "tokenizer.json").exists():
+            backend = Tokenizer.from_file(str(place / "tokenizer.json"))
+            if backend.token_to_id(EOS) is not None:
+                return BackboneTokenizer(backend, backend.token_to_id(EOS))
+        from transformers import AutoTokenizer
+
+        auto = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"backbone {backbone.name}: no tokenizer at {backbone.path}: {reason}") from error
+    return BackboneTokenizer(auto.backend_tokenizer, auto.eos_token_id)
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> BackboneTokenizer:
+    """Train a byte-level BPE tokenizer.
+
+    Args:
+        texts: Documents of the pretraining split.
+        vocab_size: Number of ids, the end-of-sequence token included.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return BackboneTokenizer(backend, backend.token_to_id(EOS))
+
+
+def save_backbone(model: PreTrainedModel, tokenizer: BackboneTokenizer, folder: Path) -> None:
+    """Write a backbone as a folder that any Hugging Face tool can load."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+    model.save_pretrained(folder)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, eos_token=EOS, bos_token=EOS)
+    wrapped.save_pretrained(folder)
+    tokenizer.backend.save(str(folder / "tokenizer.json"))

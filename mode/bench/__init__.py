@@ -1,0 +1,1 @@
+"""Benchmarks: ratios of times, measured interleaved, and memory."""

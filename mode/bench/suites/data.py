@@ -1,0 +1,86 @@
+"""The suite `data`: a batch from the packed stream, against Hugging Face's data sets and collator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mode.backbone.shape import shape_of
+from mode.bench.suites.trainers import hushed
+from mode.bench.timing import Case
+from mode.data.batches import Batches, Stream
+
+if TYPE_CHECKING:
+    from mode.config.run import Run
+    from mode.methods.mode import MoDE
+
+TOGETHER = 50
+"""Batches that are made each time."""
+
+
+def batches(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return what to time, and the bytes of the rows as either keeps them on disk.
+
+    Args:
+        run: Says how many rows and tokens a batch has.
+        method: Not used.
+        device: Where batches go.
+        folder: For the rows.
+    """
+    from datasets import Dataset
+
+    size, length = run.train.batch_size, run.train.sequence_length
+    rows = TOGETHER * size + 2
+    vocabulary = shape_of(run.backbone).vocabulary
+    kind = np.uint16 if vocabulary <= 2**16 else np.uint32
+    stream = np.random.default_rng(0).integers(vocabulary, size=rows * length + 1, dtype=kind)
+    np.save(folder / "stream.npy", stream)
+    ours = Batches(
+        [Stream("text", np.load(folder / "stream.npy", mmap_mode="r"), 1)],
+        seed=0,
+        batch_size=size,
+        sequence_length=length,
+    )
+    folded = stream[: TOGETHER * size * length].reshape(-1, length).astype(np.int64)
+    with hushed():
+        Dataset.from_dict({"input_ids": folded.tolist()}).save_to_disk(folder / "dataset")
+    dataset = Dataset.load_from_disk(str(folder / "dataset"))
+
+    def packed() -> None:
+        for step in range(TOGETHER):
+            torch.from_numpy(ours.batch(step)).to(device)
+
+    tokens = TOGETHER * size * length
+    ways = {
+        "datasets, collator": loader(dataset, size, device),
+        "datasets as tensors, collator": loader(dataset.with_format("torch"), size, device),
+        "mode": packed,
+    }
+    cases = [Case("batches", name, way, tokens=tokens) for name, way in ways.items()]
+    weighed = {"datasets": folder / "dataset", "mode": folder / "stream.npy"}
+    return cases, {name: size_of(place) for name, place in weighed.items()}
+
+
+def loader(dataset: Any, size: int, device: torch.device) -> Callable[[], None]:
+    """Return an action that takes batches from a data set as `Trainer` does, its rows in a random order."""
+    from torch.utils.data import DataLoader
+    from transformers import default_data_collator
+
+    made: Any = DataLoader(dataset, batch_size=size, shuffle=True, collate_fn=default_data_collator)
+
+    def action() -> None:
+        for _, batch in zip(range(TOGETHER), cycle(made), strict=False):
+            batch["input_ids"].to(device)
+
+    return action
+
+
+def size_of(place: Path) -> int:
+    """Return the bytes of a file, or of all in a folder."""
+    files = place.rglob("*") if place.is_dir() else [place]
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -1,0 +1,106 @@
+"""The suite `eval`: log-likelihoods of short texts, and of whole rows, against lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mode.backbone.load import load_model
+from mode.backbone.shape import shape_of
+from mode.bench.timing import Case
+from mode.core.errors import ConfigError
+from mode.cost.flops import untouched
+from mode.data.pack import PackedSplit
+from mode.downstream.harness import is_installed, quiet
+from mode.evaluation.likelihood import Text, log_likelihoods
+from mode.evaluation.next_token import evaluate
+
+if TYPE_CHECKING:
+    from mode.config.run import Run
+    from mode.methods.mode import MoDE
+
+SHORTEST, LONGEST, TEXTS = 32, 254, 24
+"""Tokens of the texts, evenly spread, and their number."""
+
+
+TOLERANCE = 1e-6
+"""Relative difference of both sums of log-likelihoods that may be."""
+
+
+def evaluation(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return what to time, after both ways have come to the same sum of log-likelihoods.
+
+    Args:
+        run: Names the backbone, and says how many tokens a row has and how many rows are read at once.
+        method: Not used.
+        device: Where the model is.
+        folder: Not used.
+    """
+    model = load_model(run.backbone).to(device).eval()
+    shape, random = shape_of(run.backbone), np.random.default_rng(0)
+    lengths = np.linspace(SHORTEST, LONGEST, TEXTS).astype(int)
+    texts = [random.integers(shape.vocabulary, size=length).tolist() for length in random.permutation(lengths)]
+    count, row = run.evaluate.batch_size, run.train.sequence_length
+    stream = random.integers(shape.vocabulary, size=2 * count * row + 1, dtype=np.uint32)
+    windows = [stream[start : start + row + 1].tolist() for start in range(0, len(stream) - 1, row)]
+    split = PackedSplit(stream, np.asarray([0, len(stream)]), len(stream))
+    jobs: dict[str, tuple[list[list[int]], Callable[[], float]]] = {
+        "short texts": (texts, partial(short, model, texts, row, count)),
+        "whole rows": (windows, partial(whole, model, split, run)),
+    }
+    cases = []
+    for job, (tokens, ours) in jobs.items():
+        scored = sum(len(each) - 1 for each in tokens)
+        flops = scored * untouched(shape, row).flops.forward
+        ways = {"mode": ours}
+        if is_installed():
+            ways = {"lm-evaluation-harness": other(model, tokens, count), "mode": ours}
+            first, second = (way() for way in ways.values())
+            if abs(first / second - 1) > TOLERANCE:
+                raise ConfigError(f"{job}: sums of log-likelihoods differ, {first} and {second}: nothing to compare")
+        cases += [Case(job, name, silent(way), scored, flops=flops, counted=True) for name, way in ways.items()]
+    return cases, {}
+
+
+def silent(action: Callable[[], float]) -> Callable[[], None]:
+    """Return an action whose result is not taken for seconds."""
+
+    def act() -> None:
+        action()
+
+    return act
+
+
+def short(model: Any, texts: Sequence[Sequence[int]], row: int, rows: int) -> float:
+    """Return the sum of the log-likelihoods of texts."""
+    found = log_likelihoods(model, [Text(tokens) for tokens in texts], row=row, batch_size=rows)
+    return sum(each.total for each in found)
+
+
+def whole(model: Any, split: PackedSplit, run: Run) -> float:
+    """Return the sum of the log-likelihoods of a stream."""
+    score = evaluate(
+        model,
+        split,
+        sequence_length=run.train.sequence_length,
+        batch_size=run.evaluate.batch_size,
+        chunk=run.evaluate.chunk,
+    )
+    return -score.loss * score.tokens
+
+
+def other(model: Any, texts: Sequence[Sequence[int]], rows: int) -> Callable[[], float]:
+    """Return an action that sums the log-likelihoods of texts by lm-evaluation-harness."""
+    with quiet():
+        from lm_eval.models.huggingface import HFLM
+
+        from mode.bench.suites.trainers import one_word
+
+        reader = HFLM(pretrained=model, tokenizer=one_word(), batch_size=rows, backend="causal", add_bos_token=False)
+    asked = [(("", ""), list(tokens[:1]), list(tokens[1:])) for tokens in texts]
+    return lambda: sum(total for total, _ in reader._loglikelihood_tokens(asked, disable_tqdm=True))

@@ -1,0 +1,156 @@
+"""Suites edge and generate: what experts cost in size, loading and speed of generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+
+from mode.artefacts.find import load_folder
+from mode.artefacts.write import write_model
+from mode.backbone.load import load_model, locate, weights_fingerprint
+from mode.bench.timing import Case
+from mode.modular.artefact import load_experts, made_for, save_expert
+from mode.modular.edit import swap_expert
+from mode.modular.model import MoDEForCausalLM, make_modular
+
+if TYPE_CHECKING:
+    from mode.config.run import Run
+    from mode.methods.mode import MoDE
+
+PROMPT, NEW, LONG = 32, 32, 256
+"""Tokens of the prompt that is continued, of its continuation, and of the text that is read at once."""
+
+
+def edge(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Write the models to a folder and return what to time, and the bytes of every folder's weights.
+
+    Experts have fresh weights: neither size nor speed depends on what they learned.
+
+    Args:
+        run: Names the backbone.
+        method: Shape of blocks, experts and gates.
+        device: Where the models are used.
+        folder: A folder to write to.
+    """
+    names = {"backbone": 0, "backbone + 1 expert": 1, "backbone + 2 experts": 2}
+    places = {name: folder / str(number) for name, number in names.items()}
+    for name, number in names.items():
+        experts = ["one", "two"][:number]
+        model = modular(run, method, experts) if experts else load_model(run.backbone)
+        write_model(model, locate(run.backbone), places[name], embed=True)
+    for name in ("two", "three"):
+        save_expert(modular(run, method, [name]), folder / name, about(run, method, name))
+    live = {name: load_folder(place).to(device) for name, place in places.items()}
+    cases = [Case("load", name, partial(start, place, device)) for name, place in places.items()]
+    for job, use, tokens in (("read", read, LONG), ("generate", write, NEW)):
+        cases += [Case(job, name, partial(use, model), tokens) for name, model in live.items()]
+    whole = places["backbone"]
+    cases += [
+        Case("exchange", "fine-tuned model, loaded anew", partial(start, whole, device)),
+        Case("exchange", "fine-tuned model, read over the live one", partial(overwrite, live["backbone"], whole)),
+        Case("exchange", "one expert for another in the live model", swap(live["backbone + 2 experts"], folder)),
+    ]
+    sizes = {name: weight_bytes(place) for name, place in places.items()}
+    return cases, {**sizes, "one expert": weight_bytes(folder / "two")}
+
+
+def modular(run: Run, method: MoDE, experts: list[str]) -> MoDEForCausalLM:
+    """Build a model with fresh experts."""
+    return make_modular(
+        load_model(run.backbone),
+        experts=experts,
+        num_blocks=method.num_blocks,
+        expert_layers=method.expert_layers,
+        init="random",
+        gate=method.gate,
+        head_rank=method.head_rank,
+    )
+
+
+def about(run: Run, method: MoDE, name: str) -> dict[str, Any]:
+    """Describe a fresh expert as a trained one is described."""
+    return {
+        "domain": name,
+        "backbone": run.backbone.name,
+        "backbone_fingerprint": weights_fingerprint(run.backbone),
+        **made_for(method, method.gate),
+        **dict.fromkeys(("steps", "tokens", "seed"), 0),
+    }
+
+
+def start(place: Path, device: torch.device) -> None:
+    """Load a model from its folder to a device and use it once: weights that are mapped are read when they are used."""
+    read(load_folder(place).to(device), 1)
+
+
+def ids(model: Any, count: int) -> torch.Tensor:
+    """Return as many tokens, (1, count); the same every time."""
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return torch.arange(count, device=model.device)[None] * 7919 % vocabulary
+
+
+@torch.no_grad()
+def read(model: Any, count: int = LONG) -> None:
+    """Read a text at once, for the token after it."""
+    model(input_ids=ids(model, count), logits_to_keep=1)
+
+
+def write(model: Any) -> None:
+    """Continue a prompt greedily by as many tokens as asked, whatever they are."""
+    prompt = ids(model, PROMPT)
+    model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
+    )
+
+
+def overwrite(model: Any, place: Path) -> None:
+    """Read a folder's weights over those of a model of the same shape, and use it once."""
+    for path in place.glob("*.safetensors"):
+        model.load_state_dict(load_file(path), strict=False)  # a tied head is not in the file
+    read(model, 1)
+
+
+def swap(model: MoDEForCausalLM, folder: Path) -> Callable[[], None]:
+    """Return an action that reads and checks an expert, puts it in another's place, and uses it once."""
+
+    def action() -> None:
+        leaves, comes = ("two", "three") if "two" in model.config.experts else ("three", "two")
+        swap_expert(model, leaves, comes, load_experts(folder / comes)[comes].tensors)
+        read(model, 1)
+
+    return action
+
+
+def weight_bytes(folder: Path) -> int:
+    """Return the size of a folder's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+NUMBERS = (1, 2, 4, 8)
+"""Experts of the models that are measured."""
+
+
+def generation(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return what to time, and the bytes of every model's weights.
+
+    Args:
+        run: Names the backbone.
+        method: Shape of blocks, experts and gates.
+        device: Where the models are used.
+        folder: Not used.
+    """
+    live = {"backbone": load_model(run.backbone)}
+    for number in NUMBERS:
+        names = [f"expert-{index + 1}" for index in range(number)]
+        live[f"{number} expert{'s' * (number > 1)}"] = modular(run, method, names)
+    live = {name: model.to(device).eval() for name, model in live.items()}
+    cases = []
+    for job, use, tokens in (("read", read, LONG), ("generate", write, NEW)):
+        for name, model in live.items():
+            cases.append(Case(job, name, partial(use, model), tokens=tokens, counted=True))
+    return cases, {name: sum(part.nbytes for part in model.parameters()) for name, model in live.items()}

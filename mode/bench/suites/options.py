@@ -1,0 +1,97 @@
+"""Suites options and branches: what each option of the loop costs and saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mode.bench.suites.step import FOUR, FULL, LORA, ONE, PLAIN, Step, chosen
+from mode.bench.timing import Case
+from mode.config.check import replace_settings
+from mode.config.method import Anchor
+from mode.core.files import checkpoint_of
+from mode.core.tensors import trainable
+from mode.train.checkpoint import Saver
+from mode.train.cuda_graph import WARM_UP
+
+if TYPE_CHECKING:
+    from mode.config.run import Run
+    from mode.methods.mode import MoDE
+
+OPTIONAL = (FULL, LORA, ONE)
+"""Methods that are measured under the loop's options."""
+
+
+def options(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return what to time to see what the loop's options do to a step: precision, memory for time, compiled layers.
+
+    Args:
+        run: Names backbone, rows and their length.
+        method: Shape of blocks, experts and gates.
+        device: Where the models train.
+        folder: For a checkpoint.
+    """
+    variants: dict[str, dict[str, Any]] = {
+        "fp32": {},
+        "bf16": {"precision": "bf16"},
+        "compiled layers": {"compile": True},
+        "compiled layers, bf16": {"compile": True, "precision": "bf16"},
+        "activations of frozen layers formed again": {"activation_checkpointing": "frozen"},
+        "activations of all layers formed again": {"activation_checkpointing": "all"},
+        "frozen weights in int8, bf16": {"frozen_weights": "int8", "precision": "bf16"},
+        "frozen weights in fp8, bf16": {"frozen_weights": "fp8", "precision": "bf16"},
+    }
+    if device.type == "cuda":  # to compile takes long there, and nobody trains in fp32
+        variants.pop("compiled layers")
+    methods = chosen(run, method)
+    cases = []
+    for name in OPTIONAL:
+        for variant, changes in variants.items():
+            changed = replace_settings(run, train=replace_settings(run.train, **PLAIN | changes))
+            if name != FULL or "frozen" not in variant:  # nothing is there
+                cases.append(Step(changed, methods[name], Anchor(), device).case(f"options, {name}", variant))
+    return cases, checkpoint_bytes(Step(run, methods[ONE], Anchor(), device), folder)
+
+
+def branches(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return what to time of the ways that branches run, and on a GPU of steps whose passes are one CUDA graph.
+
+    Args:
+        run: Names backbone, rows and their length.
+        method: Shape of blocks, experts and gates.
+        device: Where the models train.
+        folder: Not used.
+    """
+    methods, plain = chosen(run, method), PLAIN | {"precision": run.train.precision}
+    ways: dict[str, dict[str, Any]] = {"in a loop": {}, "batched": {"branches": "batched"}}
+    if device.type == "cuda":
+        ways |= {f"{name}, one graph": {**changes, "graph": True} for name, changes in ways.items()}
+        ways["on streams"] = {"branches": "streams"}
+    jobs = {(f"branches, {FOUR}", FOUR): ways}
+    if device.type == "cuda":
+        graphs = {
+            "launched": {},
+            "one graph": {"graph": True},
+            "one graph, compiled layers": {"graph": True, "compile": True},
+        }
+        jobs |= {(f"graph, {name}", name): graphs for name in OPTIONAL}
+    cases = []
+    for (job, name), variants in jobs.items():
+        for variant, changes in variants.items():
+            changed = replace_settings(run, train=replace_settings(run.train, **plain | changes))
+            step = Step(changed, methods[name], Anchor(), device)
+            for _ in range(WARM_UP + 1 if step.job.settings.graph else 0):  # what is timed is replayed
+                step()
+            cases.append(step.case(job, variant))
+    return cases, {}
+
+
+def checkpoint_bytes(step: Step, folder: Path) -> dict[str, int]:
+    """Return the bytes of the weights that train with both moments of AdamW, and of a checkpoint of them."""
+    step()
+    with Saver() as saver:
+        saver.save(folder, trainable(step.model), step.optimizer, 1, 0.0)
+    size = sum(file.stat().st_size for file in checkpoint_of(folder, 1).iterdir())
+    return {"weights that train, and their moments": 3 * step.bytes, "checkpoint": size}

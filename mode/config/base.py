@@ -1,0 +1,26 @@
+"""What all checked settings share: how strict they are, and how a mistake in them is told."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+PIN = r"^[A-Za-z0-9_.\-]+==[A-Za-z0-9_.\-+!]+$"
+"""An exact version of a package."""
+
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def exact(share: float) -> Fraction:
+    """Return a share of rows as the nearest fraction with a denominator up to 100.
+
+    >>> exact(0.125)
+    Fraction(1, 8)
+    """
+    return Fraction(share).limit_denominator(100)

@@ -1,0 +1,177 @@
+"""Compose a run from YAML and overrides: the only module that knows Hydra and OmegaConf."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mode.config.check import check_run, flatten
+from mode.config.groups import GROUPS, conf_dirs, list_members, written_by
+from mode.config.run import Run
+from mode.core.errors import ConfigError, nearest
+
+
+def compose(overrides: Sequence[str], extra: Path | None = None) -> Run:
+    """Compose and check a run.
+
+    Args:
+        overrides: `KEY=VALUE` settings in Hydra's grammar, later ones winning.
+        extra: A folder of the user's own configuration, beside the project's.
+
+    Raises:
+        ConfigError: An override is malformed or unknown, or a value is not allowed.
+    """
+    overrides = [text for text in overrides if text != "experiment=null"]  # the default; Hydra takes it for a name
+    check_overrides(overrides, extra)
+    return check_run(compose_plain(overrides, extra), extra)
+
+
+def compose_plain(overrides: Sequence[str], extra: Path | None = None) -> dict[str, Any]:
+    """Compose the YAML of a run into plain data, with every domain under `domains`.
+
+    What Hydra reads and merges depends on the chosen members of groups alone, and is kept: values are set on a copy.
+    """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    parsed = hydra_parse(overrides)
+    chosen = tuple(item.input_line for item in parsed if is_choice(item))
+    values = [item for item in parsed if not is_choice(item)]
+    try:
+        config = copy.deepcopy(compose_groups(chosen, extra, written_by(extra)))
+        ConfigLoaderImpl._apply_overrides_to_config(values, config)
+        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = str(error) or str(error.__cause__)
+        raise ConfigError(" ".join(reason.split())) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from error
+    return plain
+
+
+def is_choice(override: Any) -> bool:
+    """Say whether an override chooses a member of a group, or is about Hydra itself, rather than sets a value."""
+    key = override.key_or_group
+    return bool(override.package) or key in (*GROUPS, "domain", "table") or key.startswith("hydra")
+
+
+@lru_cache
+def compose_groups(chosen: tuple[str, ...], extra: Path | None, written: tuple[tuple[Path, int], ...]) -> Any:
+    """Compose the chosen members of groups; `written` makes it anew when a user's file has changed meanwhile."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+
+    domains = [f"+domain@domains.{name}={name}" for name in list_members("domain", extra)]
+    others = ",".join(quote(f"file://{folder.resolve()}") for folder in conf_dirs(extra)[1:])
+    search = [f"hydra.searchpath=[{others}]"] if others else []
+    with initialize_config_module("conf", version_base="1.3"):
+        return hydra_compose("run", overrides=[*domains, *search, *chosen])
+
+
+def quote(text: str) -> str:
+    r"""Quote a string in Hydra's grammar.
+
+    >>> print(quote("it's"))
+    'it\'s'
+    """
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+@dataclass(frozen=True)
+class Override:
+    """One parsed override: its key without a leading `+`, and its text."""
+
+    key: str
+    text: str
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Parse overrides, refusing what is malformed and what would be a sweep.
+
+    >>> parse_overrides(["train.lr=1.0e-3"])
+    [Override(key='train.lr', text='train.lr=1.0e-3')]
+    >>> parse_overrides(["seed=1,2"])
+    Traceback (most recent call last):
+    mode.core.errors.ConfigError: seed=1,2: a comma means a sweep: add --sweep, or write seed=[1,2] for a list
+    """
+    parsed = []
+    for text, override in zip(overrides, hydra_parse(overrides), strict=True):
+        if override.is_sweep_override():
+            key, _, value = text.partition("=")
+            raise ConfigError(
+                f"{text}: a comma means a sweep: add --sweep, or write {key.lstrip('+')}=[{value}] for a list"
+            )
+        parsed.append(Override(key=override.key_or_group, text=text))
+    return parsed
+
+
+def hydra_parse(overrides: Sequence[str]) -> list[Any]:
+    """Parse overrides with Hydra's own grammar."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    result = []
+    for text in overrides:
+        if text.startswith("-"):
+            raise ConfigError(f"{text}: no such option")
+        if text.startswith("="):
+            raise ConfigError(f"{text}: not of the form KEY=VALUE: the key is missing")
+        try:
+            result.append(parser.parse_override(text))
+        except HydraException as error:
+            raise ConfigError(f"{text}: not of the form KEY=VALUE in Hydra's grammar") from error
+    return result
+
+
+def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """Expand the commas of a sweep into the product of all choices, the last one varying fastest.
+
+    >>> expand_sweep(["seed=0,1", "train.lr=1e-3"])
+    [['seed=0', 'train.lr=1e-3'], ['seed=1', 'train.lr=1e-3']]
+    """
+    result: list[list[str]] = [[]]
+    for text, override in zip(overrides, hydra_parse(overrides), strict=True):
+        options = [text]
+        if override.is_sweep_override():
+            if not override.is_discrete_sweep() or override.value_type.name == "GLOB_CHOICE_SWEEP":
+                raise ConfigError(f"{text}: only commas, choice() and range() can be swept")
+            options = [f"{text.partition('=')[0]}={value}" for value in override.sweep_string_iterator()]
+        result = [[*done, option] for done in result for option in options]
+    return result
+
+
+def check_overrides(overrides: Sequence[str], extra: Path | None) -> None:
+    """Answer the common mistakes in one line, before Hydra answers them in many."""
+    parsed = parse_overrides(overrides)
+    selected = [item.text for item in parsed if item.key in GROUPS]
+    for item in parsed:
+        value = item.text.partition("=")[2]
+        if item.key in GROUPS:
+            members = list_members(item.key, extra)
+            if value not in members:
+                raise ConfigError(f"{item.text}: not one of {', '.join(members)}{nearest(value, members)}")
+        elif item.key == "domain":
+            raise ConfigError(f"{item.text}: the domains to adapt to are chosen with targets=[{value}]")
+    known = settings_known(tuple(selected), extra, written_by(extra))
+    groups = {name.rpartition(".")[0] for name in known}
+    for item in parsed:
+        if item.key not in known and item.key not in GROUPS and item.key not in groups and "=" in item.text:
+            raise ConfigError(f"{item.key}: no such setting{nearest(item.key, known)}")
+
+
+@lru_cache
+def settings_known(
+    selected: tuple[str, ...], extra: Path | None, written: tuple[tuple[Path, int], ...]
+) -> frozenset[str]:
+    """Return the names of all settings under the chosen members of groups; `written` as in `compose_groups`."""
+    return frozenset(flatten(compose_plain(selected, extra)))

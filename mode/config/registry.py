@@ -1,0 +1,76 @@
+"""Where the class of a method is: in this project, or in an installed package that registers it.
+
+A package registers its methods through the entry points `mode.methods`, and its YAML lies in a folder `conf` of the
+package, laid out as this project's. Nothing else that a configuration names is ever imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+
+from mode.config.run import MethodSettings
+from mode.core.errors import ConfigError
+
+TRUSTED = ("mode.", "baselines.")
+"""Packages of this project."""
+ENTRY_POINTS = "mode.methods"
+
+
+@lru_cache
+def registered() -> tuple[EntryPoint, ...]:
+    """Return the methods that installed packages register, without importing them."""
+    return tuple(entry_points(group=ENTRY_POINTS))
+
+
+@lru_cache
+def registered_folders() -> tuple[Path, ...]:
+    """Return the folders of configuration that packages with registered methods bring."""
+    packages = dict.fromkeys(point.module.partition(".")[0] for point in registered())
+    found = [find_spec(package) for package in packages]
+    roots = [Path(root) for spec in found if spec for root in spec.submodule_search_locations or ()]
+    return tuple(root / "conf" for root in roots if (root / "conf").is_dir())
+
+
+def find_method(target: str) -> type[MethodSettings]:
+    """Return the class of a method by its import path, its entry point, or its name in records.
+
+    Raises:
+        ConfigError: It is neither this project's nor registered, cannot be imported, or is not a method.
+    """
+    found: object = None
+    reason = f"outside {' and '.join(TRUSTED)}, so it is not run; a package registers its own with {ENTRY_POINTS}"
+    point = next((each for each in registered() if target in (each.name, each.value.replace(":", "."))), None)
+    try:
+        if point is not None:
+            found = point.load()
+        elif target.startswith(TRUSTED):
+            module, _, name = target.rpartition(".")
+            found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # a registered package may fail in any way
+        reason = f"no such class ({error})"
+    found = found or recorded_methods().get(target)
+    if found is None:
+        raise ConfigError(f"method._target_={target}: {reason}")
+    if not (isinstance(found, type) and issubclass(found, MethodSettings)):
+        raise ConfigError(f"method._target_={target}: not a method")
+    return found
+
+
+@lru_cache
+def recorded_methods() -> dict[str, type[MethodSettings]]:
+    """Return this project's methods by their names in records."""
+    from mode.config.groups import list_members, read_group
+
+    classes = {find_class(str(read_group("method", name)["_target_"])) for name in list_members("method")}
+    return {cls.recorded_name(): cls for cls in classes}
+
+
+def find_class(path: str) -> type[MethodSettings]:
+    """Return a class of this project by its import path."""
+    module, _, name = path.rpartition(".")
+    cls: type[MethodSettings] = getattr(importlib.import_module(module), name)
+    return cls

@@ -1,0 +1,80 @@
+"""Named tensors: those that train, their mean and digest, and safetensors files, written atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mode.core.errors import ConfigError
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
+    """Write tensors and JSON metadata to a safetensors file, atomically.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(contiguous, temporary, metadata={"mode": json.dumps(metadata, sort_keys=True)})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be written ({error})") from error
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Read tensors and metadata written by `save_tensors`.
+
+    Raises:
+        ConfigError: The file is missing, truncated, or not one of this project's.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if "mode" not in metadata:
+                raise ConfigError(f"{path}: a safetensors file, but not one that mode wrote")
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["mode"])  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a digest of named tensors: names, shapes, kinds and bytes."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return total.hexdigest()[:16]
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that train, by name; a tied parameter appears once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def mean(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the arithmetic mean of models' weights, by name, summed in fp64.
+
+    >>> import torch
+    >>> mean([{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 2.0])}])
+    {'w': tensor([2., 2.])}
+    """
+    first, *_ = states
+    return {
+        name: (sum(state[name].double() for state in states) / len(states)).to(value.dtype)  # type: ignore[union-attr]
+        for name, value in first.items()
+    }

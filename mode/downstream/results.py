@@ -1,0 +1,130 @@
+"""Results of downstream tasks, and the sheet that follows from them.
+
+A result is a JSON in `downstream/` of a folder of results: what was asked (run, task, version, prompt), what happened
+and under what sky. `downstream.md` and `downstream.csv` follow from them alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from mode.records.collection import Sheet
+from mode.records.measurement import Measurement
+
+SCHEMA = 1
+
+
+SHARES = ("pass@1", "exact_match", "acc", "acc_norm")
+"""Metrics that are shares, and shown in per cent."""
+
+
+INTRO = (
+    "Decoding is greedy. Scores stand with their standard error over the questions asked, in per cent where the metric "
+    "is a share. Unparsed: answers that could not be read as answers, which count as wrong; a dash where every answer "
+    "can be read. Cut: questions whose prompt lost its beginning, since the model reads no more. With few questions "
+    "asked the score is of the first ones, and its error is large; where all are wrong the formula gives 0, which says "
+    "nothing."
+)
+
+
+@dataclass(frozen=True)
+class Result(Measurement):
+    """What a run did on a task.
+
+    `asked` has the run, the task with its version, prompt, worked examples, metric and limits, and how many questions;
+    `happened` the number of questions `n`, score, standard error, every metric, the score's value on every question,
+    how many answers were unparsed, of how many prompts the beginning was cut off, and seconds; `provenance` the data
+    with its digest, and the sky.
+    """
+
+    @property
+    def filename(self) -> str:
+        """Name of its file: the run, the task, and how many questions if not all."""
+        limit = self.asked["limit"]
+        return f"{self.asked['run']}-{self.asked['task']}{f'-first-{limit}' if limit else ''}.json"
+
+    @property
+    def score(self) -> str:
+        """The score and its standard error, as people read it."""
+        return shown(self.asked["metric"], self.happened["score"], self.happened["stderr"])
+
+    @property
+    def unparsed(self) -> str:
+        """The number of unparsed answers, as people read it."""
+        count = self.happened["unparsed"]
+        return "–" if count is None else str(count)
+
+
+def shown(metric: str, value: float, error: float | None) -> str:
+    """Render a metric with its standard error.
+
+    >>> shown("acc", 0.25, 0.0435), shown("word_perplexity", 12.5, None)
+    ('25.00 ± 4.35', '12.50')
+    """
+    scale = 100 if metric in SHARES else 1
+    return f"{scale * value:.2f}" + ("" if error is None else f" ± {scale * error:.2f}")
+
+
+def row(result: Result) -> dict[str, str]:
+    """Render a result as a line of the table."""
+    asked, happened = result.asked, result.happened
+    others = [
+        f"{name} {shown(name, each['value'], None)}"
+        for name, each in happened["metrics"].items()
+        if name != asked["metric"]
+    ]
+    others += [f"{count} {outcome}" for outcome, count in happened["outcomes"].items()]
+    return {
+        "Backbone": asked["backbone"],
+        "Run": f"{asked['run_name']}-{asked['run']}",
+        "Task": f"{asked['task']} v{asked['version']}",
+        "Shots": str(asked["num_fewshot"]),
+        "Questions": f"{happened['n']} of {happened['of']}",
+        "Metric": asked["metric"],
+        "Score": result.score,
+        "Unparsed": result.unparsed,
+        "Cut": str(happened["truncated"]),
+        "Besides": ", ".join(others),
+    }
+
+
+def about(result: Result) -> str:
+    """Render what a task is."""
+    asked, data = result.asked, result.provenance["data"]
+    facts = [f"{asked['num_fewshot']} worked examples", f"scored by {asked['metric']}"]
+    if asked["chance"] is not None:
+        facts.append(f"guessing gives {100 * asked['chance']:.0f} %")
+    if asked["max_tokens"]:
+        ends = ", ".join(f"`{end!r}`" for end in asked["stop"])
+        facts.append(f"answers of up to {asked['max_tokens']} tokens, ended by {ends}")
+    if asked["unparsed"]:
+        facts.append(f"unparsed: {asked['unparsed']}")
+    first = f"{data['description']}. From {data['requirement']}, licence: {data['licence']}. {'; '.join(facts)}."
+    prompt = f"The prompt (sha256 {asked['prompt_sha256']}):\n\n```\n{asked['prompt']}\n```\n"
+    return f"## {asked['task']} v{asked['version']}\n\n{first} {prompt}"
+
+
+def render(results: Sequence[Result]) -> dict[str, str]:
+    """Render results in Markdown, and as CSV with one line per result and metric."""
+    ordered = sorted(results, key=lambda each: (each.asked["task"], each.asked["backbone"], each.filename))
+    table = pd.DataFrame([row(result) for result in ordered]).to_markdown(index=False, disable_numparse=True)
+    tasks = {(each.asked["task"], each.asked["version"], each.asked["prompt_sha256"]): about(each) for each in ordered}
+    parts = ["# Downstream tasks", INTRO, str(table), *tasks.values()]
+    lines: list[dict[str, Any]] = []
+    for result in ordered:
+        asked, happened = result.asked, result.happened
+        names = ("backbone", "run", "run_name", "task", "version", "prompt_sha256", "num_fewshot")
+        plain = {name: asked[name] for name in names} | {name: happened[name] for name in ("n", "of")}
+        counts = {name: happened[name] for name in ("unparsed", "truncated")}
+        for name, each in happened["metrics"].items():
+            lines.append({**plain, "metric": name, **each, **counts})
+    csv = pd.DataFrame(lines).astype({"unparsed": "Int64"}).to_csv(index=False, float_format="%.6g")
+    return {"md": "\n\n".join(parts), "csv": str(csv)}
+
+
+SHEET = Sheet("downstream", "result", Result, SCHEMA, "mode eval --downstream", render)
+"""The folder of results of downstream tasks in a folder of results, and their sheet beside it."""

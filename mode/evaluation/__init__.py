@@ -1,0 +1,1 @@
+"""Scores of a finished model, and text that it generates."""

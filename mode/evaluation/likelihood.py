@@ -1,0 +1,119 @@
+"""Log-likelihoods of many short texts at once: whole texts side by side in a row, each blind to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mode.core.device import rows_at_once
+from mode.ops.loss import score_tokens
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text whose end is scored.
+
+    Attributes:
+        tokens: Its tokens.
+        given: Tokens at its beginning, one at least, that are not scored.
+    """
+
+    tokens: Sequence[int]
+    given: int = 1
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely a model finds the end of a text.
+
+    Attributes:
+        total: Sum of the tokens' log-likelihoods, in nats.
+        greedy: Whether every token was the most likely one.
+    """
+
+    total: float
+    greedy: bool
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: nn.Module,
+    texts: Sequence[Text],
+    *,
+    row: int,
+    batch_size: int,
+    done: Callable[[int], None] = lambda number: None,
+) -> list[Likelihood]:
+    """Score texts, packed into rows without padding between them.
+
+    Positions begin anew with every text, from which `transformers` makes masks that are blind across texts. A model
+    that looks back by other ways than attention, as gates of the prefix's mean do (`looks_back`), gets a row for
+    every text.
+
+    Args:
+        model: A causal LM, not training.
+        texts: The texts, each of two tokens or more.
+        row: Tokens of a row, unless a text is longer.
+        batch_size: Rows per forward pass, at most.
+        done: Told after every forward pass how many texts are scored.
+
+    Returns:
+        One for each text, in their order.
+    """
+    device = next(model.parameters()).device
+    if any(getattr(module, "looks_back", False) for module in model.modules()):
+        row = 1
+    rows = packed([len(text.tokens) - 1 for text in texts], row)
+    batch_size = rows_at_once(device, batch_size, row)
+    found: dict[int, Likelihood] = {}
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        inputs, targets, positions = (part.to(device) for part in laid_out(texts, batch))
+        scores = score_tokens(model, inputs, targets, position_ids=positions)
+        nll, hit = (part.view(inputs.shape).cpu() for part in (scores.nll, scores.hit))
+        for line, members in enumerate(batch):
+            end = 0
+            for index in members:
+                begin, end = end, end + len(texts[index].tokens) - 1
+                scored = slice(begin + texts[index].given - 1, end)
+                total = -float(nll[line, scored].double().sum())
+                found[index] = Likelihood(total, bool(hit[line, scored].all()))
+        done(len(found))
+    return [found[index] for index in range(len(texts))]
+
+
+def packed(lengths: Sequence[int], row: int) -> list[list[int]]:
+    """Return which texts share a row: the longest first, each into the first row that has room for it.
+
+    >>> packed([3, 7, 5, 2], 10)
+    [[1, 0], [2, 3]]
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        fits = next((number for number, free in enumerate(room) if free >= lengths[index]), None)
+        if fits is None:
+            rows.append([])
+            room.append(max(row, lengths[index]))
+            fits = len(rows) - 1
+        rows[fits].append(index)
+        room[fits] -= lengths[index]
+    return rows
+
+
+def laid_out(texts: Sequence[Text], rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return inputs, targets and positions of rows of texts, each (rows, longest row); what is left is zeros."""
+    longest = max(sum(len(texts[index].tokens) - 1 for index in members) for members in rows)
+    inputs, targets, positions = (torch.zeros(len(rows), longest, dtype=torch.long) for _ in range(3))
+    for line, members in enumerate(rows):
+        end = 0
+        for index in members:
+            tokens = torch.tensor(texts[index].tokens)
+            begin, end = end, end + len(tokens) - 1
+            inputs[line, begin:end], targets[line, begin:end] = tokens[:-1], tokens[1:]
+            positions[line, begin:end] = torch.arange(end - begin)
+        positions[line, end:] = torch.arange(longest - end)
+    return inputs, targets, positions

@@ -1,0 +1,1 @@
+"""Gates and routers: what weighs branches, token by token."""

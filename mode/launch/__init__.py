@@ -1,0 +1,1 @@
+"""Many runs: their order, their processes, and the machines that they go to."""

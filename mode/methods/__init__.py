@@ -1,0 +1,1 @@
+"""What may be asked for: the base of every method, MoDE, anchoring, pretraining."""

@@ -1,0 +1,68 @@
+"""Methods that can be held to their backbone on some of the rows that they train on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from pydantic.dataclasses import dataclass as settings
+
+from mode.backbone.shape import shape_of
+from mode.config.base import STRICT, exact
+from mode.config.method import Anchor
+from mode.config.run import Run
+from mode.cost.flops import untouched
+from mode.methods.base import Method, Reference
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class Adaptation(Method):
+    """A way to adapt a backbone that can be held to that backbone on some of the rows that it trains on.
+
+    Attributes:
+        anchor: Those rows; none by default, as published.
+    """
+
+    anchor: Anchor = Anchor()
+
+    def reads(self) -> tuple[str, ...]:
+        """Return the domain that gives the rows on which the model is held to its backbone."""
+        return () if self.anchor.domain is None else (self.anchor.domain,)
+
+    def mixture(self, run: Run) -> dict[str, int]:
+        """Return the rows that each source gives in a cycle of the training mix, those of the anchor last."""
+        rows = super().mixture(run)
+        if self.anchor.source == "none":
+            return rows
+        free, held = sum(rows.values()), exact(self.anchor.share)
+        shares = {name: Fraction(count, free) * (1 - held) for name, count in rows.items()}
+        shares[self.anchor.source] = held
+        common = math.lcm(*(share.denominator for share in shares.values()))
+        return {name: int(share * common) for name, share in shares.items()}
+
+    def anchoring_flops(self, run: Run) -> float:
+        """Return the operations per token of the mix that the backbone's own predictions take."""
+        if self.anchor.source == "none":
+            return 0.0
+        shape = shape_of(run.backbone)
+        return self.anchor.share * untouched(shape, run.train.sequence_length).flops.forward
+
+    def reference(self, backbone: Callable[[], PreTrainedModel], device: torch.device) -> Reference:
+        """Return what gives the backbone's final hidden states and head, for the model that trains and rows of tokens.
+
+        Here it is a frozen copy of the backbone that says them.
+
+        Args:
+            backbone: Loads a fresh copy of the backbone.
+            device: Where the model trains.
+        """
+        from mode.ops.loss import head, hidden_states
+
+        frozen = backbone().requires_grad_(False).eval().to(device)
+        return lambda _, rows: (hidden_states(frozen, rows), head(frozen))

@@ -1,0 +1,289 @@
+"""The MoDE method: stage 1 trains one expert per domain, stage 2 composes them (paper, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass as settings
+
+from mode.backbone.shape import Flops, shape_of
+from mode.config.base import STRICT
+from mode.config.check import replace_settings
+from mode.config.method import Anchor, GateSettings
+from mode.config.run import Run
+from mode.core.errors import ConfigError
+from mode.cost.flops import Cost, add
+from mode.cost.modular import WORTH, beside, blocks, branch_flops, gate_size
+from mode.methods.anchored import Adaptation
+from mode.methods.base import Material, Reference
+from mode.methods.stages import stages_by_domain
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from mode.modular.artefact import Expert
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class MoDE(Adaptation):
+    """Modular Domain Experts.
+
+    `start=fresh` trains new experts and gates directly: with one target and one expert this is stage 1; with several
+    targets it is the paper's Uninitialized row. `start=experts` first asks for one stage-1 run per target, then
+    composes them and fine-tunes on the mix; with `train_experts=false` gates alone train (the Frozen row).
+
+    Attributes:
+        lr: Peak learning rate of fresh experts and their gates.
+        compose_lr: Peak learning rate of stage 2.
+        gates_lr: Peak learning rate of stage 2 when gates alone train.
+        start: Where the experts come from.
+        num_experts: N for `start=fresh`; with `start=experts` there is one per target.
+        num_blocks: B, blocks that the backbone's layers fall into.
+        expert_layers: l, layers per expert and block.
+        init: Initialisation of fresh experts: `random`, or `copy` of the block's first layers.
+        backbone_bias: Initial logit of the backbone in fresh gates, against 0 for every expert.
+        gate_noise: Standard deviation of the first weights of gates whose experts begin as copies of the same layers:
+            without it these would have the same gradients and stay the same. All other gates begin at zero.
+        handover: Gates of stage 2: `odds` keeps every expert's odds against the backbone; `fresh` starts anew.
+        gate_lr_scale: Learning rate of gates as a factor on that of experts.
+        train_experts: Whether stage 2 trains the experts too, or gates alone.
+        gate: How gates choose; the paper's way by default.
+        head_rank: r, rank of the change that every expert makes of the head; 0, the paper's way, for none.
+        anchor_experts: Whether an anchor holds in stage 1 too, and not in stage 2 alone.
+        experts: Folders of experts that are at hand, or of saved models whose experts are; the other targets' experts
+            are stage-1 runs.
+    """
+
+    recorded_as: ClassVar[str] = "mode.modular_method.MoDE"
+
+    compose_lr: Annotated[float, Field(gt=0.0)]
+    gates_lr: Annotated[float, Field(gt=0.0)]
+    start: Literal["fresh", "experts"]
+    num_experts: Annotated[int, Field(gt=0)]
+    num_blocks: Annotated[int, Field(gt=0)]
+    expert_layers: Annotated[int, Field(gt=0)]
+    init: Literal["random", "copy"]
+    backbone_bias: float
+    gate_noise: Annotated[float, Field(gt=0.0)]
+    handover: Literal["odds", "fresh"]
+    gate_lr_scale: Annotated[float, Field(gt=0.0)]
+    train_experts: bool
+    gate: GateSettings = GateSettings()
+    head_rank: Annotated[int, Field(ge=0)] = 0
+    anchor_experts: bool = False
+    experts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.experts and self.start == "fresh":
+            raise ValueError("experts are composed, so they go with start=experts")
+        if self.start == "fresh" and not self.train_experts:
+            raise ValueError("train_experts=false leaves fresh experts untrained; it goes with start=experts")
+        if self.head_rank and self.gate.scope == "prefix":
+            raise ValueError("head_rank goes with gate.scope=token: the head keeps no cache of the prefix")
+        if self.gate.hidden and self.start == "experts":
+            raise ValueError("gate.hidden goes with start=fresh: a hidden layer belongs to no one expert")
+
+    @property
+    def alike(self) -> bool:
+        """Whether several experts begin as copies of the same layers."""
+        return self.start == "fresh" and self.init == "copy" and self.num_experts > 1
+
+    def peak_lr(self) -> float:
+        """Return the learning rate of this stage."""
+        if self.start == "fresh":
+            return self.lr
+        return self.compose_lr if self.train_experts else self.gates_lr
+
+    def unused(self) -> tuple[str, ...]:
+        """Stage 1 has no use for what belongs to stage 2, and stage 2 counts its experts by its targets."""
+        if self.start == "fresh":
+            same = () if self.alike else ("gate_noise",)
+            return ("compose_lr", "gates_lr", "handover", "experts", "anchor_experts", *same)
+        alone = ("anchor_experts",) if self.anchor.source == "none" else ()
+        lr = "gates_lr" if self.train_experts else "compose_lr"
+        return ("num_experts", "gate_noise", lr, "experts", *alone)  # experts count by their digest
+
+    def needs(self, run: Run) -> tuple[Run, ...]:
+        """Return one stage-1 run per target when experts are to be composed that are not at hand."""
+        anchor = self.anchor if self.anchor_experts else Anchor()
+        stage = replace_settings(self, start="fresh", num_experts=1, train_experts=True, experts=(), anchor=anchor)
+        return stages_by_domain(run, stage, self.missing(run))
+
+    def cost(self, run: Run) -> Cost:
+        """Return what this stage takes; in block 1 no gradient goes through what is frozen.
+
+        Of branches that `top_k` leaves out, with an even load, the last layers run on the tokens that keep them.
+        """
+        shape, count, length = shape_of(run.backbone), self.count(run), run.train.sequence_length
+        changed = count * self.head_rank
+        shared, chosen = self.kept_shares(run)
+        gate = 2.0 * gate_size(shape.hidden, count, self.gate.hidden)
+        parts, idle = [shape.head(trains=bool(changed) and self.train_experts, extra=changed)], 0
+        if changed:
+            down = 2.0 * shape.hidden * changed
+            parts += [Flops(down, down * (1 + self.train_experts)), Flops(gate, 2.0 * gate)]
+        for number, (block, expert) in enumerate(blocks(shape, self.num_blocks, self.expert_layers)):
+            later = number > 0
+            parts.append(branch_flops(block, length, shared, trains=False, upstream=later))
+            parts += [branch_flops(expert, length, chosen, trains=self.train_experts, upstream=later)] * count
+            parts.append(Flops(gate, gate * (1 + later)))
+            sizes = [sum(layer.parameters for layer in stack) for stack in (block, *[expert] * count)]
+            idle += sum(sorted(sizes)[: -self.gate.top_k]) if self.gate.top_k else 0
+        experts, gates = beside(shape, count, self.num_blocks, self.expert_layers, self.head_rank, self.gate.hidden)
+        total = shape.parameters + experts + gates
+        return Cost(
+            flops=add(parts),
+            total=total,
+            trainable=gates + (experts if self.train_experts else 0),
+            added=experts + gates,
+            active=total - idle,
+        )
+
+    def kept_shares(self, run: Run) -> tuple[float, float]:
+        """Return the shares of tokens that the backbone's and an expert's last layers run on, when the load is even."""
+        train, branches = run.train, self.count(run) + 1
+        share = min(self.gate.top_k or branches, branches) / branches
+        again = train.activation_checkpointing
+        if share > WORTH or train.graph or train.branches != "loop" or train.layout in ("fsdp", "tp"):
+            return 1.0, 1.0
+        if train.attention == "flex" or again in ("all", "auto") or (again == "frozen" and not self.train_experts):
+            return 1.0, 1.0
+        return 1.0 if again == "frozen" or self.gate.reads == "output" else share, share
+
+    def count(self, run: Run) -> int:
+        """Return N, the experts of this stage's model."""
+        return self.num_experts if self.start == "fresh" else len(run.targets)
+
+    def at_hand(self) -> dict[str, Path]:
+        """Return the folders of the experts that are at hand, by domain.
+
+        Raises:
+            ConfigError: A folder holds no expert, or two are for one domain.
+        """
+        if not self.experts:
+            return {}
+        from mode.modular.artefact import describe
+
+        found: dict[str, Path] = {}
+        for folder in map(Path, self.experts):
+            for domain in describe(folder.expanduser()):
+                if domain in found:
+                    raise ConfigError(f"method.experts: {found[domain]} and {folder} are both for {domain}")
+                found[domain] = folder.expanduser()
+        return found
+
+    def missing(self, run: Run) -> tuple[str, ...]:
+        """Return the targets whose experts have to be trained first."""
+        found = self.at_hand()
+        return () if self.start == "fresh" else tuple(name for name in run.targets if name not in found)
+
+    def artefacts(self, run: Run) -> dict[str, str]:
+        """Return the weights' digests of the experts that are at hand, checked against the run's backbone and blocks.
+
+        Raises:
+            ConfigError: An expert is damaged, made for another model, or for no target.
+        """
+        if not self.experts:
+            return {}
+        from mode.modular.artefact import check_fits, load_experts, made_for
+
+        wanted = {
+            "backbone": run.backbone.name,
+            "backbone_fingerprint": self.backbone_fingerprint(run),
+            **made_for(self, self.gate),
+        }
+        folders = self.at_hand()
+        for domain, folder in folders.items():
+            if domain not in run.targets:
+                raise ConfigError(f"{folder}: an expert for {domain}, which is not one of targets={list(run.targets)}")
+        found = {}
+        for folder in dict.fromkeys(folders.values()):  # a model's folder is read once for all its experts
+            for domain, expert in load_experts(folder).items():
+                check_fits(expert.about, wanted, folder)
+                found[domain] = str(expert.about["weights"])
+        return found
+
+    def lr_scales(self) -> Mapping[str, float]:
+        """Scale the learning rate of gates when experts train beside them."""
+        return {".gate.": self.gate_lr_scale} if self.train_experts else {}
+
+    def inspect(self, model: nn.Module) -> dict[str, float]:
+        """Report the mean gate of every block."""
+        from mode.modular.block import gate_means
+
+        return gate_means(model)
+
+    def branches(self, run: Run) -> tuple[str, ...]:
+        """Return the names of a gate's branches: the backbone's, and the experts'."""
+        numbers = [f"expert {number + 1}" for number in range(self.num_experts)]
+        return ("backbone", *(run.targets if self.start == "experts" else numbers))
+
+    def reference(self, backbone: Callable[[], PreTrainedModel], device: torch.device) -> Reference:
+        """Return what gives the backbone's states and head: frozen layers are in the model, so nothing is loaded."""
+        from mode.modular.block import without_experts
+        from mode.ops.loss import head, hidden_states
+
+        def states(model: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
+            with without_experts(model):
+                return hidden_states(model, rows), head(model)
+
+        return states
+
+    def build(self, run: Run, material: Material) -> nn.Module:
+        """Return the modular model, with fresh experts or with those of the stage-1 runs."""
+        import torch
+
+        from mode.modular.artefact import load_experts
+        from mode.modular.block import blocks_of
+        from mode.modular.experts import compose_experts
+        from mode.modular.model import make_modular
+
+        composing = self.start == "experts"
+        torch.manual_seed(run.seed)
+        model: nn.Module = make_modular(
+            material.backbone(),
+            experts=self.names(run),
+            num_blocks=self.num_blocks,
+            expert_layers=self.expert_layers,
+            init="copy" if composing else self.init,  # composed experts overwrite it; copying draws no numbers
+            backbone_bias=self.backbone_bias,
+            gate=self.gate,
+            head_rank=self.head_rank,
+            source=material.source,
+        )
+        if composing:
+            trained = dict(zip(self.missing(run), (folder / "expert" for folder in material.needs), strict=True))
+            experts: dict[str, Expert] = {}
+            for folder in dict.fromkeys((trained | self.at_hand()).values()):
+                experts |= load_experts(folder)
+            compose_experts(model, [experts[domain].tensors for domain in run.targets], self.handover)
+        for block in blocks_of(model):
+            if self.alike:
+                torch.nn.init.normal_(block.gate.weight, std=self.gate_noise)
+            block.experts.requires_grad_(self.train_experts)
+        return model
+
+    def names(self, run: Run) -> tuple[str, ...]:
+        """Return the experts' names: the domain of each, or numbers where all train on the same mix."""
+        if self.start == "experts" or (self.num_experts == 1 and len(run.targets) == 1):
+            return run.targets
+        return tuple(f"mix-{number + 1}" for number in range(self.num_experts))
+
+    def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
+        """Write a single-domain run's expert as an artefact of its own, if its gates come apart into experts' own."""
+        if not self.gate.hidden and self.start == "fresh" and self.num_experts == 1 and len(run.targets) == 1:
+            from mode.modular.artefact import made_for, save_expert
+
+            save_expert(model, folder / "expert", {"domain": run.targets[0], **made_for(self, self.gate), **about})
+
+    def kept(self, folder: Path) -> Path:
+        """Return the expert's weights where there is one for a single domain."""
+        from mode.modular.artefact import TENSORS
+
+        expert = folder / "expert" / TENSORS
+        return expert if expert.exists() else super().kept(folder)

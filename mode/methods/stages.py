@@ -1,0 +1,76 @@
+"""Methods that stand on one earlier run per domain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic.dataclasses import dataclass as settings
+
+from mode.config.base import STRICT
+from mode.config.check import build_method, replace_settings
+from mode.config.run import Budget, MethodSettings, Run
+from mode.core.files import WEIGHTS
+from mode.methods.anchored import Adaptation
+from mode.methods.base import Material, allowance, per_token
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+def stages_by_domain(
+    run: Run, method: MethodSettings, domains: Sequence[str], *, trains: bool = True
+) -> tuple[Run, ...]:
+    """Return the runs that train a method on one domain each, as the earlier stages of a run.
+
+    They share its steps, or its operations, with its own stage, if that trains too, where its budget says so. They are
+    the runs that anyone has who asks for that method on that domain, so they are trained once for all methods that
+    stand on them.
+    """
+    if not domains:
+        return ()
+    stages = len(domains) + trains
+    train = replace_settings(run.train, lr=None, examples=None, replay=None, placement=None)
+    alone = replace_settings(run, targets=tuple(domains[:1]), method=method, budget=Budget(policy="paper"), train=train)
+    steps = run.train.steps
+    if run.budget.shares_steps:
+        steps //= stages
+    elif run.budget.policy == "compute" and steps:
+        steps = max(1, round(allowance(run) / stages / per_token(alone)))
+    train = replace_settings(alone.train, steps=steps)
+    return tuple(replace_settings(alone, targets=(domain,), train=train) for domain in domains)
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class Mixture(Adaptation):
+    """A mixture of the backbone and of copies of it that were trained a domain each before.
+
+    Attributes:
+        branch: The method that trains a copy on a domain, as its YAML has it: full fine-tuning.
+    """
+
+    branch: dict[str, Any]
+
+    def needs(self, run: Run) -> tuple[Run, ...]:
+        """Return one run of that method per target."""
+        return stages_by_domain(run, build_method(self.branch), run.targets)
+
+    def branches(self, run: Run) -> tuple[str, ...]:
+        """Return the names of the models that the experts come from."""
+        return "backbone", *run.targets
+
+
+def merged(material: Material) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
+    """Merge a backbone with the models that were trained from it before.
+
+    Returns:
+        The backbone with the mean of all weights, trainable; and everyone's weights, by name, its own first.
+    """
+    from mode.core.tensors import load_tensors, mean
+
+    model = material.backbone().requires_grad_(True)
+    own = {name: value.detach().clone() for name, value in model.named_parameters()}
+    states = [own, *(load_tensors(folder / WEIGHTS)[0] for folder in material.needs)]
+    model.load_state_dict(mean(states), strict=False)  # a tied head has one name
+    return model, states

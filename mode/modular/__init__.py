@@ -1,0 +1,1 @@
+"""MoDE itself: blocks of branches, experts, the modular model, and its artefacts."""

@@ -1,0 +1,101 @@
+"""Put MoDE blocks into a backbone."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from mode.backbone.shape import layers_per_block
+from mode.backbone.structure import stack, with_slots
+from mode.config.method import GateSettings
+from mode.core.errors import ConfigError
+from mode.gating.gate import PLAIN, Gate
+from mode.modular.block import Block, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def insert_blocks(
+    model: PreTrainedModel,
+    *,
+    num_experts: int,
+    num_blocks: int,
+    expert_layers: int,
+    init: str = "copy",
+    backbone_bias: float = 0.0,
+    gate: GateSettings = PLAIN,
+) -> nn.ModuleList:
+    """Freeze a backbone and put turns in the place of its layers.
+
+    Args:
+        model: A causal LM with L layers.
+        num_experts: N, experts per block.
+        num_blocks: B, which must divide L.
+        expert_layers: l, layers per expert and block.
+        init: `random`: as the backbone's family initialises its layers; `copy`: the first l layers of the block.
+        backbone_bias: The gates' initial logit of the backbone; the experts' is 0.
+        gate: How gates choose.
+
+    Returns:
+        The blocks, which now hold the backbone's layers; the caller must keep them.
+
+    Raises:
+        ConfigError: B does not divide L, or `copy` asks for more layers than a block has.
+    """
+    trunk, name = stack(model)
+    layers = list(getattr(trunk, name))
+    per_block = layers_per_block(len(layers), num_blocks)
+    if init == "copy" and expert_layers > per_block:
+        raise ConfigError(f"method.expert_layers={expert_layers}: a block has only {per_block} layers to copy")
+    model.requires_grad_(False)
+    templates = slots(len(layers), num_blocks, num_experts, expert_layers, gate)
+    blocks, slot = [], len(layers)
+    for start in range(0, len(layers), per_block):
+        experts = []
+        for _ in range(num_experts):
+            numbers = range(slot, slot + expert_layers)
+            experts.append([new_layer(model, layers[templates[number]], number, init) for number in numbers])
+            slot += expert_layers
+        made = Gate(model.config.hidden_size, num_experts, backbone_bias, gate)
+        blocks.append(Block(layers[start : start + per_block], experts, made))
+    if gate.scope == "prefix":
+        for number, block in enumerate(blocks):
+            block.gate.slot = slot + number
+    model.config = trunk.config = with_slots(model.config, templates)
+    setattr(trunk, name, nn.ModuleList(Turn(block, place) for block in blocks for place in range(per_block)))
+    return nn.ModuleList(blocks)
+
+
+def slots(num_layers: int, num_blocks: int, num_experts: int, expert_layers: int, gate: GateSettings) -> list[int]:
+    """Return the backbone layer that every slot of the key-value cache is like; -1 for one that sees everything.
+
+    The backbone's layers keep their slots, the experts' come after them, block by block, and gates that see the whole
+    prefix have the last ones.
+
+    >>> slots(4, 2, 1, 1, GateSettings(scope="prefix"))
+    [0, 1, 2, 3, 0, 2, -1, -1]
+    """
+    per_block = layers_per_block(num_layers, num_blocks)
+    experts = [
+        start + index % per_block
+        for start in range(0, num_layers, per_block)
+        for _ in range(num_experts)
+        for index in range(expert_layers)
+    ]
+    gates = [-1] * num_blocks if gate.scope == "prefix" else []
+    return [*range(num_layers), *experts, *gates]
+
+
+def new_layer(model: PreTrainedModel, template: nn.Module, slot: int, init: str) -> nn.Module:
+    """Make a trainable decoder layer like `template`, with its own cache slot."""
+    layer: Any = copy.deepcopy(template)
+    layer.requires_grad_(True)
+    for module in layer.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = slot
+        if init == "random":
+            model._init_weights(module)
+    return layer  # type: ignore[no-any-return]

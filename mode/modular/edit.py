@@ -1,0 +1,103 @@
+"""Experts of a model in memory: chosen, and exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mode.core.errors import ConfigError, nearest
+from mode.modular.block import blocks_of
+from mode.modular.experts import check_apart, compose_experts, put_expert
+from mode.modular.head import remove_head
+from mode.modular.model import MoDEForCausalLM, make_modular
+
+
+def backbone_of(model: MoDEForCausalLM) -> PreTrainedModel:
+    """Take the backbone out of a modular model, which is no model any more after this."""
+    trunk: Any = model.base_model
+    blocks: Any = model.blocks
+    layers = nn.ModuleList(layer for block in blocks for layer in block.backbone)
+    name = next(name for name, child in trunk.named_children() if isinstance(child, nn.ModuleList))
+    setattr(trunk, name, layers)
+    backbone: PreTrainedModel = model.backbone
+    remove_head(backbone)
+    backbone.config = trunk.config = model.config.decoder
+    return backbone
+
+
+def with_experts(model: MoDEForCausalLM, experts: Mapping[str, Mapping[str, Tensor]]) -> MoDEForCausalLM:
+    """Return a modular model on the same backbone with other experts, without training; consumes the one given.
+
+    Every gate keeps each expert's odds against the backbone. So an expert that joins changes no odds of the others,
+    and one that leaves neither; with one left, the model is what that expert was on its own.
+
+    Args:
+        model: A modular model.
+        experts: Tensors of every expert (`expert_state`) by name, in order.
+
+    Raises:
+        ConfigError: An expert's tensors are not those of this model's blocks.
+    """
+    config = model.config
+    kept = {name: dict(state) for name, state in experts.items()}
+    training = model.training
+    made = make_modular(
+        backbone_of(model),
+        experts=list(kept),
+        num_blocks=config.num_blocks,
+        expert_layers=config.expert_layers,
+        gate=config.gates,
+        head_rank=config.head_rank,
+        source=config.backbone,
+        init="random",
+    )
+    compose_experts(made, list(kept.values()), "odds")
+    made.config.embedded = config.embedded
+    made.train(training)
+    return made
+
+
+def swap_expert(model: MoDEForCausalLM, leaves: str, comes: str, tensors: Mapping[str, Tensor]) -> None:
+    """Put one expert in the place of another in a model at work; nothing else of the model changes.
+
+    Args:
+        model: A modular model.
+        leaves: Expert that goes.
+        comes: Name of the one that takes its place.
+        tensors: Its tensors (`expert_state`).
+
+    Raises:
+        ConfigError: There is no such expert to go, the name is taken, or the tensors are not those of an expert of this
+            model's blocks; the model is as it was then.
+    """
+    names = model.config.experts
+    if leaves not in names:
+        raise ConfigError(f"{leaves}: not one of the experts {', '.join(names)}{nearest(leaves, names)}")
+    if comes != leaves and comes in names:
+        raise ConfigError(f"{comes}: the model has an expert of that name already")
+    index = names.index(leaves)
+    check_shapes(model, index, tensors)
+    put_expert(model, index, tensors)
+    names[index] = comes
+
+
+def check_shapes(model: MoDEForCausalLM, index: int, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not those of an expert of this model's blocks, before any is copied."""
+    check_apart(model)
+    expected: dict[str, Any] = {}
+    for number, block in enumerate(blocks_of(model)):
+        layers = block.experts[index].state_dict()
+        expected |= {f"{number}.layers.{name}": value.shape for name, value in layers.items()}
+        width = block.gate.weight.shape[1]
+        expected |= {f"{number}.gate.weight": torch.Size((2, width)), f"{number}.gate.bias": torch.Size((2,))}
+    found = {name: value.shape for name, value in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            told = [tuple(shapes[name]) if name in shapes else "nothing" for shapes in (found, expected)]
+            raise ConfigError(
+                f"not an expert for this model's blocks: {name} is {told[0]}, where {told[1]} is expected"
+            )

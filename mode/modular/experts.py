@@ -1,0 +1,91 @@
+"""An expert's tensors: taken out of a model, composed, and put into one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mode.core.errors import ConfigError
+from mode.modular.block import blocks_of
+
+SHARED_GATE = "its gates have a hidden layer (gate.hidden), which all experts share: none can come or go"
+
+
+def expert_state(model: nn.Module, index: int) -> dict[str, Tensor]:
+    """Return one expert's layers and its gates' rows for the backbone and for it, named `i.experts...` by block.
+
+    Raises:
+        ConfigError: The gates have a hidden layer.
+    """
+    check_apart(model)
+    state: dict[str, Tensor] = {}
+    for number, block in enumerate(blocks_of(model)):
+        layers = block.experts[index]
+        state |= {f"{number}.layers.{name}": value for name, value in layers.state_dict().items()}
+        rows = [0, index + 1]
+        state |= {f"{number}.gate.weight": block.gate.weight[rows], f"{number}.gate.bias": block.gate.bias[rows]}
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+@torch.no_grad()
+def compose_experts(model: nn.Module, states: Sequence[Mapping[str, Tensor]], handover: str) -> None:
+    """Put trained experts into a modular model with as many slots.
+
+    With `handover="odds"` the gates keep each expert's odds against the backbone as learned in stage 1: the backbone's
+    logit becomes 0 and expert j's becomes (w_j - w_bb) x + (b_j - b_bb). Masking all experts but j then gives exactly
+    the stage-1 model of j. With `fresh` the gates stay as they are.
+
+    Args:
+        model: A modular model with len(states) experts.
+        states: Experts, as `expert_state` returns them.
+        handover: `odds` or `fresh`.
+
+    Raises:
+        ConfigError: An expert's layers are not those of the model's blocks.
+    """
+    if handover == "odds":
+        for block in blocks_of(model):
+            block.gate.weight.zero_()
+            block.gate.bias.zero_()
+    for index, state in enumerate(states):
+        put_expert(model, index, state, handover)
+
+
+@torch.no_grad()
+def put_expert(model: nn.Module, index: int, state: Mapping[str, Tensor], handover: str = "odds") -> None:
+    """Copy a trained expert over one of a modular model's, in place; the other experts keep their odds.
+
+    Args:
+        model: A modular model.
+        index: Which of its experts.
+        state: The expert that takes its place, as `expert_state` returns it.
+        handover: `odds`: its rows of the gates keep its odds against the backbone; `fresh`: the gates stay as they are.
+
+    Raises:
+        ConfigError: The expert's layers are not those of the model's blocks, or the gates have a hidden layer.
+    """
+    check_apart(model)
+    for number, block in enumerate(blocks_of(model)):
+        prefix = f"{number}.layers."
+        layers = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        try:
+            block.experts[index].load_state_dict(layers)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise ConfigError(f"expert {index} does not fit block {number}: {reason}") from error
+        if handover == "odds":
+            for gate, rows in zip((block.gate.weight, block.gate.bias), gate_rows(state, number), strict=True):
+                gate[index + 1] = gate[0] + (rows[1] - rows[0])
+
+
+def check_apart(model: nn.Module) -> None:
+    """Refuse a model whose gates do not come apart into rows for each expert."""
+    if any(block.gate.inner is not None for block in blocks_of(model)):
+        raise ConfigError(SHARED_GATE)
+
+
+def gate_rows(state: Mapping[str, Tensor], number: int) -> tuple[Tensor, Tensor]:
+    """Return an expert's gate in one block, weight and bias: the backbone's row and its own."""
+    return state[f"{number}.gate.weight"], state[f"{number}.gate.bias"]

@@ -1,0 +1,297 @@
+"""MoDE as a Hugging Face model: `MoDEConfig` and `MoDEForCausalLM`, registered with the Auto classes on import.
+
+from mode.modular.model import MoDEForCausalLM
+model = MoDEForCausalLM.from_pretrained("folder")     # AutoModelForCausalLM does the same
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.utils import cached_file
+
+from mode.backbone.load import load_model, weights_fingerprint
+from mode.backbone.shape import layers_per_block
+from mode.backbone.structure import with_slots
+from mode.config.backbone import Backbone
+from mode.config.method import GateSettings
+from mode.core.errors import ConfigError
+from mode.modular.build import insert_blocks, slots
+from mode.modular.head import insert_head
+
+
+class MoDEConfig(PreTrainedConfig):  # type: ignore[misc]  # the library is untyped
+    """What a modular model is: its decoder's own configuration, its blocks, its experts.
+
+    Attributes:
+        decoder: Configuration of the backbone, with its L layers.
+        num_blocks: B.
+        expert_layers: l.
+        experts: Domain of every expert; their number is N.
+        gate: Settings of the gates (`mode.config.method.GateSettings`).
+        head_rank: r, rank of the experts' changes of the head; 0 for none.
+        backbone: Where the backbone comes from: name, path, revision, fingerprint; empty if unknown.
+        embedded: Whether a saved folder holds the backbone's weights; if not, they are loaded from `backbone`.
+    """
+
+    model_type = "mode"
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        decoder: PreTrainedConfig | Mapping[str, Any] | None = None,
+        num_blocks: int = 1,
+        expert_layers: int = 1,
+        experts: Sequence[str] = (),
+        gate: Mapping[str, Any] | None = None,
+        head_rank: int = 0,
+        backbone: Mapping[str, Any] | None = None,
+        embedded: bool = True,
+        **options: Any,
+    ) -> None:
+        """Read a configuration; `decoder` may be a mapping, as it is in JSON."""
+        self.decoder = AutoConfig.for_model(**decoder) if isinstance(decoder, Mapping) else decoder
+        self.num_blocks = num_blocks
+        self.expert_layers = expert_layers
+        self.experts = list(experts)
+        self.gate = dict(gate or {})
+        self.head_rank = head_rank
+        self.backbone = dict(backbone or {})
+        self.embedded = embedded
+        super().__init__(**options)
+
+    @property
+    def gates(self) -> GateSettings:
+        """Settings of the gates, checked."""
+        return GateSettings(**self.gate)
+
+    def get_text_config(self, decoder: Any = None, encoder: Any = None) -> Any:
+        """Return the decoder's configuration with a key-value cache slot for every layer of the modular model."""
+        if self.decoder is None:
+            return self
+        layers = self.decoder.num_hidden_layers
+        templates = slots(layers, self.num_blocks, len(self.experts), self.expert_layers, self.gates)
+        return with_slots(self.decoder, templates)
+
+
+class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the library is untyped
+    """A frozen backbone with experts beside its blocks; called, generated with and saved as any causal LM.
+
+    Attributes:
+        backbone: The backbone's own class; its layers are in `blocks`.
+        blocks: The B blocks.
+        head: The block of the head, if experts change that too.
+    """
+
+    config_class = MoDEConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ("Block",)
+
+    def __init__(
+        self,
+        config: MoDEConfig,
+        backbone: PreTrainedModel | None = None,
+        init: str = "copy",
+        backbone_bias: float = 0.0,
+    ) -> None:
+        """Put experts beside a backbone's blocks, in place.
+
+        Args:
+            config: What the model is.
+            backbone: A causal LM to build on; without one, a fresh one of `config.decoder`.
+            init: Initialisation of the experts, `random` or `copy` of the block's first layers.
+            backbone_bias: The gates' initial logit of the backbone; the experts' is 0.
+
+        Raises:
+            ConfigError: B does not divide L, or `copy` asks for more layers than a block has.
+        """
+        super().__init__(config)
+        if backbone is None:
+            backbone = AutoModelForCausalLM.from_config(config.decoder)
+            init = "random"  # a block may have fewer layers than an expert, and saved weights come over these anyway
+        self.backbone = backbone
+        self.blocks = insert_blocks(
+            backbone,
+            num_experts=len(config.experts),
+            num_blocks=config.num_blocks,
+            expert_layers=config.expert_layers,
+            init=init,
+            backbone_bias=backbone_bias,
+            gate=config.gates,
+        )
+        if config.head_rank:
+            self.head = insert_head(
+                backbone,
+                num_experts=len(config.experts),
+                rank=config.head_rank,
+                backbone_bias=backbone_bias,
+                gate=config.gates,
+            )
+        with no_init_weights():  # every part has its weights already
+            self.post_init()
+
+    @property
+    def base_model(self) -> Any:
+        """The decoder without its head."""
+        return self.backbone.base_model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise what a file lacks as the backbone's family does."""
+        self.backbone._init_weights(module)
+
+    def get_input_embeddings(self) -> Any:
+        """Return the backbone's token embeddings."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the backbone's token embeddings."""
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> Any:
+        """Return the backbone's head."""
+        return self.backbone.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the backbone's head."""
+        self.backbone.set_output_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **options: Any,
+    ) -> Any:
+        """Run the backbone's own forward pass, whose layers are the blocks; same arguments, same output."""
+        blocks: Any = self.blocks
+        for block in blocks:
+            block.gate.padding = attention_mask
+        return self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **options,
+        )
+
+    def save_pretrained(self, save_directory: Any, *args: Any, embed: bool | None = None, **options: Any) -> None:
+        """Write the model as safetensors with its configuration.
+
+        Args:
+            save_directory: Folder to write to.
+            args: As the library's.
+            embed: Whether the folder holds the backbone's weights too; by default, as `config.embedded` says. Without
+                them it holds experts and gates alone, and loading needs the backbone they were trained on.
+            options: As the library's.
+
+        Raises:
+            ConfigError: `embed=False` and nothing is known of where the backbone comes from.
+        """
+        embed = self.config.embedded if embed is None else embed
+        if not embed and not self.config.backbone:
+            raise ConfigError("embed=False: the configuration does not say where the backbone comes from")
+        self.config.embedded = embed
+        if not embed:
+            options["state_dict"] = self.own_state()
+        super().save_pretrained(save_directory, *args, **options)
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Return experts and gates by name: all that is not the backbone's."""
+        return {
+            name: value
+            for name, value in self.state_dict().items()
+            if name.startswith("head.") or (name.startswith("blocks.") and name.split(".")[2] != "backbone")
+        }
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **options: Any) -> Any:
+        """Load a saved model, with its backbone from the same folder or from where the configuration says.
+
+        Raises:
+            ConfigError: The backbone cannot be had, is another one, or the weights do not fit it.
+        """
+        config = options.pop("config", None) or MoDEConfig.from_pretrained(path)
+        if config.embedded:
+            return super().from_pretrained(path, *args, config=config, **options)
+        about = dict(config.backbone)
+        expected = about.pop("fingerprint")
+        backbone = Backbone(**about)
+        found = weights_fingerprint(backbone)
+        if found != expected:
+            raise ConfigError(
+                f"{path}: made for backbone {backbone.name} with weights {expected}; {backbone.path} has {found}"
+            )
+        model = cls(config, load_model(backbone))
+        tensors = load_file(str(cached_file(path, "model.safetensors")))
+        if set(tensors) != set(model.own_state()):
+            raise ConfigError(f"{path}: its weights are not those of the experts and gates that config.json describes")
+        model.load_state_dict(tensors, strict=False)
+        return model.to(options.get("dtype") or torch.float32).eval()
+
+
+def make_modular(
+    backbone: PreTrainedModel,
+    *,
+    experts: Sequence[str],
+    num_blocks: int,
+    expert_layers: int,
+    init: str = "copy",
+    backbone_bias: float = 0.0,
+    gate: GateSettings | None = None,
+    head_rank: int = 0,
+    source: Mapping[str, Any] | None = None,
+) -> MoDEForCausalLM:
+    """Freeze a backbone and put experts beside its blocks, in place.
+
+    Args:
+        backbone: A causal LM with L layers.
+        experts: Domain of every expert, N of them.
+        num_blocks: B, which must divide L.
+        expert_layers: l, layers per expert and block.
+        init: `random`: as the backbone's family initialises its layers; `copy`: the first l layers of the block.
+        backbone_bias: The gates' initial logit of the backbone; the experts' is 0.
+        gate: How gates choose; the paper's way by default.
+        head_rank: r, rank of the experts' changes of the head; 0 for none.
+        source: Where the backbone comes from: name, path, revision, fingerprint.
+
+    Raises:
+        ConfigError: B does not divide L, or `copy` asks for more layers than a block has.
+    """
+    layers_per_block(backbone.config.num_hidden_layers, num_blocks)  # first: the library wraps errors of a config
+    config = MoDEConfig(
+        decoder=backbone.config,
+        num_blocks=num_blocks,
+        expert_layers=expert_layers,
+        experts=experts,
+        gate=asdict(gate or GateSettings()),
+        head_rank=head_rank,
+        backbone=source,
+    )
+    return MoDEForCausalLM(config, backbone, init, backbone_bias)
+
+
+AutoConfig.register("mode", MoDEConfig)
+
+
+AutoModelForCausalLM.register(MoDEConfig, MoDEForCausalLM)

@@ -1,0 +1,184 @@
+"""A branch on the tokens that keep it: what a gate with `top_k` or `top_p` saves.
+
+A branch is layers with attention, so a token that keeps it needs keys and values of tokens that do not. But nobody
+reads what a branch's last layer makes of those: there they give keys and values alone, which are a fraction of a
+layer, and queries, the rest of attention and the feed-forward part are run on the tokens that keep the branch. With one
+layer per expert that is all of the expert.
+
+Shapes: B rows, S tokens per row, K tokens of a row that are run, H heads, D size of a head, d hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mode.cost.modular import WORTH
+from mode.modular.branches import Call, run_layers
+from mode.ops.attention import UNMASKED
+
+NEEDED = ("past_key_values", "position_embeddings", "position_ids", "attention_mask")
+"""What a decoder has to give to its layers by these names."""
+
+
+def can_skip(layers: Sequence[Any], calls: Sequence[Call]) -> bool:
+    """Say whether a branch's last layer may leave tokens out.
+
+    Not with a cache, nor where activations are formed again, for then a layer gets none; nor with weights in shards or
+    in slices; nor where attention takes no mask of tokens by tokens, as FlashAttention and FlexAttention take none; nor
+    with anything of tokens among what the layer is given that is not known here. A layer that is compiled is so for
+    whole rows: it runs as it is written.
+    """
+    layer, (args, options) = last(layers, calls)
+    if args or any(name not in options for name in NEEDED) or options["past_key_values"] is not None:
+        return False
+    mask, places, angles = (options[name] for name in ("attention_mask", "position_ids", "position_embeddings"))
+    if mask is None and (attention_of(layer) not in ("sdpa", UNMASKED) or options.get("is_causal") is False):
+        return False
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
+        return False
+    if places is None or places.ndim != 2 or len(angles) != 2 or any(each.ndim != 3 for each in angles):
+        return False
+    if any(isinstance(each, Tensor) and each.ndim > 1 for name, each in options.items() if name not in NEEDED):
+        return False
+    whole = all(type(weight) is nn.Parameter and not hasattr(weight, "ds_id") for weight in layer.parameters())
+    return whole and not (layer.gradient_checkpointing and layer.training)
+
+
+def attention_of(layer: nn.Module) -> str | None:
+    """Return how a layer attends, by the name that `transformers` knows it by."""
+    configs = (getattr(module, "config", None) for module in layer.modules())
+    return next((each._attn_implementation for each in configs if each is not None), None)
+
+
+def last(layers: Sequence[Any], calls: Sequence[Call]) -> tuple[Any, Call]:
+    """Return a branch's last layer, and what is meant for it."""
+    return layers[-1], calls[(len(layers) - 1) % len(calls)]
+
+
+def add_kept(
+    total: Tensor, layers: Sequence[Any], states: Tensor, calls: Sequence[Call], weight: Tensor, counts: Sequence[int]
+) -> Tensor:
+    """Add a branch to the weighted sum of branches, run on what keeps it: some rows, and in the last layer some tokens.
+
+    In training a branch that nobody keeps runs on one token all the same, so that the gradients of its weights are
+    zero and not missing.
+
+    Args:
+        total: The sum, (B, S, d), which is changed.
+        layers: The branch.
+        states: Input, (B, S, d).
+        calls: What is meant for each layer.
+        weight: The branch's, (B, S, 1); a token keeps it where that is not zero.
+        counts: Tokens of every row that keep it.
+    """
+    rows = [row for row, count in enumerate(counts) if count]
+    if not rows:
+        if not torch.is_grad_enabled():
+            return total
+        rows = [0]
+    number, most = states.shape[1], max(1, *counts)
+    if any(layer._compiled_call_impl is not None for layer in layers):  # for as many rows as these alone
+        rows = list(range(len(counts)))
+    if len(rows) < len(counts):
+        some = torch.tensor(rows, device=states.device)
+        states, weight, calls = states[some], weight[some], [rows_of(call, some, len(counts)) for call in calls]
+    if most > WORTH * number:
+        output = run_layers(layers, states, calls)
+        chosen = torch.arange(number, device=states.device).expand(len(rows), -1)
+    else:
+        output, chosen = run_some(layers, states, calls, weight[..., 0] != 0, most)
+    values = (picked(weight, chosen).to(output.dtype) * output).to(total.dtype)
+    if len(rows) == len(counts):
+        return total.scatter_add_(1, chosen[..., None].expand_as(values), values)
+    return total.index_put_((some[:, None], chosen), values, accumulate=True)
+
+
+def rows_of(call: Call, some: Tensor, count: int) -> Call:
+    """Return what is meant for a layer, of some rows of all."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(cut(each) for each in value)
+        return value[some] if isinstance(value, Tensor) and value.ndim > 1 and len(value) == count else value
+
+    args, options = call
+    return args, {name: cut(value) for name, value in options.items()}
+
+
+def run_some(
+    layers: Sequence[Any], states: Tensor, calls: Sequence[Call], kept: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Run a branch whose last layer makes an output of some tokens alone.
+
+    Args:
+        layers: The branch.
+        states: Input, (B, S, d).
+        calls: What is meant for each layer; the last may leave tokens out.
+        kept: Which tokens keep the branch, (B, S).
+        count: K, the most of any row; rows with fewer run others besides.
+
+    Returns:
+        The output, (B, K, d), and the positions of its tokens, (B, K).
+    """
+    states = run_layers(layers[:-1], states, calls)
+    layer, (_, options) = last(layers, calls)
+    chosen = kept.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
+    context = Context()
+    with suppress(FoundError):
+        layer.forward(states, **options | {"past_key_values": context})
+    some = {
+        "past_key_values": context,
+        "position_embeddings": tuple(picked(each, chosen) for each in options["position_embeddings"]),
+        "position_ids": options["position_ids"].expand_as(kept).gather(1, chosen),
+        "attention_mask": seen(options["attention_mask"], chosen, states.shape[1]),
+    }
+    output: Tensor = layer.forward(picked(states, chosen), **options | some)
+    return output, chosen
+
+
+def picked(values: Tensor, chosen: Tensor) -> Tensor:
+    """Return what chosen tokens have of values, (B or 1, S, n) to (B, K, n)."""
+    wide = values.expand(len(chosen), -1, -1)
+    return wide.gather(1, chosen[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def seen(mask: Tensor | None, chosen: Tensor, length: int) -> Tensor:
+    """Return which of a row's tokens every chosen one sees, (B, 1, K, S), as the decoder's mask has it for all.
+
+    Args:
+        mask: The decoder's, (B or 1, 1, S, S), of any kind; None where attention is causal.
+        chosen: Positions, (B, K).
+        length: S.
+    """
+    if mask is None:
+        return chosen[:, None, :, None] >= torch.arange(length, device=chosen.device)
+    wide = mask.expand(len(chosen), -1, -1, -1)
+    return wide.gather(2, chosen[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
+
+
+class FoundError(Exception):
+    """Ends a pass that was for keys and values."""
+
+
+class Context:
+    """Keys and values of all tokens in the place of a cache: taken in a first pass, which ends there, given after."""
+
+    def __init__(self) -> None:
+        """Wait for them."""
+        self.found: tuple[Tensor, Tensor] | None = None
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Take those of all tokens, (B, H, S, D), or return them instead of some tokens' own.
+
+        Raises:
+            FoundError: They have been taken.
+        """
+        if self.found is None:
+            self.found = keys, values
+            raise FoundError
+        return self.found

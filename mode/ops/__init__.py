@@ -1,0 +1,1 @@
+"""Kernels of training and scoring, each with a plain form to fall back on."""

@@ -1,0 +1,1 @@
+"""What a run would take on given machines, by closed form."""

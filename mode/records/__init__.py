@@ -1,0 +1,1 @@
+"""What a run or a measurement wrote: the only source of every number."""

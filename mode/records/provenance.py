@@ -1,0 +1,92 @@
+"""Where a record was made: code, packages, machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mode.config.run import Run
+from mode.core import processes
+
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy", "reasoning-gym", "mwparserfromhell")
+
+
+def provenance(
+    run: Run,
+    *,
+    data: Mapping[str, str],
+    backbone: str,
+    pretraining: Mapping[str, str],
+    needs: Sequence[str],
+    device: str,
+    precision: str,
+) -> dict[str, Any]:
+    """Describe the sky a run is made under; asked for at its start, since the code may change before its end."""
+    return {
+        "data": dict(data),
+        "backbone": backbone,
+        "pretraining_data": dict(pretraining),
+        "needs": list(needs),
+        "precision": precision,
+        **surroundings(device, run.train.threads),
+        **processes.layout(run.train.layout),
+    }
+
+
+def surroundings(device: str, threads: int) -> dict[str, Any]:
+    """Describe the code, the packages and the machine that something is measured with."""
+    commit, dirty = git_state()
+    return {
+        "commit": commit,
+        "dirty": dirty,
+        "versions": {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system(), "device": device},
+        "threads": threads,
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """Return the commit of the source tree and whether its code differs from it; both unknown outside a clone."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None, None
+    # Results and runs are what a run writes, so they do not make the code dirty.
+    code = ["cli", "mode", "conf", "baselines", "setup.cfg", "constraints.txt"]
+    head = git(root, "rev-parse", "HEAD")
+    status = git(root, "status", "--porcelain", "--", *code)
+    return head, None if status is None else bool(status)
+
+
+def git(root: Path, *arguments: str) -> str | None:
+    """Run git in a folder and return what it prints, or None where it fails."""
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def installed(name: str) -> str | None:
+    """Return the installed version of a package."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found[1] if found else platform.machine()

@@ -1,0 +1,76 @@
+"""A run's record: what was asked, what happened, and under what sky. Tables and plots follow from records."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mode.records.measurement import Measurement, read_measurement
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Record(Measurement):
+    """What a finished run leaves.
+
+    `asked` is the configuration that identifies it, as `mode.config.identity.asked` gives it; `happened` has steps,
+    tokens, seconds, parameters, scores per domain and the training curve; `provenance` the fingerprints of data and
+    backbone, the ids of the runs it stands on, commit, versions, machine and date.
+    """
+
+    @property
+    def parts(self) -> tuple[dict[str, Any], ...]:
+        """The three parts: asked, happened, provenance."""
+        return self.asked, self.happened, self.provenance
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return int(self.asked["seed"])
+
+    @property
+    def sky(self) -> str:
+        """Data, backbone and precision that scores depend on; only records under one sky can be compared."""
+        shown = {name: self.provenance[name] for name in ("backbone", "precision", "data")}
+        return json.dumps(shown, sort_keys=True)
+
+    @property
+    def overlap(self) -> tuple[str, ...]:
+        """Domains whose text differs from what the backbone was pretrained on, so that their splits may overlap it."""
+        before = self.provenance.get("pretraining_data", {})
+        return tuple(name for name, data in self.provenance["data"].items() if before.get(name, data) != data)
+
+    @property
+    def filename(self) -> str:
+        """Name of the record's file: method, targets, seed and id, for people; the id alone decides."""
+        method = self.asked["method"]["_target_"].rpartition(".")[2].lower()
+        return f"{method}-{'-'.join(self.asked['targets'])}-s{self.seed}-{self.id}.json"
+
+
+def read_record(path: Path) -> Record:
+    """Read one record.
+
+    Raises:
+        ConfigError: The file is not a whole record of a known schema.
+    """
+    return read_measurement(path, Record, SCHEMA, "record", check_parts)
+
+
+def check_parts(record: Record) -> None:
+    """Refuse a record whose parts are not what they should be."""
+    if not (isinstance(record.id, str) and all(isinstance(part, dict) for part in record.parts)):
+        raise TypeError("its parts are not what they should be")
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Read every record of a results folder, in the order of their file names."""
+    return [read_record(path) for path in sorted((folder / "records").glob("*.json"))]
+
+
+def find_record(folder: Path, run_id: str) -> Record | None:
+    """Return the record of a run in a results folder, if it has one."""
+    found = sorted((folder / "records").glob(f"*-{run_id}.json"))
+    return read_record(found[0]) if found else None

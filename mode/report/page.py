@@ -1,0 +1,351 @@
+"""The report as one page: tables that sort, figures, and every run with its settings, curve, record and command.
+
+Like every rendering it is a function of the records and the tables' YAML alone, and the file needs no other to be read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
+
+from mode.artefacts import prune
+from mode.bench import records as bench
+from mode.core.errors import ConfigError
+from mode.core.files import write_atomic
+from mode.downstream import results as downstream
+from mode.records.collection import SHEETS, find_sheet
+from mode.records.record import Record, read_records
+from mode.report import svg
+from mode.report.figures import MOST_BRANCHES
+from mode.report.frames import (
+    CONTAMINATION_NOTE,
+    COST_NOTE,
+    ROUTING_NOTE,
+    contamination_frame,
+    cost_frame,
+    frame,
+    intervals,
+    published_frame,
+    routing_frame,
+)
+from mode.report.run_details import Dossier, average_curve, dossiers
+from mode.report.text import notes
+from mode.tables.compile import Compiled, Line, compile_table
+from mode.tables.findings import findings
+from mode.tables.select import with_needs
+from mode.tables.table import load_table, stem
+
+PAGE = "report.html"
+
+
+ASSETS = files("mode.report") / "assets"
+
+
+STRONG = "**{}**"
+"""What is beyond noise, in a frame of plain texts."""
+
+
+BACKTICKS = re.compile(r"`([^`]+)`")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table as the page shows it: its cells, of which the first is its heading, and where they lead."""
+
+    cells: tuple[str, ...]
+    link: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as the page shows it; rows are sorted within their group."""
+
+    caption: str
+    heads: tuple[str, ...]
+    groups: tuple[tuple[Row, ...], ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a row was made from: its runs by seed, or those of the rows it is a difference of; or what would make it."""
+
+    anchor: str
+    label: str
+    runs: tuple[tuple[int, str], ...]
+    missing: str = ""
+
+
+def grid(caption: str, table: pd.DataFrame, links: Sequence[str] = (), more: Sequence[str] = ()) -> Grid:
+    """Turn a frame into a table of the page; the rows that `more` leads from are a group of their own."""
+    plain = [tuple(row) for row in table.itertuples(index=False, name=None)]
+    every = [*links, *more] or [""] * len(plain)
+    rows = [Row((head, *map(strong, cells)), link) for (head, *cells), link in zip(plain, every, strict=True)]
+    cut = len(rows) - len(more) if links else len(rows)
+    groups = tuple(tuple(group) for group in (rows[:cut], rows[cut:]) if group)
+    return Grid(caption, tuple(map(str, table.columns)), groups)
+
+
+def origins(anchor: str, name: str, compiled: Compiled) -> Iterable[Origin]:
+    """Say what every row, and then every difference, was made from."""
+    for line in compiled.lines:
+        missing = "" if line.runs else f"mode reproduce {name}"
+        yield Origin(f"{anchor}--{line.name}", line.label, tuple(line.runs.items()), missing)
+    for left, right in compiled.table.differences:
+        one, other = compiled.line(left), compiled.line(right)
+        both = [seed for seed in one.runs if seed in other.runs]
+        runs = tuple((seed, line.runs[seed]) for seed in both for line in (one, other))
+        yield Origin(f"{anchor}--{left}--{right}", f"{one.label} − {other.label}", runs)
+
+
+def extras(compiled: Compiled, rows: Sequence[str], pairs: Sequence[str]) -> Iterable[tuple[str, Grid]]:
+    """Return the other tables of a table, each with a note."""
+    if pairs:
+        yield "", grid("95 % intervals of the differences over documents", intervals(compiled), pairs)
+    yield COST_NOTE, grid("Cost", cost_frame(compiled), rows)
+    if compiled.contamination:
+        yield CONTAMINATION_NOTE, grid("Contamination", contamination_frame(compiled))
+    if (routed := routing_frame(compiled)) is not None:
+        yield ROUTING_NOTE, grid("Routers", routed)
+    published = published_frame(compiled)
+    source = compiled.table.published
+    if source is not None and published is not None and len(published):
+        yield f"{source.source}. {source.note}", grid("Published values", published)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with everything about it."""
+
+    anchor: str
+    title: str
+    grid: Grid
+    notes: tuple[str, ...]
+    findings: tuple[str, ...]
+    figures: tuple[Markup, ...]
+    curves: tuple[Markup, ...]
+    gates: tuple[Markup, ...]
+    extras: tuple[tuple[str, Grid], ...]
+    origins: tuple[Origin, ...]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark, or all results of a sheet such as that of downstream tasks, as the page shows it."""
+
+    anchor: str
+    title: str
+    about: str
+    grid: Grid
+    file: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything on a page."""
+
+    sections: tuple[Section, ...]
+    benches: tuple[Bench, ...]
+    sheets: tuple[Bench, ...]
+    runs: tuple[Dossier, ...]
+    known: frozenset[str] = field(default_factory=frozenset)
+
+
+def write_page(
+    tables: Sequence[tuple[str, Sequence[str]]], results: Path, out: Path, extra: Path | None = None
+) -> Path:
+    """Write the page of some tables.
+
+    Args:
+        tables: Names of tables, with the overrides to render each under; `bench` stands for the benchmarks. With a
+            single one, the page has its runs alone; else all runs.
+        results: Folder of the records.
+        out: Folder to write the page into.
+        extra: A folder of the user's own configuration.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        ConfigError: There is no record of any of the tables.
+    """
+    text = render(contents(tables, results, os.path.relpath(results, out), extra))
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / PAGE, text.encode())
+    return out / PAGE
+
+
+def contents(
+    tables: Sequence[tuple[str, Sequence[str]]], results: Path, way: str, extra: Path | None = None
+) -> Contents:
+    """Collect what a page shows.
+
+    Args:
+        tables: As for `write_page`.
+        results: Folder of the records.
+        way: The path to it from the page.
+        extra: A folder of the user's own configuration.
+    """
+    records = read_records(results)
+    names = dict.fromkeys(name for name, _ in tables)
+    compiled = [
+        (stem(name, overrides, load_table(name, extra).overrides), name, found)
+        for name, overrides in tables
+        if name not in SHEETS and (found := told(name, records, overrides, extra, alone=len(tables) == 1)) is not None
+    ]
+    benches = tuple(made_bench(each, way) for each in bench.SHEET.read(results)) if bench.SHEET.name in names else ()
+    sheets = tuple(made for name in names if (made := made_sheet(name, results, way)) is not None)
+    if not compiled and not benches and not sheets:
+        name = next(iter(names))
+        makes = find_sheet(name).make if name in SHEETS else f"mode reproduce {name}"
+        raise ConfigError(f"no record of {name} in {results}: `{makes}` makes them")
+    if len(names) == 1:
+        records = used([each for _, _, each in compiled], records)
+    by_id = {record.id: record for record in records}
+    sections = tuple(section(anchor, name, each, by_id) for anchor, name, each in sorted(compiled, key=order))
+    return Contents(sections, benches, sheets, tuple(dossiers(records, places(sections), way, extra)), frozenset(by_id))
+
+
+def told(
+    name: str, records: Sequence[Record], overrides: Sequence[str], extra: Path | None, *, alone: bool
+) -> Compiled | None:
+    """Compile a table; None if it has nothing to say, or a record that it stands on is missing and it is not `alone`.
+
+    Raises:
+        ConfigError: Such a record is missing, and no other table is asked for.
+    """
+    try:
+        compiled = compile_table(load_table(name, extra), records, overrides, extra)
+    except ConfigError:
+        if alone:
+            raise
+        return None
+    return compiled if compiled.says_something else None
+
+
+def order(item: tuple[str, str, Compiled]) -> tuple[bool, bool, bool, bool, str]:
+    """Order tables: results before choices, tables before curves, whole ones before those with gaps, numbered first."""
+    anchor, _, compiled = item
+    return (
+        compiled.table.choose,
+        bool(compiled.table.curves),
+        not all(line.runs for line in compiled.lines),
+        not anchor.startswith("table"),
+        anchor,
+    )
+
+
+def used(tables: Iterable[Compiled], records: Sequence[Record]) -> list[Record]:
+    """Return the records that some tables are made of, with those they stand on, in the order given."""
+    by_id = {record.id: record for record in records}
+    ids = {run for compiled in tables for line in compiled.lines for run in line.runs.values()}
+    wanted = {stage.id for run in ids for stage in with_needs(by_id[run], by_id)}
+    return [record for record in records if record.id in wanted]
+
+
+def places(sections: Iterable[Section]) -> dict[str, list[tuple[str, str, str]]]:
+    """Return, by run id, the rows that a run is part of: anchor, table and label; differences aside."""
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for each in sections:
+        for origin in each.origins[: len(each.grid.groups[0])]:
+            for _, run in origin.runs:
+                found.setdefault(run, []).append((origin.anchor, each.title, origin.label))
+    return found
+
+
+def section(anchor: str, name: str, compiled: Compiled, records: Mapping[str, Record]) -> Section:
+    """Make the section of one table."""
+    lines, pairs = compiled.lines, compiled.table.differences
+    row_links = [f"#{anchor}--{line.name}" for line in lines]
+    pair_links = [f"#{anchor}--{left}--{right}" for left, right in pairs]
+    panels = [svg.draw_panel(compiled, panel) for panel in compiled.table.curves]
+    usual, *others = notes(compiled)
+    return Section(
+        anchor=anchor,
+        title=compiled.table.title,
+        grid=grid(compiled.table.title, frame(compiled, strong=STRONG), row_links, pair_links),
+        notes=(usual, *(text for text in others if text)),
+        findings=tuple(findings(compiled)),
+        figures=tuple(picture for picture in [*panels, svg.draw_tradeoff(compiled)] if picture),
+        curves=(learning(compiled, records),),
+        gates=tuple(svg.draw_gates(line) for line in lines if drawable(line) and not compiled.table.choose),
+        extras=tuple(extras(compiled, row_links, pair_links)),
+        origins=tuple(origins(anchor, name, compiled)),
+    )
+
+
+def drawable(line: Line) -> bool:
+    """Say whether a row has gates of few enough branches to draw."""
+    return bool(line.gates) and len(line.branches) <= MOST_BRANCHES
+
+
+def strong(text: str) -> str:
+    """Return a cell as it is, or in bold if it was marked so.
+
+    >>> strong("1.00"), strong("**1.00**")
+    ('1.00', Markup('<strong>1.00</strong>'))
+    """
+    inner = text.removeprefix("**").removesuffix("**")
+    return text if inner == text else Markup("<strong>{}</strong>").format(inner)
+
+
+def learning(compiled: Compiled, records: Mapping[str, Record]) -> Markup:
+    """Draw the training loss of every row's last stage, the mean over seeds."""
+    series = []
+    for line in compiled.lines:
+        curves = [records[run].happened["curve"] for run in line.runs.values()]
+        if points := average_curve(curves, "loss"):
+            series.append(svg.Series(line.label, points, marked=False))
+    return svg.draw_lines(f"{compiled.table.title}: training loss", series, "Steps", "Training loss (nats per token)")
+
+
+def made_bench(benchmark: bench.Benchmark, way: str) -> Bench:
+    """Make the section of one benchmark."""
+    heads, *rows = bench.cells(benchmark)
+    table = pd.DataFrame(rows, columns=list(heads))
+    file = f"{way}/{bench.SHEET.name}/{benchmark.filename}"
+    return Bench(
+        f"bench-{benchmark.id}", benchmark.title, bench.conditions(benchmark), grid(benchmark.title, table), file
+    )
+
+
+def made_sheet(name: str, results: Path, way: str) -> Bench | None:
+    """Make the section of downstream tasks or of pruned runs; None of anything else, or without a result."""
+    if name == downstream.SHEET.name and (scored := downstream.SHEET.read(results)):
+        title, about, table = (
+            "Downstream tasks",
+            downstream.INTRO,
+            pd.DataFrame([downstream.row(each) for each in scored]),
+        )
+    elif name == prune.SHEET.name and (pruned := prune.SHEET.read(results)):
+        title, about, table = "Pruning", prune.INTRODUCTION, prune.frame(pruned)
+    else:
+        return None
+    return Bench(name, title, about, grid(title, table), f"{way}/{name}.md")
+
+
+def prose(text: str) -> Markup:
+    """Set a sentence, with what stands in backticks as code.
+
+    >>> prose("`mode report` & co")
+    Markup('<code>mode report</code> &amp; co')
+    """
+    return Markup(BACKTICKS.sub(r"<code>\1</code>", str(escape(text))))
+
+
+def render(shown: Contents) -> str:
+    """Render a page."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["prose"] = prose
+    template = environment.from_string((ASSETS / "page.html.j2").read_text("utf-8"))
+    style, script = ((ASSETS / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    return template.render(
+        page=shown, shapes=svg.shapes(), style=Markup(style), script=Markup(script), introduction=bench.INTRODUCTION
+    )

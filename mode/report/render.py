@@ -1,0 +1,79 @@
+"""Render every table of a folder of results, and check the committed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mode.core.errors import ConfigError, NothingError
+from mode.records.record import read_records
+from mode.report.text import csv, latex, markdown
+from mode.tables.compile import Compiled, compile_table
+from mode.tables.table import load_table, stem
+
+
+def is_drawn(figure: Path, rendered: Mapping[Path, str], records: Path) -> bool:
+    """Say whether a table is rendered already: its texts as they would be, its figure later than every record."""
+    same = all(path.exists() and path.read_text("utf-8") == text for path, text in rendered.items())
+    latest = max(path.stat().st_mtime_ns for path in records.iterdir())
+    return same and figure.exists() and figure.stat().st_mtime_ns > latest
+
+
+def render(compiled: Compiled) -> dict[str, str]:
+    """Render a compiled table as text by file suffix: md, tex, csv."""
+    return {"md": markdown(compiled), "tex": latex(compiled), "csv": csv(compiled)}
+
+
+def report(
+    name: str, results: Path, overrides: Sequence[str] = (), extra: Path | None = None, *, write: bool | None = True
+) -> tuple[str, Path]:
+    """Render a table from the records of a results folder and put it there with its figure.
+
+    `write=False` puts nothing there, and `write=None` only what is not there already.
+
+    Returns:
+        The Markdown, and the path of its file.
+
+    Raises:
+        ConfigError: A file is not a whole record; `NothingError`: no record belongs to the table.
+    """
+    table = load_table(name, extra)
+    compiled = compile_table(table, read_records(results), overrides, extra)
+    if not compiled.says_something:
+        raise NothingError(f"no record of {name} in {results / 'records'}: make them with `mode reproduce {name}`")
+    base = results / stem(name, overrides, table.overrides)
+    rendered = {base.with_suffix(f".{suffix}"): text for suffix, text in render(compiled).items()}
+    if write is False or (write is None and is_drawn(base.with_suffix(".png"), rendered, results / "records")):
+        return markdown(compiled), base.with_suffix(".md")
+    from mode.report.figures import draw, draw_curves, draw_gates
+
+    for path, text in rendered.items():
+        path.write_text(text, encoding="utf-8")
+    (draw_curves if table.curves else draw)(compiled, base.with_suffix(".png"))
+    if not table.choose:
+        draw_gates(compiled, base.with_name(f"{base.name}-gates.png"))
+    return markdown(compiled), base.with_suffix(".md")
+
+
+def check_tables(results: Path, names: Sequence[str], extra: Path | None = None) -> list[Path]:
+    """Return the committed table files that no longer follow from the records beside them.
+
+    Raises:
+        ConfigError: There is no record at all.
+    """
+    records = read_records(results)
+    if not records:
+        raise ConfigError(f"no record in {results / 'records'}, so no table can follow from any")
+    stale: list[Path] = []
+    for name in names:
+        table = load_table(name, extra)
+        for overrides in table.variants:
+            compiled = compile_table(table, records, overrides, extra)
+            base = results / stem(name, overrides, table.overrides)
+            expected = render(compiled) if compiled.says_something else {}
+            for suffix in ("md", "tex", "csv"):
+                path = base.with_suffix(f".{suffix}")
+                found = path.read_text("utf-8") if path.exists() else None
+                if found != expected.get(suffix):
+                    stale.append(path)
+    return stale

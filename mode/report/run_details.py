@@ -1,0 +1,192 @@
+"""What a page says of one run: settings, scores, cost, origin, curves, its record and the command that makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from mode.config.check import flatten
+from mode.records.command import commands
+from mode.records.record import Record
+from mode.report import svg
+
+Fact = tuple[str, str]
+"""A name and what is known under it."""
+
+
+VALIDATION = "validation/"
+"""Beginning of what a point of a curve says of validation: validation/DOMAIN/loss, for one."""
+
+
+def costs(happened: Mapping[str, Any]) -> Iterator[Fact]:
+    """Write what a run's own stage took; records of earlier versions do not say all of it."""
+    sizes = happened["parameters"]
+    for name, value, form in (
+        ("Steps", happened["steps"], ","),
+        ("Tokens", happened["tokens"], ","),
+        ("Seconds", happened["seconds"], ",.1f"),
+        ("Tokens/s", happened.get("tokens_per_second"), ",.0f"),
+        ("Peak learning rate", happened.get("lr"), "g"),
+        ("Parameters", sizes.get("total"), ","),
+        ("Trained parameters", sizes.get("trainable"), ","),
+        ("Added parameters", sizes.get("added"), ","),
+        ("Operations", happened.get("flops"), ".4g"),
+        ("Peak memory (bytes)", happened.get("peak_memory_bytes"), ","),
+        ("Kept on disk (bytes)", happened.get("kept_bytes"), ","),
+        ("Scoring seconds", happened.get("evaluation_seconds"), ",.1f"),
+    ):
+        if value is not None:
+            yield name, format(value, form)
+
+
+def scores(record: Record) -> Iterator[tuple[str, ...]]:
+    """Write what a run scored, by domain."""
+    for name, score in record.happened["scores"].items():
+        error = score.get("stderr")
+        accuracy = f"{100 * score['accuracy']:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
+        rest = [("loss", ".3f"), ("bits_per_byte", ".3f"), ("tokens", ",")]
+        cells = (format(score[key], form) if key in score else "–" for key, form in rest)
+        yield name, "target" if name in record.asked["targets"] else "retention", accuracy, *cells
+
+
+def title(method: str, labels: Sequence[str]) -> str:
+    """Return what to call a run: a row's label that stands by itself, or the method with what is known besides.
+
+    >>> title("MoDE", ["... B 2", "MoDE, B 2"]), title("MoDE", ["... B 2"]), title("MoDE", [])
+    ('MoDE, B 2', 'MoDE ... B 2', 'MoDE')
+    """
+    whole = [label for label in labels if not label.startswith("...")]
+    return next(iter(whole), " ".join([method, *labels[:1]]))
+
+
+def origin(provenance: Mapping[str, Any]) -> Iterator[Fact]:
+    """Write under what code, versions, machine and data a run was made."""
+    commit = provenance.get("commit")
+    if commit is not None:
+        yield "Commit", f"{commit}{' with changes' if provenance.get('dirty') else ''}"
+    if "date" in provenance:
+        yield "Date", provenance["date"]
+    machine = provenance.get("machine", {})
+    if machine:
+        yield "Machine", ", ".join(f"{name} {value}" for name, value in machine.items())
+    for name in ("threads", "precision"):
+        if name in provenance:
+            yield name.capitalize(), str(provenance[name])
+    if versions := provenance.get("versions"):
+        yield "Versions", ", ".join(f"{name} {value}" for name, value in versions.items() if value)
+    yield "Backbone", provenance["backbone"]
+    yield "Data", ", ".join(f"{name} {value}" for name, value in provenance["data"].items())
+
+
+def curves(record: Record) -> Iterator[Markup]:
+    """Draw the loss and the accuracy of training, with those on the validation split where they were measured."""
+    curve = record.happened["curve"]
+    for key, up in (("loss", "Loss (nats per token)"), ("accuracy", "Accuracy (%)")):
+        series = [svg.Series("training", average_curve([curve], key), marked=False)]
+        ends = dict.fromkeys(name for point in curve for name in point if name.startswith(VALIDATION))
+        for name in [name for name in ends if name.endswith(f"/{key}")]:
+            label = name.removeprefix(VALIDATION).removesuffix(f"/{key}")
+            series.append(svg.Series(f"validation, {label}", average_curve([curve], name)))
+        if drawing := svg.draw_lines(f"Training {key} of run {record.id}", series, "Steps", up):
+            yield drawing
+
+
+@dataclass(frozen=True)
+class Dossier:
+    """Everything about a run.
+
+    Attributes:
+        id: Its id.
+        title: Method, or the row of a table that it is part of.
+        about: Targets, seed, backbone and split, in a line.
+        rows: Rows that it is part of: anchor, table and label.
+        settings: What was asked, as `key=value`.
+        scores: By domain: name, target or retention, accuracy and its error in per cent, loss, bits per byte, tokens.
+        costs: What training and scoring took.
+        origin: Commit, versions, machine, date and fingerprints.
+        needs: Ids of the runs that it stands on.
+        curves: Drawings of its training; none where nothing was trained.
+        file: Path of its record from the page.
+        command: What makes it, or why no command does.
+        runs: Whether `command` is one.
+    """
+
+    id: str
+    title: str
+    about: str
+    rows: tuple[tuple[str, str, str], ...]
+    settings: tuple[str, ...]
+    scores: tuple[tuple[str, ...], ...]
+    costs: tuple[Fact, ...]
+    origin: tuple[Fact, ...]
+    needs: tuple[str, ...]
+    curves: tuple[Markup, ...]
+    file: str
+    command: str
+    runs: bool
+
+
+def dossiers(
+    records: Sequence[Record], places: Mapping[str, Sequence[tuple[str, str, str]]], way: str, extra: Path | None
+) -> Iterator[Dossier]:
+    """Tell what is known of every run.
+
+    Args:
+        records: Their records.
+        places: By run id, the rows that it is part of.
+        way: Path from the page to the folder of results.
+        extra: A folder of the user's own configuration.
+    """
+    told = commands(records, extra)
+    for record in records:
+        rows = tuple(places.get(record.id, ()))
+        method = record.asked["method"]["_target_"].rpartition(".")[2]
+        targets = ", ".join(record.asked["targets"])
+        text, runs = told[record.id]
+        yield Dossier(
+            id=record.id,
+            title=title(method, [label for _, _, label in rows]),
+            about=f"{targets} · seed {record.seed} · {record.asked['backbone']['name']} · {record.happened['split']}",
+            rows=rows,
+            settings=tuple(f"{name}={shown(value)}" for name, value in flatten(record.asked).items()),
+            scores=tuple(scores(record)),
+            costs=tuple(costs(record.happened)),
+            origin=tuple(origin(record.provenance)),
+            needs=tuple(record.provenance["needs"]),
+            curves=tuple(curves(record)),
+            file=f"{way}/records/{record.filename}",
+            command=text,
+            runs=runs,
+        )
+
+
+def shown(value: Any) -> str:
+    """Write a setting.
+
+    >>> shown(["code", "math"]), shown(None), shown(0.001)
+    ('[code,math]', 'null', '0.001')
+    """
+    if isinstance(value, list):
+        return f"[{','.join(map(shown, value))}]"
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not is_number(value) else f"{value:g}"
+
+
+def is_number(value: Any) -> bool:
+    """Say whether a value is a number, which truth values are not here."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def average_curve(curves: Sequence[Sequence[Mapping[str, Any]]], key: str) -> list[tuple[float, float, float]]:
+    """Return a quantity over steps as the mean of several curves, at the steps that all have; accuracy in per cent.
+
+    >>> average_curve([[{"step": 1, "loss": 2.0}], [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 1.0}]], "loss")
+    [(1.0, 3.0, 0.0)]
+    """
+    factor = 100.0 if key.endswith("accuracy") else 1.0
+    found = [{point["step"]: point[key] for point in curve if key in point} for curve in curves]
+    shared = [step for step in found[0] if all(step in each for each in found)] if found else []
+    return [(float(step), factor * sum(each[step] for each in found) / len(found), 0.0) for step in shared]

@@ -1,0 +1,54 @@
+"""Publish rendered tables and figures as one Weights & Biases run; the records stay the source of every number."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from mode.config.run import Run
+from mode.records.record import read_records
+from mode.report.frames import cost_frame, frame
+from mode.runs.tracking import WandbTracker
+from mode.tables.compile import compile_table
+from mode.tables.table import load_table, stem
+
+JOB = "report"
+
+
+def publish(rendered: Sequence[tuple[str, Sequence[str]]], run: Run, extra: Path | None = None) -> str:
+    """Log tables, as people read them, and their figures.
+
+    Args:
+        rendered: Tables and the overrides that each was rendered under, whose files are in the results folder.
+        run: Settings of the tracker and the folders.
+        extra: A folder of the user's own configuration.
+
+    Returns:
+        The id of the run: the same tables are the same run.
+    """
+    results = Path(run.paths.results).expanduser()
+    records = read_records(results)
+    tables: dict[str, pd.DataFrame] = {}
+    figures: dict[str, Path] = {}
+    content = hashlib.sha256()
+    for name, overrides in rendered:
+        table = load_table(name, extra)
+        compiled = compile_table(table, records, overrides, extra)
+        base = results / stem(name, overrides, table.overrides)
+        tables |= {base.name: frame(compiled), f"{base.name}-cost": cost_frame(compiled)}
+        figures |= {
+            f"{path.stem}-figure": path
+            for path in (base.with_suffix(".png"), base.with_name(f"{base.name}-gates.png"))
+            if path.exists()
+        }
+        content.update(base.with_suffix(".md").read_bytes())
+    run_id = f"{JOB}-{content.hexdigest()[:12]}"
+    folder = Path(run.paths.runs).expanduser() / JOB
+    settings = {"records": sorted(record.id for record in records)}
+    tracker = WandbTracker(run.track, run_id=run_id, name=JOB, job_type=JOB, config=settings, folder=folder)
+    tracker.show(tables, figures)
+    tracker.finish({"records": len(records)})
+    return run_id

@@ -1,0 +1,85 @@
+"""A run made ready: its data at hand and its identity known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from mode.config import identity
+from mode.core.errors import ConfigError
+from mode.data.pack import Packed, prepare
+from mode.core.files import WEIGHTS
+from mode.methods.base import Method
+from mode.records.record import Record, find_record
+from mode.config.run import Run
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run with its data at hand and its identity known.
+
+    Attributes:
+        run: Configuration.
+        method: The run's method.
+        packed: Prepared domains.
+        backbone: Fingerprint of the weights that the run starts from.
+        asked: What identifies the run, but for data and weights.
+        id: Identity of the run.
+    """
+
+    run: Run
+    method: Method
+    packed: Mapping[str, Packed]
+    backbone: str
+    asked: dict[str, Any]
+    id: str
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprint of every domain's data."""
+        return {name: packed.fingerprint for name, packed in self.packed.items()}
+
+    @property
+    def folder(self) -> Path:
+        """Work folder: checkpoint, curve, weights."""
+        return Path(self.run.paths.runs).expanduser() / self.id
+
+    @property
+    def results(self) -> Path:
+        """Folder of records and tables."""
+        return Path(self.run.paths.results).expanduser()
+
+
+_prepared: dict[str, Packed] = {}
+"""Domains prepared by this process, so that planning many runs reads each domain's sources once."""
+
+
+def prepare_run(run: Run) -> Prepared:
+    """Prepare a run's data (from the cache after the first time) and work out its identity; needs no torch."""
+    method = run.method
+    if not isinstance(method, Method):
+        raise ConfigError(f"method._target_={type(method).__qualname__}: does not say how to build a model")
+    tokenizer = method.tokenizer(run)
+    cache = Path(run.paths.cache).expanduser()
+    packed = {}
+    for name in run.scored:
+        domain = run.domains[name]
+        key = f"{name} {domain} {tokenizer.fingerprint} {cache}"
+        packed[name] = _prepared[key] = _prepared.get(key) or prepare(name, domain, tokenizer, cache)
+    asked = identity.asked(run)
+    asked["backbone"] = {"name": run.backbone.name}
+    if artefacts := method.artefacts(run):
+        asked["artefacts"] = artefacts
+    backbone = method.backbone_fingerprint(run)
+    fingerprints = {name: data.fingerprint for name, data in packed.items()} | {"backbone": backbone}
+    return Prepared(run, method, packed, backbone, asked, identity.digest(asked, fingerprints))
+
+
+def finished(prepared: Prepared) -> Record | None:
+    """Return the record of a run, if it has one: then it is finished, although its weights may be elsewhere."""
+    return find_record(prepared.results, prepared.id)
+
+
+def has_weights(prepared: Prepared) -> bool:
+    """Say whether the trained weights of a run are here."""
+    return (prepared.folder / WEIGHTS).exists()

@@ -1,0 +1,163 @@
+"""Weights & Biases as a window on a run; the only module that knows it, and never the source of a number."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from mode.core.errors import ConfigError
+from mode.config.run import Track
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+class Tracker(Protocol):
+    """Where a run's progress goes."""
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Log values at a step."""
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Log the final values and close."""
+
+    def abandon(self) -> None:
+        """Close without final values, because the run failed or was interrupted."""
+
+
+class NoTracker:
+    """Logs nothing."""
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Log nothing."""
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Log nothing."""
+
+    def abandon(self) -> None:
+        """Close nothing."""
+
+
+class WandbTracker:
+    """Logs to one Weights & Biases run, whose id is the run's own, so that a resumed run goes on in it."""
+
+    def __init__(
+        self, track: Track, *, run_id: str, name: str, job_type: str, config: Mapping[str, Any], folder: Path
+    ) -> None:
+        """Open the run, without any prompt."""
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.run = wandb.init(
+                project=track.project,
+                group=track.group,
+                name=name,
+                job_type=job_type,
+                id=run_id,
+                resume="allow",
+                config=dict(config),
+                dir=str(folder),
+                mode=track.mode if track.mode != "none" else "disabled",
+                settings=wandb.Settings(console="off", x_disable_stats=True, quiet=True),
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(f"Weights & Biases: {str(error).splitlines()[0]} (track=wandb logs offline)") from error
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Log values at a step."""
+        self.run.log(dict(values), step=step)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Log the final values and close."""
+        self.run.summary.update(dict(summary))
+        self.run.finish()
+
+    def abandon(self) -> None:
+        """Close without final values, because the run failed or was interrupted."""
+        self.run.finish(exit_code=1)
+
+    def show(self, tables: Mapping[str, pd.DataFrame], figures: Mapping[str, Path]) -> None:
+        """Log tables and the pictures of figures."""
+        import wandb
+
+        shown = {name: wandb.Table(dataframe=table) for name, table in tables.items()}
+        self.run.log({**shown, **{name: wandb.Image(str(path)) for name, path in figures.items()}})
+
+
+class LateTracker:
+    """Opens another when there is something to log: a run's first step need not wait for what only shows it."""
+
+    def __init__(self, make: Callable[[], Tracker]) -> None:
+        """Open nothing yet."""
+        self.make = make
+
+    @cached_property
+    def opened(self) -> Tracker:
+        """Return the other, opening it now if it is not open."""
+        return self.make()
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Log values at a step."""
+        self.opened.log(values, step)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Log the final values and close."""
+        self.opened.finish(summary)
+
+    def abandon(self) -> None:
+        """Close without final values what is open."""
+        if "opened" in vars(self):
+            self.opened.abandon()
+
+
+def make_tracker(
+    track: Track, *, run_id: str, name: str, job_type: str, config: Mapping[str, Any], folder: Path
+) -> Tracker:
+    """Return the tracker that the settings ask for; one that has to reach a server opens now, since that can fail."""
+    if track.mode == "none":
+        return NoTracker()
+    make = partial(WandbTracker, track, run_id=run_id, name=name, job_type=job_type, config=config, folder=folder)
+    return LateTracker(make) if track.mode == "offline" else make()
+
+
+def unsynced(runs: Path) -> list[Path]:
+    """Return the offline logs under a folder of runs that Weights & Biases does not have, oldest first."""
+    found = [path.parent for path in runs.glob("*/wandb/offline-run-*/*.wandb") if not marker(path).exists()]
+    return sorted(found, key=lambda path: path.name)
+
+
+def marker(path: Path) -> Path:
+    """Return the file that Weights & Biases leaves beside a log that it has."""
+    return path.with_name(f"{path.name}.synced")
+
+
+def sync(logs: Sequence[Path]) -> None:
+    """Push offline logs to Weights & Biases.
+
+    Raises:
+        ConfigError: It cannot be reached, or refuses; what was not pushed stays and is pushed next time.
+    """
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    try:  # without this, wandb would go on trying for hours
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=20).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise ConfigError(f"{url} cannot be reached ({reason}); {len(logs)} offline runs stay as they are") from error
+    command = [sys.executable, "-m", "wandb", "sync", *map(str, logs)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stderr or ():
+            print(line, end="", file=sys.stderr)
+            lines.append(line.strip())
+    if process.returncode:
+        told = next((line for line in reversed(lines) if "rror" in line), "wandb sync failed")
+        raise ConfigError(f"Weights & Biases: {told.removeprefix('Error: ')}")

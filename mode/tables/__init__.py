@@ -1,0 +1,1 @@
+"""From records to numbers: rows, differences, intervals and claims; no torch."""

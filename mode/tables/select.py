@@ -1,0 +1,56 @@
+"""The records that a table is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mode.config import identity
+from mode.config.run import Run
+from mode.core.errors import ConfigError
+from mode.records.record import Record
+
+
+def select(runs: Mapping[str, Run], records: Sequence[Record]) -> tuple[dict[str, list[Record]], int]:
+    """Find the records of every row, one per seed, all under one sky.
+
+    Where records were made under several skies (other data or another backbone), the sky with the most records is
+    taken, since scores under different skies cannot be compared.
+
+    Args:
+        runs: The run of every row with some seed, by row name.
+        records: All records.
+
+    Returns:
+        Records by row, in order of seed, and the number of matching records left out.
+    """
+    matching: dict[str, list[Record]] = {}
+    for name, run in runs.items():
+        wanted = without_seed(identity.asked(run) | {"backbone": {"name": run.backbone.name}})
+        matching[name] = [record for record in records if without_seed(record.asked) == wanted]
+    skies = [record.sky for found in matching.values() for record in found]
+    chosen = max(sorted(set(skies)), key=skies.count) if skies else ""
+    kept = {
+        name: sorted((record for record in found if record.sky == chosen), key=lambda record: record.seed)
+        for name, found in matching.items()
+    }
+    return kept, len(skies) - sum(len(found) for found in kept.values())
+
+
+def without_seed(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was asked but for the seed."""
+    return {name: value for name, value in asked.items() if name != "seed"}
+
+
+def with_needs(record: Record, records: Mapping[str, Record]) -> list[Record]:
+    """Return a record and those of the runs it stands on, each once.
+
+    Raises:
+        ConfigError: One of them is missing.
+    """
+    result = {record.id: record}
+    for run_id in record.provenance["needs"]:
+        if run_id not in records:
+            raise ConfigError(f"record {record.id} stands on run {run_id}, which has no record in the same folder")
+        result |= {stage.id: stage for stage in with_needs(records[run_id], records)}
+    return list(result.values())

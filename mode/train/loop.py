@@ -1,0 +1,262 @@
+"""The one training loop. A method changes the model, its stages and which parameters train; never this loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mode.config.train import Train
+from mode.core import processes
+from mode.core.device import sent
+from mode.core.errors import ConfigError
+from mode.core.files import CURVE, checkpoints, write_atomic
+from mode.core.tensors import trainable
+from mode.data.batches import Batches
+from mode.distributed.choose import spread_over
+from mode.distributed.layout import Copies
+from mode.ops.loss import head, softcap, token_scores
+from mode.train.checkpoint import Saver, check_checkpoint, load_checkpoint, read_counters, sweep
+from mode.train.cuda_graph import recorded
+from mode.train.curve import Point, read_curve, throughput
+from mode.train.objective import Hold, Objective
+from mode.train.optimizer import make_optimizer, schedule, set_rates
+from mode.train.step_options import Layers
+
+if TYPE_CHECKING:
+    from mode.distributed.mpmd import Branches
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the loop is asked to do.
+
+    Attributes:
+        settings: The loop's settings.
+        steps: Optimizer steps of this stage.
+        lr: Peak learning rate.
+        folder: Where the checkpoint and the training curve go.
+        validate: Scores the model on the validation split of the domains it trains on.
+        observe: Called with every new point of the curve.
+        inspect: What the method reports of its model at every point.
+        lr_scales: Factor on the learning rate for parameters whose name contains the key.
+        hold: How the model is held to its backbone; None where it is not.
+        seed: With the step, what anything random in a forward pass is a function of, as the rows are.
+        kinds: Of what kind each row of a step is, (B,), where the model wants to know (`row_kinds`).
+        end: Token that closes a document, where documents of a row do not see each other.
+    """
+
+    settings: Train
+    steps: int
+    lr: float
+    folder: Path
+    validate: Callable[[], Point]
+    observe: Callable[[Point], None] = lambda point: None
+    inspect: Callable[[nn.Module], Point] = lambda model: {}
+    lr_scales: Mapping[str, float] = field(default_factory=dict)
+    hold: Hold | None = None
+    seed: int = 0
+    kinds: Callable[[int], NDArray[np.int64]] | None = None
+    end: int | None = None
+
+    @property
+    def curve(self) -> Path:
+        """File of the training curve, one JSON object a line."""
+        return self.folder / CURVE
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the loop did: steps, tokens seen, seconds of training alone, and the training curve."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    curve: Sequence[Point]
+
+
+def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
+    """Train the parameters of a model that require a gradient, from the latest checkpoint if there is one.
+
+    Two runs of the same configuration end bit-identical on the same machine, whether or not one of them was
+    interrupted: a batch is a function of (seed, step), and checkpoints fall on points of the curve. Several processes
+    have the gradients of one with as many times `accumulate`; the accuracy in the curve is the mean of all theirs.
+
+    Args:
+        model: A causal LM.
+        batches: The rows of every step.
+        job: Settings, folders and callbacks.
+
+    Raises:
+        ConfigError: The loss is no longer finite, or a checkpoint is damaged or cannot be written.
+    """
+    settings, device = job.settings, next(model.parameters()).device
+    spread = spread_over(model, job.hold is not None, settings, device)
+    checkpoint, step, seconds, curve = resume(model, job)
+    if step >= job.steps:  # it was stopped after its last step: the model is to stay whole
+        return trained(job, seconds, curve)
+    made = Objective(model.train(), settings, job.hold, spread.part, job.end)
+    objective, optimizer = spread.wrap(
+        made, partial(make_optimizer, lr=job.lr, scales=job.lr_scales, settings=settings)
+    )
+    if checkpoint:
+        load_checkpoint(checkpoint, spread.trained(), optimizer)
+    layers = Layers(spread.model, settings, half=spread.halves and made.precision == "bf16")
+    passes = recorded(accumulate, list(trainable(spread.model).values()), settings, held=job.hold is not None)
+    total, begin = torch.zeros((), device=device), time.monotonic()
+    with Saver() as saver:
+        while step < job.steps:
+            set_rates(optimizer, schedule(step, job.steps, settings))
+            rows, held, kinds = share(batches, job, step, spread, device)
+            torch.manual_seed(spread.seed((job.seed << 32) + step))
+            with layers, spread():
+                loss, states = passes(objective, rows, settings.accumulate, held, kinds, spread.slots)
+            spread.clip(settings.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            total += loss
+            step += 1
+            if step % settings.log_every == 0 or step == job.steps:
+                mean = float(processes.mean(total)) / ((step - 1) % settings.log_every + 1)
+                seconds += time.monotonic() - begin  # after the mean, which waits for the device
+                spread.collect(due(step, job))
+                point = measure(model, job, step, mean, states, spread, rows, held) | {"seconds": round(seconds, 3)}
+                curve.append(point)
+                append(job, point, spread, optimizer, saver)
+                job.observe(point | {"tokens_per_second": throughput(curve, settings)})
+                total.zero_()
+                begin = time.monotonic()
+    return trained(job, seconds, curve)
+
+
+def trained(job: Job, seconds: float, curve: Sequence[Point]) -> Trained:
+    """Return what the loop did when it has made all steps."""
+    return Trained(job.steps, job.steps * job.settings.batch_size * job.settings.sequence_length, seconds, curve)
+
+
+def due(step: int, job: Job) -> bool:
+    """Say whether the whole model is scored after a step."""
+    every = job.settings.validate_every
+    return step == job.steps or bool(every and step % every == 0)
+
+
+def share(
+    batches: Batches, job: Job, step: int, spread: Copies | Branches, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return this process's rows of a step, (B, S + 1), and of each whether it is held and of what kind it is, (B,).
+
+    Which rows are held stays in the processor's memory: it decides what is run.
+    """
+
+    def mine(values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(spread.rows(values))
+
+    held = mine(job.hold.held(step)) if job.hold else None
+    kinds = sent(mine(job.kinds(step)), device) if job.kinds else None
+    return sent(mine(batches.batch(step)), device), held, kinds
+
+
+def accumulate(
+    objective: nn.Module,
+    rows: Tensor,
+    parts: int,
+    held: Tensor | None = None,
+    kinds: Tensor | None = None,
+    slots: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Run forward and backward over the micro-batches of a step.
+
+    Args:
+        objective: An `Objective`, or several processes' (`mode.core.processes.replicated`).
+        rows: Tokens, (B, S + 1).
+        parts: Micro-batches.
+        held: Which rows are held to the backbone, (B,), in the processor's memory.
+        kinds: Of what kind each row is, (B,), where the model wants to know.
+        slots: Processes that share every row, and of whose losses the mean is meant.
+
+    Returns:
+        The mean loss of the step, and the last micro-batch's hidden states, (B / parts, S, d).
+    """
+    loss = torch.zeros((), device=rows.device)
+    states = loss
+    for number, micro in enumerate(rows.chunk(parts)):
+        some = [None if each is None else each.chunk(parts)[number] for each in (held, kinds)]
+        with nullcontext() if number == parts - 1 else processes.unsynchronized(objective):
+            found, extra, states = objective(micro, *some)
+            part = found / parts
+            loss += part.detach()
+            whole = part if extra is None else part + extra / parts
+            torch.autograd.backward(whole if slots == 1 else whole / slots)
+    return loss, states.detach()
+
+
+def measure(
+    model: nn.Module,
+    job: Job,
+    step: int,
+    loss: float,
+    states: Tensor,
+    spread: Copies | Branches,
+    rows: Tensor,
+    held: Tensor | None,
+) -> Point:
+    """Return a point of the curve: the mean loss since the last point, and the last micro-batch's accuracy.
+
+    Rows that are held to the backbone do not count for the accuracy, unless the micro-batch has no others.
+    """
+    if not math.isfinite(loss):
+        raise ConfigError(f"the loss is {loss} at step {step}; try a lower train.lr than {job.lr:g}")
+    targets = spread.part(rows.chunk(job.settings.accumulate)[-1])[:, 1:]
+    if held is not None:
+        free = ~held.chunk(job.settings.accumulate)[-1]
+        states, targets = (states[free], targets[free]) if free.any() else (states, targets)
+    scores = token_scores(states, head(model), targets, cap=softcap(model))
+    lr = job.lr * schedule(step - 1, job.steps, job.settings)
+    accuracy = float(processes.mean(scores.hit.float().mean()))
+    point: Point = {"step": step, "loss": loss, "accuracy": accuracy, "lr": lr}
+    point |= job.inspect(model)
+    every = job.settings.validate_every
+    if every and (step % every == 0 or step == job.steps):
+        point |= job.validate()
+        model.train()
+    return point
+
+
+def append(job: Job, point: Point, spread: Copies | Branches, optimizer: torch.optim.Optimizer, saver: Saver) -> None:
+    """Append a point to the curve, and save a checkpoint where one is due."""
+    if processes.is_main():
+        with job.curve.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(point) + "\n")
+    if point["step"] % job.settings.checkpoint_every == 0 or point["step"] == job.steps:
+        saver.save(job.folder, spread.trained(), optimizer, point["step"], point["seconds"])
+
+
+def resume(model: nn.Module, job: Job) -> tuple[Path | None, int, float, list[Point]]:
+    """Find the latest checkpoint, its step, its seconds of training, and the curve up to it.
+
+    Where no step is left, the model is given the weights of it.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    step, seconds, curve = 0, 0.0, []
+    latest = next(reversed(checkpoints(job.folder)), None)
+    if latest:
+        check_checkpoint(latest, trainable(model))
+        step, seconds = read_counters(latest)
+        if step >= job.steps:
+            load_checkpoint(latest, trainable(model))
+        curve = [point for point in read_curve(job.curve) if point["step"] <= step]
+    if processes.is_main():
+        sweep(job.folder, latest)
+        write_atomic(job.curve, "".join(json.dumps(point) + "\n" for point in curve).encode())
+    return latest, step, seconds, curve

@@ -1,0 +1,83 @@
+"""Choose what a training step keeps in memory, by measuring it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mode.config.check import replace_settings
+from mode.core.device import allocated
+from mode.core.errors import ConfigError
+from mode.core.tensors import trainable
+from mode.train.loop import accumulate
+from mode.train.objective import Objective
+from mode.train.step_options import Layers
+
+if TYPE_CHECKING:
+    from mode.config.train import Train
+    from mode.train.objective import Hold
+
+CHOICES = ("all", "frozen", "none")
+"""Layers that form activations again, from the choice of the least memory to the fastest."""
+
+
+def affordable(
+    model: nn.Module, settings: Train, hold: Hold | None, end: int | None, given: Callable[[], tuple[Any, ...]]
+) -> str:
+    """Return which layers are to form activations again so that a step takes no more than `settings.memory`.
+
+    The passes of a step are run for one choice after the other until one takes more; weights, gradients and both
+    moments of AdamW count too. The model and the state of random numbers are as before.
+
+    Args:
+        model: The model, with what is frozen frozen.
+        settings: The loop's, with `activation_checkpointing=auto`.
+        hold: How the model is held to its backbone.
+        end: Token that closes a document, where documents do not see each other.
+        given: Returns rows, which of them are held, and their kinds, of the first step.
+
+    Raises:
+        ConfigError: No choice takes so little, or the device has too little for any.
+    """
+    assert settings.memory is not None
+    device = next(model.parameters()).device
+    resident = sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
+    resident += 2 * sum(part.nbytes for part in trainable(model).values())
+    model.train()
+    best, least = None, None
+    for choice in CHOICES:
+        chosen, needed = replace_settings(settings, activation_checkpointing=choice, memory=None), None
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), suppress(torch.OutOfMemoryError):
+            needed = resident + allocated(step(model, chosen, hold, end, given), device)
+        model.zero_grad(set_to_none=True)
+        least = least or needed
+        if needed is None or needed > 1e9 * settings.memory:  # the next would take more: it may be more than there is
+            break
+        best = choice
+    if best is not None:
+        return best
+    if least is None:
+        raise ConfigError("train.activation_checkpointing=auto: a step does not fit on this device at all")
+    raise ConfigError(
+        f"train.memory={settings.memory:g}: a step takes {least / 1e9:.3g} GB at least; "
+        "more train.accumulate takes less"
+    )
+
+
+def step(
+    model: nn.Module, settings: Train, hold: Hold | None, end: int | None, given: Callable[[], tuple[Any, ...]]
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Return what runs the passes of a step."""
+    objective = Objective(model, settings, hold, end=end)
+
+    def action() -> tuple[Tensor, Tensor]:
+        layers = Layers(model, settings, half=objective.precision == "bf16")  # its copies count as well
+        rows, held, kinds = given()
+        with layers:
+            return accumulate(objective, rows, settings.accumulate, held, kinds)
+
+    return action

@@ -1,0 +1,60 @@
+"""The optimizer and its learning rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from mode.config.train import Train
+from mode.core.errors import ConfigError
+from mode.core.tensors import trainable
+
+
+def make_optimizer(model: nn.Module, lr: float, scales: Mapping[str, float], settings: Train) -> torch.optim.AdamW:
+    """Build AdamW over what trains: matrices with weight decay, vectors without, learning rates scaled by name.
+
+    Args:
+        model: Its parameters that require a gradient train.
+        lr: Peak learning rate.
+        scales: Factor on the learning rate for parameters whose name contains the key.
+        settings: The loop's: weight decay and decay rates.
+
+    Raises:
+        ConfigError: Nothing trains.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in trainable(model).items():
+        scale = next((value for part, value in scales.items() if part in name), 1.0)
+        decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
+    if not groups:
+        raise ConfigError("nothing to train: every parameter of this model is frozen")
+    return torch.optim.AdamW(
+        [{"params": members, "weight_decay": decay, "peak": lr * scale} for (scale, decay), members in groups.items()],
+        lr=lr,
+        betas=settings.betas,
+        fused=True,
+    )
+
+
+def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Set the learning rate of every group to a share of its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+
+
+def schedule(step: int, steps: int, settings: Train) -> float:
+    """Return the learning rate of a step as a share of its peak: linear warm-up, then a cosine.
+
+    >>> from types import SimpleNamespace as Settings
+    >>> [round(schedule(step, 10, Settings(warmup=0.2, final_lr=0.1)), 3) for step in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.55, 0.134]
+    """
+    warmup = math.ceil(settings.warmup * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return settings.final_lr + (1.0 - settings.final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,0 +1,177 @@
+"""Benchmarks: what is timed, in what order, what becomes of it; and the exchange of an expert that they measure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mode.bench.records import SHEET, cells, conditions, section
+from mode.bench.run import describe, measure
+from mode.bench.suites.inference import modular
+from mode.bench.timing import Case, interleave, ratio
+from mode.config.check import replace_settings
+from mode.config.compose import compose
+from mode.core.errors import ConfigError
+from mode.methods.mode import MoDE
+from mode.modular.edit import swap_expert, with_experts
+from mode.modular.experts import expert_state
+from mode.modular.model import MoDEForCausalLM
+from mode.report.page import made_bench
+from tests.artefacts.test_write import logits
+from tests.cli.test_cli import call
+from tests.conftest import World
+
+
+def fresh(world: World, *experts: str, seed: int = 0, **settings: int) -> MoDEForCausalLM:
+    """Build a model with random experts and gates."""
+    run = compose([*world.overrides, "method=mode"], world.conf)
+    assert isinstance(run.method, MoDE)
+    torch.manual_seed(seed)
+    model = modular(run, replace_settings(run.method, **settings), list(experts)).eval()
+    for name, parameter in model.named_parameters():
+        if ".gate." in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.slow
+def test_the_order_is_reversed_from_round_to_round_and_the_first_round_does_not_count() -> None:
+    seen: list[str] = []
+    cases = [Case("job", name, lambda name=name: seen.append(name)) for name in "abc"]
+    finished: list[int] = []
+    seconds = interleave(cases, 2, finished.append)
+    assert "".join(seen) == "cba" + "abc" + "cba"
+    assert [len(times) for times in seconds] == [2, 2, 2]
+    assert finished == [0, 1, 2]
+
+
+def test_ratios_are_paired_by_round() -> None:
+    # The machine is ten times slower in the second round; the ratio is not.
+    assert ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]).high == 2.0
+    assert ratio([3.0], [1.5]).low == 2.0
+
+
+@pytest.mark.parametrize(
+    ("suite", "settings", "told"),
+    [
+        ("step", ["train.documents=apart"], "train.documents=apart is of no suite's asking: the tokens"),
+        ("loops", ["train.compile=auto"], "train.compile=auto is of no suite's asking: say true or false"),
+        ("scale", ["train.activation_checkpointing=auto", "train.memory=1"], "say which layers"),
+        ("startup", [], "suite `startup` starts backbone=tiny, not pico"),
+        ("sharding", ["method.head_rank=2"], "suite `sharding` goes with method.head_rank=0"),
+        ("sharding", ["method.gate.reads=output"], "and method.gate.reads=input"),
+    ],
+)
+def test_what_a_suite_does_not_measure_is_refused(world: World, suite: str, settings: list[str], told: str) -> None:
+    result = call(world, "bench", suite, *settings)
+    assert result.exit_code == 2
+    assert told in " ".join(result.output.split())
+
+
+def test_options_are_part_of_what_was_measured(world: World) -> None:
+    def asked(suite: str, *settings: str) -> dict[str, Any]:
+        run: Any = compose([*world.overrides, "method=mode", *settings], world.conf)
+        return describe(suite, run, run.method)
+
+    given = ["train.activation_checkpointing=all", "train.accumulate=2", "method.head_rank=2"]
+    everywhere = {"train.accumulate": 2, "method.head_rank": 2}
+    assert "options" not in asked("step")
+    assert asked("step", *given) == asked("step") | {"options": everywhere | {"train.activation_checkpointing": "all"}}
+    assert asked("options", *given)["options"] == everywhere  # which itself varies what is formed again
+    assert asked("eval", "evaluate.batch_size=3") == asked("eval") | {"rows": [3, asked("eval")["rows"][1]]}
+    committed = SHEET.read(Path(__file__).parents[2] / "results")
+    published = next(each for each in committed if each.asked["suite"] == "step")
+    told = conditions(replace_settings(published, asked=published.asked | {"options": {"train.compile": True}}))
+    assert "tokens; train.compile=True; cpu" in told
+
+
+@pytest.mark.slow
+def test_a_swapped_expert_is_as_if_it_had_been_composed(world: World) -> None:
+    model, other = fresh(world, "one", "two"), fresh(world, "three", seed=1)
+    kept, comes = expert_state(model, 0), expert_state(other, 0)
+    expected = logits(with_experts(fresh(world, "any", seed=2), {"one": kept, "three": comes}))
+    before = logits(model)
+    swap_expert(model, "two", "three", comes)
+    assert model.config.experts == ["one", "three"]
+    assert (logits(model) - expected).abs().max() < 1e-5
+    assert (logits(model) - before).abs().max() > 1e-3
+    swap_expert(model, "three", "two", expert_state(fresh(world, "one", "two"), 1))
+    assert (logits(model) - before).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("leaves", "comes", "settings", "told"),
+    [
+        ("tow", "three", {}, "not one of the experts one, two; did you mean two?"),
+        ("two", "one", {}, "has an expert of that name already"),
+        ("two", "three", {"expert_layers": 2}, "where nothing is expected"),
+        ("two", "three", {"num_blocks": 2}, "is nothing, where"),
+    ],
+)
+def test_an_expert_that_does_not_fit_leaves_the_model_as_it_was(
+    world: World, leaves: str, comes: str, settings: dict[str, int], told: str
+) -> None:
+    model = fresh(world, "one", "two")
+    before = logits(model)
+    with pytest.raises(ConfigError, match=told):
+        swap_expert(model, leaves, comes, expert_state(fresh(world, comes, seed=1, **settings), 0))
+    assert torch.equal(logits(model), before)
+    assert model.config.experts == ["one", "two"]
+
+
+@pytest.mark.slow
+def test_the_edge_suite_leaves_a_record_that_the_report_follows_from(world: World) -> None:
+    results = world.root / "results"
+    result = call(world, "bench", "edge", "--rounds", "2")
+    assert result.exit_code == 0, result.output
+    (benchmark,) = SHEET.read(results)
+    assert section(benchmark) in result.stdout
+    sizes = benchmark.happened["bytes"]
+    backbone, alone = sizes["backbone"], sizes["one expert"]
+    for number, name in enumerate(("backbone + 1 expert", "backbone + 2 experts"), 1):
+        assert sizes[name] == pytest.approx(backbone + number * alone, rel=0.1)  # headers of files
+    jobs = [(case["job"], case["variant"]) for case in benchmark.happened["cases"]]
+    assert len(jobs) == len(set(jobs)) == 12
+    assert all(len(case["seconds"]) == 2 for case in benchmark.happened["cases"])
+    assert SHEET.stale(results) == [results / "bench.md"]
+    assert call(world, "report", "bench").exit_code == 0
+    assert SHEET.stale(results) == []
+    (path,) = (results / "bench").glob("*.json")
+    plain = json.loads(path.read_text("utf-8"))
+    plain["happened"]["cases"][1]["seconds"] = [99.0, 99.0]
+    path.write_text(json.dumps(plain), "utf-8")
+    assert SHEET.stale(results) == [results / "bench.md"]
+
+
+def test_every_published_benchmark_is_a_whole_table_of_the_page() -> None:
+    """Some have columns of usage, some sizes, and some both; no browser is needed to see that rows fit heads."""
+    published = SHEET.read(Path(__file__).parents[2] / "results")
+    shapes = {(len(heads), len(row)) for heads, *rows in map(cells, published) for row in rows}
+    assert shapes == {(5, 5), (8, 8)}
+    assert len([made_bench(benchmark, "results") for benchmark in published]) == len(published) >= 7
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 2}', '{"schema": 1}'])
+def test_a_file_that_is_no_benchmark_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "edge.json").write_text(text, "utf-8")
+    with pytest.raises(ConfigError, match=r"edge\.json"):
+        SHEET.read(tmp_path)
+
+
+def test_a_place_where_nothing_can_be_written_is_told_before_anything_is_measured(world: World) -> None:
+    (world.root / "results").write_text("a file", "utf-8")
+    result = call(world, "bench", "edge")
+    assert result.exit_code == 2
+    assert "results" in result.output
+    assert "warmed up" not in result.output
+
+
+def test_a_benchmark_needs_experts(world: World) -> None:
+    run = compose([*world.overrides, "method=sft"], world.conf)
+    with pytest.raises(ConfigError, match="method=mode"):
+        measure("edge", run, 1)

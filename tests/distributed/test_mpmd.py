@@ -1,0 +1,306 @@
+"""Branches side by side: gradients and runs are those of one process, and a step has the collectives it should have."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+from typer.testing import CliRunner
+
+from cli.app import app
+from mode.backbone.load import load_model
+from mode.config.compose import compose
+from mode.core.errors import ConfigError
+from mode.core.tensors import load_tensors
+from mode.distributed.choose import spread_over
+from mode.distributed.mpmd import Branches
+from mode.methods.base import Material
+from mode.modular.block import blocks_of
+from mode.runs.execute import WEIGHTS, execute
+from mode.runs.prepare import prepare_run
+from mode.train.loop import Job, accumulate
+from mode.train.objective import Objective
+from mode.train.optimizer import make_optimizer
+from tests.conftest import World
+from tests.distributed.test_layouts import EVERY, SCRIPT
+from tests.support.processes import together
+from tests.support.traffic import Traffic
+
+CPU = torch.device("cpu")
+FRESH = ("method=mode", "method.start=fresh", "train.batch_size=8")
+GRADIENTS = """
+import json, sys
+from functools import partial
+from pathlib import Path
+import torch
+from mode import config
+from mode.core.tensors import trainable
+from mode.distributed.mpmd import Branches
+from mode.train.objective import Objective
+from mode.train.loop import accumulate
+from tests.distributed.test_mpmd import noisy
+for settings in json.loads(sys.argv[1]):
+    run = config.compose(settings, Path(sys.argv[2]))
+    alone, spread = noisy(run), noisy(run)
+    rows = torch.randint(300, (8, 33), generator=torch.Generator().manual_seed(1))
+    most = 0.01  # gradients are clipped
+    rows[:, 5::9] = 0  # documents end
+    end = 0 if run.train.documents == "apart" else None
+    accumulate(Objective(alone, run.train, None, end=end), rows, run.train.accumulate * run.train.in_flight)
+    torch.nn.utils.clip_grad_norm_(trainable(alone).values(), most)
+    branches = Branches(spread, torch.device("cpu"), run.train.in_flight, run.train.placement)
+    with branches():
+        objective = Objective(spread, run.train, None, branches.part, end)
+        accumulate(objective, branches.rows(rows), run.train.accumulate, slots=branches.slots)
+    branches.clip(most)
+    found = {name: parameter.grad for name, parameter in trainable(spread).items() if parameter.grad is not None}
+    own = [f".experts.{index - 1}." for index in branches.mine if index]
+    expected = {
+        name: parameter.grad
+        for name, parameter in trainable(alone).items()
+        if ".experts." not in name or any(part in name for part in own)
+    }
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert grad.norm() > 0, name
+        assert (found[name] - grad).norm() / grad.norm() < 1e-4, name
+"""
+
+
+def noisy(run: Any) -> Any:
+    """Return a run's model with gates that prefer something and experts that differ from the backbone."""
+    model = run.method.build(run, Material(backbone=lambda: load_model(run.backbone))).train()
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=random)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "cases"),
+    [
+        (
+            2,
+            [
+                ("method.num_experts=2", "train.accumulate=2"),
+                ("method.num_experts=1", "train.in_flight=4", "method.gate.balance=0.5"),
+                ("method.num_experts=4", "method.gate.top_k=2"),
+                (
+                    "method.num_experts=4",
+                    "train.in_flight=2",
+                    "train.documents=apart",
+                    "train.placement=[[1,3],[0,2,4]]",
+                ),
+            ],
+        ),
+        (
+            4,
+            [
+                ("method.num_experts=1", "train.in_flight=2"),
+                ("method.num_experts=2",),
+                ("method.num_experts=4", "train.placement=[[0,1],[2,3,4]]"),
+                ("method.num_experts=3",),  # a process for every branch
+            ],
+        ),
+    ],
+)
+def test_gradients_are_those_of_one_process(
+    shared_world: World, tmp_path: Path, processes: int, cases: Sequence[Sequence[str]]
+) -> None:
+    world = shared_world.at(tmp_path)
+    settings = [[*world.overrides, *FRESH, "train.layout=mpmd", *more] for more in cases]
+    together(processes, GRADIENTS, json.dumps(settings), str(world.conf))
+
+
+@pytest.mark.slow
+def test_a_run_side_by_side_is_that_of_one_process(shared_world: World, tmp_path: Path) -> None:
+    loop = ("method=mode", "train.steps=6", "train.batch_size=4", *EVERY)
+    both, alone = (shared_world.at(tmp_path / name) for name in ("both", "alone"))
+    asked = [*both.overrides, *loop, "train.layout=mpmd", "train.in_flight=2", "train.placement=[[0],[1,2]]"]
+    together(2, SCRIPT, json.dumps([asked]), str(both.conf))
+    # Stopped after its last step, and before its record: it goes on to the same.
+    (record,) = (both.root / "results" / "records").glob("mode-py-sums-*.json")
+    scores = json.loads(record.read_text())["happened"]["scores"]
+    record.unlink()
+    together(2, SCRIPT, json.dumps([asked]), str(both.conf))
+    assert json.loads(record.read_text())["happened"]["scores"] == scores
+    run = compose(asked, both.conf)
+    other = compose([*alone.overrides, *loop], alone.conf)
+    assert prepare_run(run).id == prepare_run(other).id  # the layout changes no result, so it is the same run
+    for stage, single in zip([*run.method.needs(run), run], [*other.method.needs(other), other], strict=True):  # type: ignore[attr-defined]
+        found, expected = execute(stage), execute(single)
+        assert found.provenance["layout"] == {"kind": "mpmd", "processes": 2}
+        losses = [[point["loss"] for point in record.happened["curve"]] for record in (found, expected)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        for domain, score in expected.happened["scores"].items():
+            assert found.happened["scores"][domain]["loss"] == pytest.approx(score["loss"], rel=1e-4)
+        weights, plain = (load_tensors(prepare_run(each).folder / WEIGHTS)[0] for each in (stage, single))
+        for name, value in plain.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-2, atol=2e-3)
+
+
+@pytest.fixture
+def alone_of_two(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """One of two processes, the other of which is imagined."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("blocks", "in_flight"), [(1, 1), (2, 1), (3, 1), (6, 1), (3, 2)])
+@pytest.mark.usefixtures("alone_of_two")
+def test_a_step_has_the_collectives_of_the_formula(world: World, blocks: int, in_flight: int) -> None:
+    run: Any = compose([*world.overrides, *FRESH, f"method.num_blocks={blocks}"], world.conf)
+    model = noisy(run)
+    branches = Branches(model, CPU, in_flight)
+    with branches(), Traffic() as seen:
+        accumulate(Objective(model, run.train, None, branches.part), torch.randint(300, (8, 33)), 1, slots=2)
+    reduced = {"all_reduce": 2 * (blocks - 1) * in_flight} if blocks > 1 else {}
+    assert seen.counts == reduced | {"reduce_scatter": in_flight, "all_gather": in_flight}
+    assert {size for _, size in seen.found} == {8 * 32 * 16 * 4 // in_flight}  # rows, tokens, numbers a token, bytes
+    assert all(block.spread is None for block in branches.blocks)
+
+
+@pytest.mark.usefixtures("alone_of_two")
+@pytest.mark.parametrize(
+    ("settings", "held", "message"),
+    [
+        (["method=sft"], False, "MoDE alone has branches to spread"),
+        ([*FRESH, "method.gate.reads=output"], False, "goes with method.head_rank=0 and method.gate.reads=input"),
+        ([*FRESH, "method.head_rank=2"], False, "goes with method.head_rank=0"),
+        ([*FRESH], True, "an anchored model needs its backbone everywhere"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused(world: World, settings: list[str], held: bool, message: str) -> None:
+    run: Any = compose([*world.overrides, *settings, "train.layout=mpmd"], world.conf)
+    model = run.method.build(run, Material(backbone=lambda: load_model(run.backbone)))
+    with pytest.raises(ConfigError, match=message):
+        spread_over(model, held, run.train, CPU)
+
+
+@pytest.mark.usefixtures("alone_of_two")
+def test_slots_have_as_even_work_as_can_be_or_what_is_asked(world: World) -> None:
+    run: Any = compose([*world.overrides, *FRESH, "method.num_experts=4"], world.conf)
+    model = noisy(run)
+    branches = Branches(model, CPU)
+    assert branches.owners == [0, 0, 1, 0, 1]  # experts, which train, before the backbone
+    asked = Branches(model, CPU, placement=[[1, 2, 3], [4, 0]])
+    assert asked.owners == [1, 0, 0, 0, 1]
+    for wrong, told in (
+        ([[0, 1], [2, 3]], "not each of the branches"),
+        ([[0, 1, 2], [2, 3, 4]], "not each of the branches"),
+        ([[0, 1, 2, 3, 4], []], "not each of the branches"),
+        ([[0], [1, 2], [3, 4]], "2 processes do not divide over 3 slots"),
+        ([[0, 1, 2, 3, 4]], "2 processes do not divide over 1 slots"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            Branches(model, CPU, placement=wrong)
+
+
+@pytest.mark.usefixtures("alone_of_two")
+def test_a_wrong_placement_is_told_before_earlier_stages_train(world: World) -> None:
+    asked = ("method=mode", "train.layout=mpmd", "train.placement=[[0],[1]]")
+    with pytest.raises(ConfigError, match=r"^train\.placement: not each of the branches \[0, 1, 2\], the backbone"):
+        execute(compose([*world.overrides, *asked], world.conf))
+    assert not list(world.root.rglob("curve.jsonl"))
+
+
+@pytest.mark.parametrize("setting", ["train.in_flight=2", "train.placement=[[0],[1,2]]"])
+def test_what_is_of_branches_side_by_side_alone_is_refused_elsewhere(world: World, setting: str) -> None:
+    with pytest.raises(ConfigError, match="in_flight and placement go with layout=mpmd, not ddp"):
+        compose([*world.overrides, *FRESH, setting], world.conf)
+
+
+def test_one_process_has_nothing_to_spread_over(world: World) -> None:
+    run: Any = compose([*world.overrides, *FRESH, "train.layout=mpmd"], world.conf)
+    with pytest.raises(ConfigError, match="needs several processes: `mode launch --nproc 2"):
+        execute(run)
+
+
+@pytest.mark.usefixtures("alone_of_two")
+def test_a_step_leaves_what_is_other_slots_in_other_slots(world: World) -> None:
+    run: Any = compose([*world.overrides, *FRESH, "method.num_experts=2", "train.layout=mpmd"], world.conf)
+    model = noisy(run)
+    whole = sum(each.numel() for each in model.parameters())
+    parts = [*blocks_of(model)[0].experts, blocks_of(model)[0].backbone]
+    own = [sum(each.numel() for each in part.parameters()) for part in parts]
+    branches = Branches(model, CPU, placement=[[0, 2], [1]])
+    job = Job(settings=run.train, steps=1, lr=1e-3, folder=world.root, validate=dict)
+    made = Objective(model, run.train, None, branches.part)
+    objective, optimizer = branches.wrap(
+        made, partial(make_optimizer, lr=job.lr, scales=job.lr_scales, settings=job.settings)
+    )
+    with branches():
+        accumulate(objective, torch.randint(300, (8, 33)), 1, slots=2)
+    optimizer.step()
+    left = sum(each.numel() for each in model.parameters())
+    assert whole - left == own[0] * len(branches.blocks)
+    assert not {id(each) for each in optimizer.state} & {id(each) for each in parts[0].parameters()}
+    assert {id(each) for each in branches.trained().values()} == {id(each) for each in optimizer.state}
+    branches.collect(False)
+    assert sum(each.numel() for each in model.parameters()) == left
+    branches.collect(True)
+    assert sum(each.numel() for each in model.parameters()) == whole
+
+
+@pytest.mark.slow
+def test_text_side_by_side_is_that_of_one_process_though_none_has_the_others_weights(
+    shared_world: World, tmp_path: Path
+) -> None:
+    world = shared_world.at(tmp_path)
+    run = compose([*world.overrides, *FRESH, "method.num_experts=1", "train.steps=2"], world.conf)
+    record = execute(run, weights=True)
+    words = [
+        "generate",
+        record.id,
+        "def f",
+        f"paths.runs={world.root}/runs",
+        "--max-tokens",
+        "12",
+        "--conf",
+        str(world.conf),
+    ]
+    alone = CliRunner().invoke(app, words)
+    assert alone.exit_code == 0, alone.output
+    command = [sys.executable, "-m", "cli", "launch", "--nproc", "2", *words, "--layout", "mpmd"]
+    both = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert both.returncode == 0, both.stderr
+    assert both.stdout == alone.stdout
+    assert len(alone.stdout) > len("def f\n")
+
+
+@pytest.mark.usefixtures("alone_of_two")
+def test_a_process_forgets_the_branches_of_others(world: World) -> None:
+    run = compose([*world.overrides, *FRESH, "method.num_experts=2"], world.conf)
+    model = noisy(run)
+    branches = Branches(model, CPU, placement=[[0, 2], [1]])
+    branches.part_for_good()
+    for block in branches.blocks:
+        sizes = [sum(each.numel() for each in part.parameters()) for part in (block.backbone, *block.experts)]
+        assert [size > 0 for size in sizes] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("layout", "told"), [("mpmd", "needs several processes"), ("mmpd", "not one of alone, mpmd; did you mean mpmd?")]
+)
+def test_a_layout_of_text_that_cannot_be_is_told(world: World, layout: str, told: str) -> None:
+    from cli.generate import laid_out
+
+    run = compose([*world.overrides, *FRESH], world.conf)
+    with pytest.raises(ConfigError, match=told):
+        laid_out(noisy(run), layout)

@@ -1,0 +1,149 @@
+"""Text from any run, the gates behind it, and what a record says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mode.artefacts.find import Recalled, branches, recall, recall_run
+from mode.config.compose import compose
+from mode.core.errors import ConfigError
+from mode.evaluation.generate import Piece, Sampling, choose, generate
+from mode.gating.meter import token_gates
+from mode.modular.block import blocks_of
+from mode.report.generated_text import Section, to_html
+from mode.runs.execute import execute
+from mode.runs.prepare import prepare_run
+from tests.cli.test_cli import call
+from tests.conftest import World
+
+METHODS = {
+    "mode": ("method=mode",),
+    "mode-2x-uninit": ("method=mode", "method.start=fresh"),
+    "mode-head": ("method=mode", "method.start=fresh", "method.head_rank=4"),
+    "sft": ("method=sft",),
+    "lora": ("method=lora",),
+}
+
+
+def trained(world: World, name: str) -> tuple[str, Recalled]:
+    record = execute(compose([*world.overrides, *METHODS[name]], world.conf))
+    return record.id, recall(record.id, world.root / "runs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_greedy_text_is_the_argmax_of_full_forwards(world: World, name: str) -> None:
+    _, recalled = trained(world, name)
+    ids = recalled.tokenizer.encode(["def f"])[0]
+    made = list(generate(recalled.model, recalled.tokenizer, "def f", Sampling(max_tokens=8)))
+    assert len(made) == 8
+    expected: list[int] = []
+    for _ in range(8):
+        with torch.no_grad():
+            expected.append(int(recalled.model(input_ids=torch.tensor([ids + expected])).logits[0, -1].argmax()))
+    assert "".join(piece.text for piece in made) == recalled.tokenizer.decode(expected).rstrip(
+        "\N{REPLACEMENT CHARACTER}"
+    )
+
+
+@pytest.mark.slow
+def test_gates_of_the_pieces_are_those_that_predicted_them(world: World) -> None:
+    _, recalled = trained(world, "mode")
+    assert branches(recalled) == ("backbone", "py", "sums")
+    with torch.no_grad():
+        for block in blocks_of(recalled.model):
+            block.gate.weight.normal_(generator=torch.Generator().manual_seed(0))
+    prompt = "def f1(x):"
+    made = list(generate(recalled.model, recalled.tokenizer, prompt, Sampling(max_tokens=5)))
+    ids = recalled.tokenizer.encode([prompt])[0]
+    continued = recalled.model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False, eos_token_id=None)
+    weights = token_gates(recalled.model, continued[0].tolist())
+    assert weights.shape == (len(ids) + 4, 6, 3)
+    for piece, expected in zip(made, weights[-5:], strict=True):
+        torch.testing.assert_close(torch.tensor(piece.gates), expected)
+
+
+@pytest.mark.slow
+def test_records_tell_the_mean_gates_of_every_domain(world: World) -> None:
+    record = execute(compose([*world.overrides, "method=mode"], world.conf))
+    gates = record.happened["gates"]
+    assert list(gates) == ["sums", "py", "prose"]
+    recalled = recall(record.id, world.root / "runs")
+    split = prepare_run(recall_run(record.id, world.root / "runs")).packed["py"].split("test")
+    length, sums, count = 32, torch.zeros(6, 3, dtype=torch.float64), 0
+    for start in range(0, len(split.tokens) - 1, length):  # every row by itself, its tokens alone
+        row = [int(token) for token in split.tokens[start : start + length + 1]]
+        sums += token_gates(recalled.model, row).double().sum(0)
+        count += len(row) - 1
+    assert count == record.happened["scores"]["py"]["tokens"]
+    torch.testing.assert_close(torch.tensor(gates["py"]["mean"], dtype=torch.float64), sums / count, atol=2e-6, rtol=0)
+    for domain in gates.values():
+        assert [pytest.approx(1.0, abs=1e-5)] * 6 == [sum(block) for block in domain["mean"]]
+        assert all(0 < value <= 1.0987 for value in domain["entropy"])  # ln 3
+    assert "gates" not in execute(compose([*world.overrides, "method=sft"], world.conf)).happened
+
+
+def test_sampling_is_a_function_of_its_seed_and_top_p_narrows_it() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.5, -1.0])
+
+    def draws(**settings: Any) -> list[int]:
+        random = torch.Generator().manual_seed(0)
+        return [choose(logits, Sampling(temperature=1.0, **settings), random) for _ in range(300)]
+
+    assert draws() == draws()
+    assert set(draws()) == {0, 1, 2, 3}
+    assert set(draws(top_p=0.7)) == {0, 1}
+    share = draws().count(0) / 300
+    assert share == pytest.approx(logits.softmax(-1)[0].item(), abs=0.08)
+
+
+def test_html_shows_every_token_and_escapes_what_is_not_text(tmp_path: Path) -> None:
+    pieces = [Piece("<b>", ((0.1, 0.9),)), Piece("x", ((0.8, 0.2),))]
+    page = to_html("t", [Section("h", "a < b", pieces)], ("backbone", "code"))
+    assert "&lt;b&gt;" in page
+    assert "a &lt; b" in page
+    assert "<b>" not in page
+    assert "block 0: backbone 0.10, code 0.90" in page
+    assert [piece.branch for piece in pieces] == [1, 0]
+
+
+@pytest.mark.slow
+def test_the_command_prints_text_and_shares_and_writes_html(world: World) -> None:
+    run_id, _ = trained(world, "mode")
+    page = world.root / "page.html"
+    result = call(world, "generate", run_id[:8], "def f", "--max-tokens", "5", "--gates", "--html", str(page))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("def f")
+    assert "branches: backbone py sums" in result.stdout
+    assert "% of the weight" in result.stdout
+    assert page.read_text("utf-8").count("<span") == 5 + 3
+    plain = call(world, "generate", run_id[:8], "def f", "--max-tokens", "5")
+    assert result.stdout.startswith(plain.stdout)
+    sampled = [call(world, "generate", run_id, "d", "--temperature", "1.5", "--seed", seed).stdout for seed in "112"]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_an_empty_prompt_starts_a_document(world: World) -> None:
+    run_id, _ = trained(world, "sft")
+    assert call(world, "generate", run_id, "", "--max-tokens", "3").exit_code == 0
+
+
+@pytest.mark.slow
+def test_mistakes_are_told_in_one_line(world: World) -> None:
+    run_id, _ = trained(world, "sft")
+    for words, expected in {
+        ("generate", "zzz", "x"): "no run of that id",
+        ("generate", run_id, "x", "--gates"): "has no gates",
+        ("generate", str(world.root), "x"): "without a config.json",
+        ("generate", run_id[:-1] + "~", "x"): f"did you mean {run_id}",
+    }.items():
+        result = call(world, *words)
+        assert result.exit_code == 2, words
+        (line,) = result.stderr.splitlines()
+        assert expected in line
+    with pytest.raises(ConfigError, match="no run of that id"):
+        recall_run("zzz", world.root / "runs")

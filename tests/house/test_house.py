@@ -1,0 +1,172 @@
+"""The house keeps its own rules: sizes, docstrings, a fixed top level, and every YAML composes and checks."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mode.config import identity
+from mode.config.check import check_run, flatten
+from mode.config.compose import compose, compose_plain
+from mode.config.groups import GROUPS, read_group
+from mode.planning.machine import Device, Link, read
+from mode.tables.table import load_table, row_run
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("cli", "mode", "baselines")
+FILES = sorted(path.relative_to(ROOT) for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
+YAMLS = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.y*ml"))
+LINES_OF_A_FUNCTION = 50
+LINES_OF_A_FILE = 400
+TOLD_IN_ONE_PIECE = {"train": 80, "plan": 60}
+"""Functions that are longer, since their story is better told in one piece: the training loop, and a table's printing."""
+FOLDERS = {"cli", "mode", "conf", "docs", "baselines", "results", "tests", ".ci"}
+LOOSE = {
+    "setup.cfg",
+    "pyproject.toml",
+    "Makefile",
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "LICENSE",
+    "constraints.txt",
+    ".pre-commit-config.yaml",
+    ".gitignore",
+}
+MACHINE = re.compile(r"(?<!\w)/(?:home|Users|root|work|mnt|scratch|tmp|data|opt|usr|var)/")
+
+
+def ids(paths: list[Path]) -> list[str]:
+    return [str(path) for path in paths]
+
+
+def members(group: str) -> list[str]:
+    """Return the names of a group's YAML files."""
+    return [path.stem for path in YAMLS if path.parts[:-1] == (group,)]
+
+
+def tracked() -> list[str]:
+    """Return the files that git knows; none outside a clone."""
+    done = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=False)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids(FILES))
+def test_files_and_functions_stay_small_and_say_what_they_are(path: Path) -> None:
+    text = (ROOT / path).read_text("utf-8")
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree), "no module docstring"
+    assert len(text.splitlines()) <= LINES_OF_A_FILE
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    sizes = [((node.end_lineno or node.lineno) - node.lineno + 1, node.name) for node in functions]
+    assert [size for size in sizes if size[0] > TOLD_IN_ONE_PIECE.get(size[1], LINES_OF_A_FUNCTION)] == []
+
+
+def test_the_top_level_is_the_one_agreed_on() -> None:
+    names = {path.split("/")[0] for path in tracked()}
+    if not names:
+        pytest.skip("not a clone: git knows which files belong to the project")
+    assert names <= FOLDERS | LOOSE
+    assert names >= {"cli", "mode", "conf", "baselines", "tests", "setup.cfg"}
+
+
+OTHERS = {"device", "domain", "downstream", "launcher", "link", "table"}
+"""Groups of configuration that are not chosen for a run."""
+
+
+@pytest.mark.parametrize(("group", "kind"), [("device", Device), ("link", Link)])
+def test_every_device_and_link_checks(group: str, kind: type[Any]) -> None:
+    for name in members(group):
+        assert isinstance(read(kind, group, name), kind)
+
+
+def test_conf_holds_data_only() -> None:
+    found = [path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*") if path.is_file()]
+    odd = [path for path in found if path.suffix != ".yaml" and "__pycache__" not in path.parts]
+    assert odd == [Path("__init__.py")]
+    assert {path.parts[0] for path in YAMLS} == {*GROUPS, *OTHERS, "run.yaml"}
+    assert [path for path in YAMLS if len(path.parts) > 2] == []
+
+
+@pytest.mark.parametrize("path", [*FILES, *(Path("conf") / path for path in YAMLS)], ids=str)
+def test_no_file_depends_on_one_machine(path: Path) -> None:
+    lines = (ROOT / path).read_text("utf-8").splitlines()
+    assert [line for line in lines if MACHINE.search(line)] == []
+
+
+@pytest.mark.parametrize("name", members("domain"))
+def test_every_domain_checks(name: str) -> None:
+    run = compose([f"targets=[{name}]", f"evaluate.domains=[{name}]"])
+    assert list(run.domains) == [name]
+    assert run.domains[name].sources
+
+
+@pytest.mark.parametrize("name", members("backbone"))
+def test_every_backbone_checks(name: str) -> None:
+    assert compose([f"backbone={name}"]).backbone.name == name
+
+
+@pytest.mark.parametrize("name", members("method"))
+def test_every_method_checks_and_its_yaml_lists_every_setting(name: str) -> None:
+    method = compose([f"method={name}"]).method
+    node = read_group("method", name)
+    assert node["_target_"] == f"{type(method).__module__}.{type(method).__name__}"
+    assert sorted(node.keys() - {"_target_"}) == sorted(item.name for item in fields(method))
+
+
+@pytest.mark.parametrize("name", members("budget"))
+def test_every_budget_checks(name: str) -> None:
+    assert compose([f"budget={name}"]).budget.policy == name
+
+
+@pytest.mark.parametrize("name", members("track"))
+def test_every_tracker_checks(name: str) -> None:
+    assert compose([f"track={name}"]).track.mode == read_group("track", name)["mode"]
+
+
+@pytest.mark.parametrize("name", members("experiment"))
+def test_every_experiment_changes_what_it_says(name: str) -> None:
+    plain = compose_plain([f"experiment={name}"])
+    run = check_run(plain)
+    node = read_group("experiment", name)
+    said = {key: value for key, value in node.items() if key != "defaults"}
+    assert said
+    for key in flatten(said):
+        expected, found = said, plain
+        for part in key.split("."):
+            expected, found = expected[part], found[part]
+        assert found == expected, key
+    assert run.train.steps > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", members("table"))
+def test_every_row_of_every_table_is_a_run_of_its_own(name: str) -> None:
+    table = load_table(name)
+    for overrides in [variant for variant in table.variants if not any(text.startswith("budget=") for text in variant)]:
+        runs = [row_run(table, row, table.seeds[0], overrides) for row in table.rows]
+        asked = [str(identity.asked(run)) for run in runs]
+        assert len(set(asked)) == len(asked), "two rows ask for the same run"
+    published = table.published.rows if table.published else {}
+    assert published.keys() <= {row.name for row in table.rows}
+
+
+def test_composing_twice_gives_the_same_run() -> None:
+    assert compose(["seed=3"]) == compose(["seed=3"])
+
+
+def test_readme_shows_the_published_table_one() -> None:
+    published = ROOT / "results" / "table1.md"
+    if not published.exists():
+        pytest.skip("no table is published yet")
+    lines = published.read_text("utf-8").splitlines()
+    shown = (ROOT / "README.md").read_text("utf-8").partition("<!-- table1 -->")[2].partition("<!-- /table1 -->")[0]
+    start = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    ours = lines[start : lines.index("", start)]
+    assert [line for line in shown.splitlines() if line.startswith("|")] == ours

@@ -1,0 +1,288 @@
+"""Records survive the disk whole or are refused in one line, and an id is what was asked and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from pydantic.dataclasses import dataclass as settings
+
+from mode.config import identity
+from mode.config.base import STRICT
+from mode.config.check import replace_settings
+from mode.config.compose import compose
+from mode.config.groups import list_members
+from mode.config.run import MethodSettings, Run
+from mode.core.errors import ConfigError
+from mode.records.provenance import provenance
+from mode.records.record import SCHEMA, Record, find_record, read_record, read_records
+from mode.runs.prepare import prepare_run
+from tests.conftest import World
+
+
+def record(run_id: str = "0123456789ab", seed: int = 3) -> Record:
+    return Record(
+        schema=SCHEMA,
+        id=run_id,
+        asked={
+            "seed": seed,
+            "targets": ["code", "math"],
+            "method": {"_target_": "mode.modular_method.MoDE", "lr": 1e-3},
+        },
+        happened={"scores": {"code": {"accuracy": 1 / 3, "document_hits": list(range(200))}}, "lr": None},
+        provenance={"data": {"code": "ä"}, "backbone": "f", "precision": "fp32", "needs": []},
+    )
+
+
+def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    path = record().write(tmp_path / "records")
+    assert path.name == "mode-code-math-s3-0123456789ab.json"
+    assert read_record(path) == record()
+    assert read_records(tmp_path) == [record()]
+
+
+def test_a_list_of_numbers_stays_on_one_line(tmp_path: Path) -> None:
+    lines = record().write(tmp_path).read_text("utf-8").splitlines()
+    assert len(lines) < 40
+    assert any("0, 1, 2, 3" in line and "198, 199" in line for line in lines)
+
+
+def test_a_write_that_fails_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = record().write(tmp_path)
+
+    def crash(source: Path, target: Path) -> None:
+        raise OSError("power cut")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="power cut"):
+        dataclasses.replace(record(), happened={"scores": {}}).write(tmp_path)
+    assert read_record(path) == record()
+    assert list(tmp_path.glob("*.json")) == [path]
+
+
+def test_what_a_crash_left_half_written_is_not_read(tmp_path: Path) -> None:
+    path = record().write(tmp_path / "records")
+    (path.parent / f".{path.name}.77.partial").write_text('{"schema"', encoding="utf-8")
+    assert read_records(tmp_path) == [record()]
+
+
+def damage(plain: dict[str, Any], **changes: Any) -> str:
+    return json.dumps({**plain, **changes})
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not a record that mode wrote"),
+        ("[1, 2]", "not a record that mode wrote"),
+        ('"text"', "not a record that mode wrote"),
+        ('{"title": "something else"}', "not a record that mode wrote"),
+        (damage(dataclasses.asdict(record()), asked=None), "not a record that mode wrote"),
+        (damage(dataclasses.asdict(record()), id=7), "not a record that mode wrote"),
+        (damage(dataclasses.asdict(record()), schema=99), "record schema 99; this version reads schema 1"),
+        ('{"schema": 2, "run": "x", "laid": "out otherwise"}', "record schema 2; this version reads schema 1"),
+    ],
+)
+def test_a_foreign_file_is_refused_in_one_line(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "records" / "x.json"
+    path.parent.mkdir()
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        read_records(tmp_path)
+    assert str(caught.value).startswith(f"{path}: {reason}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_record_is_refused_wherever_it_was_cut(tmp_path: Path) -> None:
+    path = record().write(tmp_path)
+    whole = path.read_bytes()
+    for length in range(0, len(whole.rstrip()), 37):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ConfigError, match="not a record that mode wrote"):
+            read_record(path)
+    path.write_bytes(b"\xff" + whole)
+    with pytest.raises(ConfigError, match="not a record that mode wrote"):
+        read_record(path)
+    with pytest.raises(ConfigError, match="not a record that mode wrote"):
+        read_record(tmp_path / "none.json")
+
+
+def test_a_record_is_found_by_its_id_alone(tmp_path: Path) -> None:
+    for run_id, seed in [("aaa", 1), ("bbb", 2)]:
+        record(run_id, seed).write(tmp_path / "records")
+    found = find_record(tmp_path, "bbb")
+    assert found == record("bbb", 2)
+    assert find_record(tmp_path, "bb") is None
+    assert find_record(tmp_path / "none", "bbb") is None
+
+
+def test_only_data_backbone_and_precision_make_the_sky() -> None:
+    other = dataclasses.replace(record("other", 9), happened={"scores": {}})
+    assert other.sky == record().sky
+    for part in ({"backbone": "g"}, {"data": {"code": "other"}}, {"precision": "bf16"}):
+        changed = dataclasses.replace(record(), provenance={**record().provenance, **part})
+        assert changed.sky != record().sky
+
+
+def test_provenance_says_where_a_run_was_made(run: Run) -> None:
+    found = provenance(run, data={"py": "f"}, backbone="b", pretraining={}, needs=["n"], device="cpu", precision="fp32")
+    assert (found["data"], found["backbone"], found["needs"]) == ({"py": "f"}, "b", ["n"])
+    assert found["versions"]["torch"]
+    assert found["machine"]["device"] == "cpu"
+    assert found["threads"] == run.train.threads
+    assert json.loads(json.dumps(found)) == found
+
+
+# --- identity
+
+
+@pytest.fixture(scope="module")
+def run(shared_world: World) -> Run:
+    return compose([*shared_world.overrides, "method=lora"], shared_world.conf)
+
+
+def changed(run: Run, **changes: Any) -> Run:
+    """Change settings of a run, named `group__setting` or `setting`."""
+    for name, value in changes.items():
+        group, _, field = name.rpartition("__")
+        run = replace_settings(
+            run, **({group: replace_settings(getattr(run, group), **{field: value})} if group else {name: value})
+        )
+    return run
+
+
+def test_an_id_ignores_paths_and_tracking(run: Run, tmp_path: Path) -> None:
+    elsewhere = changed(run, paths__runs=str(tmp_path), paths__results=str(tmp_path), track__mode="offline")
+    named = changed(elsewhere, track__group="g", track__name="row", track__project="p")
+    assert prepare_run(named).id == prepare_run(run).id
+    moved = changed(run, paths__cache=str(tmp_path / "cache"))
+    assert prepare_run(moved).id == prepare_run(run).id
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"method__lr": 0.5},
+        {"train__lr": 0.5},
+        {"train__steps": 6},
+        {"method__rank": 2},
+        {"method__rank_stabilized": True},
+        {"targets": ("py",)},
+        {"targets": ("sums", "py")},
+        {"evaluate__split": "validation"},
+    ],
+    ids=str,
+)
+def test_an_id_changes_with_what_is_asked(run: Run, changes: dict[str, Any]) -> None:
+    assert prepare_run(changed(run, **changes)).id != prepare_run(run).id
+
+
+def test_an_id_changes_with_the_data_and_the_weights_but_not_with_a_domains_words(run: Run) -> None:
+    this = prepare_run(run)
+    fingerprints = this.fingerprints | {"backbone": this.backbone}
+    assert identity.digest(this.asked, fingerprints) == this.id
+    for name in fingerprints:
+        assert identity.digest(this.asked, {**fingerprints, name: "other"}) != this.id
+    assert "licence" not in json.dumps(this.asked)
+    assert run.paths.cache not in json.dumps(this.asked)
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class Before(MethodSettings):
+    """A method's settings."""
+
+    rank: int
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class After(Before):
+    """The same settings in a later version, with one more."""
+
+    rank: int
+    fancy: bool = False
+
+
+def test_a_setting_added_later_and_left_at_its_default_changes_no_id(run: Run) -> None:
+    def asked(method: MethodSettings) -> dict[str, Any]:
+        plain = identity.asked(replace_settings(run, method=method))
+        plain["method"].pop("_target_")
+        return plain
+
+    assert asked(After(lr=0.1, rank=2)) == asked(Before(lr=0.1, rank=2))
+    assert asked(After(lr=0.1, rank=2, fancy=False)) == asked(Before(lr=0.1, rank=2))
+    assert asked(After(lr=0.1, rank=2, fancy=True)) != asked(Before(lr=0.1, rank=2))
+
+
+def test_a_setting_without_a_default_always_counts(run: Run) -> None:
+    plain = identity.asked(run)
+    assert plain["train"]["lr"] is None
+    assert plain["method"]["rank"] == 16
+    assert "rank_stabilized" not in plain["method"]
+
+
+def test_what_was_asked_is_equal_after_the_disk(run: Run, world: World) -> None:
+    composed = compose([*world.overrides, "method=mode"], world.conf)
+    for plain in map(identity.asked, (run, composed, composed.method.needs(composed)[0])):  # type: ignore[attr-defined]
+        assert json.loads(json.dumps(plain)) == plain
+
+
+def test_text_that_differs_from_the_pretraining_is_named() -> None:
+    known = {"code": "older", "math": "m"}
+    seen = dataclasses.replace(record(), provenance={**record().provenance, "data": {"code": "ä", "math": "m"}})
+    assert seen.overlap == ()
+    assert dataclasses.replace(seen, provenance={**seen.provenance, "pretraining_data": known}).overlap == ("code",)
+
+
+COMMITTED = sorted(
+    path
+    for path in (Path(__file__).parents[2] / "results").rglob("*.json")
+    if path.parent.name == "records" and "partial" not in path.name
+)
+
+
+def test_the_id_of_every_committed_record_follows_from_its_content() -> None:
+    assert COMMITTED
+    for path in COMMITTED:
+        found = read_record(path)
+        data = {**found.provenance["data"], "backbone": found.provenance["backbone"]}
+        assert identity.digest(found.asked, data) == found.id, path
+        assert found.filename == path.name
+
+
+def test_every_method_has_a_name_of_its_own_in_records() -> None:
+    classes = {type(compose([f"method={name}"]).method) for name in list_members("method")}
+    names = [cls.recorded_name() for cls in classes]
+    assert all("recorded_as" in vars(cls) for cls in classes)
+    assert len(set(names)) == len(names)
+    recorded = {read_record(path).asked["method"]["_target_"] for path in COMMITTED}
+    assert recorded <= set(names)
+
+
+def test_a_method_of_another_place_is_found_by_its_recorded_name() -> None:
+    @settings(frozen=True, kw_only=True, config=STRICT)
+    class Moved(Before):
+        """The same method in another module."""
+
+        recorded_as: ClassVar[str] = "older.place.Before"
+
+    assert Moved.recorded_name() == "older.place.Before"
+    assert After.recorded_name() == f"{__name__}.After"  # a subclass is a method of its own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("folder", "kind"), [("two-processes", "ddp"), ("side-by-side", "mpmd")])
+def test_published_runs_of_two_processes_are_those_of_one_within_noise(folder: str, kind: str) -> None:
+    results = Path(__file__).parents[2] / "results"
+    found = read_records(results / folder)
+    assert found
+    for record in found:
+        assert record.provenance["layout"] == {"kind": kind, "processes": 2}
+        (alone,) = [each for each in read_records(results) if each.id == record.id]
+        assert "layout" not in alone.provenance
+        for domain, score in record.happened["scores"].items():
+            assert abs(score["accuracy"] - alone.happened["scores"][domain]["accuracy"]) < 5e-4  # seeds differ by 2e-3

@@ -1,0 +1,56 @@
+"""Several processes of a test that train one run, as torchrun starts them.
+
+They are forked from one that has imported everything, for to import it takes each of them seconds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+FORKS: Any = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.support.processes", "tests.house.imported"])
+LIMIT = 300
+"""Seconds that a test's processes may take."""
+
+
+def together(count: int, program: str, *arguments: str) -> None:
+    """Run a program, Python with arguments, on several processes, of one thread each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / str(rank) for rank in range(count)]
+        given = [(shared | {"RANK": str(rank)}, program, arguments, str(log)) for rank, log in enumerate(logs)]
+        started = [FORKS.Process(target=run, args=each) for each in given]
+        for process in started:
+            process.start()
+        end = time.monotonic() + LIMIT
+        for process in started:
+            process.join(max(0.0, end - time.monotonic()))
+        late = [process for process in started if process.is_alive()]
+        for process in late:
+            process.kill()
+        told = "\n".join(log.read_text("utf-8", errors="replace") for log in logs)
+    assert not late, f"not done after {LIMIT} s\n{told}"
+    assert [process.exitcode for process in started] == [0] * count, told
+
+
+def run(environment: dict[str, str], program: str, arguments: tuple[str, ...], log: str) -> None:
+    """Be one of the processes."""
+    assert "mode.train.loop" in sys.modules, "tests.house.imported could not be imported"
+    import torch
+
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 2)
+    os.environ |= environment
+    torch.set_num_threads(1)
+    sys.argv = ["-c", *arguments]
+    exec(compile(program, "<test>", "exec"), {"__name__": "__main__"})

@@ -1,0 +1,148 @@
+"""Sentences about a table follow from its numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mode.core.errors import ConfigError
+from mode.report.figures import draw_curves
+from mode.report.text import markdown
+from mode.tables.compile import Compiled, Line
+from mode.tables.findings import crossings, findings
+from mode.tables.table import Claim, Curves, Row, Table, load_table, only
+from tests.report.test_report import parsed
+from tests.tables.test_statistics import line
+
+X = (10, 100, 1000)
+GAPS = (-2.0, 2.0, 4.0)
+LINES = {"MoDE": tuple(f"mode@n{x}" for x in X), "LoRA": tuple(f"lora@n{x}" for x in X)}
+CLAIM = Claim(text="MoDE is ahead.", ours="mode@n1000", theirs="lora@n1000", column="code")
+
+
+def row(name: str, qualities: list[float], spread: float = 0.0, **cost: float) -> Line:
+    return dataclasses.replace(line(qualities, spread), name=name, label=name.upper(), cost={"n": 3, **cost})
+
+
+def compiled(lines: list[Line], **settings: Any) -> Compiled:
+    rows = tuple(Row(name=each.name, label=each.label, overrides=()) for each in lines)
+    table = Table(title="T", rows=rows, **settings)
+    return Compiled(
+        table=table, lines=tuple(lines), domains=("code",), targets=("code",), split="test", left_out=0, overlap=()
+    )
+
+
+def curves(spread: float = 0.0) -> Compiled:
+    lines = [row(f"lora@n{x}", [50.0, 50.1, 49.9], examples=x) for x in X]
+    lines += [
+        row(f"mode@n{x}", [50.0 + gap, 50.1 + gap, 49.9 + gap], spread, examples=x)
+        for x, gap in zip(X, GAPS, strict=True)
+    ]
+    panel = Curves(title="Rows", x="examples", column="code", lines=LINES)
+    return compiled(lines, curves=(panel,), claims=(CLAIM,))
+
+
+def test_curves_are_compared_point_by_point_and_cross_where_the_sign_changes() -> None:
+    claim, crossing = findings(curves())
+    assert crossing.startswith("Rows: MoDE − LoRA on Code: -2.00 at 10, +2.00 at 100, +4.00 at 1000; ")
+    assert crossing.endswith("they cross at about 31.6.")
+    assert claim == (
+        "Published: MoDE is ahead. Here: MODE@N1000 − LORA@N1000 on Code +4.00 (+4.00 to +4.00, n 3): it holds here."
+    )
+
+
+def test_noise_is_called_noise() -> None:
+    claim, crossing = findings(curves(spread=3.0))
+    assert "-2.00 at 10 (noise), +2.00 at 100 (noise), +4.00 at 1000; no crossing is beyond noise." in crossing
+    assert "it holds here" in claim
+    assert "not told from noise" in findings(curves(spread=9.0))[0]
+
+
+def test_the_opposite_is_told() -> None:
+    given = curves()
+    table = dataclasses.replace(given.table, claims=(dataclasses.replace(CLAIM, ours=CLAIM.theirs, theirs=CLAIM.ours),))
+    assert "the opposite holds here" in findings(dataclasses.replace(given, table=table))[0]
+
+
+def test_rows_without_records_are_passed_over() -> None:
+    given = curves()
+    empty = [dataclasses.replace(each, quality={}, resampled={}, cost={"n": 0}) for each in given.lines]
+    assert findings(dataclasses.replace(given, lines=tuple(empty))) == []
+    some = [
+        each if "10" not in each.name.split("@n")[1:] else gone for each, gone in zip(given.lines, empty, strict=True)
+    ]
+    assert len(findings(dataclasses.replace(given, lines=tuple(some)))) == 2
+
+
+@pytest.mark.parametrize(
+    ("gaps", "expected"),
+    [
+        ([(1, 1.0), (10, 2.0)], []),
+        ([(1, 1.0), (100, -1.0)], [10.0]),
+        ([(1, 1.0), (100, -1.0), (10000, 1.0)], [10.0, 1000.0]),
+        ([(1, 0.0), (10, 1.0)], []),
+    ],
+)
+def test_crossings_lie_between_neighbours(gaps: list[tuple[float, float]], expected: list[float]) -> None:
+    assert crossings(gaps) == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_the_sentences_stand_in_the_table_and_the_panels_are_drawn(tmp_path: Path) -> None:
+    given = curves()
+    given = dataclasses.replace(given, lines=(*given.lines, row("sft", [52.0, 52.1, 51.9], added=0.0)))
+    level = Curves(title="Added", x="added", column="code", lines={"SFT": ("sft",), "LoRA": ()})
+    rows = (*given.table.rows, Row(name="sft", label="SFT", overrides=()))
+    given = dataclasses.replace(
+        given, table=dataclasses.replace(given.table, rows=rows, curves=(*given.table.curves, level))
+    )
+    text = markdown(given)
+    assert all(f"- {sentence}" in text for sentence in findings(given))
+    draw_curves(given, tmp_path / "curves.png")
+    first = (tmp_path / "curves.png").read_bytes()
+    draw_curves(given, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes() == first
+
+
+def test_relative_cells_are_differences_to_the_backbone() -> None:
+    lines = [row("backbone", [40.0, 40.0, 40.0]), row("sft", [50.0, 50.1, 49.9]), row("lora", [40.0, 40.1, 39.9], 3.0)]
+    text = markdown(compiled(lines, relative=True))
+    cells = {label: row["Code"] for label, row in parsed(text).items()}
+    assert cells["BACKBONE"] == "40.00 ± 0.00"
+    assert cells["SFT"] == "**+10.00 ± 0.10**"
+    assert cells["LORA"] == "+0.00 ± 0.10"
+    assert "points gained or lost against the untouched backbone" in text
+
+
+def test_a_table_with_some_of_its_rows_keeps_what_is_about_those() -> None:
+    table = curves().table
+    shorter = only(table, [name for name in (each.name for each in table.rows) if name != "mode@n1000"])
+    assert shorter.claims == ()
+    assert shorter.curves[0].lines == {"MoDE": LINES["MoDE"][:2], "LoRA": LINES["LoRA"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"claims": [{"text": "", "ours": "sft", "theirs": "lora", "column": "code"}]}, "claims name the row lora"),
+        (
+            {"curves": [{"title": "", "x": "added", "column": "code", "lines": {"LoRA": ["lora"]}}]},
+            "curves name the row lora",
+        ),
+        ({"relative": True}, "relative needs a row named backbone"),
+        ({"curves": [{"title": "", "x": "depth", "column": "code", "lines": {}}]}, "added"),
+        ({"curves": [{"title": "", "x": "added", "column": "cod", "lines": {}}]}, r"column cod: .*mean code\?"),
+    ],
+)
+def test_a_table_that_speaks_of_rows_it_does_not_have_is_refused(
+    tmp_path: Path, settings: dict[str, Any], told: str
+) -> None:
+    (tmp_path / "table").mkdir()
+    plain = {"title": "T", "rows": [{"name": "sft", "label": "SFT", "overrides": ["method=sft"]}]}
+    (tmp_path / "table" / "mine.yaml").write_text(yaml.safe_dump(plain | settings), encoding="utf-8")
+    with pytest.raises(ConfigError, match=told):
+        load_table("mine", tmp_path)
