@@ -25,7 +25,7 @@ YAMLS = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob
 LINES_OF_A_FUNCTION = 50
 LINES_OF_A_FILE = 400
 TOLD_IN_ONE_PIECE = {"train": 80, "plan": 60}
-"""Functions that are longer, since their story is better told in one piece: the training loop, and a table's printing."""
+"""Functions that may be longer, since they read better in one piece: the training loop and a printed table."""
 FOLDERS = {"cli", "mode", "conf", "docs", "baselines", "results", "tests", ".ci"}
 LOOSE = {
     "setup.cfg",
