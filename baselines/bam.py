@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.shape import shape_of
+from mode.backbone.shape import read_shape
 from mode.config.base import STRICT
 from mode.config.method import RouterSettings
 from mode.config.run import Run
-from mode.cost.flops import Cost, mixture
+from mode.cost.flops import Cost, mixture_cost
 from mode.methods.base import Material
-from mode.methods.stages import Mixture, merged
+from mode.methods.stages import Mixture, merge_branches
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,7 +53,7 @@ class BAM(Mixture):
         from mode.moe.attention import insert_attention_banks
         from mode.moe.feed_forward import insert_feed_forward_banks
 
-        model, states = merged(material)
+        model, states = merge_branches(material)
         torch.manual_seed(run.seed)
         insert_feed_forward_banks(model, states, self.router)
         insert_attention_banks(model, states, self.attention_router, shares_keys=self.shares_keys)
@@ -64,5 +64,5 @@ class BAM(Mixture):
         """Return what the mixture takes; not known where keys are shared, or with `router.top_p`."""
         if self.shares_keys or not self.router.known:
             return None
-        shape, count = shape_of(run.backbone), len(run.targets) + 1
-        return mixture(shape, run.train.sequence_length, count, self.router.active, attentions=count)
+        shape, count = read_shape(run.backbone), len(run.targets) + 1
+        return mixture_cost(shape, run.train.sequence_length, count, self.router.active, attentions=count)

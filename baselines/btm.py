@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.shape import shape_of
+from mode.backbone.shape import read_shape
 from mode.config.base import STRICT
 from mode.config.check import build_method
 from mode.config.method import Choice
 from mode.config.run import Run
 from mode.core.files import WEIGHTS
-from mode.cost.flops import Cost, add, untouched
+from mode.cost.flops import Cost, add_flops, untouched_cost
 from mode.methods.base import Material, Method
 from mode.methods.stages import stages_by_domain
 
@@ -69,7 +69,7 @@ class BTM(Method):
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the models as one."""
-        from mode.core.tensors import load_tensors, mean
+        from mode.core.tensors import average_weights, load_tensors
         from mode.gating.router import Posterior
         from mode.moe.ensemble import Ensemble
 
@@ -81,7 +81,9 @@ class BTM(Method):
             members.insert(0, material.backbone().requires_grad_(False))
         if self.combine == "average":
             model = material.backbone().requires_grad_(False)
-            model.load_state_dict(mean([dict(member.named_parameters()) for member in members]), strict=False)
+            model.load_state_dict(
+                average_weights([dict(member.named_parameters()) for member in members]), strict=False
+            )
             return model  # type: ignore[no-any-return]
         posterior = Posterior(Choice(top_k=self.top_k)) if self.combine == "posterior" else None
         mixture: nn.Module = Ensemble(members, posterior)
@@ -89,7 +91,9 @@ class BTM(Method):
 
     def cost(self, run: Run) -> Cost:
         """Return what a forward pass of all models takes; nothing trains."""
-        one = untouched(shape_of(run.backbone), run.train.sequence_length)
+        one = untouched_cost(read_shape(run.backbone), run.train.sequence_length)
         count = 1 if self.combine == "average" else len(run.targets) + self.backbone
         total = count * one.total
-        return Cost(flops=add([one.flops] * count), total=total, trainable=0, added=total - one.total, active=total)
+        return Cost(
+            flops=add_flops([one.flops] * count), total=total, trainable=0, added=total - one.total, active=total
+        )

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.shape import shape_of
+from mode.backbone.shape import read_shape
 from mode.config.base import STRICT
 from mode.config.check import replace_settings
 from mode.config.method import RouterSettings
 from mode.config.run import Run
-from mode.cost.flops import Cost, mixture
+from mode.cost.flops import Cost, mixture_cost
 from mode.methods.base import Material
-from mode.methods.stages import Mixture, merged
+from mode.methods.stages import Mixture, merge_branches
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,7 +53,7 @@ class BTX(Mixture):
 
         from mode.moe.feed_forward import insert_feed_forward_banks
 
-        model, states = merged(material)
+        model, states = merge_branches(material)
         torch.manual_seed(run.seed)
         for number, bank in enumerate(insert_feed_forward_banks(model, states, self.router)):
             bank.experts.requires_grad_(self.train_experts)
@@ -66,10 +66,10 @@ class BTX(Mixture):
         """Return what the mixture takes; not known where the number of a token's experts is not."""
         if not self.router.known:
             return None
-        shape, count = shape_of(run.backbone), len(run.targets) + 1
+        shape, count = read_shape(run.backbone), len(run.targets) + 1
         length = run.train.sequence_length
         active = self.router.active
-        return mixture(shape, length, count, active, experts_train=self.train_experts, soft_layers=self.soft)
+        return mixture_cost(shape, length, count, active, experts_train=self.train_experts, soft_layers=self.soft)
 
     @property
     def soft(self) -> int:

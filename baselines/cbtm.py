@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.shape import shape_of
+from mode.backbone.shape import read_shape
 from mode.config.base import STRICT
 from mode.config.check import replace_settings
 from mode.config.method import Choice
 from mode.config.run import Run
 from mode.core.files import WEIGHTS
-from mode.cost.flops import Cost, add, full, untouched
+from mode.cost.flops import Cost, add_flops, full_cost, untouched_cost
 from mode.methods.base import Material, Method
 from mode.methods.stages import stages_by_domain
 
@@ -75,7 +75,7 @@ class Branch(Method):
 
     def cost(self, run: Run) -> Cost:
         """Return what full training takes."""
-        return full(shape_of(run.backbone), run.train.sequence_length)
+        return full_cost(read_shape(run.backbone), run.train.sequence_length)
 
     def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
         """Write where the clusters are, for who weighs them."""
@@ -129,29 +129,29 @@ class CBTM(Method):
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the models as one."""
         from mode.core.tensors import load_tensors
-        from mode.moe.clusters import Nearness
+        from mode.moe.clusters import ClusterWeights
         from mode.moe.ensemble import Ensemble
 
         members = [material.backbone().requires_grad_(False) for _ in material.needs]
         for member, folder in zip(members, material.needs, strict=True):
             member.load_state_dict(load_tensors(folder / WEIGHTS)[0], strict=False)  # a tied head has one name
         found, _ = load_tensors(material.needs[0] / CLUSTERS)
-        judge = Nearness(found["vectors"], found["centres"], self.temperature, Choice(top_k=self.top_k))
+        judge = ClusterWeights(found["vectors"], found["centres"], self.temperature, Choice(top_k=self.top_k))
         mixture: nn.Module = Ensemble(members, judge)
         return mixture
 
     def cost(self, run: Run) -> Cost:
         """Return what a forward pass of all models takes; nothing trains."""
-        one = untouched(shape_of(run.backbone), run.train.sequence_length)
+        one = untouched_cost(read_shape(run.backbone), run.train.sequence_length)
         total = self.num_clusters * one.total
-        flops = add([one.flops] * self.num_clusters)
+        flops = add_flops([one.flops] * self.num_clusters)
         return Cost(flops=flops, total=total, trainable=0, added=total - one.total, active=total)
 
 
 def clusters(branch: Branch, run: Run, packed: Mapping[str, Packed]) -> tuple[Any, Any, Any, list[int]]:
     """Return the targets' training rows, the tokens' vectors, the centres, and the cluster of every row."""
-    from mode.moe.clusters import find_clusters, rows_of
+    from mode.moe.clusters import cut_rows, find_clusters
 
-    rows = rows_of([packed[name].split("train").tokens for name in run.targets], run.train.sequence_length)
+    rows = cut_rows([packed[name].split("train").tokens for name in run.targets], run.train.sequence_length)
     vectors, centres, members = find_clusters(rows, branch.num_clusters, branch.tokenizer(run).vocab_size)
     return rows, vectors, centres, members

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.shape import Layer, Shape, is_named, shape_of
-from mode.backbone.structure import stack
+from mode.backbone.shape import Layer, Shape, matches_name, read_shape
+from mode.backbone.structure import find_layer_stack
 from mode.config.base import STRICT
 from mode.config.check import replace_settings
 from mode.config.run import Run
 from mode.core.errors import ConfigError
-from mode.cost.adapters import adapted
-from mode.cost.flops import Cost, add
+from mode.cost.adapters import adapter_cost
+from mode.cost.flops import Cost, add_flops
 from mode.methods.base import Material
 from mode.methods.sizing import LowRank
 
@@ -79,20 +79,20 @@ class LoRA(LowRank):
 
     def cost(self, run: Run) -> Cost:
         """Return what the adapters take beside a frozen backbone."""
-        shape, rank, length = shape_of(run.backbone), self.sized(run).rank, run.train.sequence_length
+        shape, rank, length = read_shape(run.backbone), self.sized(run).rank, run.train.sequence_length
         parts = [shape.head(trains=False)]
         for number, layer in enumerate(shape.layers):
             ranks = dict.fromkeys(self.targets(layer), rank)
-            parts.append(adapted(layer, length, ranks, upstream=number > 0))
+            parts.append(adapter_cost(layer, length, ranks, upstream=number > 0))
         added = rank * self.size(shape)
         total = shape.parameters + added
-        return Cost(flops=add(parts), total=total, trainable=added, added=added, active=total)
+        return Cost(flops=add_flops(parts), total=total, trainable=added, added=added, active=total)
 
     def targets(self, layer: Layer) -> list[str]:
         """Return the paths of a layer's matrices that get an adapter."""
         if self.target_modules == "attention":
             return [path for stage in layer.stages[:2] for path in stage]
-        return [path for path in layer.matrices if any(is_named(path, name) for name in self.target_modules)]
+        return [path for path in layer.matrices if any(matches_name(path, name) for name in self.target_modules)]
 
     def plain(self, model: Any) -> PreTrainedModel:
         """Return the backbone with the adapters added to its weights: W0 + (alpha / r) B A."""
@@ -109,7 +109,7 @@ class LoRA(LowRank):
 
 def attention(model: PreTrainedModel) -> tuple[str, ...]:
     """Return the linear layers of a decoder's attention, each with the name of the module that holds it."""
-    trunk, name = stack(model)
+    trunk, name = find_layer_stack(model)
     paths = [path for path, module in getattr(trunk, name)[0].named_modules() if is_linear(module)]
     return tuple(path for path in paths if "att" in path.partition(".")[0])
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.shape import Layer, shape_of
+from mode.backbone.shape import Layer, read_shape
 from mode.config.base import STRICT
 from mode.config.run import Run
-from mode.cost.adapters import banks
+from mode.cost.adapters import bank_cost
 from mode.cost.flops import Cost
 from mode.methods.base import Material
 from mode.methods.sizing import LowRank
@@ -57,7 +57,7 @@ class LoRAMoE(LowRank):
         import torch
 
         from mode.gating.router import LocalizedRouter
-        from mode.moe.low_rank import LowRankBank, replace_linears, sizes
+        from mode.moe.low_rank import LowRankBank, read_linear_size, replace_linears
 
         model: nn.Module = material.backbone()
         model.requires_grad_(False)
@@ -65,18 +65,18 @@ class LoRAMoE(LowRank):
         rank = self.sized(run).rank
 
         def make(path: str, base: nn.Module) -> nn.Module:
-            router = LocalizedRouter(sizes(base)[0], self.num_experts, self.balance, self.spread)
+            router = LocalizedRouter(read_linear_size(base)[0], self.num_experts, self.balance, self.spread)
             bank = LowRankBank(base, self.num_experts, rank, self.scale, router)
             torch.nn.init.kaiming_uniform_(bank.down.flatten(0, 1), a=math.sqrt(5))  # as in LoRA
             return bank
 
-        replace_linears(model, feed_forward(shape_of(run.backbone).layers[0]), make)
+        replace_linears(model, feed_forward(read_shape(run.backbone).layers[0]), make)
         return model
 
     def cost(self, run: Run) -> Cost:
         """Return what experts and routers take beside a frozen backbone."""
-        shape, length = shape_of(run.backbone), run.train.sequence_length
-        return banks(shape, length, self.num_experts, self.sized(run).rank, feed_forward)
+        shape, length = read_shape(run.backbone), run.train.sequence_length
+        return bank_cost(shape, length, self.num_experts, self.sized(run).rank, feed_forward)
 
 
 def feed_forward(layer: Layer) -> list[str]:

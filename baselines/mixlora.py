@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.shape import shape_of
-from mode.backbone.structure import stack
+from mode.backbone.shape import read_shape
+from mode.backbone.structure import find_layer_stack
 from mode.config.base import STRICT
 from mode.config.method import RouterSettings
 from mode.config.run import Run
-from mode.cost.adapters import adapted
-from mode.cost.flops import Cost, add
+from mode.cost.adapters import adapter_cost
+from mode.cost.flops import Cost, add_flops
 from mode.methods.base import Material
 from mode.methods.sizing import LowRank
 
@@ -54,12 +54,12 @@ class MixLoRA(LowRank):
         sized = self.sized(run)
         model: Any = material.backbone().requires_grad_(False)
         torch.manual_seed(run.seed)
-        trunk, name = stack(model)
+        trunk, name = find_layer_stack(model)
         for layer in getattr(trunk, name):
             router = Router(model.config.get_text_config().hidden_size, self.num_experts, self.router)
             base = getattr(layer, PART)
             setattr(layer, PART, LowRankFeedForward(base, self.num_experts, sized.rank, self.scale, router))
-        shape = shape_of(run.backbone)
+        shape = read_shape(run.backbone)
         names = [path for stage in shape.layers[0].stages[:2] for path in stage]
         config = LoraConfig(r=sized.rank, lora_alpha=sized.alpha, target_modules=names)  # type: ignore[arg-type]
         frozen = {key for key, value in model.named_parameters() if not value.requires_grad}
@@ -73,7 +73,7 @@ class MixLoRA(LowRank):
         """Return what experts and adapters take beside a frozen backbone; not known with `router.top_p`."""
         if not self.router.known:
             return None
-        shape, length, rank = shape_of(run.backbone), run.train.sequence_length, self.sized(run).rank
+        shape, length, rank = read_shape(run.backbone), run.train.sequence_length, self.sized(run).rank
         active = min(self.router.active or self.num_experts, self.num_experts)
         parts, added, idle = [shape.head(trains=False)], 0, 0
         for number, layer in enumerate(shape.layers):
@@ -81,10 +81,10 @@ class MixLoRA(LowRank):
             experts = [path for stage in layer.stages[2:] for path in stage]
             ranks = dict.fromkeys(attention, rank) | dict.fromkeys(experts, active * rank)
             routed = {experts[0]: shape.hidden * self.num_experts}
-            parts.append(adapted(layer, length, ranks, upstream=number > 0, routers=routed))
+            parts.append(adapter_cost(layer, length, ranks, upstream=number > 0, routers=routed))
             one = rank * sum(sum(layer.matrices[path]) for path in experts)
             added += rank * sum(sum(layer.matrices[path]) for path in attention)
             added += self.num_experts * one + sum(routed.values())
             idle += (self.num_experts - active) * one
         total = shape.parameters + added
-        return Cost(flops=add(parts), total=total, trainable=added, added=added, active=total - idle)
+        return Cost(flops=add_flops(parts), total=total, trainable=added, added=added, active=total - idle)

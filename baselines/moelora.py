@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.shape import Flops, shape_of
+from mode.backbone.shape import Flops, read_shape
 from mode.config.base import STRICT
 from mode.config.run import Run
-from mode.cost.adapters import banks
+from mode.cost.adapters import bank_cost
 from mode.cost.flops import Cost
 from mode.methods.base import Material
 from mode.methods.sizing import LowRank
@@ -87,9 +87,9 @@ class MOELoRA(LowRank):
         """Return what experts take beside a frozen backbone; their gates, a row's alone, take next to nothing."""
         from mode.moe.task_router import WIDTH
 
-        shape, length, tasks = shape_of(run.backbone), run.train.sequence_length, len(self.row_kinds(run))
+        shape, length, tasks = read_shape(run.backbone), run.train.sequence_length, len(self.row_kinds(run))
         each = self.sized(run).rank // self.num_experts
-        found = banks(shape, length, self.num_experts, each, lambda layer: list(layer.matrices), routed=False)
+        found = bank_cost(shape, length, self.num_experts, each, lambda layer: list(layer.matrices), routed=False)
         guess, linears = self.task == "guessed", sum(len(layer.matrices) for layer in shape.layers)
         more = tasks * WIDTH + linears * self.num_experts * (WIDTH + 1) + guess * tasks * (shape.hidden + 1)
         one = 2.0 * guess * tasks * shape.hidden

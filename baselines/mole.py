@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.shape import shape_of
+from mode.backbone.shape import read_shape
 from mode.config.base import STRICT
 from mode.config.check import build_method, replace_settings
 from mode.config.run import Run
 from mode.core.errors import ConfigError
 from mode.core.files import WEIGHTS
-from mode.cost.adapters import adapted
-from mode.cost.flops import Cost, add
+from mode.cost.adapters import adapter_cost
+from mode.cost.flops import Cost, add_flops
 from mode.methods.base import Material
-from mode.methods.sizing import Sized
+from mode.methods.sizing import ParameterMatched
 from mode.methods.stages import stages_by_domain
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
-class MoLE(Sized):
+class MoLE(ParameterMatched):
     """Gates over trained LoRAs.
 
     Attributes:
@@ -79,12 +79,12 @@ class MoLE(Sized):
         import torch
 
         from mode.core.tensors import load_tensors
-        from mode.moe.low_rank import Ledger, OutputGatedBank, replace_linears
+        from mode.moe.low_rank import BalanceLoss, OutputGatedBank, replace_linears
 
         model: nn.Module = material.backbone()
         model.requires_grad_(False)
         experts = [factors(load_tensors(folder / WEIGHTS)[0]) for folder in material.needs]
-        ledger = Ledger(self.balance)
+        ledger = BalanceLoss(self.balance)
         scale = self.sized(run).expert.scale
 
         def make(path: str, base: nn.Module) -> nn.Module:
@@ -96,18 +96,18 @@ class MoLE(Sized):
 
     def cost(self, run: Run) -> Cost:
         """Return what frozen experts and their gates take beside a frozen backbone."""
-        shape, length, count = shape_of(run.backbone), run.train.sequence_length, len(run.targets)
+        shape, length, count = read_shape(run.backbone), run.train.sequence_length, len(run.targets)
         expert = self.sized(run).expert
         parts, gates = [shape.head(trains=False)], 0
         for number, layer in enumerate(shape.layers):
             paths = expert.targets(layer)
             ranks = dict.fromkeys(paths, count * expert.rank)
             read = {path: count * count * layer.matrices[path][1] for path in paths}
-            parts.append(adapted(layer, length, ranks, upstream=number > 0, routers=read, trains=False))
+            parts.append(adapter_cost(layer, length, ranks, upstream=number > 0, routers=read, trains=False))
             gates += sum(read.values()) + len(paths)
         added = gates + count * expert.rank * expert.size(shape)
         total = shape.parameters + added
-        return Cost(flops=add(parts), total=total, trainable=gates, added=added, active=total)
+        return Cost(flops=add_flops(parts), total=total, trainable=gates, added=added, active=total)
 
 
 def factors(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

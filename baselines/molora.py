@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.shape import Layer, is_named, shape_of
+from mode.backbone.shape import Layer, matches_name, read_shape
 from mode.config.base import STRICT
 from mode.config.method import RouterSettings
 from mode.config.run import Run
-from mode.cost.adapters import banks
+from mode.cost.adapters import bank_cost
 from mode.cost.flops import Cost
 from mode.methods.base import Material
 from mode.methods.sizing import LowRank
@@ -50,7 +50,7 @@ class MoLORA(LowRank):
         import torch
 
         from mode.gating.router import Router
-        from mode.moe.low_rank import LowRankBank, replace_linears, sizes
+        from mode.moe.low_rank import LowRankBank, read_linear_size, replace_linears
 
         model: nn.Module = material.backbone()
         model.requires_grad_(False)
@@ -58,7 +58,7 @@ class MoLORA(LowRank):
         rank = self.sized(run).rank
 
         def make(path: str, base: nn.Module) -> nn.Module:
-            router = Router(sizes(base)[0], self.num_experts, self.router)
+            router = Router(read_linear_size(base)[0], self.num_experts, self.router)
             return LowRankBank(base, self.num_experts, rank, self.scale, router)
 
         replace_linears(model, self.target_modules, make)
@@ -66,10 +66,10 @@ class MoLORA(LowRank):
 
     def cost(self, run: Run) -> Cost:
         """Return what experts and routers take beside a frozen backbone."""
-        shape, length = shape_of(run.backbone), run.train.sequence_length
-        return banks(shape, length, self.num_experts, self.sized(run).rank, self.targets)
+        shape, length = read_shape(run.backbone), run.train.sequence_length
+        return bank_cost(shape, length, self.num_experts, self.sized(run).rank, self.targets)
 
     def targets(self, layer: Layer) -> list[str]:
         """Return the paths of a layer's matrices that have experts."""
         every, names = list(layer.matrices), self.target_modules
-        return every if names == "all" else [path for path in every if any(is_named(path, name) for name in names)]
+        return every if names == "all" else [path for path in every if any(matches_name(path, name) for name in names)]

@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.shape import is_named, shape_of
+from mode.backbone.shape import matches_name, read_shape
 from mode.config.base import STRICT
 from mode.config.check import replace_settings
 from mode.config.method import RouterSettings
 from mode.config.run import Run
-from mode.cost.adapters import adapted
-from mode.cost.flops import Cost, add
+from mode.cost.adapters import adapter_cost
+from mode.cost.flops import Cost, add_flops
 from mode.methods.base import Material
-from mode.methods.sizing import Sized
+from mode.methods.sizing import ParameterMatched
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
-class MoV(Sized):
+class MoV(ParameterMatched):
     """Mixture of vectors.
 
     Attributes:
@@ -61,7 +61,7 @@ class MoV(Sized):
         import torch
 
         from mode.gating.router import Router
-        from mode.moe.low_rank import VectorBank, replace_linears, sizes
+        from mode.moe.low_rank import VectorBank, read_linear_size, replace_linears
 
         model: nn.Module = material.backbone()
         model.requires_grad_(False)
@@ -70,7 +70,7 @@ class MoV(Sized):
         for names, before in ((self.outputs, False), (self.inputs, True)):
 
             def make(path: str, base: nn.Module, before: bool = before) -> nn.Module:
-                router = Router(sizes(base)[not before], count, self.router)
+                router = Router(read_linear_size(base)[not before], count, self.router)
                 return VectorBank(base, count, router, before=before)
 
             replace_linears(model, names, make)
@@ -78,16 +78,16 @@ class MoV(Sized):
 
     def cost(self, run: Run) -> Cost:
         """Return what vectors and routers take beside a frozen backbone; each vector has a router's row of its size."""
-        shape, length = shape_of(run.backbone), run.train.sequence_length
+        shape, length = read_shape(run.backbone), run.train.sequence_length
         count = self.sized(run).num_experts
         parts, added = [shape.head(trains=False)], 0
         for number, layer in enumerate(shape.layers):
             widths = {}
             for path, (inputs, outputs) in layer.matrices.items():
                 for names, width in ((self.outputs, outputs), (self.inputs, inputs)):
-                    if any(is_named(path, name) for name in names):
+                    if any(matches_name(path, name) for name in names):
                         widths[path] = 2 * width * count  # the router's matrix, and that of the vectors
-            parts.append(adapted(layer, length, dict.fromkeys(widths, 0), upstream=number > 0, routers=widths))
+            parts.append(adapter_cost(layer, length, dict.fromkeys(widths, 0), upstream=number > 0, routers=widths))
             added += sum(widths.values())
         total = shape.parameters + added
-        return Cost(flops=add(parts), total=total, trainable=added, added=added, active=total)
+        return Cost(flops=add_flops(parts), total=total, trainable=added, added=added, active=total)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.shape import shape_of
+from mode.backbone.shape import read_shape
 from mode.config.base import STRICT
 from mode.config.run import Budget, Run
-from mode.cost.flops import Cost, full
+from mode.cost.flops import Cost, full_cost
 from mode.methods.anchored import Adaptation
 from mode.methods.base import Material
 
@@ -29,7 +29,7 @@ class SFT(Adaptation):
 
     def cost(self, run: Run) -> Cost:
         """Return what full training takes."""
-        return full(shape_of(run.backbone), run.train.sequence_length)
+        return full_cost(read_shape(run.backbone), run.train.sequence_length)
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the backbone with every parameter trainable."""

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.shape import shape_of
+from mode.backbone.shape import read_shape
 from mode.config.base import STRICT
 from mode.config.method import RouterSettings
 from mode.config.run import Run
-from mode.cost.flops import Cost, mixture
+from mode.cost.flops import Cost, mixture_cost
 from mode.methods.anchored import Adaptation
 from mode.methods.base import Material
 
@@ -54,5 +54,5 @@ class SparseUpcycling(Adaptation):
         """Return what the mixture takes; not known where the number of a token's experts is not."""
         if not self.router.known:
             return None
-        shape = shape_of(run.backbone)
-        return mixture(shape, run.train.sequence_length, self.num_experts, self.router.active)
+        shape = read_shape(run.backbone)
+        return mixture_cost(shape, run.train.sequence_length, self.num_experts, self.router.active)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cli.options import ConfOption, Overrides, runs_folder, told
+from cli.options import ConfOption, Overrides, reporting_errors, runs_folder
 
 app = typer.Typer(help="Look inside a finished run.", no_args_is_help=True)
 
@@ -26,36 +26,38 @@ def gates(
 
     Example: mode analyze gates 3f2a90c1d2e4 --html gates.html
     """
-    with told():
-        from mode.artefacts.edit import experts_of
-        from mode.artefacts.find import branches, recall
+    with reporting_errors():
+        from mode.artefacts.edit import list_experts
+        from mode.artefacts.find import find_model, list_branches
         from mode.core.errors import ConfigError
         from mode.core.files import write_atomic
-        from mode.evaluation.generate import read
-        from mode.gating.meter import GateMeter, watched
+        from mode.evaluation.generate import score_text
+        from mode.gating.meter import GateMeter, watch_gates
         from mode.ops.quantize import quantize_frozen
         from mode.report.generated_text import Section, to_html
-        from mode.runs.fit import score
+        from mode.runs.fit import score_domains
         from mode.runs.prepare import prepare_run
 
         if html is not None and not html.parent.is_dir():
             raise ConfigError(f"--html {html}: no folder {html.parent}")
-        recalled = recall(run, runs_folder(overrides, conf))
-        experts_of(recalled)  # refuses a model without experts
+        recalled = find_model(run, runs_folder(overrides, conf))
+        list_experts(recalled)  # refuses a model without experts
         if recalled.run is None:
             raise ConfigError(f"{run}: a folder says nothing of its domains; name the run that made it")
         prepared = prepare_run(recalled.run)
         quantize_frozen(recalled.model, recalled.run.train.frozen_weights)
-        with watched(recalled.model) as latest:
+        with watch_gates(recalled.model) as latest:
             meter = GateMeter(latest)
-            score(prepared, recalled.model, split, probe=meter)
-        names = branches(recalled)
+            score_domains(prepared, recalled.model, split, probe=meter)
+        names = list_branches(recalled)
         print(f"{'domain':<12} {'block':>5}" + "".join(f"{name:>12}" for name in names) + f"{'entropy':>12}")
         for domain, told_of in meter.result().items():
             for number, (means, entropy) in enumerate(zip(told_of["mean"], told_of["entropy"], strict=True)):
                 print(f"{domain:<12} {number:>5}" + "".join(f"{mean:>12.3f}" for mean in means) + f"{entropy:>12.3f}")
         if html is not None:
             starts = {name: data.split(split).tokens[:tokens].tolist() for name, data in prepared.packed.items()}
-            texts = [Section(name, "", read(recalled.model, recalled.tokenizer, ids)) for name, ids in starts.items()]
+            texts = [
+                Section(name, "", score_text(recalled.model, recalled.tokenizer, ids)) for name, ids in starts.items()
+            ]
             write_atomic(html, to_html(f"Gates of run {run}", texts, names).encode())
             print(f"wrote {html}", file=sys.stderr)

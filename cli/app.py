@@ -12,7 +12,7 @@ from mode.core import processes
 # A busy neighbour core slows spinning OpenMP threads many times over; waiting ones it does not. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-if processes.size() > 1:  # DDP warns of a search for idle experts where none was idle
+if processes.world_size() > 1:  # DDP warns of a search for idle experts where none was idle
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import typer
@@ -65,7 +65,7 @@ app.add_typer(data.app, name="data")
 def main() -> None:
     """Run the command line; of several processes the first alone is heard."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    if processes.size() > 1 and command not in launch.ABLE:
+    if processes.world_size() > 1 and command not in launch.ABLE:
         if processes.is_main():
             print(f"mode: {command}: several processes can share {' or '.join(launch.ABLE)} alone", file=sys.stderr)
         raise SystemExit(2)

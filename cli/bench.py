@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import ConfOption, Overrides, told, with_method
+from cli.options import ConfOption, Overrides, reporting_errors, with_method
 
 
 def bench(
@@ -26,9 +26,9 @@ def bench(
 
     Example: mode bench edge backbone=smollm2-135m
     """
-    with told():
-        from mode.bench.records import section
-        from mode.bench.run import measure
+    with reporting_errors():
+        from mode.bench.records import render_section
+        from mode.bench.run import run_suite
         from mode.config.compose import compose
 
         run = compose(with_method(overrides or [], "mode", "mode bench", conf), conf)
@@ -36,6 +36,6 @@ def bench(
         def done(number: int) -> None:
             print(f"round {number} of {rounds}" if number else "warmed up", file=sys.stderr)
 
-        benchmark, path = measure(suite, run, rounds, done)
-        print(section(benchmark), end="")
+        benchmark, path = run_suite(suite, run, rounds, done)
+        print(render_section(benchmark), end="")
         print(f"written to {path}; `mode report bench` renders all", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from cli.options import ConfOption, DomainOption, Overrides, told, with_domains
+from cli.options import ConfOption, DomainOption, Overrides, reporting_errors, with_domains
 
 if TYPE_CHECKING:
     from mode.config.data import Domain
@@ -23,7 +23,7 @@ def prepare(overrides: Overrides = None, domain: DomainOption = None, conf: Conf
 
     Example: mode data prepare --domain code
     """
-    with told():
+    with reporting_errors():
         for packed, _ in packed_domains(overrides or [], domain, conf)[0]:
             print(f"{packed.name}: {packed.fingerprint} in {packed.folder}")
 
@@ -34,11 +34,11 @@ def show(overrides: Overrides = None, domain: DomainOption = None, conf: ConfOpt
 
     Example: mode data show
     """
-    with told():
-        from mode.data.contamination import contamination
+    with reporting_errors():
+        from mode.data.contamination import measure_contamination
 
         domains, pretraining = packed_domains(overrides or [], domain, conf)
-        seen = contamination({packed.name: packed for packed, _ in domains}, "test", pretraining)
+        seen = measure_contamination({packed.name: packed for packed, _ in domains}, "test", pretraining)
         for packed, settings in domains:
             meta = packed.meta
             print(f"{packed.name}: {settings.description}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import ConfOption, Overrides, complete, told
+from cli.options import ConfOption, Overrides, complete, reporting_errors
 
 if TYPE_CHECKING:
     from mode.config.run import Run
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 def score_downstream(run: Run, names: Sequence[str], limit: int | None, conf: Path | None, *, again: bool) -> None:
     """Score the finished run that the settings describe on downstream tasks, and keep the results."""
     from mode.core.errors import ConfigError
-    from mode.downstream.run import measure, plan
-    from mode.runs.prepare import finished, prepare_run
+    from mode.downstream.run import plan_tasks, score_tasks
+    from mode.runs.prepare import find_finished, prepare_run
 
-    planned = plan(names, Path(run.paths.cache).expanduser(), conf)
+    planned = plan_tasks(names, Path(run.paths.cache).expanduser(), conf)
     prepared = prepare_run(run)
-    record = finished(prepared)
+    record = find_finished(prepared)
     if record is None:
         raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
     print(f"run {prepared.id}: {record.filename.removesuffix('.json')}", file=sys.stderr)
-    for result, existed in measure(prepared, record, planned, limit=limit, again=again, done=tell_progress):
+    for result, existed in score_tasks(prepared, record, planned, limit=limit, again=again, done=tell_progress):
         print(describe_result(result) + ("  (exists; --again scores it anew)" if existed else ""))
     print("`mode report downstream` renders all", file=sys.stderr)
 
@@ -83,7 +83,7 @@ def evaluate(
 
     Examples: mode eval --retention; mode eval method=sft; mode eval --downstream --task gsm8k-100 method=sft
     """
-    with told():
+    with reporting_errors():
         from mode.config.check import replace_settings
         from mode.config.compose import compose
         from mode.core.errors import ConfigError
@@ -117,17 +117,17 @@ def rescore(run: Run) -> None:
     from mode.core.errors import ConfigError
     from mode.ops.quantize import quantize_frozen
     from mode.runs.execute import restore
-    from mode.runs.fit import score
-    from mode.runs.prepare import finished, prepare_run
+    from mode.runs.fit import score_domains
+    from mode.runs.prepare import find_finished, prepare_run
 
     prepared = prepare_run(run)
-    record = finished(prepared)
+    record = find_finished(prepared)
     if record is None:
         raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
     device, model = set_up(run.train.threads, run.train.device), restore(prepared)
     quantize_frozen(model, run.train.frozen_weights)
     model = model.to(device)
-    scores = {name: asdict(value) for name, value in score(prepared, model, run.evaluate.split).items()}
+    scores = {name: asdict(value) for name, value in score_domains(prepared, model, run.evaluate.split).items()}
     print(f"run {prepared.id}, scored from its weights")
     print_scores(type(record)(**{**vars(record), "happened": {**record.happened, "scores": scores}}))
     same = all(
@@ -138,14 +138,14 @@ def rescore(run: Run) -> None:
 
 def print_retention(records: Sequence[Record], zero: Record) -> None:
     """Print target and retention accuracy of every record under the sky of the bare backbone's."""
-    from mode.tables.compile import qualities
+    from mode.tables.compile import compute_qualities
 
     same = [record for record in records if record.id != zero.id and comparable(record, zero)]
     apart = distinctions([zero, *same])
     names = list(zero.happened["scores"])
     print(f"{'run':<44}" + "".join(f"{name:>10}" for name in names) + f"{'target':>10}{'retention':>11}")
     for record in [zero, *same]:
-        values = qualities(record, zero)
+        values = compute_qualities(record, zero)
         label = record.filename.removesuffix(".json")
         cells = "".join(f"{values[name]:>10.2f}" for name in names)
         kept = f"{values['retention']:>+11.2f}" if "retention" in values else f"{'–':>11}"

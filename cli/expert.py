@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cli.options import ConfOption, Overrides, runs_folder, told
+from cli.options import ConfOption, Overrides, reporting_errors, runs_folder
 
 if TYPE_CHECKING:
-    from mode.artefacts.find import Recalled
+    from mode.artefacts.find import FoundModel
 
 app = typer.Typer(help="Look at experts, put them into a composed model, take them out.", no_args_is_help=True)
 
@@ -29,22 +29,22 @@ def show(
 
     Example: mode expert show runs/3f2a90c1d2e4/expert
     """
-    with told():
-        from mode.artefacts.find import branches, expert_folder, recall
+    with reporting_errors():
+        from mode.artefacts.find import find_expert_folder, find_model, list_branches
         from mode.core.errors import ConfigError
         from mode.modular.artefact import load_experts
 
         runs = runs_folder(overrides, conf)
         if any(path.name.startswith(name) and not (path / "expert").exists() for path in runs.glob("*")):
-            recalled = recall(name, runs)
+            recalled = find_model(name, runs)
             config = recalled.model.config
-            if not branches(recalled):
+            if not list_branches(recalled):
                 raise ConfigError(f"{name}: neither an expert nor a model with experts")
             print(f"a modular model on {config.backbone.get('name', 'an unnamed backbone')}: ", end="")
             print(f"{config.num_blocks} blocks, {config.expert_layers} layers per expert and block")
             print("\n".join(f"  {expert}" for expert in config.experts))
             return
-        folder = expert_folder(name, runs, ())
+        folder = find_expert_folder(name, runs, ())
         for domain, expert in load_experts(folder).items():
             print(f"expert for {domain}: {folder}")
             for key in sorted(expert.about):
@@ -65,16 +65,16 @@ def add(
 
     Example: mode expert add 3f2a90c1d2e4 ~/experts/law with-law
     """
-    with told():
-        from mode.artefacts.edit import joined
-        from mode.artefacts.find import expert_folder, recall
+    with reporting_errors():
+        from mode.artefacts.edit import join_experts
+        from mode.artefacts.find import find_expert_folder, find_model
         from mode.artefacts.write import check_vacant
 
         runs = runs_folder(overrides, conf)
         check_vacant(folder)
-        place = expert_folder(expert, runs, ())
-        recalled = recall(run, runs)
-        write(joined(recalled, place), recalled, folder, embed=embed)
+        place = find_expert_folder(expert, runs, ())
+        recalled = find_model(run, runs)
+        write(join_experts(recalled, place), recalled, folder, embed=embed)
 
 
 @app.command("remove")
@@ -90,14 +90,14 @@ def remove(
 
     Example: mode expert remove 3f2a90c1d2e4 math code-alone
     """
-    with told():
-        from mode.artefacts.edit import without
-        from mode.artefacts.find import recall
+    with reporting_errors():
+        from mode.artefacts.edit import remove_expert
+        from mode.artefacts.find import find_model
         from mode.artefacts.write import check_vacant
 
         check_vacant(folder)
-        recalled = recall(run, runs_folder(overrides, conf))
-        write(without(recalled, domain), recalled, folder, embed=embed)
+        recalled = find_model(run, runs_folder(overrides, conf))
+        write(remove_expert(recalled, domain), recalled, folder, embed=embed)
 
 
 def export(
@@ -116,24 +116,24 @@ def export(
 
     Example: mode export 3f2a90c1d2e4 code-model --experts code --precision bf16
     """
-    with told():
-        from mode.artefacts.edit import merge_measured, only
-        from mode.artefacts.find import recall
+    with reporting_errors():
+        from mode.artefacts.edit import keep_experts, merge_and_measure
+        from mode.artefacts.find import find_model
         from mode.artefacts.write import check_vacant
 
         check_vacant(folder)
-        recalled = recall(run, runs_folder(overrides, conf))
+        recalled = find_model(run, runs_folder(overrides, conf))
         model = recalled.model
         if experts is not None:
-            model = only(recalled, [name.strip() for name in experts.split(",") if name.strip()])
+            model = keep_experts(recalled, [name.strip() for name in experts.split(",") if name.strip()])
         if merge:
-            model, before, after = merge_measured(model, recalled)
+            model, before, after = merge_and_measure(model, recalled)
             gated, plain = 100 * before.accuracy, 100 * after.accuracy
             print(f"validation accuracy: {gated:.2f} % with gates, {plain:.2f} % merged")
         write(model, recalled, folder, embed=True, precision=precision)
 
 
-def write(model: object, recalled: Recalled, folder: Path, *, embed: bool, precision: str = "fp32") -> None:
+def write(model: object, recalled: FoundModel, folder: Path, *, embed: bool, precision: str = "fp32") -> None:
     """Write a model and say where."""
     from mode.artefacts.write import write_model
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import ConfOption, Overrides, runs_folder, told
+from cli.options import ConfOption, Overrides, reporting_errors, runs_folder
 
 if TYPE_CHECKING:
     from mode.evaluation.generate import Piece
@@ -36,16 +36,16 @@ def generate(
 
     Example: mode generate 3f2a "def main():" --gates
     """
-    with told():
-        from mode.artefacts.find import branches, recall
+    with reporting_errors():
+        from mode.artefacts.find import find_model, list_branches
         from mode.core.errors import ConfigError
         from mode.core.files import write_atomic
         from mode.evaluation.generate import Sampling
         from mode.evaluation.generate import generate as stream
         from mode.report.generated_text import Section, to_html
 
-        recalled = recall(run, runs_folder(overrides, conf))
-        names = branches(recalled)
+        recalled = find_model(run, runs_folder(overrides, conf))
+        names = list_branches(recalled)
         if not names and (gates or html):
             raise ConfigError(f"{run}: has no gates to show; that is for MoDE models")
         if html is not None and not html.parent.is_dir():
@@ -70,16 +70,16 @@ def generate(
 def laid_out(model: Any, layout: str) -> bool:
     """Lay a model's branches out over processes, if asked for, and say whether keys and values can be kept."""
     from mode.core import processes
-    from mode.core.errors import ConfigError, nearest
+    from mode.core.errors import ConfigError, suggest
 
     known = ("alone", "mpmd")
     if layout not in known:
-        raise ConfigError(f"--layout {layout}: not one of {', '.join(known)}{nearest(layout, known)}")
+        raise ConfigError(f"--layout {layout}: not one of {', '.join(known)}{suggest(layout, known)}")
     if layout == "mpmd":
-        from mode.distributed.mpmd import spread_for_good
+        from mode.distributed.mpmd import spread_finished
 
-        spread_for_good(model)
-    elif processes.size() > 1:
+        spread_finished(model)
+    elif processes.world_size() > 1:
         raise ConfigError("mode generate on several processes needs --layout mpmd")
     return layout == "alone"
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import told
+from cli.options import reporting_errors
 
 ABLE = ("train", "compose", "generate")
 """Commands that several processes can share."""
@@ -27,12 +27,12 @@ def launch(
 
     Example: mode launch --nproc 2 train baseline sft --domain code
     """
-    with told():
-        from mode.core.errors import ConfigError, nearest
+    with reporting_errors():
+        from mode.core.errors import ConfigError, suggest
 
         if command[0] not in ABLE:
-            raise ConfigError(f"launch {command[0]}: not one of {', '.join(ABLE)}{nearest(command[0], ABLE)}")
-        from mode.launch.elastic import launch as start
+            raise ConfigError(f"launch {command[0]}: not one of {', '.join(ABLE)}{suggest(command[0], ABLE)}")
+        from mode.launch.elastic import launch_processes as start
 
         code = start(command, nproc)
     raise typer.Exit(code)

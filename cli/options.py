@@ -51,7 +51,7 @@ ConfOption = Annotated[
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def reporting_errors() -> Iterator[None]:
     """Tell a mistake in one line on stderr, exit code 2; Ctrl-C says that the run goes on where it stopped.
 
     So does SIGTERM, which schedulers send, and what was started for it ends with it.
@@ -60,7 +60,7 @@ def told() -> Iterator[None]:
     from mode.core.errors import ConfigError
 
     try:
-        with interrupted_by_sigterm() if processes.size() == 1 else nullcontext():
+        with interrupted_by_sigterm() if processes.world_size() == 1 else nullcontext():
             yield
     except ConfigError as error:
         if not processes.is_main():  # what the first says too is said once: whoever launched them ends this one first
@@ -71,7 +71,7 @@ def told() -> Iterator[None]:
         print("mode: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise typer.Exit(130) from None
     except RuntimeError as error:
-        if not processes.is_loss(error):
+        if not processes.is_peer_lost(error):
             raise
         time.sleep(SECOND_OPINION)  # whoever launched them knows which, and ends this one first
         print(f"mode: {who()}lost another process; the same command goes on from the last checkpoint", file=sys.stderr)

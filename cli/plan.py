@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import ConfOption, Overrides, complete, told, with_method
+from cli.options import ConfOption, Overrides, complete, reporting_errors, with_method
 
 if TYPE_CHECKING:
     from mode.config.run import Run
@@ -41,11 +41,11 @@ def plan(
 
     Example: mode plan backbone=llama-8b train.batch_size=64 train.sequence_length=4096 --devices 16 --link ib
     """
-    with told():
+    with reporting_errors():
         from mode.config.compose import compose
-        from mode.planning.machine import Device, Link, read
-        from mode.planning.plan import estimates, verdict
-        from mode.planning.work import work_of
+        from mode.planning.machine import Device, Link, read_machine
+        from mode.planning.plan import estimate_layouts, summarise_estimates
+        from mode.planning.work import describe_work
 
         def composed(*more: str) -> Run:
             given = [*(overrides or []), *more]
@@ -57,24 +57,24 @@ def plan(
             measure(composed(), conf, calibrate)
             return
         if curves is not None:
-            draw(composed, read(Device, "device", device, conf), curves, conf)
+            draw(composed, read_machine(Device, "device", device, conf), curves, conf)
             return
         run = composed()
-        kind, wire = read(Device, "device", device, conf), read(Link, "link", link, conf)
-        work = work_of(run)
-        found = estimates(work, devices, kind, wire)
+        kind, wire = read_machine(Device, "device", device, conf), read_machine(Link, "link", link, conf)
+        work = describe_work(run)
+        found = estimate_layouts(work, devices, kind, wire)
         print(f"{'layout':<8}{'step ms':>10}{'compute ms':>12}{'sends GB':>10}{'holds GB':>10}{'micro':>7}  placement")
         for one in found:
             full = "" if one.memory <= kind.memory else "  (does not fit)"
             times = f"{1e3 * one.seconds:>10,.1f}{1e3 * one.computing:>12,.1f}"
             sizes = f"{one.traffic / 1e9:>10,.2f}{one.memory / 1e9:>10,.1f}{one.micro:>7}"
             print(f"{one.layout:<8}{times}{sizes}  {one.placement}{full}".rstrip())
-        print(verdict(work, found, devices, kind))
+        print(summarise_estimates(work, found, devices, kind))
 
 
 def measure(run: Run, conf: Path | None, name: str) -> None:
     """Measure this machine for plans."""
-    from mode.bench.suites.sharding import calibrated
+    from mode.bench.suites.sharding import calibrate as calibrate_machine
     from mode.core.errors import ConfigError
     from mode.methods.mode import MoDE
 
@@ -82,17 +82,17 @@ def measure(run: Run, conf: Path | None, name: str) -> None:
         raise ConfigError(f"--calibrate {name} needs --conf FOLDER, where the YAMLs of device and link go")
     if not isinstance(run.method, MoDE):
         raise ConfigError("--calibrate measures a model with experts: it goes with method=mode")
-    for path in calibrated(run, run.method, conf, name):
+    for path in calibrate_machine(run, run.method, conf, name):
         print(path.read_text("utf-8"), end="")
         print(f"written to {path}; `--device {name} --link {name} --conf {conf}` plans with it", file=sys.stderr)
 
 
 def draw(composed: Callable[..., Run], device: Device, folder: Path, conf: Path | None) -> None:
     """Draw what is planned for backbones of three sizes on three links."""
-    from mode.planning.machine import Link, read
-    from mode.planning.work import work_of
-    from mode.report.plan_figures import publish
+    from mode.planning.machine import Link, read_machine
+    from mode.planning.work import describe_work
+    from mode.report.plan_figures import write_plan
 
-    works = {name: work_of(composed(f"backbone={name}", "train.sequence_length=4096")) for name in DRAWN}
-    for path in publish(works, {name: read(Link, "link", name, conf) for name in LINKS}, device, folder):
+    works = {name: describe_work(composed(f"backbone={name}", "train.sequence_length=4096")) for name in DRAWN}
+    for path in write_plan(works, {name: read_machine(Link, "link", name, conf) for name in LINKS}, device, folder):
         print(f"written to {path}", file=sys.stderr)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import ConfOption, Overrides, runs_folder, told
+from cli.options import ConfOption, Overrides, reporting_errors, runs_folder
 
 
 def prune(
@@ -26,19 +26,19 @@ def prune(
 
     Example: mode prune 3f2a90c1d2e4 --ratio 0.25 --ratio 0.5 --by change
     """
-    with told():
+    with reporting_errors():
         from cli.report import results_folder
-        from mode.artefacts.find import recall_run
-        from mode.artefacts.prune import ORDERS, render
+        from mode.artefacts.find import find_run
+        from mode.artefacts.prune import ORDERS, render_pruned
         from mode.artefacts.prune import prune as measure
-        from mode.core.errors import ConfigError, nearest
+        from mode.core.errors import ConfigError, suggest
 
         orders = by or list(ORDERS)
         for order in orders:
             if order not in ORDERS:
-                raise ConfigError(f"--by {order}: not one of {', '.join(ORDERS)}{nearest(order, ORDERS)}")
+                raise ConfigError(f"--by {order}: not one of {', '.join(ORDERS)}{suggest(order, ORDERS)}")
         given = list(overrides or [])
-        recalled = recall_run(run, runs_folder(given, conf))
+        recalled = find_run(run, runs_folder(given, conf))
         ratios = ratio or [0.25, 0.5, 0.75]
         results = results_folder(given, conf)
 
@@ -46,5 +46,5 @@ def prune(
             print(text, file=sys.stderr)
 
         found, path = measure(recalled, ratios, orders, results, tell, conf)
-        print(render([found])["md"], end="")
+        print(render_pruned([found])["md"], end="")
         print(f"written to {path}; `mode report pruning` renders all", file=sys.stderr)

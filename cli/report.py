@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import ConfOption, Overrides, complete, told
+from cli.options import ConfOption, Overrides, complete, reporting_errors
 
 Rendered = tuple[str, list[str]]
 """A table and the overrides that it was rendered under."""
@@ -37,24 +37,24 @@ def report(
 
     Examples: mode report table1; mode report --check; mode report --html
     """
-    with told():
+    with reporting_errors():
         from mode.config.groups import list_members
-        from mode.core.errors import ConfigError, nearest
-        from mode.records.collection import SHEETS
+        from mode.core.errors import ConfigError, suggest
+        from mode.records.collection import COLLECTIONS
 
         if table is not None and "=" in table:
             overrides, table = [table, *(overrides or [])], None
         refuse_both({"--check": check, "--wandb": wandb, "--html": html})
         given = list(overrides or [])
-        names = [*list_members("table", conf), *SHEETS]
+        names = [*list_members("table", conf), *COLLECTIONS]
         if table is not None and table not in names:
-            raise ConfigError(f"table {table}: not one of {', '.join(names)}{nearest(table, names)}")
+            raise ConfigError(f"table {table}: not one of {', '.join(names)}{suggest(table, names)}")
         results = results_folder(given, conf)
         if check:
             chosen = results if any(text.startswith("paths.results=") for text in given) else PUBLISHED
             check_published(chosen, [table] if table else names, conf)
             return
-        folder = table if table in SHEETS else "records"
+        folder = table if table in COLLECTIONS else "records"
         published = not any((results / folder).glob("*.json")) and any((PUBLISHED / folder).glob("*.json"))
         if published:
             print(f"no records in {results}; these are the published ones", file=sys.stderr)
@@ -91,11 +91,11 @@ def publish_tables(rendered: Sequence[Rendered], results: Path, given: Sequence[
     from mode.config.check import replace_settings
     from mode.config.compose import compose
     from mode.core.errors import ConfigError
-    from mode.records.collection import SHEETS
+    from mode.records.collection import COLLECTIONS
     from mode.report.wandb import publish
 
     run = compose(given, conf)
-    tables = [item for item in rendered if item[0] not in SHEETS]
+    tables = [item for item in rendered if item[0] not in COLLECTIONS]
     if run.track.mode == "none" or not tables:
         raise ConfigError("--wandb with track=none logs nowhere" if tables else "--wandb: no table to log")
     run_id = publish(tables, replace_settings(run, paths=replace_settings(run.paths, results=str(results))), conf)
@@ -106,12 +106,12 @@ def publish_tables(rendered: Sequence[Rendered], results: Path, given: Sequence[
 def check_published(results: Path, names: Sequence[str], conf: Path | None) -> None:
     """Compare the tables of a results folder with those that follow from its records."""
     from mode.core.errors import ConfigError
-    from mode.records.collection import SHEETS, find_sheet
+    from mode.records.collection import COLLECTIONS, find_collection
     from mode.report.render import check_tables
 
-    tables = [name for name in names if name not in SHEETS]
+    tables = [name for name in names if name not in COLLECTIONS]
     stale = check_tables(results, tables, conf) if tables else []
-    stale += [path for name in names if name in SHEETS for path in find_sheet(name).stale(results)]
+    stale += [path for name in names if name in COLLECTIONS for path in find_collection(name).stale(results)]
     if stale:
         raise ConfigError(f"{stale[0]} does not follow from the records beside it: `mode report` makes it anew")
     print(f"every table in {results} follows from its records")
@@ -122,7 +122,7 @@ def render_tables(
 ) -> list[Rendered]:
     """Render every table that there are records for, and each under the experiments and budgets that it knows."""
     from mode.core.errors import NothingError
-    from mode.records.collection import SHEETS, find_sheet
+    from mode.records.collection import COLLECTIONS, find_collection
     from mode.report.render import report as render_report
 
     rendered: list[Rendered] = []
@@ -130,8 +130,8 @@ def render_tables(
         variants = known_variants(name, given, conf)
         for each in variants:
             try:
-                if name in SHEETS:
-                    text, path = find_sheet(name).report(results, write=write)
+                if name in COLLECTIONS:
+                    text, path = find_collection(name).report(results, write=write)
                 else:
                     text, path = render_report(name, results, each, conf, write=write)
             except NothingError:
@@ -149,10 +149,10 @@ def render_tables(
 
 def known_variants(table: str, given: Sequence[str], conf: Path | None) -> list[list[str]]:
     """Return the overrides to render a table under: those given alone if they choose, else each that it knows."""
-    from mode.records.collection import SHEETS
+    from mode.records.collection import COLLECTIONS
     from mode.tables.table import load_table
 
-    if table in SHEETS or any(text.startswith(("experiment=", "budget=")) for text in given):
+    if table in COLLECTIONS or any(text.startswith(("experiment=", "budget=")) for text in given):
         return [list(given)]
     return [[*variant, *given] for variant in load_table(table, conf).variants]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import ConfOption, Overrides, complete, take_list, told
+from cli.options import ConfOption, Overrides, complete, reporting_errors, take_list
 from cli.report import results_folder
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def reproduce(
 
     Example: mode reproduce table1 seeds=[0,1,2]
     """
-    with told():
+    with reporting_errors():
         from cli.progress import make_display
         from mode.launch.schedule import run_all, table_runs
 
@@ -47,12 +47,12 @@ def reproduce(
 
 def started_by(name: str, runs: Sequence[Run], conf: Path | None) -> tuple[Start | None, int]:
     """Return what starts a run, None for a process of this machine, and how often one that dies is started again."""
-    from mode.launch.launchers import read, starter
+    from mode.launch.launchers import make_starter, read_launcher
 
-    launcher = read(name, conf)
+    launcher = read_launcher(name, conf)
     if launcher.kind == "local":
         return None, launcher.retries
-    return starter(launcher, Path(runs[0].paths.runs).expanduser() / "jobs"), launcher.retries
+    return make_starter(launcher, Path(runs[0].paths.runs).expanduser() / "jobs"), launcher.retries
 
 
 def finish(table: str, overrides: Sequence[str], conf: Path | None, outcome: Outcome) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import ConfOption, DomainOption, Overrides, complete, show_config, told, with_domains
+from cli.options import ConfOption, DomainOption, Overrides, complete, reporting_errors, show_config, with_domains
 
 if TYPE_CHECKING:
     from mode.runs.forecast import Forecast
@@ -30,7 +30,7 @@ def listing(group: str, conf: Path | None, describe: str | None = None) -> None:
 @app.command("methods")
 def methods(conf: ConfOption = None) -> None:
     """List the methods with the settings of each."""
-    with told():
+    with reporting_errors():
         from mode.config.check import flatten
         from mode.config.compose import compose
         from mode.config.groups import list_members
@@ -51,28 +51,28 @@ def methods(conf: ConfOption = None) -> None:
 @app.command("domains")
 def domains(conf: ConfOption = None) -> None:
     """List the domains."""
-    with told():
+    with reporting_errors():
         listing("domain", conf, "description")
 
 
 @app.command("backbones")
 def backbones(conf: ConfOption = None) -> None:
     """List the backbones."""
-    with told():
+    with reporting_errors():
         listing("backbone", conf, "path")
 
 
 @app.command("tables")
 def tables(conf: ConfOption = None) -> None:
     """List the tables that `mode reproduce` can make."""
-    with told():
+    with reporting_errors():
         listing("table", conf, "title")
 
 
 @app.command("runs")
 def runs(overrides: Overrides = None, conf: ConfOption = None) -> None:
     """List the finished runs, from their records, and those that can be resumed."""
-    with told():
+    with reporting_errors():
         from mode.config.compose import compose
         from mode.records.record import read_records
 
@@ -101,17 +101,17 @@ def budget(
 
     Example: mode show budget table1 budget=compute
     """
-    with told():
+    with reporting_errors():
         from mode.config.compose import compose
-        from mode.core.device import matrix_rate, set_up
-        from mode.launch.schedule import forecasts
+        from mode.core.device import measure_matrix_rate, set_up
+        from mode.launch.schedule import forecast_table
 
         if "=" in table:
             table, overrides = "table1", [table, *(overrides or [])]
         given = list(overrides or [])
-        rows = forecasts(table, given, conf)
+        rows = forecast_table(table, given, conf)
         train = compose(given, conf).train
-        rate = matrix_rate(set_up(train.threads, train.device))
+        rate = measure_matrix_rate(set_up(train.threads, train.device))
         heads = ("steps", "tokens M", "TFLOPs", "trained M", "added M", "active M", "minutes", "GB")
         width = max(map(len, rows)) + 1
         print(f"{'row':<{width}}" + "".join(f"{head:>11}" for head in heads))
@@ -149,7 +149,7 @@ def resumable(folder: Path) -> Sequence[str]:
 @app.command("config")
 def config_command(overrides: Overrides = None, domain: DomainOption = None, conf: ConfOption = None) -> None:
     """Print the resolved configuration that settings lead to."""
-    with told():
+    with reporting_errors():
         from mode.config.compose import compose
 
         show_config(compose(with_domains(overrides or [], domain), conf))

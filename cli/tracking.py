@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cli.options import ConfOption, Overrides, told
+from cli.options import ConfOption, Overrides, reporting_errors
 
 
 def sync(overrides: Overrides = None, conf: ConfOption = None) -> None:
@@ -12,13 +12,13 @@ def sync(overrides: Overrides = None, conf: ConfOption = None) -> None:
 
     Example: mode sync paths.runs=runs
     """
-    with told():
+    with reporting_errors():
         from mode.config.compose import compose
+        from mode.runs.tracking import list_unsynced
         from mode.runs.tracking import sync as push
-        from mode.runs.tracking import unsynced
 
         runs = Path(compose(overrides or [], conf).paths.runs).expanduser()
-        logs = unsynced(runs)
+        logs = list_unsynced(runs)
         if not logs:
             print(f"nothing to push: no offline run in {runs} that was not pushed before")
             return

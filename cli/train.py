@@ -17,9 +17,9 @@ from cli.options import (
     PrintOption,
     SweepOption,
     complete,
+    reporting_errors,
     runs_folder,
     show_config,
-    told,
     with_domains,
     with_fixed,
     with_method,
@@ -47,7 +47,7 @@ def expert(
 
     Example: mode train expert --domain code train.steps=300
     """
-    with told():
+    with reporting_errors():
         given = with_domains(overrides or [], domain)
         given = with_method(given, "mode", "mode train expert", conf, variants=True)
         given = with_fixed(given, {"method.start": "fresh", "method.num_experts": "1"}, "mode train expert")
@@ -68,7 +68,7 @@ def baseline(
 
     Example: mode train baseline lora --domain code,math method.rank=8
     """
-    with told():
+    with reporting_errors():
         given = with_method(with_domains(overrides or [], domain), method, f"mode train baseline {method}", conf)
         launch(given, again=again, sweep=sweep, print_config=print_config, conf=conf)
 
@@ -84,7 +84,7 @@ def backbone(
 
     The weights end in runs/ID/backbone; use them with backbone.path=runs/ID/backbone.
     """
-    with told():
+    with reporting_errors():
         given = list(overrides or [])
         if not any(text.startswith("experiment=") for text in given):
             given = ["experiment=pretrain_tiny", *given]
@@ -114,7 +114,7 @@ def compose(
 
     Example: mode compose code math; mode compose code ~/experts/law
     """
-    with told():
+    with reporting_errors():
         from mode.core.errors import ConfigError
 
         names = [text for text in domains or [] if "=" not in text]
@@ -139,12 +139,12 @@ def with_experts(names: Sequence[str], overrides: Sequence[str], conf: Path | No
     known = list_members("domain", conf)
     if all(name in known for name in names):
         return list(names), list(overrides)
-    from mode.artefacts.find import expert_folder
-    from mode.modular.artefact import describe
+    from mode.artefacts.find import find_expert_folder
+    from mode.modular.artefact import read_descriptions
 
     runs = runs_folder(overrides, conf)
-    folders = {name: expert_folder(name, runs, known) for name in names if name not in known}
-    domains = [domain for name in names for domain in (describe(folders[name]) if name in folders else [name])]
+    folders = {name: find_expert_folder(name, runs, known) for name in names if name not in known}
+    domains = [domain for name in names for domain in (read_descriptions(folders[name]) if name in folders else [name])]
     given = ", ".join(quote(str(folder)) for folder in folders.values())
     return domains, [*overrides, f"method.experts=[{given}]"]
 
@@ -178,7 +178,7 @@ def launch(
             show_config(run)
         return
     if sweep:
-        if processes.size() > 1:
+        if processes.world_size() > 1:
             raise ConfigError("--sweep is one run after the other; it does not go with several processes")
         if again:
             raise ConfigError("--again trains one run anew; it does not go with --sweep")
@@ -191,13 +191,13 @@ def execute_all(runs: Sequence[Run]) -> None:
     """Execute several runs in order, one process each, going on after a failure, and print a summary."""
     from cli.progress import make_display
     from mode.launch.schedule import run_all
-    from mode.runs.prepare import finished, prepare_run
+    from mode.runs.prepare import find_finished, prepare_run
 
     with make_display() as display:
         outcome = run_all(runs, jobs=1, display=display)
     for run in runs:
         prepared = prepare_run(run)
-        record = finished(prepared)
+        record = find_finished(prepared)
         if record is not None:
             print(f"run {record.id}: lr {run.lr:g}, seed {run.seed}; {prepared.folder}")
             print_scores(record)
@@ -210,12 +210,12 @@ def execute_all(runs: Sequence[Run]) -> None:
 def execute(run: Run, *, again: bool) -> None:
     """Execute one run with a progress display and print its scores."""
     from cli.progress import make_display
-    from mode.launch.schedule import describe
+    from mode.launch.schedule import name_run
     from mode.runs.execute import execute as execute_run
-    from mode.runs.prepare import finished, has_weights, prepare_run
+    from mode.runs.prepare import find_finished, has_weights, prepare_run
 
     prepared = prepare_run(run)
-    record = finished(prepared)
+    record = find_finished(prepared)
     trains = prepared.method.steps(run) > 0
     if record is not None and not again and (has_weights(prepared) or not trains):
         where = f"; weights in {prepared.folder}" if trains else ""
@@ -230,7 +230,7 @@ def execute(run: Run, *, again: bool) -> None:
                 if shown:
                     display.end(shown[-1], None)
                 shown.append(stage.id)
-                display.start(stage.id, describe(stage.run), stage.method.steps(stage.run))
+                display.start(stage.id, name_run(stage.run), stage.method.steps(stage.run))
             display.point(stage.id, point)
 
         record = execute_run(run, again=again, weights=trains, observe=observe)

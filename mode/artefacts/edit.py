@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mode.artefacts.find import Recalled, branches
-from mode.core.errors import ConfigError, nearest
-from mode.modular.artefact import check_fits, load_experts, made_for
-from mode.modular.experts import expert_state
+from mode.artefacts.find import FoundModel, list_branches
+from mode.core.errors import ConfigError, suggest
+from mode.modular.artefact import check_fits, describe_fit, load_experts
+from mode.modular.experts import extract_expert_state
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,82 +18,82 @@ if TYPE_CHECKING:
     from mode.evaluation.next_token import Score
 
 
-def experts_of(recalled: Recalled) -> tuple[str, ...]:
+def list_experts(recalled: FoundModel) -> tuple[str, ...]:
     """Return the names of a modular model's experts.
 
     Raises:
         ConfigError: The model has no experts.
     """
-    names = branches(recalled)[1:]
+    names = list_branches(recalled)[1:]
     if not names:
         raise ConfigError("this model has no experts; that is for MoDE models")
     return names
 
 
-def states(recalled: Recalled) -> dict[str, dict[str, Tensor]]:
+def extract_states(recalled: FoundModel) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of every expert of a modular model, by name.
 
     Raises:
         ConfigError: The model has no experts.
     """
-    return {name: expert_state(recalled.model, index) for index, name in enumerate(experts_of(recalled))}
+    return {name: extract_expert_state(recalled.model, index) for index, name in enumerate(list_experts(recalled))}
 
 
-def only(recalled: Recalled, names: Sequence[str]) -> PreTrainedModel:
+def keep_experts(recalled: FoundModel, names: Sequence[str]) -> PreTrainedModel:
     """Return a modular model with some of its experts alone; consumes the one given.
 
     Raises:
         ConfigError: It has no such expert, or none would be left.
     """
-    from mode.modular.edit import with_experts
+    from mode.modular.edit import replace_experts
 
-    found = states(recalled)
+    found = extract_states(recalled)
     check_known(names, found)
     if not names:
         raise ConfigError("without experts the bare backbone is left")
     model: Any = recalled.model
-    return with_experts(model, {name: found[name] for name in names})
+    return replace_experts(model, {name: found[name] for name in names})
 
 
-def without(recalled: Recalled, name: str) -> PreTrainedModel:
+def remove_expert(recalled: FoundModel, name: str) -> PreTrainedModel:
     """Return a modular model with one expert less; consumes the one given.
 
     Raises:
         ConfigError: It has no such expert, or none would be left.
     """
-    names = experts_of(recalled)
+    names = list_experts(recalled)
     check_known([name], names)
-    return only(recalled, [other for other in names if other != name])
+    return keep_experts(recalled, [other for other in names if other != name])
 
 
 def check_known(names: Sequence[str], found: Collection[str]) -> None:
     """Refuse a name that no expert has."""
     for name in names:
         if name not in found:
-            raise ConfigError(f"{name}: not one of the experts {', '.join(found)}{nearest(name, found)}")
+            raise ConfigError(f"{name}: not one of the experts {', '.join(found)}{suggest(name, found)}")
 
 
-def joined(recalled: Recalled, folder: Path) -> PreTrainedModel:
+def join_experts(recalled: FoundModel, folder: Path) -> PreTrainedModel:
     """Return a modular model with the experts of a folder beside its own; consumes the one given.
 
     Raises:
         ConfigError: An expert is damaged, made for another backbone or other blocks, or its name is taken.
     """
-    from mode.modular.edit import with_experts
+    from mode.modular.edit import replace_experts
 
-    found, model = states(recalled), recalled.model
+    found, model = extract_states(recalled), recalled.model
     config: Any = model.config
     wanted = {
         "backbone": config.backbone.get("name"),
         "backbone_fingerprint": config.backbone.get("fingerprint"),
-        **made_for(config, config.gates),
+        **describe_fit(config, config.gates),
     }
     for name, expert in load_experts(folder).items():
         check_fits(expert.about, wanted, folder)
         if name in found:
             raise ConfigError(f"{folder}: the model has an expert for {name} already; remove that first")
         found[name] = expert.tensors
-    return with_experts(model, found)
+    return replace_experts(model, found)
 
 
 def check_mergeable(model: PreTrainedModel) -> None:
@@ -116,7 +116,7 @@ def check_mergeable(model: PreTrainedModel) -> None:
         )
 
 
-def merged(model: Any, shares: Sequence[float]) -> PreTrainedModel:
+def merge_expert(model: Any, shares: Sequence[float]) -> PreTrainedModel:
     """Merge a modular model's only expert into its backbone: a decoder without gates; consumes the model.
 
     A layer becomes (1 - share) of the backbone's and share of the expert's weights. That is exact where a share is 0
@@ -129,17 +129,17 @@ def merged(model: Any, shares: Sequence[float]) -> PreTrainedModel:
     """
     import torch
 
-    from mode.modular.edit import backbone_of
+    from mode.modular.edit import extract_backbone
 
     with torch.no_grad():
         for block, share in zip(model.blocks, shares, strict=True):
             pairs = zip(block.backbone.parameters(), block.experts[0].parameters(), strict=True)
             for ours, theirs in pairs:
                 ours.lerp_(theirs, share)
-    return backbone_of(model)
+    return extract_backbone(model)
 
 
-def merge_measured(model: PreTrainedModel, recalled: Recalled) -> tuple[PreTrainedModel, Score, Score]:
+def merge_and_measure(model: PreTrainedModel, recalled: FoundModel) -> tuple[PreTrainedModel, Score, Score]:
     """Merge a model's only expert by its mean gates on its domain's validation split; consumes the model.
 
     Args:
@@ -152,19 +152,19 @@ def merge_measured(model: PreTrainedModel, recalled: Recalled) -> tuple[PreTrain
     Raises:
         ConfigError: The model cannot be merged, or nothing says what text its expert trained on.
     """
-    from mode.gating.meter import GateMeter, watched
-    from mode.runs.fit import score
+    from mode.gating.meter import GateMeter, watch_gates
+    from mode.runs.fit import score_domains
     from mode.runs.prepare import prepare_run
 
-    experts_of(recalled)
+    list_experts(recalled)
     check_mergeable(model)
     config: Any = model.config
     (name,) = config.experts
     if recalled.run is None or name not in recalled.run.domains:
         raise ConfigError(f"merging measures the gates on the text of {name}: name the run that trained on it")
     prepared = prepare_run(recalled.run)
-    with watched(model) as latest:
+    with watch_gates(model) as latest:
         meter = GateMeter(latest)
-        before = score(prepared, model, "validation", (name,), probe=meter)[name]
-    plain = merged(model, [means[1] for means in meter.result()[name]["mean"]])
-    return plain, before, score(prepared, plain, "validation", (name,))[name]
+        before = score_domains(prepared, model, "validation", (name,), probe=meter)[name]
+    plain = merge_expert(model, [means[1] for means in meter.result()[name]["mean"]])
+    return plain, before, score_domains(prepared, plain, "validation", (name,))[name]

@@ -13,7 +13,7 @@ from mode.backbone.tokenizer import BackboneTokenizer, load_tokenizer
 from mode.config.backbone import Backbone
 from mode.config.check import from_yaml, replace_settings
 from mode.config.run import Run
-from mode.core.errors import ConfigError, nearest
+from mode.core.errors import ConfigError, suggest
 from mode.core.files import SETTINGS
 from mode.modular.artefact import ABOUT
 from mode.runs.execute import restore
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Recalled:
+class FoundModel:
     """A model at hand.
 
     Attributes:
@@ -40,7 +40,7 @@ class Recalled:
     run: Run | None
 
 
-def recall_run(name: str, runs: Path) -> Run:
+def find_run(name: str, runs: Path) -> Run:
     """Return the configuration of a run in a folder of runs, by its id or the start of it.
 
     Raises:
@@ -50,7 +50,7 @@ def recall_run(name: str, runs: Path) -> Run:
     found = [run_id for run_id in known if run_id.startswith(name)]
     if len(found) != 1:
         what = "no run of that id" if not found else f"{len(found)} runs begin with it"
-        raise ConfigError(f"{name}: {what} in {runs}{nearest(name, known)}")
+        raise ConfigError(f"{name}: {what} in {runs}{suggest(name, known)}")
     run: Run = from_yaml(known[found[0]].read_text("utf-8"))
     return replace_settings(run, paths=replace_settings(run.paths, runs=str(runs)))  # type: ignore[no-any-return]
 
@@ -81,7 +81,7 @@ def load_folder(folder: Path) -> PreTrainedModel:
     return model
 
 
-def recall(name: str, runs: Path) -> Recalled:
+def find_model(name: str, runs: Path) -> FoundModel:
     """Load a run's model by the run's id, or a saved model by its folder.
 
     Raises:
@@ -89,16 +89,18 @@ def recall(name: str, runs: Path) -> Recalled:
     """
     folder = Path(name).expanduser()
     if (folder / "config.json").exists():
-        return Recalled(load_folder(folder), load_tokenizer(Backbone(name=folder.name, path=str(folder))), folder, None)
+        return FoundModel(
+            load_folder(folder), load_tokenizer(Backbone(name=folder.name, path=str(folder))), folder, None
+        )
     if folder.is_dir() and name not in {path.name for path in runs.glob("*")}:
         raise ConfigError(f"{name}: a folder without a config.json, so not a model")
-    run = recall_run(name, runs)
+    run = find_run(name, runs)
     prepared = prepare_run(run)
     model = prepared.method.plain(restore(prepared))
-    return Recalled(model.eval(), load_tokenizer(run.backbone), locate(run.backbone), run)
+    return FoundModel(model.eval(), load_tokenizer(run.backbone), locate(run.backbone), run)
 
 
-def expert_folder(name: str, runs: Path, domains: Collection[str]) -> Path:
+def find_expert_folder(name: str, runs: Path, domains: Collection[str]) -> Path:
     """Return the folder of experts: one expert's, a saved model's, its run's, or by its run's id or the start of it.
 
     Args:
@@ -119,11 +121,11 @@ def expert_folder(name: str, runs: Path, domains: Collection[str]) -> Path:
     if found:
         raise ConfigError(f"{name}: {len(found)} runs begin with it")
     raise ConfigError(
-        f"{name}: neither a domain, nor a run in {runs}, nor a folder with an expert{nearest(name, domains)}"
+        f"{name}: neither a domain, nor a run in {runs}, nor a folder with an expert{suggest(name, domains)}"
     )
 
 
-def branches(recalled: Recalled) -> tuple[str, ...]:
+def list_branches(recalled: FoundModel) -> tuple[str, ...]:
     """Return the names of a modular model's branches, the backbone's first; none for another model."""
     experts = getattr(recalled.model.config, "experts", None)
     return ("backbone", *experts) if experts else ()

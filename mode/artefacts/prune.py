@@ -22,18 +22,18 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from mode.core.device import device_name, set_up
+from mode.core.device import describe_device, set_up
 from mode.core.errors import ConfigError
 from mode.gating.gate import Gate
-from mode.gating.meter import GateMeter, gates_of, watched
+from mode.gating.meter import GateMeter, find_gates, watch_gates
 from mode.ops.quantize import quantize_frozen
 from mode.records import command
-from mode.records.collection import Sheet
+from mode.records.collection import Collection
 from mode.records.measurement import Measurement
-from mode.records.provenance import surroundings
+from mode.records.provenance import describe_environment
 from mode.runs.execute import build, restore
-from mode.runs.fit import score
-from mode.runs.prepare import Prepared, finished, prepare_run
+from mode.runs.fit import score_domains
+from mode.runs.prepare import Prepared, find_finished, prepare_run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
 SCHEMA = 1
 
 
-def usage(prepared: Prepared, model: nn.Module) -> dict[str, Tensor]:
+def measure_usage(prepared: Prepared, model: nn.Module) -> dict[str, Tensor]:
     """Return the weight of every branch on validation text, summed over the targets' means, by the path of its gate."""
-    names = list(gates_of(model))
-    with watched(model) as latest:
+    names = list(find_gates(model))
+    with watch_gates(model) as latest:
         meter = GateMeter(latest)
-        score(prepared, model, "validation", prepared.run.targets, probe=meter)
+        score_domains(prepared, model, "validation", prepared.run.targets, probe=meter)
     totals: dict[str, Tensor] = {}
     for told in meter.result().values():
         for name, mean in zip(names, told["mean"], strict=True):
@@ -70,7 +70,7 @@ INTRODUCTION = (
 
 
 @dataclass(frozen=True)
-class Pruned(Measurement):
+class PruningResult(Measurement):
     """What is left of a run without some of its experts.
 
     `asked` has the run, what of its method is not as configured, orders, ratios and split, `happened` the cases (order,
@@ -90,7 +90,7 @@ def prune(
     results: Path,
     done: Callable[[str], None],
     extra: Path | None = None,
-) -> tuple[Pruned, Path]:
+) -> tuple[PruningResult, Path]:
     """Prune a finished run by every order and ratio, score what is left, and write what was measured, atomically.
 
     Args:
@@ -105,43 +105,45 @@ def prune(
         ConfigError: The run is not finished or has no experts that a router weighs, or its weights are not here.
     """
     prepared = prepare_run(run)
-    record = finished(prepared)
+    record = find_finished(prepared)
     if record is None:
         raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
     folder = results / SHEET.name
     folder.mkdir(parents=True, exist_ok=True)  # now, so that a place where nothing can be written costs no time
     device = set_up(run.train.threads, run.train.device)
     seen = {"data": prepared.fingerprints, "backbone": prepared.backbone}
-    seen |= surroundings(device_name(device), run.train.threads)
+    seen |= describe_environment(describe_device(device), run.train.threads)
     model = restore(prepared).eval()
     quantize_frozen(model, run.train.frozen_weights)
     model = model.to(device)
-    gates = weighing(model)
+    gates = find_weighing(model)
     if not gates:
         raise ConfigError(f"run {prepared.id}: {type(run.method).__name__} has no experts that a router weighs")
-    variant = variant_of(record, extra)
-    cases = [case(prepared, model, "", 0.0, {})]
+    variant = describe_variant(record, extra)
+    cases = [score_case(prepared, model, "", 0.0, {})]
     for order in orders:
-        needs = needed(order, prepared, model)
+        needs = rank_experts(order, prepared, model)
         for ratio in ratios:
-            cases.append(case(prepared, model, order, ratio, {name: least(needs[name], ratio) for name in gates}))
+            cases.append(
+                score_case(prepared, model, order, ratio, {name: choose_least(needs[name], ratio) for name in gates})
+            )
             done(f"{order}, {ratio:g} pruned")
-    asked = asked_of(record, run, ratios, orders)
+    asked = describe_pruning(record, run, ratios, orders)
     identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
     asked["variant"] = variant  # a name for people: no part of the identity
-    found = Pruned(SCHEMA, identity, asked, {"cases": cases}, seen)
+    found = PruningResult(SCHEMA, identity, asked, {"cases": cases}, seen)
     return found, found.write(folder)
 
 
-def variant_of(record: Record, extra: Path | None) -> str:
+def describe_variant(record: Record, extra: Path | None) -> str:
     """Return what of a record's method is not as configured; nothing where no method of its class is configured."""
     try:
-        return command.variant(record, extra)
+        return command.write_variant(record, extra)
     except ConfigError:
         return ""
 
 
-def asked_of(record: Record, run: Run, ratios: Sequence[float], orders: Sequence[str]) -> dict[str, Any]:
+def describe_pruning(record: Record, run: Run, ratios: Sequence[float], orders: Sequence[str]) -> dict[str, Any]:
     """Return what identifies a measurement."""
     return {
         "run": record.id,
@@ -154,51 +156,54 @@ def asked_of(record: Record, run: Run, ratios: Sequence[float], orders: Sequence
     }
 
 
-def weighing(model: nn.Module) -> dict[str, nn.Module]:
+def find_weighing(model: nn.Module) -> dict[str, nn.Module]:
     """Return the gates and routers of a model that have a row of weights for every expert, by their paths."""
-    return {name: gate for name, gate in gates_of(model).items() if isinstance(getattr(gate, "weight", None), Tensor)}
+    return {name: gate for name, gate in find_gates(model).items() if isinstance(getattr(gate, "weight", None), Tensor)}
 
 
-def needed(order: str, prepared: Prepared, model: nn.Module) -> dict[str, Tensor]:
+def rank_experts(order: str, prepared: Prepared, model: nn.Module) -> dict[str, Tensor]:
     """Return how much each expert is needed, by an order: for every gate (N,), more for those that stay longer."""
-    gates = weighing(model)
+    gates = find_weighing(model)
     if order == "random":
         random = torch.Generator().manual_seed(prepared.run.seed)
-        return {name: torch.rand(len(experts(gate, row_norms(gate))), generator=random) for name, gate in gates.items()}
+        return {
+            name: torch.rand(len(drop_backbone(gate, compute_row_norms(gate))), generator=random)
+            for name, gate in gates.items()
+        }
     if order == "usage":
-        used = usage(prepared, model)
-        return {name: experts(gate, used[name]) for name, gate in gates.items()}
-    norms = {name: experts(gate, row_norms(gate)) for name, gate in gates.items()}
+        used = measure_usage(prepared, model)
+        return {name: drop_backbone(gate, used[name]) for name, gate in gates.items()}
+    norms = {name: drop_backbone(gate, compute_row_norms(gate)) for name, gate in gates.items()}
     if order == "norm":
         return norms
     stages = [prepare_run(stage) for stage in prepared.method.needs(prepared.run)]
-    before = weighing(build(prepared, stages))
-    return {name: norms[name].cpu() - experts(gate, row_norms(gate)) for name, gate in before.items()}
+    before = find_weighing(build(prepared, stages))
+    return {name: norms[name].cpu() - drop_backbone(gate, compute_row_norms(gate)) for name, gate in before.items()}
 
 
-def row_norms(gate: nn.Module) -> Tensor:
+def compute_row_norms(gate: nn.Module) -> Tensor:
     """Return the norm of a gate's row of every branch."""
     weight: Any = gate.weight
     norms: Tensor = weight.detach().norm(dim=1)
     return norms
 
 
-def experts(gate: nn.Module, values: Tensor) -> Tensor:
+def drop_backbone(gate: nn.Module, values: Tensor) -> Tensor:
     """Return values of branches without that of the backbone, which is the first of a MoDE gate's."""
     return values[1:] if isinstance(gate, Gate) else values
 
 
-def least(needs: Tensor, ratio: float) -> list[int]:
+def choose_least(needs: Tensor, ratio: float) -> list[int]:
     """Return the experts that go: so large a share of them, rounded, those that are needed least.
 
-    >>> least(torch.tensor([0.3, -0.2, 0.9, 0.1]), 0.5)
+    >>> choose_least(torch.tensor([0.3, -0.2, 0.9, 0.1]), 0.5)
     [1, 3]
     """
     return [int(index) for index in needs.argsort(stable=True)[: round(ratio * len(needs))]]
 
 
 @contextmanager
-def without(model: nn.Module, gone: Mapping[str, Sequence[int]]) -> Iterator[None]:
+def mask_experts(model: nn.Module, gone: Mapping[str, Sequence[int]]) -> Iterator[None]:
     """Let a model do without some experts for a while; tokens that chose those alone have the backbone.
 
     Args:
@@ -220,7 +225,9 @@ def without(model: nn.Module, gone: Mapping[str, Sequence[int]]) -> Iterator[Non
 
         return masked
 
-    hooks = [gate.register_forward_hook(hook(gone[name])) for name, gate in weighing(model).items() if gone.get(name)]
+    hooks = [
+        gate.register_forward_hook(hook(gone[name])) for name, gate in find_weighing(model).items() if gone.get(name)
+    ]
     try:
         yield
     finally:
@@ -228,12 +235,12 @@ def without(model: nn.Module, gone: Mapping[str, Sequence[int]]) -> Iterator[Non
             each.remove()
 
 
-def case(
+def score_case(
     prepared: Prepared, model: nn.Module, order: str, ratio: float, gone: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
     """Score what is left without some experts."""
-    with without(model, gone):
-        scores = score(prepared, model, prepared.run.evaluate.split)
+    with mask_experts(model, gone):
+        scores = score_domains(prepared, model, prepared.run.evaluate.split)
     return {
         "order": order,
         "ratio": ratio,
@@ -244,7 +251,7 @@ def case(
     }
 
 
-def frame(found: Sequence[Pruned]) -> pd.DataFrame:
+def make_frame(found: Sequence[PruningResult]) -> pd.DataFrame:
     """Return measurements as a table of texts: a row for every run, order and share."""
     rows = [
         {
@@ -261,12 +268,12 @@ def frame(found: Sequence[Pruned]) -> pd.DataFrame:
     return pd.DataFrame(rows).fillna("–")
 
 
-def render(found: Sequence[Pruned]) -> dict[str, str]:
+def render_pruned(found: Sequence[PruningResult]) -> dict[str, str]:
     """Render measurements in Markdown and as CSV."""
-    table = frame(found)
+    table = make_frame(found)
     markdown = str(table.to_markdown(index=False, disable_numparse=True))
     return {"md": f"# Pruning\n\n{INTRODUCTION}\n\n{markdown}\n", "csv": str(table.to_csv(index=False))}
 
 
-SHEET = Sheet("pruning", "pruned run", Pruned, SCHEMA, "mode prune RUN", render)
+SHEET = Collection("pruning", "pruned run", PruningResult, SCHEMA, "mode prune RUN", render_pruned)
 """The folder of pruned runs in a folder of results, and their sheet beside it."""

@@ -58,7 +58,7 @@ def write_model(
             for path in place.glob(pattern):
                 shutil.copyfile(path, partial / path.name)
         model.save_pretrained(partial, **({"embed": embed} if modular else {}))
-        text = CARD.format(title=title, what=described(model, embed=embed), folder=folder.name)
+        text = CARD.format(title=title, what=describe_model(model, embed=embed), folder=folder.name)
         write_atomic(partial / "README.md", text.encode())
         if folder.exists():
             folder.rmdir()
@@ -88,7 +88,7 @@ def check_vacant(folder: Path) -> None:
         raise ConfigError(f"{folder}: no folder {folder.absolute().parent}")
 
 
-def described(model: Any, *, embed: bool) -> str:
+def describe_model(model: Any, *, embed: bool) -> str:
     """Say in a card what a model is."""
     if model.config.model_type != "mode":
         return f"A causal LM of the {model.config.model_type} family."

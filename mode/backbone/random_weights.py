@@ -13,7 +13,7 @@ from mode.core.errors import ConfigError
 from mode.core.files import make_folder
 
 
-def drawn(weights: RandomWeights) -> Path:
+def ensure_random_model(weights: RandomWeights) -> Path:
     """Return the folder of a model with random weights, drawing them on first use; it appears whole or not at all.
 
     Raises:
@@ -22,16 +22,16 @@ def drawn(weights: RandomWeights) -> Path:
     asked = json.dumps([weights.seed, weights.config], sort_keys=True)
     key = hashlib.sha256(asked.encode()).hexdigest()[:16]
     folder = Path(weights.cache).expanduser() / "backbones" / f"random-{key}"
-    make_folder(folder, "config.json", partial(draw, weights))
+    make_folder(folder, "config.json", partial(write_random_model, weights))
     return folder
 
 
-def draw(weights: RandomWeights, folder: Path) -> None:
+def write_random_model(weights: RandomWeights, folder: Path) -> None:
     """Write a freshly initialised model as safetensors in fp32."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = architecture(weights)
+    config = make_config(weights)
     try:
         torch.manual_seed(weights.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -41,7 +41,7 @@ def draw(weights: RandomWeights, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def architecture(weights: RandomWeights) -> Any:
+def make_config(weights: RandomWeights) -> Any:
     """Return the configuration that the weights are drawn for, without drawing them.
 
     Raises:

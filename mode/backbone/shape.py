@@ -8,8 +8,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mode.backbone.load import locate
-from mode.backbone.random_weights import architecture
-from mode.backbone.structure import stack
+from mode.backbone.random_weights import make_config
+from mode.backbone.structure import find_layer_stack
 from mode.config.backbone import Backbone
 from mode.core.errors import ConfigError
 
@@ -92,7 +92,7 @@ class Layer:
     @property
     def weights(self) -> int:
         """Weights of all its matrices, P."""
-        return size(self.matrices)
+        return count_weights(self.matrices)
 
     def attention(self, length: int, *, passes: bool = True) -> Flops:
         """Return what attention takes per token; `passes`: whether gradients go through it."""
@@ -110,7 +110,7 @@ class Layer:
         one = 2.0 * self.weights
         backward = one * (2 if trains else int(upstream))
         if trains and not upstream and not self.normed:
-            backward -= 2.0 * size(self.stages[0])
+            backward -= 2.0 * count_weights(self.stages[0])
         return Flops(one, backward) + self.attention(length, passes=trains or upstream)
 
     def flops_of_some(self, length: int, share: float, *, trains: bool, upstream: bool = True) -> Flops:
@@ -124,8 +124,8 @@ class Layer:
         """
         if share == 1.0 or not self.skips:
             return self.flops(length, trains=trains, upstream=upstream)
-        into = size(self.stages[0])
-        given = size({path: each for path, each in self.stages[0].items() if path.rpartition(".")[2] in GIVEN})
+        into = count_weights(self.stages[0])
+        given = count_weights({path: each for path, each in self.stages[0].items() if path.rpartition(".")[2] in GIVEN})
         rest = (
             self.weights - given
         )  # where keys and values come out of one matrix with queries, gradients go through it
@@ -160,16 +160,16 @@ class Shape:
         return Flops(one, one * (int(upstream) + int(trains)))
 
 
-def size(matrices: Matrices) -> int:
+def count_weights(matrices: Matrices) -> int:
     """Return the weights of matrices.
 
-    >>> size({"q_proj": (4, 4), "k_proj": (4, 2)})
+    >>> count_weights({"q_proj": (4, 4), "k_proj": (4, 2)})
     24
     """
     return sum(inputs * outputs for inputs, outputs in matrices.values())
 
 
-def layers_per_block(num_layers: int, num_blocks: int) -> int:
+def divide_layers(num_layers: int, num_blocks: int) -> int:
     """Return L / B.
 
     Raises:
@@ -183,7 +183,7 @@ def layers_per_block(num_layers: int, num_blocks: int) -> int:
 
 
 @cache
-def shape_of(backbone: Backbone) -> Shape:
+def read_shape(backbone: Backbone) -> Shape:
     """Return the shape of a backbone, from its configuration alone.
 
     Raises:
@@ -193,22 +193,22 @@ def shape_of(backbone: Backbone) -> Shape:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if backbone.random is not None:  # a plan of a large one draws no weights
-        settings = architecture(backbone.random)
+        settings = make_config(backbone.random)
     else:
         settings = AutoConfig.from_pretrained(locate(backbone), trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)
-    trunk, name = stack(model)
+    trunk, name = find_layer_stack(model)
     config = model.config.get_text_config()
     return Shape(
-        layers=tuple(layer_shape(layer, config) for layer in getattr(trunk, name)),
+        layers=tuple(read_layer_shape(layer, config) for layer in getattr(trunk, name)),
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
 
 
-def layer_shape(layer: nn.Module, config: Any) -> Layer:
+def read_layer_shape(layer: nn.Module, config: Any) -> Layer:
     """Return the shape of a decoder layer."""
     stages: tuple[dict[str, tuple[int, int]], ...] = ({}, {}, {}, {})
     for path, module in layer.named_modules():
@@ -233,10 +233,10 @@ def layer_shape(layer: nn.Module, config: Any) -> Layer:
     )
 
 
-def is_named(path: str, name: str) -> bool:
+def matches_name(path: str, name: str) -> bool:
     """Say whether a module goes by a name: its whole path, or the end of it.
 
-    >>> is_named("self_attn.q_proj", "q_proj"), is_named("self_attn.q_proj", "proj")
+    >>> matches_name("self_attn.q_proj", "q_proj"), matches_name("self_attn.q_proj", "proj")
     (True, False)
     """
     return path == name or path.endswith(f".{name}")

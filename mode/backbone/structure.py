@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def stack(model: PreTrainedModel) -> tuple[Any, str]:
+def find_layer_stack(model: PreTrainedModel) -> tuple[Any, str]:
     """Return the module that holds a decoder's layers, and the name it holds them by.
 
     Raises:
@@ -29,14 +29,14 @@ def stack(model: PreTrainedModel) -> tuple[Any, str]:
     return trunk, names[0]
 
 
-def decoder_layers(model: nn.Module) -> list[Any]:
+def find_decoder_layers(model: nn.Module) -> list[Any]:
     """Return a model's decoder layers, those of experts among them."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def frozen_matrices(layers: list[Any]) -> list[Tensor]:
+def find_frozen_matrices(layers: list[Any]) -> list[Tensor]:
     """Return the weights of the linear maps in decoder layers that are not trained, each once."""
     from torch import nn
 
@@ -44,7 +44,7 @@ def frozen_matrices(layers: list[Any]) -> list[Tensor]:
     return list(dict.fromkeys(each.weight for each in maps if not each.weight.requires_grad))
 
 
-def with_slots(config: Any, templates: Sequence[int]) -> Any:
+def resize_cache_slots(config: Any, templates: Sequence[int]) -> Any:
     """Return a copy of a decoder's configuration whose key-value cache has the slots of `slots`."""
     config = copy.deepcopy(config)
     kinds = getattr(config, "layer_types", None)

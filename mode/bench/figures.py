@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mode.bench.timing import ratio
+from mode.bench.timing import compute_ratio
 
 SCALE_SHADES = ("#0072b2", "#d55e00")
 """Of a step as it is, and of one whose gates leave branches out."""
@@ -38,7 +38,7 @@ def draw_scale(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
         for kind, shade in zip(dict.fromkeys(match[3] for match, _ in found), SCALE_SHADES, strict=False):
             mine = [(int(match[2]), case) for match, case in found if match[3] == kind]
             numbers = [number for number, _ in mine]
-            times = [ratio(case["seconds"], base["seconds"]) for _, case in mine]
+            times = [compute_ratio(case["seconds"], base["seconds"]) for _, case in mine]
             spread = [[one.median - one.low for one in times], [one.high - one.median for one in times]]
             panel.errorbar(
                 numbers,
@@ -96,8 +96,8 @@ def draw_layouts(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
         mine = sorted((tokens, job) for job, (own, tokens) in jobs.items() if own == width)
         tokens = [count for count, _ in mine]
         for layout, shade in zip(layouts, LAYOUT_SHADES, strict=False):
-            found = [ratio(seconds[job, first], seconds[job, layout]) for _, job in mine]
-            told = [ratio(seconds[job, first], seconds[job, layout + PLANNED]) for _, job in mine]
+            found = [compute_ratio(seconds[job, first], seconds[job, layout]) for _, job in mine]
+            told = [compute_ratio(seconds[job, first], seconds[job, layout + PLANNED]) for _, job in mine]
             middle = [one.median for one in found]
             spread = [[one.median - one.low for one in found], [one.high - one.median for one in found]]
             panel.errorbar(tokens, middle, spread, color=shade, marker="o", markersize=3, capsize=2, label=layout)

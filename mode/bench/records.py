@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mode.bench.figures import draw_layouts, draw_scale
-from mode.bench.timing import MACHINE, ratio
-from mode.records.collection import Sheet
+from mode.bench.timing import MACHINE, compute_ratio
+from mode.records.collection import Collection
 from mode.records.measurement import Measurement
 
 SCHEMA = 1
@@ -54,12 +54,12 @@ class Benchmark(Measurement):
         return f"{self.asked['suite']}-{self.asked['backbone']}-{self.id}.json"
 
 
-def render(benchmarks: Sequence[Benchmark]) -> dict[str, str]:
+def render_benchmarks(benchmarks: Sequence[Benchmark]) -> dict[str, str]:
     """Render benchmarks in Markdown."""
-    return {"md": "\n".join(["# Benchmarks", "", INTRODUCTION, *(f"\n{section(each)}" for each in benchmarks)])}
+    return {"md": "\n".join(["# Benchmarks", "", INTRODUCTION, *(f"\n{render_section(each)}" for each in benchmarks)])}
 
 
-def draw(benchmarks: Sequence[Benchmark], folder: Path) -> None:
+def draw_figures(benchmarks: Sequence[Benchmark], folder: Path) -> None:
     """Draw the figure of every benchmark whose suite has one."""
     for each in benchmarks:
         if each.asked["suite"] in FIGURES:
@@ -67,17 +67,17 @@ def draw(benchmarks: Sequence[Benchmark], folder: Path) -> None:
             FIGURES[each.asked["suite"]](each.happened["cases"], path)
 
 
-SHEET = Sheet("bench", "benchmark", Benchmark, SCHEMA, "mode bench branches", render, draw)
+SHEET = Collection("bench", "benchmark", Benchmark, SCHEMA, "mode bench branches", render_benchmarks, draw_figures)
 """The folder of benchmarks in a folder of results, and their table beside it."""
 
 
-def section(benchmark: Benchmark) -> str:
+def render_section(benchmark: Benchmark) -> str:
     """Render one benchmark."""
-    heads, *rows = cells(benchmark)
+    heads, *rows = make_cells(benchmark)
     lines = [
         f"## {benchmark.title}",
         "",
-        conditions(benchmark),
+        describe_conditions(benchmark),
         "",
         f"| {' | '.join(heads)} |",
         "|:----|:--------|-------:|------:|----------:|" + (len(heads) - len(HEADS)) * "------:|",
@@ -86,16 +86,16 @@ def section(benchmark: Benchmark) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cells(benchmark: Benchmark) -> list[tuple[str, ...]]:
+def make_cells(benchmark: Benchmark) -> list[tuple[str, ...]]:
     """Return a benchmark's table as texts, its heads first; without columns of usage where nothing was counted."""
     found = benchmark.happened["cases"]
-    timed = [(*row(case, found), *usage(case, found)) for case in found]
-    weighed = [(*each, *[""] * (1 + len(USAGE))) for each in sizes(benchmark)]
+    timed = [(*format_case(case, found), *format_usage(case, found)) for case in found]
+    weighed = [(*each, *[""] * (1 + len(USAGE))) for each in format_sizes(benchmark)]
     counted = any("flops" in case or "peak" in case for case in found)
     return [each if counted else each[: len(HEADS)] for each in (HEADS + USAGE, *timed, *weighed)]
 
 
-def conditions(benchmark: Benchmark) -> str:
+def describe_conditions(benchmark: Benchmark) -> str:
     """Say what was measured, on what, and when."""
     asked, seen = benchmark.asked, benchmark.provenance
     machine = seen["machine"]
@@ -108,14 +108,14 @@ def conditions(benchmark: Benchmark) -> str:
     )
 
 
-def sizes(benchmark: Benchmark) -> list[tuple[str, ...]]:
+def format_sizes(benchmark: Benchmark) -> list[tuple[str, ...]]:
     """Return `size`, variant, megabytes and ratio of everything weighed, as texts."""
     found = benchmark.happened["bytes"]
     first = next(iter(found.values()), 0)
     return [("size", name, f"{size / 1e6:.2f} MB", f"{size / first:.3f}") for name, size in found.items()]
 
 
-def row(case: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+def format_case(case: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """Render one case beside the first of its job: job, variant, median, ratio and quartiles."""
     median = statistics.median(case["seconds"])
     if case["job"] == MACHINE:
@@ -124,17 +124,17 @@ def row(case: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> tuple[st
     base = next(other for other in cases if other["job"] == case["job"])
     shown = f"{case['tokens'] / median:,.1f} tokens/s" if case["tokens"] else f"{1000 * median:,.1f} ms"
     first, second = (base, case) if case["tokens"] else (case, base)
-    paired = ratio(first["seconds"], second["seconds"])
+    paired = compute_ratio(first["seconds"], second["seconds"])
     spread = "" if base is case else f"{paired.low:.3f} – {paired.high:.3f}"
     return case["job"], case["variant"], shown, f"{paired.median:.3f}", spread
 
 
-def usage(case: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+def format_usage(case: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """Render what a case takes: operations, the share of the machine's rate at them, and peak memory."""
     peak = f"{case['peak'] / 1e6:,.1f}" if "peak" in case else ""
     if "flops" not in case or case["job"] == MACHINE:
         return "", "", peak
     after = cases[cases.index(case) :]  # a group's own limits are the last of its cases
     limit = next(other for other in after if other["job"] == MACHINE and other.get("precision") == case["precision"])
-    rate = ratio(limit["seconds"], case["seconds"]).median / (limit["flops"] / case["flops"])
+    rate = compute_ratio(limit["seconds"], case["seconds"]).median / (limit["flops"] / case["flops"])
     return f"{case['flops'] / 1e9:,.1f}", f"{100 * rate:.0f} %", peak

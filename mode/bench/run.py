@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from mode.backbone.load import weights_fingerprint
-from mode.backbone.shape import shape_of
+from mode.backbone.load import fingerprint_weights
+from mode.backbone.shape import read_shape
 from mode.bench.records import SCHEMA, SHEET, Benchmark
 from mode.bench.suites.data import batches
 from mode.bench.suites.evaluation import evaluation
@@ -26,14 +26,14 @@ from mode.bench.suites.scale import scale
 from mode.bench.suites.sharding import sharding
 from mode.bench.suites.startup import startup
 from mode.bench.suites.step import PLAIN, steps
-from mode.bench.timing import Case, interleave, limits
+from mode.bench.timing import Case, interleave, time_limits
 from mode.config.check import replace_settings
 from mode.config.run import Run
-from mode.core.device import allocated, device_name, set_up
-from mode.core.errors import ConfigError, nearest
+from mode.core.device import describe_device, measure_allocated, set_up
+from mode.core.errors import ConfigError, suggest
 from mode.methods.mode import MoDE
-from mode.records.provenance import surroundings
-from mode.train.precision import resolved
+from mode.records.provenance import describe_environment
+from mode.train.precision import resolve_precision
 
 Cases = list[Case] | Iterator[list[Case]]
 """What a suite times: all in turn, or group by group."""
@@ -73,7 +73,7 @@ NOT_ASKED = {
 """Settings of the loop that no suite measures, and why."""
 
 
-def measure(
+def run_suite(
     name: str, run: Run, rounds: int, done: Callable[[int], None] = lambda number: None
 ) -> tuple[Benchmark, Path]:
     """Run a suite and write what it measured into the run's folder of results, atomically.
@@ -91,7 +91,7 @@ def measure(
         ConfigError: There is no such suite, or the settings do not fit it.
     """
     if name not in SUITES:
-        raise ConfigError(f"{name}: not one of the suites {', '.join(SUITES)}{nearest(name, SUITES)}")
+        raise ConfigError(f"{name}: not one of the suites {', '.join(SUITES)}{suggest(name, SUITES)}")
     method = run.method
     if not isinstance(method, MoDE):
         raise ConfigError("a benchmark measures a model with experts: it goes with method=mode")
@@ -102,17 +102,17 @@ def measure(
     results = Path(run.paths.results).expanduser() / SHEET.name
     results.mkdir(parents=True, exist_ok=True)  # now, so that a place where nothing can be written costs no time
     device = set_up(run.train.threads, run.train.device)
-    precision = resolved(run.train.precision, device, shape_of(run.backbone).hidden)
+    precision = resolve_precision(run.train.precision, device, read_shape(run.backbone).hidden)
     run = replace_settings(run, train=replace_settings(run.train, precision=precision))
-    seen = surroundings(device_name(device), run.train.threads)
+    seen = describe_environment(describe_device(device), run.train.threads)
     with tempfile.TemporaryDirectory() as folder:
         cases, sizes = SUITES[name](run, method, device, Path(folder))
         told: list[dict[str, Any]] = []
         groups: Iterable[list[Case]] = [cases] if isinstance(cases, list) else cases
         for group in groups:
             told += time_group(group, rounds, done, device)
-    asked = describe(name, run, method)
-    fingerprint = weights_fingerprint(run.backbone)
+    asked = describe_benchmark(name, run, method)
+    fingerprint = fingerprint_weights(run.backbone)
     identity = json.dumps([asked, fingerprint, seen["machine"]], sort_keys=True)
     benchmark = Benchmark(
         schema=SCHEMA,
@@ -132,9 +132,9 @@ def time_group(
     The list is emptied, so that models are gone when the next group's are made.
     """
     if any(case.flops for case in cases):
-        cases += limits(device)
+        cases += time_limits(device)
     seconds = interleave(cases, rounds, done)
-    told = [tell(case, times, device) for case, times in zip(cases, seconds, strict=True)]
+    told = [summarise_case(case, times, device) for case, times in zip(cases, seconds, strict=True)]
     cases.clear()
     gc.collect()
     if device.type == "cuda":
@@ -142,7 +142,7 @@ def time_group(
     return told
 
 
-def tell(case: Case, seconds: Sequence[float], device: torch.device) -> dict[str, Any]:
+def summarise_case(case: Case, seconds: Sequence[float], device: torch.device) -> dict[str, Any]:
     """Return what a record says of a case; its memory is counted now, when it has been warmed up long since."""
     about = {"job": case.job, "variant": case.variant, "tokens": case.tokens}
     about["seconds"] = [round(one, 6) for one in seconds]
@@ -151,11 +151,11 @@ def tell(case: Case, seconds: Sequence[float], device: torch.device) -> dict[str
     if case.bytes:
         about["bytes"] = case.bytes
     if case.counted:
-        about["peak"] = allocated(case.action, device) + case.resident()
+        about["peak"] = measure_allocated(case.action, device) + case.resident()
     return about
 
 
-def describe(name: str, run: Run, method: MoDE) -> dict[str, Any]:
+def describe_benchmark(name: str, run: Run, method: MoDE) -> dict[str, Any]:
     """Return what a benchmark is asked to measure; options are told where they are not the plain ones."""
     size = run.evaluate.batch_size if name == "eval" else run.train.batch_size
     told: dict[str, tuple[Any, object]] = {

@@ -72,8 +72,8 @@ def interleave(
             order = range(len(cases)) if number % 2 else reversed(range(len(cases)))
             for index in order:
                 gc.collect()  # garbage of one case is not to be another's time
-                wait()
-                passed = clock()
+                synchronize()
+                passed = start_clock()
                 own = cases[index].action()
                 if number:
                     seconds[index].append(own if isinstance(own, float) else passed())
@@ -83,7 +83,7 @@ def interleave(
     return seconds
 
 
-def clock() -> Callable[[], float]:
+def start_clock() -> Callable[[], float]:
     """Start a clock; what it returns waits for an accelerator and says how many seconds have passed on it, or here."""
     if not torch.cuda.is_available():
         start = time.perf_counter()
@@ -99,16 +99,16 @@ def clock() -> Callable[[], float]:
     return passed
 
 
-def wait() -> None:
+def synchronize() -> None:
     """Wait until an accelerator has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+def compute_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     """Return the ratio of two series that were measured in the same rounds.
 
-    >>> ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
+    >>> compute_ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
     Ratio(median=2.0, low=2.0, high=2.5)
     """
     paired = [one / other for one, other in zip(ours, theirs, strict=True)]
@@ -126,7 +126,7 @@ SIZE = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of the matrices."""
 
 
-def limits(device: torch.device) -> list[Case]:
+def time_limits(device: torch.device) -> list[Case]:
     """Return what times a device's rate of products of large matrices, by precision, and of copying in its memory."""
     size = SIZE[device.type]
     cases = []

@@ -17,10 +17,10 @@ PIN = r"^[A-Za-z0-9_.\-]+==[A-Za-z0-9_.\-+!]+$"
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-def exact(share: float) -> Fraction:
+def as_fraction(share: float) -> Fraction:
     """Return a share of rows as the nearest fraction with a denominator up to 100.
 
-    >>> exact(0.125)
+    >>> as_fraction(0.125)
     Fraction(1, 8)
     """
     return Fraction(share).limit_denominator(100)

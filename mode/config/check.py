@@ -13,10 +13,10 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mode.config.groups import list_members
-from mode.config.identity import asked
+from mode.config.identity import describe_run
 from mode.config.registry import find_method
 from mode.config.run import MethodSettings, Run
-from mode.core.errors import ConfigError, nearest
+from mode.core.errors import ConfigError, suggest
 
 
 def check_run(plain: dict[str, Any], extra: Path | None = None) -> Run:
@@ -33,7 +33,7 @@ def check_run(plain: dict[str, Any], extra: Path | None = None) -> Run:
     for name in wanted:
         if name not in run.domains:
             known = list_members("domain", extra)
-            raise ConfigError(f"domain {name}: not one of {', '.join(known)}{nearest(name, known)}")
+            raise ConfigError(f"domain {name}: not one of {', '.join(known)}{suggest(name, known)}")
     if len(set(run.targets)) != len(run.targets):
         raise ConfigError(f"targets={list(run.targets)}: a domain is named twice")
     taken = list(run.targets)
@@ -75,7 +75,7 @@ def explain(error: ValidationError, cls: type, prefix: str) -> str:
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] in unknown:
         siblings = [".".join([*path[:-1], name]) for name in sorted(field_names(cls, first["loc"][:-1]))]
-        return f"{'.'.join(path)}: no such setting{nearest('.'.join(path), siblings)}"
+        return f"{'.'.join(path)}: no such setting{suggest('.'.join(path), siblings)}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{'.'.join(path)}: this setting is missing"
     value = first["input"]
@@ -123,7 +123,7 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def to_yaml(run: Run) -> str:
     """Render a run's resolved configuration for people."""
     plain = json.loads(json.dumps(asdict(run)))
-    plain["method"] = {"_target_": asked(run)["method"]["_target_"], **plain["method"]}
+    plain["method"] = {"_target_": describe_run(run)["method"]["_target_"], **plain["method"]}
     return yaml.safe_dump(plain, sort_keys=False)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from mode.config.check import check_run, flatten
-from mode.config.groups import GROUPS, conf_dirs, list_members, written_by
+from mode.config.groups import GROUPS, conf_dirs, list_members, list_written
 from mode.config.run import Run
-from mode.core.errors import ConfigError, nearest
+from mode.core.errors import ConfigError, suggest
 
 
 def compose(overrides: Sequence[str], extra: Path | None = None) -> Run:
@@ -42,11 +42,11 @@ def compose_plain(overrides: Sequence[str], extra: Path | None = None) -> dict[s
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    parsed = hydra_parse(overrides)
+    parsed = parse_with_hydra(overrides)
     chosen = tuple(item.input_line for item in parsed if is_choice(item))
     values = [item for item in parsed if not is_choice(item)]
     try:
-        config = copy.deepcopy(compose_groups(chosen, extra, written_by(extra)))
+        config = copy.deepcopy(compose_groups(chosen, extra, list_written(extra)))
         ConfigLoaderImpl._apply_overrides_to_config(values, config)
         plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     except (HydraException, OmegaConfBaseException) as error:
@@ -104,7 +104,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     mode.core.errors.ConfigError: seed=1,2: a comma means a sweep: add --sweep, or write seed=[1,2] for a list
     """
     parsed = []
-    for text, override in zip(overrides, hydra_parse(overrides), strict=True):
+    for text, override in zip(overrides, parse_with_hydra(overrides), strict=True):
         if override.is_sweep_override():
             key, _, value = text.partition("=")
             raise ConfigError(
@@ -114,7 +114,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def hydra_parse(overrides: Sequence[str]) -> list[Any]:
+def parse_with_hydra(overrides: Sequence[str]) -> list[Any]:
     """Parse overrides with Hydra's own grammar."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -140,7 +140,7 @@ def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
     [['seed=0', 'train.lr=1e-3'], ['seed=1', 'train.lr=1e-3']]
     """
     result: list[list[str]] = [[]]
-    for text, override in zip(overrides, hydra_parse(overrides), strict=True):
+    for text, override in zip(overrides, parse_with_hydra(overrides), strict=True):
         options = [text]
         if override.is_sweep_override():
             if not override.is_discrete_sweep() or override.value_type.name == "GLOB_CHOICE_SWEEP":
@@ -159,18 +159,18 @@ def check_overrides(overrides: Sequence[str], extra: Path | None) -> None:
         if item.key in GROUPS:
             members = list_members(item.key, extra)
             if value not in members:
-                raise ConfigError(f"{item.text}: not one of {', '.join(members)}{nearest(value, members)}")
+                raise ConfigError(f"{item.text}: not one of {', '.join(members)}{suggest(value, members)}")
         elif item.key == "domain":
             raise ConfigError(f"{item.text}: the domains to adapt to are chosen with targets=[{value}]")
-    known = settings_known(tuple(selected), extra, written_by(extra))
+    known = list_settings(tuple(selected), extra, list_written(extra))
     groups = {name.rpartition(".")[0] for name in known}
     for item in parsed:
         if item.key not in known and item.key not in GROUPS and item.key not in groups and "=" in item.text:
-            raise ConfigError(f"{item.key}: no such setting{nearest(item.key, known)}")
+            raise ConfigError(f"{item.key}: no such setting{suggest(item.key, known)}")
 
 
 @lru_cache
-def settings_known(
+def list_settings(
     selected: tuple[str, ...], extra: Path | None, written: tuple[tuple[Path, int], ...]
 ) -> frozenset[str]:
     """Return the names of all settings under the chosen members of groups; `written` as in `compose_groups`."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from mode.config.registry import registered_folders
-from mode.core.errors import ConfigError, nearest
+from mode.config.registry import list_registered_folders
+from mode.core.errors import ConfigError, suggest
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 """Names of configuration files that Hydra's grammar can express."""
@@ -30,7 +30,7 @@ def conf_dirs(extra: Path | None = None) -> list[Path]:
     own = Path(str(files("conf")))
     if extra is not None and not extra.is_dir():
         raise ConfigError(f"--conf {extra}: no such folder")
-    others = [*registered_folders(), *([extra] if extra else [])]
+    others = [*list_registered_folders(), *([extra] if extra else [])]
     for folder in others:
         for path in sorted(folder.glob("*/*.yaml")):
             name = path.relative_to(folder)
@@ -50,7 +50,7 @@ def list_members(group: str, extra: Path | None = None) -> list[str]:
     return sorted({path.stem for root in conf_dirs(extra) for path in (root / group).glob("*.yaml")})
 
 
-def written_by(extra: Path | None) -> tuple[tuple[Path, int], ...]:
+def list_written(extra: Path | None) -> tuple[tuple[Path, int], ...]:
     """Return the files of a user's own configuration, and when they were written."""
     files = sorted(extra.glob("*/*.yaml")) if extra else []
     return tuple((path, path.stat().st_mtime_ns) for path in files)
@@ -74,4 +74,4 @@ def read_group(group: str, name: str, extra: Path | None = None) -> dict[str, An
                 raise ConfigError(f"{path}: settings of the form KEY: VALUE are meant")
             return data
     known = list_members(group, extra)
-    raise ConfigError(f"{group} {name}: not one of {', '.join(known)}{nearest(name, known)}")
+    raise ConfigError(f"{group} {name}: not one of {', '.join(known)}{suggest(name, known)}")

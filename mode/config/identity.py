@@ -23,30 +23,28 @@ NOT_IDENTITY = ("paths", "track", "domains")
 """Settings that do not change what a run is; domains enter its identity through the fingerprints of their data."""
 
 
-def asked(run: Run) -> dict[str, Any]:
+def describe_run(run: Run) -> dict[str, Any]:
     """Return what identifies a run, as plain data: its configuration without paths, tracking and unused settings.
 
     A setting that equals the default of its class is left out, so that a setting added later, off by default, does
     not make older records unfindable. Settings in YAML without a default in the class always count.
     """
-    plain = {
-        item.name: plain_settings(getattr(run, item.name)) for item in fields(run) if item.name not in NOT_IDENTITY
-    }
+    plain = {item.name: as_plain(getattr(run, item.name)) for item in fields(run) if item.name not in NOT_IDENTITY}
     method = plain["method"]
     for name in run.method.unused():
         method.pop(name, None)
     for name in NO_EFFECT:
         plain["train"].pop(name, None)
-    plain["budget"] = plain_settings(run.method.effective(run))
+    plain["budget"] = as_plain(run.method.effective(run))
     plain["method"] = {"_target_": run.method.recorded_name(), **method}
     return plain
 
 
-def plain_settings(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
     """Turn a settings object into plain data without the fields left at their class's default."""
     if is_dataclass(value) and not isinstance(value, type):
         return {
-            item.name: plain_settings(getattr(value, item.name))
+            item.name: as_plain(getattr(value, item.name))
             for item in fields(value)
             if item.default is MISSING or getattr(value, item.name) != item.default
         }
@@ -55,7 +53,7 @@ def plain_settings(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def digest(plain: Mapping[str, Any], fingerprints: Mapping[str, str]) -> str:
+def digest_run(plain: Mapping[str, Any], fingerprints: Mapping[str, str]) -> str:
     """Return the id of a run: a hash of what was asked and of the data and weights that it was asked of."""
     text = json.dumps([RECIPE, plain, dict(fingerprints)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from mode.config.base import STRICT, exact
+from mode.config.base import STRICT, as_fraction
 
 SELF = "self"
 """Source of rows that the backbone itself made up."""
@@ -39,7 +39,7 @@ class Anchor:
     prompt: Literal["document", "token"] = "document"
 
     def __post_init__(self) -> None:
-        if abs(float(exact(self.share)) - self.share) > 1e-9:
+        if abs(float(as_fraction(self.share)) - self.share) > 1e-9:
             raise ValueError(f"share {self.share} is not a fraction with a denominator up to 100, such as 0.125 or 0.1")
         # What has no effect is as by default: the same training is the same run however it is written.
         unused = {"none": ("share", "weight", *SAMPLED), SELF: ()}.get(self.source, SAMPLED)

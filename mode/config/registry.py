@@ -21,15 +21,15 @@ ENTRY_POINTS = "mode.methods"
 
 
 @lru_cache
-def registered() -> tuple[EntryPoint, ...]:
+def list_registered() -> tuple[EntryPoint, ...]:
     """Return the methods that installed packages register, without importing them."""
     return tuple(entry_points(group=ENTRY_POINTS))
 
 
 @lru_cache
-def registered_folders() -> tuple[Path, ...]:
+def list_registered_folders() -> tuple[Path, ...]:
     """Return the folders of configuration that packages with registered methods bring."""
-    packages = dict.fromkeys(point.module.partition(".")[0] for point in registered())
+    packages = dict.fromkeys(point.module.partition(".")[0] for point in list_registered())
     found = [find_spec(package) for package in packages]
     roots = [Path(root) for spec in found if spec for root in spec.submodule_search_locations or ()]
     return tuple(root / "conf" for root in roots if (root / "conf").is_dir())
@@ -43,7 +43,7 @@ def find_method(target: str) -> type[MethodSettings]:
     """
     found: object = None
     reason = f"outside {' and '.join(TRUSTED)}, so it is not run; a package registers its own with {ENTRY_POINTS}"
-    point = next((each for each in registered() if target in (each.name, each.value.replace(":", "."))), None)
+    point = next((each for each in list_registered() if target in (each.name, each.value.replace(":", "."))), None)
     try:
         if point is not None:
             found = point.load()
@@ -52,7 +52,7 @@ def find_method(target: str) -> type[MethodSettings]:
             found = getattr(importlib.import_module(module), name)
     except Exception as error:  # a registered package may fail in any way
         reason = f"no such class ({error})"
-    found = found or recorded_methods().get(target)
+    found = found or list_recorded_methods().get(target)
     if found is None:
         raise ConfigError(f"method._target_={target}: {reason}")
     if not (isinstance(found, type) and issubclass(found, MethodSettings)):
@@ -61,15 +61,15 @@ def find_method(target: str) -> type[MethodSettings]:
 
 
 @lru_cache
-def recorded_methods() -> dict[str, type[MethodSettings]]:
+def list_recorded_methods() -> dict[str, type[MethodSettings]]:
     """Return this project's methods by their names in records."""
     from mode.config.groups import list_members, read_group
 
-    classes = {find_class(str(read_group("method", name)["_target_"])) for name in list_members("method")}
+    classes = {import_class(str(read_group("method", name)["_target_"])) for name in list_members("method")}
     return {cls.recorded_name(): cls for cls in classes}
 
 
-def find_class(path: str) -> type[MethodSettings]:
+def import_class(path: str) -> type[MethodSettings]:
     """Return a class of this project by its import path."""
     module, _, name = path.rpartition(".")
     cls: type[MethodSettings] = getattr(importlib.import_module(module), name)

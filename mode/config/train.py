@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from mode.config.base import STRICT, Share, exact
+from mode.config.base import STRICT, Share, as_fraction
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -117,7 +117,7 @@ class Train:
         object.__setattr__(self, "replay", dict(sorted((self.replay or {}).items())) or None)
         if self.replay and sum(self.replay.values()) >= 1.0:
             raise ValueError("replay: nothing is left for the targets")
-        if self.replay and any(abs(float(exact(share)) - share) > 1e-9 for share in self.replay.values()):
+        if self.replay and any(abs(float(as_fraction(share)) - share) > 1e-9 for share in self.replay.values()):
             raise ValueError("replay: shares are fractions with a denominator up to 100, such as 0.125 or 0.1")
         for name in ("checkpoint_every", "validate_every"):
             if getattr(self, name) % self.log_every:

@@ -40,10 +40,10 @@ def set_up(threads: int, device: str) -> torch.device:
     return torch.device("cuda", processes.local_rank()) if cuda else torch.device("cpu")
 
 
-def rows_at_once(device: torch.device, batch_size: int, length: int) -> int:
+def choose_rows_per_pass(device: torch.device, batch_size: int, length: int) -> int:
     """Return how many rows of so many tokens to read in one pass: as many as were asked for, or as is faster.
 
-    >>> rows_at_once(torch.device("cpu"), 16, 256), rows_at_once(torch.device("cpu"), 2, 256)
+    >>> choose_rows_per_pass(torch.device("cpu"), 16, 256), choose_rows_per_pass(torch.device("cpu"), 2, 256)
     (4, 2)
     """
     return batch_size if device.type != "cpu" else min(batch_size, max(1, AT_ONCE // length))
@@ -54,17 +54,17 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def device_name(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
     """Return a device's type, and the name of an accelerator."""
     return f"cuda ({torch.cuda.get_device_name()})" if device.type == "cuda" else device.type
 
 
-def sent(values: Tensor, device: torch.device) -> Tensor:
+def send(values: Tensor, device: torch.device) -> Tensor:
     """Return what is in a processor's memory on a device, which is not waited for: it may have much to do still."""
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
-def peak_memory(device: torch.device) -> int:
+def read_peak_memory(device: torch.device) -> int:
     """Return the peak of this process in bytes: allocated on an accelerator, else resident in memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
@@ -72,7 +72,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def allocated(action: Callable[[], object], device: torch.device) -> int:
+def measure_allocated(action: Callable[[], object], device: torch.device) -> int:
     """Return the most bytes of tensors that an action holds at one time, beyond what there was before it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -81,7 +81,7 @@ def allocated(action: Callable[[], object], device: torch.device) -> int:
         action()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with stderr_closed(), torch.profiler.profile(activities=[CPU], profile_memory=True) as seen:
+    with silence_stderr(), torch.profiler.profile(activities=[CPU], profile_memory=True) as seen:
         action()
     assert seen.profiler is not None
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -90,7 +90,7 @@ def allocated(action: Callable[[], object], device: torch.device) -> int:
 
 
 @contextmanager
-def stderr_closed() -> Iterator[None]:
+def silence_stderr() -> Iterator[None]:
     """Send what native code writes to standard error nowhere: torch's profiler cannot be told to be quiet."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -103,7 +103,7 @@ def stderr_closed() -> Iterator[None]:
         os.close(nowhere)
 
 
-def matrix_rate(device: torch.device, size: int = 1024) -> float:
+def measure_matrix_rate(device: torch.device, size: int = 1024) -> float:
     """Measure how many floating-point operations a second this device does on a product of matrices, in fp32."""
     left, right = torch.randn(2, size, size, device=device)
     best = float("inf")

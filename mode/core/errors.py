@@ -14,10 +14,10 @@ class NothingError(ConfigError):
     """Nothing of what was asked for is there yet, and nothing is wrong."""
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
+def suggest(name: str, choices: Iterable[str]) -> str:
     """Phrase the nearest valid choice, if there is one.
 
-    >>> nearest("lroa", ["sft", "lora"])
+    >>> suggest("lroa", ["sft", "lora"])
     '; did you mean lora?'
     """
     found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)

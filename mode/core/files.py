@@ -24,18 +24,18 @@ SETTINGS = "run.yaml"
 WEIGHTS = "weights.safetensors"
 
 
-def checkpoint_of(folder: Path, step: int) -> Path:
+def checkpoint_folder(folder: Path, step: int) -> Path:
     """Return the folder of a run's checkpoint after a step."""
     return folder / f"checkpoint-{step}"
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Return the folders of a run's checkpoints, the latest last."""
     numbers = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")}
     return sorted((path for path, step in numbers.items() if step.isdigit()), key=lambda path: int(numbers[path]))
 
 
-def forget(*paths: Path) -> None:
+def remove(*paths: Path) -> None:
     """Remove files and folders that need not be there; of a folder no part is left under its name."""
     for path in paths:
         if path.is_dir():
@@ -81,7 +81,7 @@ def make_folder(folder: Path, made: str, make: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Hold a run's lock, so that two processes never train the same run; the lock goes with the process.
 
     Raises:

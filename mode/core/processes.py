@@ -23,14 +23,14 @@ GOLDEN = 0x9E3779B97F4A7C15
 """Odd constant that spreads the ranks over the seeds."""
 
 
-def size() -> int:
+def world_size() -> int:
     """Return the number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
     """Return this process's number among them, from 0."""
-    return int(os.environ.get("RANK", "0")) if size() > 1 else 0
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
 def is_main() -> bool:
@@ -40,10 +40,10 @@ def is_main() -> bool:
 
 def local_rank() -> int:
     """Return this process's number on its machine, which is that of its accelerator."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if size() > 1 else 0
+    return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
 
 
-def meet() -> None:
+def ensure_initialized() -> None:
     """Wait, once, until all processes are there."""
     import torch
     from torch import distributed
@@ -55,29 +55,29 @@ def meet() -> None:
 
 
 @functools.cache
-def beside() -> Any:
+def side_group() -> Any:
     """Return a group of all processes for what goes on beside training, or None alone. For all."""
-    if size() == 1:
+    if world_size() == 1:
         return None
     from torch import distributed
 
-    meet()
+    ensure_initialized()
     return distributed.new_group(backend="gloo")
 
 
 def wait() -> None:
     """Wait until all processes have come here. For all."""
-    agreed(True)
+    broadcast_decision(True)
 
 
-def agreed(answer: bool) -> bool:
+def broadcast_decision(answer: bool) -> bool:
     """Return the first process's answer. For all."""
-    if size() == 1:
+    if world_size() == 1:
         return answer
     import torch
     from torch import distributed
 
-    meet()
+    ensure_initialized()
     told = torch.tensor([int(answer)])
     distributed.broadcast(told, 0)
     return bool(told)
@@ -93,71 +93,71 @@ def main_first() -> Iterator[None]:
         wait()
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """Return the sum of every process's values. For all."""
-    if size() == 1:
+    if world_size() == 1:
         return values
     from torch import distributed
 
-    meet()
+    ensure_initialized()
     summed = values.clone()
     distributed.all_reduce(summed)
     return summed
 
 
-def mean(values: Tensor) -> Tensor:
+def all_reduce_mean(values: Tensor) -> Tensor:
     """Return the mean of every process's values. For all."""
-    return values if size() == 1 else total(values) / size()
+    return values if world_size() == 1 else all_reduce_sum(values) / world_size()
 
 
-def share(rows: Rows) -> Rows:
+def shard_rows(rows: Rows) -> Rows:
     """Return this process's part of the rows of a step, which all have.
 
-    >>> share([1, 2, 3, 4])
+    >>> shard_rows([1, 2, 3, 4])
     [1, 2, 3, 4]
     """
-    part = len(rows) // size()
+    part = len(rows) // world_size()
     mine: Rows = rows[rank() * part : (rank() + 1) * part]
     return mine
 
 
-def own_seed(seed: int, number: int) -> int:
+def derive_seed(seed: int, number: int) -> int:
     """Return a seed for one of several; that of the first is the one given.
 
-    >>> own_seed(5, 0), own_seed(5, 1) != 5
+    >>> derive_seed(5, 0), derive_seed(5, 1) != 5
     (5, True)
     """
     return (seed + number * GOLDEN) % 2**64
 
 
-def replicated(module: nn.Module) -> nn.Module:
+def replicate(module: nn.Module) -> nn.Module:
     """Return a module whose gradients are the mean over all processes, wherever a backward pass ends. For all.
 
     What no process used has no gradient, as in a single process.
     """
-    if size() == 1:
+    if world_size() == 1:
         return module
     from torch.nn.parallel import DistributedDataParallel
 
-    meet()
+    ensure_initialized()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # a later torch calls the last setting otherwise
         return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
 
 
-def unsynchronized(module: nn.Module) -> AbstractContextManager[None]:
+def no_sync(module: nn.Module) -> AbstractContextManager[None]:
     """Let backward passes add to gradients that stay this process's own for now."""
     held: AbstractContextManager[None] = getattr(module, "no_sync", nullcontext)()
     return held
 
 
-def is_loss(error: RuntimeError) -> bool:
+def is_peer_lost(error: RuntimeError) -> bool:
     """Say whether an error is that another process is gone: torch has no class of its own for it with gloo."""
     from torch import distributed
 
-    return size() > 1 and (isinstance(error, distributed.DistError) or "gloo" in str(error))
+    return world_size() > 1 and (isinstance(error, distributed.DistError) or "gloo" in str(error))
 
 
-def layout(kind: str) -> dict[str, Any]:
+def describe_layout(kind: str) -> dict[str, Any]:
     """Describe how a run is spread over processes; empty alone."""
-    return {} if size() == 1 else {"layout": {"kind": kind, "processes": size()}}
+    return {} if world_size() == 1 else {"layout": {"kind": kind, "processes": world_size()}}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from mode.backbone.shape import Flops, Layer, Shape
-from mode.cost.flops import Cost, add
+from mode.cost.flops import Cost, add_flops
 
 NOTHING: Mapping[str, int] = {}
 
 
-def adapted(
+def adapter_cost(
     layer: Layer,
     length: int,
     targets: Mapping[str, int],
@@ -45,10 +45,10 @@ def adapted(
             parts.append(Flops(2 * rank * (inputs + outputs), 2 * rank * back))
             routed = 2.0 * routers.get(path, 0)
             parts.append(Flops(routed, (1 + passes) * routed))
-    return add(parts)
+    return add_flops(parts)
 
 
-def banks(
+def bank_cost(
     shape: Shape, length: int, count: int, rank: int, chosen: Callable[[Layer], Sequence[str]], routed: bool = True
 ) -> Cost:
     """Return what it costs to train low-rank experts, and routers of their own, beside matrices of a frozen decoder.
@@ -65,7 +65,9 @@ def banks(
     for number, layer in enumerate(shape.layers):
         sizes = {path: layer.matrices[path] for path in chosen(layer)}
         routers = {path: inputs * count for path, (inputs, _) in sizes.items() if routed}
-        parts.append(adapted(layer, length, dict.fromkeys(sizes, count * rank), upstream=number > 0, routers=routers))
+        parts.append(
+            adapter_cost(layer, length, dict.fromkeys(sizes, count * rank), upstream=number > 0, routers=routers)
+        )
         added += sum(routers.values()) + count * rank * sum(map(sum, sizes.values()))
     total = shape.parameters + added
-    return Cost(flops=add(parts), total=total, trainable=added, added=added, active=total)
+    return Cost(flops=add_flops(parts), total=total, trainable=added, added=added, active=total)

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 
-from mode.backbone.shape import Flops, Shape, size
+from mode.backbone.shape import Flops, Shape, count_weights
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,23 @@ class Cost:
     active: int
 
 
-def add(parts: Iterable[Flops]) -> Flops:
+def add_flops(parts: Iterable[Flops]) -> Flops:
     """Add up what parts take.
 
-    >>> add([Flops(1.0, 2.0), Flops(3.0, 4.0)])
+    >>> add_flops([Flops(1.0, 2.0), Flops(3.0, 4.0)])
     Flops(forward=4.0, backward=6.0)
     """
     return reduce(Flops.__add__, parts, Flops())
 
 
-def full(shape: Shape, length: int) -> Cost:
+def full_cost(shape: Shape, length: int) -> Cost:
     """Return what it costs to train every parameter of a decoder on rows of `length` tokens."""
-    flops = add(layer.flops(length, trains=True) for layer in shape.layers) + shape.head(trains=True)
+    flops = add_flops(layer.flops(length, trains=True) for layer in shape.layers) + shape.head(trains=True)
     size = shape.parameters
     return Cost(flops=flops, total=size, trainable=size, added=0, active=size)
 
 
-def mixture(
+def mixture_cost(
     shape: Shape,
     length: int,
     num_experts: int,
@@ -89,7 +89,7 @@ def mixture(
     parts, expert_sizes, others, idle = [shape.head(trains=True)], 0, 0, 0
     for number, layer in enumerate(shape.layers):
         active = num_experts if number < soft_layers else chosen
-        feed_forward = size(layer.stages[2]) + size(layer.stages[3])
+        feed_forward = count_weights(layer.stages[2]) + count_weights(layer.stages[3])
         one, wide = 2.0 * attentions * (layer.weights - feed_forward), 2.0 * feed_forward * active
         router = 2.0 * shape.hidden * routers
         parts += [Flops(one, 2 * one), Flops(wide, (1 + experts_train) * wide), Flops(router, 2 * router)]
@@ -100,7 +100,7 @@ def mixture(
     added = (num_experts - 1) * expert_sizes + (attentions - 1) * others + len(shape.layers) * routers * shape.hidden
     total = shape.parameters + added
     return Cost(
-        flops=add(parts),
+        flops=add_flops(parts),
         total=total,
         trainable=total - (0 if experts_train else num_experts * expert_sizes),
         added=added,
@@ -108,8 +108,8 @@ def mixture(
     )
 
 
-def untouched(shape: Shape, length: int) -> Cost:
+def untouched_cost(shape: Shape, length: int) -> Cost:
     """Return what a decoder costs that is not trained at all."""
-    flops = add(layer.flops(length, trains=False, upstream=False) for layer in shape.layers)
+    flops = add_flops(layer.flops(length, trains=False, upstream=False) for layer in shape.layers)
     flops += shape.head(trains=False, upstream=False)
     return Cost(flops=flops, total=shape.parameters, trainable=0, added=0, active=shape.parameters)

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from mode.config.data import Domain, Split
 from mode.core.errors import ConfigError
-from mode.data.sources import digest, read_documents, source_state
-from mode.data.split import Divided, divide
+from mode.data.sources import describe_source, digest_chunks, read_documents
+from mode.data.split import Divided, split_documents
 
 FORMAT = 1
 """Raised when what is packed changes, so that old caches are not read."""
@@ -80,7 +80,7 @@ class Packed:
         return PackedSplit(tokens, np.load(self.folder / f"{name}.starts.npy"), info["bytes"])
 
 
-def prepare(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) -> Packed:
+def prepare_domain(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) -> Packed:
     """Return a prepared domain from the cache, preparing it on first use.
 
     Args:
@@ -92,13 +92,13 @@ def prepare(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) -> Pac
     Raises:
         ConfigError: A source cannot be read, or a split comes out empty.
     """
-    folder = packed_folder(name, domain, tokenizer, cache)
+    folder = locate_packed(name, domain, tokenizer, cache)
     if not is_whole(folder):
-        divided = divide(read_documents(domain, cache), domain.splits)
+        divided = split_documents(read_documents(domain, cache), domain.splits)
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
         try:
-            write(work, name, divided, tokenizer)
+            write_packed(work, name, divided, tokenizer)
             os.replace(work, folder)
         except OSError:
             if not is_whole(folder):  # else another process finished the same work first
@@ -108,9 +108,9 @@ def prepare(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) -> Pac
     return Packed(name=name, folder=folder, meta=json.loads((folder / "meta.json").read_text()))
 
 
-def packed_folder(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) -> Path:
+def locate_packed(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) -> Path:
     """Return the folder that a prepared domain has in the cache, or would have."""
-    return cache / "packed" / f"{name}-{state_key(domain, tokenizer.fingerprint)}"
+    return cache / "packed" / f"{name}-{make_state_key(domain, tokenizer.fingerprint)}"
 
 
 def is_whole(folder: Path) -> bool:
@@ -118,14 +118,14 @@ def is_whole(folder: Path) -> bool:
     return (folder / "meta.json").exists()
 
 
-def state_key(domain: Domain, *more: str) -> str:
+def make_state_key(domain: Domain, *more: str) -> str:
     """Return a key that changes with a domain's settings and the state of its sources; reads no document."""
     settings = json.dumps([FORMAT, asdict(domain)], sort_keys=True, default=str)
-    states = [source_state(source) for source in domain.sources]
-    return digest(part.encode() for part in (settings, *more, *states))[:16]
+    states = [describe_source(source) for source in domain.sources]
+    return digest_chunks(part.encode() for part in (settings, *more, *states))[:16]
 
 
-def write(folder: Path, name: str, divided: Divided, tokenizer: Tokenizer) -> None:
+def write_packed(folder: Path, name: str, divided: Divided, tokenizer: Tokenizer) -> None:
     """Write every split of a domain and its description."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     total = hashlib.sha256(f"{FORMAT} {tokenizer.fingerprint}".encode())

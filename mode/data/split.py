@@ -33,10 +33,10 @@ class Divided:
     near_dropped: int
 
 
-def split_of(text: str, shares: dict[Split, float]) -> Split:
+def choose_split(text: str, shares: dict[Split, float]) -> Split:
     """Return the split that a document's hash puts it in.
 
-    >>> split_of("a text", {"train": 1.0})
+    >>> choose_split("a text", {"train": 1.0})
     'train'
     """
     point = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
@@ -47,7 +47,7 @@ def split_of(text: str, shares: dict[Split, float]) -> Split:
     return "train"
 
 
-def divide(texts: list[str], shares: dict[Split, float]) -> Divided:
+def split_documents(texts: list[str], shares: dict[Split, float]) -> Divided:
     """Split documents by hash, then drop exact duplicates and near duplicates across splits.
 
     Args:
@@ -60,9 +60,9 @@ def divide(texts: list[str], shares: dict[Split, float]) -> Divided:
     unique = list(dict.fromkeys(texts))
     by_split: dict[Split, list[str]] = {name: [] for name in SPLITS if shares.get(name, 0.0) > 0.0}
     for text in unique:
-        by_split[split_of(text, shares)].append(text)
+        by_split[choose_split(text, shares)].append(text)
     ordered = [(name, text) for name, members in by_split.items() for text in members]
-    twins = near_duplicates([text for _, text in ordered], [name for name, _ in ordered])
+    twins = find_near_duplicates([text for _, text in ordered], [name for name, _ in ordered])
     kept: dict[Split, list[str]] = {name: [] for name in by_split}
     for index, (name, text) in enumerate(ordered):
         if index not in twins:
@@ -70,9 +70,11 @@ def divide(texts: list[str], shares: dict[Split, float]) -> Divided:
     return Divided(documents=kept, exact_dropped=len(texts) - len(unique), near_dropped=len(twins))
 
 
-def near_duplicates(texts: list[str], groups: list[Split]) -> set[int]:
+def find_near_duplicates(texts: list[str], groups: list[Split]) -> set[int]:
     """Find the documents that are nearly the same as an earlier one of another group."""
-    signatures = np.stack([signature(text) for text in texts]) if texts else np.zeros((0, BANDS * ROWS), np.uint64)
+    signatures = (
+        np.stack([compute_signature(text) for text in texts]) if texts else np.zeros((0, BANDS * ROWS), np.uint64)
+    )
     dropped: set[int] = set()
     for band in range(BANDS):
         buckets: dict[bytes, list[int]] = {}
@@ -91,7 +93,7 @@ def near_duplicates(texts: list[str], groups: list[Split]) -> set[int]:
     return dropped
 
 
-def signature(text: str) -> NDArray[np.uint64]:
+def compute_signature(text: str) -> NDArray[np.uint64]:
     """Return the MinHash signature of a document's word shingles, (BANDS * ROWS,)."""
     words = text.split()
     count = max(1, len(words) - SHINGLE + 1)

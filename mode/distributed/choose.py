@@ -10,19 +10,19 @@ from torch import nn
 from mode.config.train import Train
 from mode.core import processes
 from mode.core.errors import ConfigError
-from mode.distributed.layout import Copies
+from mode.distributed.layout import DDP
 
 if TYPE_CHECKING:
-    from mode.distributed.mpmd import Branches
+    from mode.distributed.mpmd import MPMD
 
 
-def check(settings: Train) -> None:
+def check_processes(settings: Train) -> None:
     """Refuse settings of the loop that do not go with the number of processes.
 
     Raises:
         ConfigError: A layout is for several, or rows do not divide over them.
     """
-    size = processes.size()
+    size = processes.world_size()
     if settings.layout != "ddp" and size == 1:
         raise ConfigError(f"train.layout={settings.layout} needs several processes: `mode launch --nproc 2 train ...`")
     rows, accumulate, in_flight = settings.batch_size, settings.accumulate, settings.in_flight
@@ -32,7 +32,7 @@ def check(settings: Train) -> None:
         raise ConfigError(f"train.batch_size={rows} does not divide over {size} processes{told}")
 
 
-def spread_over(model: nn.Module, held: bool, settings: Train, device: torch.device) -> Copies | Branches:
+def choose_layout(model: nn.Module, held: bool, settings: Train, device: torch.device) -> DDP | MPMD:
     """Spread a model over the processes that there are.
 
     Args:
@@ -45,22 +45,22 @@ def spread_over(model: nn.Module, held: bool, settings: Train, device: torch.dev
         ConfigError: The layout does not fit the model or the number of processes, or rows do not divide.
     """
     layout = settings.layout
-    check(settings)
+    check_processes(settings)
     if layout == "mpmd" and held:
         raise ConfigError("train.layout=mpmd: an anchored model needs its backbone everywhere; take ddp, fsdp or tp")
-    made: Copies | Branches
+    made: DDP | MPMD
     if layout == "mpmd":
-        from mode.distributed.mpmd import Branches
+        from mode.distributed.mpmd import MPMD
 
-        made = Branches(model, device, settings.in_flight, settings.placement)
+        made = MPMD(model, device, settings.in_flight, settings.placement)
     elif layout == "fsdp":
-        from mode.distributed.fsdp import Shards
+        from mode.distributed.fsdp import FSDP
 
-        made = Shards(model)
+        made = FSDP(model)
     elif layout == "tp":
-        from mode.distributed.tensor_parallel import Slices
+        from mode.distributed.tensor_parallel import TensorParallel
 
-        made = Slices(model)
+        made = TensorParallel(model)
     else:
-        made = Copies(model)
+        made = DDP(model)
     return made

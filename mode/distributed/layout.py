@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mode.core import processes
-from mode.core.tensors import trainable
+from mode.core.tensors import trainable_parameters
 
 
-class Copies:
+class DDP:
     """A model that every process has all of, each with its part of the rows (DDP); or a single process's.
 
     Attributes:
@@ -28,7 +28,7 @@ class Copies:
     def __init__(self, model: nn.Module) -> None:
         """Take a model, with what is frozen frozen."""
         self.model = model
-        self.learning = list(trainable(model).values())
+        self.learning = list(trainable_parameters(model).values())
 
     def __call__(self) -> AbstractContextManager[None]:
         """Do nothing about a step."""
@@ -36,7 +36,7 @@ class Copies:
 
     def rows(self, values: Any) -> Any:
         """Return the rows of a step that this process reads."""
-        return processes.share(values)
+        return processes.shard_rows(values)
 
     def part(self, rows: Tensor) -> Tensor:
         """Return the rows whose loss this process has: all that it reads."""
@@ -44,7 +44,7 @@ class Copies:
 
     def seed(self, seed: int) -> int:
         """Return a seed of this process's own."""
-        return processes.own_seed(seed, processes.rank())
+        return processes.derive_seed(seed, processes.rank())
 
     def wrap(self, objective: Any, make: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
         """Return what a step runs, with gradients that are the mean over all processes, and its optimizer.
@@ -53,11 +53,11 @@ class Copies:
             objective: What a step minimises: a module that can be put `around` another model.
             make: Makes an optimizer of a model.
         """
-        return processes.replicated(objective), make(self.model)
+        return processes.replicate(objective), make(self.model)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return what trains and is here, by name; of a weight in shards this process's."""
-        return trainable(self.model)
+        return trainable_parameters(self.model)
 
     def clip(self, most: float) -> None:
         """Scale gradients so that their norm is `most` at most."""

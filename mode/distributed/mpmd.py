@@ -21,17 +21,17 @@ from torch.utils._pytree import tree_map
 
 from mode.core import processes
 from mode.core.errors import ConfigError
-from mode.core.processes import size
-from mode.core.tensors import trainable
+from mode.core.processes import world_size
+from mode.core.tensors import trainable_parameters
 from mode.distributed import mpmd
-from mode.modular.block import Block, blocks_of
+from mode.modular.block import Block, find_blocks
 from mode.modular.branches import Call
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-class Branches:
+class MPMD:
     """A modular model whose branches are spread over the slots of all processes.
 
     Attributes:
@@ -65,14 +65,14 @@ class Branches:
                 or the placement is not one of this model's branches.
         """
         self.model, self.in_flight = model, in_flight
-        self.blocks = [block for block in blocks_of(model) if isinstance(block, Block)]
+        self.blocks = [block for block in find_blocks(model) if isinstance(block, Block)]
         self.check()
         placement = self.even() if placement is None else placement
         mpmd.check_placement(placement, 1 + len(self.blocks[0].experts))
         self.slots = len(placement)
-        processes.meet()
+        processes.ensure_initialized()
         names = ("branch", "data")
-        shape = (self.slots, processes.size() // self.slots)
+        shape = (self.slots, processes.world_size() // self.slots)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         self.branch, self.data = (mesh[name] for name in names)
         self.slot = self.branch.get_local_rank()
@@ -85,7 +85,7 @@ class Branches:
         """Refuse what cannot be spread."""
         if not self.blocks:
             raise ConfigError("layout mpmd: MoDE alone has branches to spread")
-        if len(self.blocks) < len(blocks_of(self.model)) or self.blocks[0].gate.settings.reads == "output":
+        if len(self.blocks) < len(find_blocks(self.model)) or self.blocks[0].gate.settings.reads == "output":
             raise ConfigError("layout mpmd goes with method.head_rank=0 and method.gate.reads=input")
 
     def even(self) -> list[list[int]]:
@@ -95,10 +95,10 @@ class Branches:
             ConfigError: The number of processes is no multiple of any number of slots.
         """
         branches = [self.blocks[0].backbone, *self.blocks[0].experts]
-        counts = [count for count in range(2, len(branches) + 1) if processes.size() % count == 0]
+        counts = [count for count in range(2, len(branches) + 1) if processes.world_size() % count == 0]
         if not counts:
             raise ConfigError(
-                f"layout mpmd: {processes.size()} processes are no multiple of 2 to {len(branches)} slots"
+                f"layout mpmd: {processes.world_size()} processes are no multiple of 2 to {len(branches)} slots"
             )
         # A weight is read once forward and, for what comes before it and for itself if it trains, once each backward.
         work = [sum(2 + each.requires_grad for each in branch.parameters()) for branch in branches]
@@ -126,7 +126,7 @@ class Branches:
         self.forget()
         for number, block in enumerate(self.blocks):
             last = number == len(self.blocks) - 1
-            block.spread = Join(self.branch, self.mine, self.in_flight, splits=last)
+            block.spread = BlockExchange(self.branch, self.mine, self.in_flight, splits=last)
         try:
             yield
         finally:
@@ -140,7 +140,7 @@ class Branches:
         """
         self.forget()
         for block in self.blocks:
-            block.spread = Join(self.branch, self.mine, splits=False)
+            block.spread = BlockExchange(self.branch, self.mine, splits=False)
 
     def rows(self, values: Any) -> Any:
         """Return the rows of a step that this process reads: all of its slot's."""
@@ -153,7 +153,7 @@ class Branches:
 
     def seed(self, seed: int) -> int:
         """Return a seed that is the same in all slots."""
-        return processes.own_seed(seed, self.data.get_local_rank())
+        return processes.derive_seed(seed, self.data.get_local_rank())
 
     def wrap(self, objective: Any, make: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
         """Forget the other slots' branches, and return what a step runs, and its optimizer."""
@@ -164,17 +164,21 @@ class Branches:
     def trained(self) -> dict[str, nn.Parameter]:
         """Return what trains in this slot, by name."""
         others = {id(parameter) for index, parameter in self.branch_weights() if index not in self.mine}
-        return {name: parameter for name, parameter in trainable(self.model).items() if id(parameter) not in others}
+        return {
+            name: parameter
+            for name, parameter in trainable_parameters(self.model).items()
+            if id(parameter) not in others
+        }
 
     def clip(self, most: float) -> None:
         """Bring gradients together, and scale them so that the norm of all slots' together is `most` at most."""
         own = {id(parameter) for block in self.blocks for parameter in block.experts.parameters()}
-        found = [parameter for parameter in trainable(self.model).values() if parameter.grad is not None]
+        found = [parameter for parameter in trainable_parameters(self.model).values() if parameter.grad is not None]
         apart = [each.grad for each in found if id(each) in own and each.grad is not None]
         shared = [each.grad for each in found if id(each) not in own and each.grad is not None]
-        together(shared, self.branch.get_group())
+        sum_gradients(shared, self.branch.get_group())
         if self.data.size() > 1:
-            together([*apart, *shared], self.data.get_group(), self.data.size())
+            sum_gradients([*apart, *shared], self.data.get_group(), self.data.size())
         squares = torch.stack([grad.square().sum() for grad in apart]).sum() if apart else torch.zeros(())
         squares = squares.to(found[0].device)
         distributed.all_reduce(squares, group=self.branch.get_group())
@@ -190,7 +194,7 @@ class Branches:
             distributed.broadcast(parameter.data, group=self.branch.get_group(), group_src=owner)
 
 
-def together(grads: list[Tensor], group: Any, count: int = 1) -> None:
+def sum_gradients(grads: list[Tensor], group: Any, count: int = 1) -> None:
     """Sum gradients over a group, in place and all at once, and divide them by a number."""
     if grads:
         flat = torch.cat([grad.flatten() for grad in grads])
@@ -199,7 +203,7 @@ def together(grads: list[Tensor], group: Any, count: int = 1) -> None:
             grad.copy_(piece.view_as(grad))
 
 
-class Join:
+class BlockExchange:
     """What a block of a model whose branches are spread does with its input.
 
     Attributes:
@@ -227,7 +231,7 @@ class Join:
         parts = list(states.chunk(self.in_flight)) if isinstance(states, Tensor) else states
         left, means, wanted = [], [], []
         for number, part in enumerate(parts):
-            mine = calls if len(parts) == 1 else rows_of(calls, number, len(parts), len(part))
+            mine = calls if len(parts) == 1 else select_rows(calls, number, len(parts), len(part))
             left.append(self.leave(block.mix(self.enter(part), mine, self.mine)))
             means.append(block.weights)
             wanted.append(block.gate.auxiliary)
@@ -256,7 +260,7 @@ class Join:
         return summed
 
 
-def rows_of(calls: Sequence[Call], number: int, parts: int, count: int) -> list[Call]:
+def select_rows(calls: Sequence[Call], number: int, parts: int, count: int) -> list[Call]:
     """Return what is meant for the layers, for one of several micro-batches of so many rows.
 
     What has as many rows as all of them together, such as a mask, has its own for each.
@@ -269,15 +273,15 @@ def rows_of(calls: Sequence[Call], number: int, parts: int, count: int) -> list[
     return [tree_map(cut, call) for call in calls]
 
 
-def spread_for_good(model: nn.Module) -> None:
+def spread_finished(model: nn.Module) -> None:
     """Spread a finished model's branches over all processes, each of which forgets the others'.
 
     Raises:
         ConfigError: There is one process, or nothing to spread.
     """
-    if processes.size() == 1:
+    if processes.world_size() == 1:
         raise ConfigError("--layout mpmd needs several processes: `mode launch --nproc 2 generate ... --layout mpmd`")
-    Branches(model, next(model.parameters()).device).part_for_good()
+    MPMD(model, next(model.parameters()).device).part_for_good()
 
 
 def check_placement(placement: Sequence[Sequence[int]], branches: int) -> None:
@@ -292,5 +296,5 @@ def check_placement(placement: Sequence[Sequence[int]], branches: int) -> None:
         raise ConfigError(
             f"train.placement: not each of the branches {list(range(branches))}, the backbone being 0, in one slot"
         )
-    if len(placement) < 2 or size() % len(placement):
-        raise ConfigError(f"train.placement: {size()} processes do not divide over {len(placement)} slots")
+    if len(placement) < 2 or world_size() % len(placement):
+        raise ConfigError(f"train.placement: {world_size()} processes do not divide over {len(placement)} slots")

@@ -14,10 +14,10 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from mode.backbone.structure import decoder_layers
+from mode.backbone.structure import find_decoder_layers
 from mode.core import processes
 from mode.core.errors import ConfigError
-from mode.distributed.fsdp import Shards
+from mode.distributed.fsdp import FSDP
 
 STYLES: dict[str, type[ParallelStyle] | Any] = {
     "colwise": ColwiseParallel,
@@ -32,7 +32,7 @@ SUMMED = "replicated_with_grad_allreduce"
 """The library's name for what every process has whole, while it sees a part of what reads it."""
 
 
-class Slices(Shards):
+class TensorParallel(FSDP):
     """A model in slices over all processes, each with all rows."""
 
     layout = "tp"
@@ -44,13 +44,15 @@ class Slices(Shards):
             ConfigError: Its family has no plan, the plan does not fit its layers, or its heads do not divide.
         """
         super().__init__(model)
-        self.plan = plan_of(model)
+        self.plan = find_plan(model)
         config = model.config.get_text_config()
         for name in ("num_attention_heads", "num_key_value_heads"):
-            if (count := getattr(config, name, None)) and count % processes.size():
-                raise ConfigError(f"train.layout=tp: {name}={count} does not divide over {processes.size()} processes")
-        for layer in decoder_layers(model):
-            check(layer, self.plan, config.model_type, processes.size())
+            if (count := getattr(config, name, None)) and count % processes.world_size():
+                raise ConfigError(
+                    f"train.layout=tp: {name}={count} does not divide over {processes.world_size()} processes"
+                )
+        for layer in find_decoder_layers(model):
+            check_layer(layer, self.plan, config.model_type, processes.world_size())
 
     def rows(self, values: Any) -> Any:
         """Return all rows of a step."""
@@ -62,13 +64,13 @@ class Slices(Shards):
 
     def distribute(self, objective: nn.Module, mesh: Any) -> None:
         """Put the matrices of all layers in slices."""
-        for layer in decoder_layers(objective):
+        for layer in find_decoder_layers(objective):
             parallelize_module(
                 layer, mesh, {path: STYLES[kind]() for path, kind in self.plan.items() if kind != SUMMED}
             )
         self.summed = [
             parameter
-            for layer in decoder_layers(objective)
+            for layer in find_decoder_layers(objective)
             for path, kind in self.plan.items()
             if kind == SUMMED
             for parameter in layer.get_submodule(path).parameters()
@@ -94,19 +96,19 @@ class Slices(Shards):
         norms = []
         for sliced in (True, False):
             grads = [each.grad for each in found if each.grad is not None and isinstance(each, DTensor) is sliced]
-            norms += [whole(torch.nn.utils.get_total_norm(grads))] if grads else []
+            norms += [gather_number(torch.nn.utils.get_total_norm(grads))] if grads else []
         total = torch.stack(norms).norm()
         for sliced in (True, False):
             some = [each for each in found if isinstance(each, DTensor) is sliced]
             torch.nn.utils.clip_grads_with_norm_(some, most, total)
 
 
-def whole(value: Tensor) -> Tensor:
+def gather_number(value: Tensor) -> Tensor:
     """Return a number that is in parts as one."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def plan_of(model: Any) -> dict[str, str]:
+def find_plan(model: Any) -> dict[str, str]:
     """Return a family's plan for a layer: of modules, by their paths within it, how they are dealt out.
 
     Raises:
@@ -125,7 +127,7 @@ def plan_of(model: Any) -> dict[str, str]:
     return found
 
 
-def check(layer: nn.Module, plan: dict[str, str], family: str, count: int) -> None:
+def check_layer(layer: nn.Module, plan: dict[str, str], family: str, count: int) -> None:
     """Refuse a layer that a plan does not fit.
 
     Args:

@@ -85,16 +85,16 @@ LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000  # a refused call fails with EPERM
 
 
-def calls(processor: str) -> list[int]:
+def allowed_calls(processor: str) -> list[int]:
     """Return the numbers of the system calls that are let through.
 
-    >>> calls("x86_64")[:3]
+    >>> allowed_calls("x86_64")[:3]
     [0, 1, 2]
     """
     return [int(entry.split()[1]) for entry in ALLOWED[processor].split(",")]
 
 
-def limit(limits: Mapping[str, int]) -> None:
+def limit_resources(limits: Mapping[str, int]) -> None:
     """Bound what this process may use from now on.
 
     Args:
@@ -111,7 +111,7 @@ def limit(limits: Mapping[str, int]) -> None:
         resource.setrlimit(name, (value, value))
 
 
-def readable() -> set[Path]:
+def readable_folders() -> set[Path]:
     """Return the folders that the interpreter needs: its standard library and the shared libraries that it has open."""
     found = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
     for line in Path("/proc/self/maps").read_text("utf-8").splitlines():
@@ -164,7 +164,7 @@ def confine_files(kernel: Kernel, folder: Path) -> None:
         raise OSError(f"Landlock of version {abi}, where {NEEDED_ABI} (Linux 6.2) is needed")
     handled = ctypes.create_string_buffer(struct.pack("=Q", EVERY_RIGHT), 8)
     rules = kernel("Landlock", CREATE_RULESET, handled, 8, 0)
-    for path, rights in [*((path, READ_FILE | READ_FOLDER) for path in readable()), (folder, WORK)]:
+    for path, rights in [*((path, READ_FILE | READ_FOLDER) for path in readable_folders()), (folder, WORK)]:
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         rule = ctypes.create_string_buffer(struct.pack("=Qi", rights, place), 12)
         kernel("Landlock", ADD_RULE, rules, 1, rule, 0)
@@ -173,7 +173,7 @@ def confine_files(kernel: Kernel, folder: Path) -> None:
     os.close(rules)
 
 
-def instructions(processor: str, numbers: Iterable[int]) -> list[tuple[int, int, int, int]]:
+def build_filter(processor: str, numbers: Iterable[int]) -> list[tuple[int, int, int, int]]:
     """Return the seccomp filter: code, steps to skip if equal, if not, operand."""
     program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, AUDIT_ARCH[processor]), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
     for number in numbers:
@@ -185,7 +185,7 @@ def confine_calls(kernel: Kernel, processor: str) -> None:
     """Take every system call from this process that is not let through."""
     if processor not in ALLOWED:
         raise OSError(f"seccomp: no list of system calls for the processor {processor}")
-    program = instructions(processor, calls(processor))
+    program = build_filter(processor, allowed_calls(processor))
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in program))
     head = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
     kernel.control("seccomp", SET_SECCOMP, FILTER, head, 0, 0)
@@ -204,7 +204,7 @@ def judge(program: str, test: str) -> str:
     return "passed"
 
 
-def teller(pipe: int, word: str) -> Callable[[str], None]:
+def make_reporter(pipe: int, word: str) -> Callable[[str], None]:
     """Return how to say the verdict: the word and the verdict, in one write."""
 
     def say(verdict: str) -> None:
@@ -216,10 +216,10 @@ def teller(pipe: int, word: str) -> Callable[[str], None]:
 def main() -> None:
     """Read the request, give up what the program must not have, run it, and end without what it left to be done."""
     request = json.load(sys.stdin.buffer)
-    say = teller(int(sys.argv[1]), request.pop("word"))
+    say = make_reporter(int(sys.argv[1]), request.pop("word"))
     try:
         kernel = Kernel()
-        limit(request["limits"])
+        limit_resources(request["limits"])
         kernel.control("no_new_privs", NO_NEW_PRIVILEGES, 1, 0, 0, 0)
         confine_files(kernel, Path.cwd())
         confine_calls(kernel, platform.machine())

@@ -17,10 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mode.core.errors import ConfigError, nearest
+from mode.core.errors import ConfigError, suggest
 from mode.downstream.task import Done, Scored, Task
-from mode.evaluation.generate import context
-from mode.evaluation.likelihood import Text, log_likelihoods
+from mode.evaluation.generate import count_context
+from mode.evaluation.likelihood import Text, compute_log_likelihoods
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +68,7 @@ class Harnessed:
     questions: int
 
 
-def own_task(name: str, task: Task, questions: Sequence[Mapping[str, Any]]) -> Harnessed:
+def convert_task(name: str, task: Task, questions: Sequence[Mapping[str, Any]]) -> Harnessed:
     """Turn a task of the project's own into one of the harness's, over questions that are at hand.
 
     Raises:
@@ -87,7 +87,7 @@ def own_task(name: str, task: Task, questions: Sequence[Mapping[str, Any]]) -> H
     if task.max_tokens is not None:
         generation = {"until": list(task.stop), "max_gen_toks": task.max_tokens, "do_sample": False}
         settings["generation_kwargs"] = generation
-    with quiet(), refused(name), sandboxed():
+    with silence_harness(), reporting_refusals(name), sandbox_templates():
         from lm_eval.api.registry import metric_registry
         from lm_eval.api.task import ConfigurableTask
 
@@ -99,7 +99,7 @@ def own_task(name: str, task: Task, questions: Sequence[Mapping[str, Any]]) -> H
     return Harnessed(name, made, task.prompt, task.version, task.num_fewshot, task.metric, len(questions))
 
 
-def registered_tasks(name: str, own: Sequence[str]) -> list[Harnessed]:
+def load_registered_tasks(name: str, own: Sequence[str]) -> list[Harnessed]:
     """Load a task, or all tasks of a group, from the harness's registry; most need the Hugging Face hub.
 
     Args:
@@ -109,14 +109,14 @@ def registered_tasks(name: str, own: Sequence[str]) -> list[Harnessed]:
     Raises:
         ConfigError: There is no such task, or its data are not to be had, or it runs programs unconfined.
     """
-    with quiet(), refused(name):
+    with silence_harness(), reporting_refusals(name):
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager()
         if name not in manager.all_tasks:
             raise ConfigError(
                 f"task {name}: neither one of {', '.join(own)} nor one of lm-evaluation-harness's "
-                f"{len(manager.all_tasks)}{nearest(name, [*own, *manager.all_tasks])}"
+                f"{len(manager.all_tasks)}{suggest(name, [*own, *manager.all_tasks])}"
             )
         loaded = manager.load([name])["tasks"]
     found = []
@@ -144,7 +144,7 @@ def make_reader(model: PreTrainedModel, folder: Path) -> Any:
         model: A causal LM, on its device, not training.
         folder: Folder of its tokenizer.
     """
-    with quiet():
+    with silence_harness():
         from lm_eval.models.huggingface import HFLM
         from transformers import AutoTokenizer
 
@@ -176,7 +176,7 @@ def make_reader(model: PreTrainedModel, folder: Path) -> Any:
         return Reader(
             pretrained=model,
             tokenizer=tokenizer,
-            max_length=context(model),
+            max_length=count_context(model),
             batch_size=1,
             add_bos_token=False,
             backend="causal",
@@ -189,15 +189,15 @@ def score_texts(reader: Any, requests: Sequence[Any]) -> list[tuple[float, bool]
     def told(number: int) -> None:
         reader.done(number * reader.questions // len(requests), reader.questions)
 
-    texts = [last(given, scored, reader.max_length + 1) for _, given, scored in requests]
-    found = log_likelihoods(reader.model, texts, row=ROW, batch_size=ROWS, done=told)
+    texts = [cut_to_end(given, scored, reader.max_length + 1) for _, given, scored in requests]
+    found = compute_log_likelihoods(reader.model, texts, row=ROW, batch_size=ROWS, done=told)
     return [(each.total, each.greedy) for each in found]
 
 
-def last(given: Sequence[int], scored: Sequence[int], longest: int) -> Text:
+def cut_to_end(given: Sequence[int], scored: Sequence[int], longest: int) -> Text:
     """Return a text of which the end is scored, cut at its beginning where it is longer than a model can read.
 
-    >>> last([1, 2, 3], [4, 5], 4)
+    >>> cut_to_end([1, 2, 3], [4, 5], 4)
     Text(tokens=[2, 3, 4, 5], given=2)
 
     Raises:
@@ -226,14 +226,14 @@ def score_harnessed(
     task = given.task
     generates = task.OUTPUT_TYPE == "generate_until"
     length = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", DEFAULT_TOKENS) if generates else 0
-    window = context(reader.model) - length
+    window = count_context(reader.model) - length
     if window <= 0:
         raise ConfigError(f"{given.name}: an answer of up to {length} tokens: this model reads {window + length}")
     task.set_fewshot_seed(seed=1234)  # the harness's own default
-    with quiet() as stderr, refused(given.name), sandboxed():
+    with silence_harness() as stderr, reporting_refusals(given.name), sandbox_templates():
         from lm_eval.evaluator import evaluate
 
-        reader.done = aloud(done, stderr)
+        reader.done = restore_output(done, stderr)
         results = evaluate(reader, {"tasks": {given.name: task}, "groups": {}}, limit=limit, log_samples=True)
     samples = results["samples"][given.name]
     first = samples[0]["filter"]
@@ -273,7 +273,7 @@ def read_metrics(found: Mapping[str, Any], first: str) -> dict[str, tuple[float,
 
 
 @contextlib.contextmanager
-def refused(name: str) -> Iterator[None]:
+def reporting_refusals(name: str) -> Iterator[None]:
     """Tell in one line what the harness, its tasks or the hub refuse; their exceptions are of many kinds.
 
     Raises:
@@ -289,7 +289,7 @@ def refused(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sandboxed() -> Iterator[None]:
+def sandbox_templates() -> Iterator[None]:
     """Let the harness render templates in Jinja's sandbox: a template is text, and must not reach Python's insides."""
     from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import utils
@@ -305,7 +305,7 @@ def sandboxed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[TextIO]:
+def silence_harness() -> Iterator[TextIO]:
     """Keep what the harness logs and its progress bars to itself; yield where messages of our own still go."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers")]
     levels = [logger.level for logger in loggers]
@@ -320,7 +320,7 @@ def quiet() -> Iterator[TextIO]:
             logger.setLevel(level)
 
 
-def aloud(done: Done, stderr: TextIO) -> Done:
+def restore_output(done: Done, stderr: TextIO) -> Done:
     """Return the same, told where messages go although they are kept quiet around it."""
 
     def told(number: int, total: int) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mode.core.errors import ConfigError
-from mode.downstream.sandbox import execute
-from mode.downstream.task import Done, Scored, Task, cut, render_prompt
-from mode.evaluation.generate import Sampling, context, generate
+from mode.downstream.sandbox import run_program
+from mode.downstream.task import Done, Scored, Task, cut_at_stops, render_prompt
+from mode.evaluation.generate import Sampling, count_context, generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ FIELDS = ("test", "entry_point")
 """What a question has beside its prompt: Python that defines `check(candidate)`, and the name of the function."""
 
 
-def complete(
+def complete_prompt(
     model: PreTrainedModel, tokenizer: BackboneTokenizer, prompt: str, max_tokens: int, stop: Sequence[str]
 ) -> str:
     """Continue a prompt greedily up to the first of the texts that end it, the end of a document or so many tokens."""
@@ -31,7 +31,7 @@ def complete(
         text += piece.text
         if any(end in text for end in stop):
             break
-    return cut(text, stop)
+    return cut_at_stops(text, stop)
 
 
 def score_programs(
@@ -59,17 +59,17 @@ def score_programs(
         ConfigError: A question is incomplete, or the model reads too little to make the answer.
     """
     length = task.max_tokens or 0
-    window = context(model) - length
+    window = count_context(model) - length
     if window <= 0:
-        raise ConfigError(f"an answer of up to {length} tokens: this model reads {context(model)}")
+        raise ConfigError(f"an answer of up to {length} tokens: this model reads {count_context(model)}")
     asked = questions[:limit]
     check_questions(asked)
     prompts = [render_prompt(task, question) for question in asked]
     passed, outcomes, truncated = [], Counter[str](), 0
     for number, (question, prompt) in enumerate(zip(asked, prompts, strict=True), 1):
         truncated += len(tokenizer.encode([prompt])[0]) > window
-        program = prompt + complete(model, tokenizer, prompt, length, task.stop)
-        verdict = execute(program, f"{question['test']}\ncheck({question['entry_point']})")
+        program = prompt + complete_prompt(model, tokenizer, prompt, length, task.stop)
+        verdict = run_program(program, f"{question['test']}\ncheck({question['entry_point']})")
         passed.append(verdict.outcome == "passed")
         outcomes[verdict.outcome] += 1
         done(number, len(asked))
@@ -77,7 +77,7 @@ def score_programs(
         asked=len(asked),
         of=len(questions),
         values=[float(each) for each in passed],
-        metrics={task.metric: mean(passed)},
+        metrics={task.metric: mean_with_error(passed)},
         unparsed=outcomes["unparsed"],
         truncated=truncated,
         example=prompts[0],
@@ -97,10 +97,10 @@ def check_questions(questions: Sequence[Mapping[str, Any]]) -> None:
             raise ConfigError(f"question {number} has no {missing[0]}")
 
 
-def mean(values: Sequence[float]) -> tuple[float, float | None]:
+def mean_with_error(values: Sequence[float]) -> tuple[float, float | None]:
     """Return a mean and its standard error, which one value has not.
 
-    >>> mean([True, False, False, False])
+    >>> mean_with_error([True, False, False, False])
     (0.25, 0.25)
     """
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from mode.records.collection import Sheet
+from mode.records.collection import Collection
 from mode.records.measurement import Measurement
 
 SCHEMA = 1
@@ -50,7 +50,7 @@ class Result(Measurement):
     @property
     def score(self) -> str:
         """The score and its standard error, as people read it."""
-        return shown(self.asked["metric"], self.happened["score"], self.happened["stderr"])
+        return format_metric(self.asked["metric"], self.happened["score"], self.happened["stderr"])
 
     @property
     def unparsed(self) -> str:
@@ -59,21 +59,21 @@ class Result(Measurement):
         return "–" if count is None else str(count)
 
 
-def shown(metric: str, value: float, error: float | None) -> str:
+def format_metric(metric: str, value: float, error: float | None) -> str:
     """Render a metric with its standard error.
 
-    >>> shown("acc", 0.25, 0.0435), shown("word_perplexity", 12.5, None)
+    >>> format_metric("acc", 0.25, 0.0435), format_metric("word_perplexity", 12.5, None)
     ('25.00 ± 4.35', '12.50')
     """
     scale = 100 if metric in SHARES else 1
     return f"{scale * value:.2f}" + ("" if error is None else f" ± {scale * error:.2f}")
 
 
-def row(result: Result) -> dict[str, str]:
+def format_row(result: Result) -> dict[str, str]:
     """Render a result as a line of the table."""
     asked, happened = result.asked, result.happened
     others = [
-        f"{name} {shown(name, each['value'], None)}"
+        f"{name} {format_metric(name, each['value'], None)}"
         for name, each in happened["metrics"].items()
         if name != asked["metric"]
     ]
@@ -92,7 +92,7 @@ def row(result: Result) -> dict[str, str]:
     }
 
 
-def about(result: Result) -> str:
+def describe_task(result: Result) -> str:
     """Render what a task is."""
     asked, data = result.asked, result.provenance["data"]
     facts = [f"{asked['num_fewshot']} worked examples", f"scored by {asked['metric']}"]
@@ -108,11 +108,14 @@ def about(result: Result) -> str:
     return f"## {asked['task']} v{asked['version']}\n\n{first} {prompt}"
 
 
-def render(results: Sequence[Result]) -> dict[str, str]:
+def render_results(results: Sequence[Result]) -> dict[str, str]:
     """Render results in Markdown, and as CSV with one line per result and metric."""
     ordered = sorted(results, key=lambda each: (each.asked["task"], each.asked["backbone"], each.filename))
-    table = pd.DataFrame([row(result) for result in ordered]).to_markdown(index=False, disable_numparse=True)
-    tasks = {(each.asked["task"], each.asked["version"], each.asked["prompt_sha256"]): about(each) for each in ordered}
+    table = pd.DataFrame([format_row(result) for result in ordered]).to_markdown(index=False, disable_numparse=True)
+    tasks = {
+        (each.asked["task"], each.asked["version"], each.asked["prompt_sha256"]): describe_task(each)
+        for each in ordered
+    }
     parts = ["# Downstream tasks", INTRO, str(table), *tasks.values()]
     lines: list[dict[str, Any]] = []
     for result in ordered:
@@ -126,5 +129,5 @@ def render(results: Sequence[Result]) -> dict[str, str]:
     return {"md": "\n\n".join(parts), "csv": str(csv)}
 
 
-SHEET = Sheet("downstream", "result", Result, SCHEMA, "mode eval --downstream", render)
+SHEET = Collection("downstream", "result", Result, SCHEMA, "mode eval --downstream", render_results)
 """The folder of results of downstream tasks in a folder of results, and their sheet beside it."""

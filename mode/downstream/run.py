@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from mode.backbone.load import locate
 from mode.backbone.tokenizer import BackboneTokenizer, load_tokenizer
 from mode.config.groups import list_members
-from mode.core.errors import ConfigError, nearest
+from mode.core.errors import ConfigError, suggest
 from mode.downstream.results import SCHEMA, SHEET, Result
-from mode.downstream.task import DEFAULT, Done, Scored, Task, load_task, prompt_digest, read_questions
-from mode.records.provenance import installed, surroundings
+from mode.downstream.task import DEFAULT, Done, Scored, Task, digest_prompt, load_task, read_questions
+from mode.records.provenance import describe_environment, find_version
 from mode.records.record import Record
 from mode.runs.execute import restore
 from mode.runs.prepare import Prepared
@@ -91,7 +91,7 @@ class Planned:
         return str(self.task["task"])
 
 
-def plan(names: Sequence[str], cache: Path, extra: Path | None = None) -> list[Planned]:
+def plan_tasks(names: Sequence[str], cache: Path, extra: Path | None = None) -> list[Planned]:
     """Find tasks and fetch their questions.
 
     Args:
@@ -111,9 +111,9 @@ def plan(names: Sequence[str], cache: Path, extra: Path | None = None) -> list[P
         if name in tasks:
             planned.append(plan_own(name, tasks[name], cache))
         else:
-            from mode.downstream.harness import registered_tasks
+            from mode.downstream.harness import load_registered_tasks
 
-            planned += [plan_registered(each) for each in registered_tasks(name, own)]
+            planned += [plan_registered(each) for each in load_registered_tasks(name, own)]
     return planned
 
 
@@ -129,7 +129,7 @@ def check_needs(names: Sequence[str], tasks: Mapping[str, Task], own: Sequence[s
     for name in names:
         if name not in tasks and not is_installed():
             raise ConfigError(
-                f"task {name}: not one of {', '.join(own)}{nearest(name, own)} "
+                f"task {name}: not one of {', '.join(own)}{suggest(name, own)} "
                 f"(lm-evaluation-harness has more: {INSTALL})"
             )
         if name in tasks and tasks[name].kind == "harness" and not is_installed():
@@ -145,7 +145,7 @@ def plan_own(name: str, task: Task, cache: Path) -> Planned:
         "task": name,
         "version": task.version,
         "prompt": task.prompt,
-        "prompt_sha256": prompt_digest(task.prompt),
+        "prompt_sha256": digest_prompt(task.prompt),
         "num_fewshot": task.num_fewshot,
         "max_tokens": task.max_tokens,
         "stop": list(task.stop),
@@ -157,10 +157,10 @@ def plan_own(name: str, task: Task, cache: Path) -> Planned:
     if task.kind == "program":
         from mode.downstream.sandbox import LIMITS
 
-        return Planned(about | {"limits": asdict(LIMITS)}, data, len(questions), programs(task, questions))
-    from mode.downstream.harness import own_task
+        return Planned(about | {"limits": asdict(LIMITS)}, data, len(questions), program_scorer(task, questions))
+    from mode.downstream.harness import convert_task
 
-    return Planned(about, data, len(questions), harnessed(own_task(name, task, questions)))
+    return Planned(about, data, len(questions), harness_scorer(convert_task(name, task, questions)))
 
 
 def plan_registered(given: Harnessed) -> Planned:
@@ -172,7 +172,7 @@ def plan_registered(given: Harnessed) -> Planned:
         "task": given.name,
         "version": given.version,
         "prompt": prompt,
-        "prompt_sha256": prompt_digest(prompt),
+        "prompt_sha256": digest_prompt(prompt),
         "num_fewshot": given.num_fewshot,
         "max_tokens": generation.get("max_gen_toks"),
         "stop": list(generation.get("until") or ()),
@@ -188,10 +188,10 @@ def plan_registered(given: Harnessed) -> Planned:
         "requirement": " ".join(part for part in (task.DATASET_PATH, task.DATASET_NAME) if part),
         "sha256": digest,
     }
-    return Planned(about, data, given.questions, harnessed(given))
+    return Planned(about, data, given.questions, harness_scorer(given))
 
 
-def programs(task: Task, questions: Sequence[Mapping[str, Any]]) -> Scorer:
+def program_scorer(task: Task, questions: Sequence[Mapping[str, Any]]) -> Scorer:
     """Return how a task of programs is scored."""
 
     def score(subject: Subject, limit: int | None, done: Done) -> Scored:
@@ -202,7 +202,7 @@ def programs(task: Task, questions: Sequence[Mapping[str, Any]]) -> Scorer:
     return score
 
 
-def harnessed(given: Harnessed) -> Scorer:
+def harness_scorer(given: Harnessed) -> Scorer:
     """Return how a task of the harness is scored."""
 
     def score(subject: Subject, limit: int | None, done: Done) -> Scored:
@@ -213,7 +213,7 @@ def harnessed(given: Harnessed) -> Scorer:
     return score
 
 
-def measure(
+def score_tasks(
     prepared: Prepared,
     record: Record,
     planned: Sequence[Planned],
@@ -242,7 +242,7 @@ def measure(
     folder.mkdir(parents=True, exist_ok=True)  # now, so that a place where nothing can be written costs no time
     subject = Subject(prepared)
     for each in planned:
-        asked = describe(prepared, record, each, limit)
+        asked = describe_result(prepared, record, each, limit)
         identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
         empty = Result(SCHEMA, identity, asked, {}, {})
         path = folder / empty.filename
@@ -250,16 +250,16 @@ def measure(
         if before is not None and before.id == identity:
             yield before, True
             continue
-        sky = provenance(prepared, each, subject)
+        sky = describe_provenance(prepared, each, subject)
         begin = time.monotonic()
         scored = each.score(subject, asked["limit"], partial(done, each.name))
-        happened = told(asked["metric"], scored, time.monotonic() - begin)
+        happened = summarise_score(asked["metric"], scored, time.monotonic() - begin)
         result = Result(SCHEMA, identity, asked, happened, sky)
         result.write(folder)
         yield result, False
 
 
-def describe(prepared: Prepared, record: Record, each: Planned, limit: int | None) -> dict[str, Any]:
+def describe_result(prepared: Prepared, record: Record, each: Planned, limit: int | None) -> dict[str, Any]:
     """Return what a result is asked for."""
     whole = limit is None or limit >= each.of
     return {
@@ -273,14 +273,14 @@ def describe(prepared: Prepared, record: Record, each: Planned, limit: int | Non
     }
 
 
-def told(metric: str, scored: Scored, seconds: float) -> dict[str, Any]:
+def summarise_score(metric: str, scored: Scored, seconds: float) -> dict[str, Any]:
     """Return what a result says of a score.
 
     Raises:
         ConfigError: The metric that a task calls its score is not among those that were measured.
     """
     if metric not in scored.metrics:
-        raise ConfigError(f"metric: {metric}: not one of {', '.join(scored.metrics)}{nearest(metric, scored.metrics)}")
+        raise ConfigError(f"metric: {metric}: not one of {', '.join(scored.metrics)}{suggest(metric, scored.metrics)}")
     score, error = scored.metrics[metric]
     return {
         "n": scored.asked,
@@ -297,10 +297,10 @@ def told(metric: str, scored: Scored, seconds: float) -> dict[str, Any]:
     }
 
 
-def provenance(prepared: Prepared, each: Planned, subject: Subject) -> dict[str, Any]:
+def describe_provenance(prepared: Prepared, each: Planned, subject: Subject) -> dict[str, Any]:
     """Describe the sky a result is made under."""
-    from mode.core.device import device_name
+    from mode.core.device import describe_device
 
-    seen = surroundings(device_name(subject.model.device), prepared.run.train.threads)
-    versions = seen["versions"] | {"lm-eval": installed("lm-eval")}
+    seen = describe_environment(describe_device(subject.model.device), prepared.run.train.threads)
+    versions = seen["versions"] | {"lm-eval": find_version("lm-eval")}
     return {"data": each.data, "backbone": prepared.backbone, **seen, "versions": versions}

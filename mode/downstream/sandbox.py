@@ -67,7 +67,7 @@ class Verdict:
     detail: str = ""
 
 
-def execute(program: str, test: str, limits: Limits = LIMITS) -> Verdict:
+def run_program(program: str, test: str, limits: Limits = LIMITS) -> Verdict:
     """Run a program and then its test in one confined process.
 
     The process reads the standard library and nothing else, writes an empty folder of its own that goes with it, has no
@@ -100,18 +100,18 @@ def execute(program: str, test: str, limits: Limits = LIMITS) -> Verdict:
             os.close(outlet)
         with process:
             try:
-                stopped = watch(process, request, Path(folder), limits)
+                stopped = watch_process(process, request, Path(folder), limits)
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
         told = verdict.read(VERDICT_BYTES).decode("utf-8", "replace")
-    return understand(told, word, stopped or ("time" if process.returncode in LIMIT_SIGNALS else ""))
+    return parse_verdict(told, word, stopped or ("time" if process.returncode in LIMIT_SIGNALS else ""))
 
 
 LIMIT_SIGNALS = (-signal.SIGXCPU, -signal.SIGKILL)
 
 
-def watch(process: subprocess.Popen[bytes], request: bytes, folder: Path, limits: Limits) -> str:
+def watch_process(process: subprocess.Popen[bytes], request: bytes, folder: Path, limits: Limits) -> str:
     """Hand a process its request and wait for its end; return the limit that it broke, if it broke one."""
     deadline = time.monotonic() + limits.wall
     assert process.stdin is not None
@@ -126,12 +126,12 @@ def watch(process: subprocess.Popen[bytes], request: bytes, folder: Path, limits
         except subprocess.TimeoutExpired:
             if time.monotonic() > deadline:
                 return "time"
-            if size(folder) > limits.disk:
+            if measure_folder(folder) > limits.disk:
                 return "disk"
     return ""
 
 
-def size(folder: Path) -> int:
+def measure_folder(folder: Path) -> int:
     """Return the bytes that the files of a flat folder take, and a block for each; it is being written to."""
     total = 0
     with os.scandir(folder) as entries:
@@ -143,7 +143,7 @@ def size(folder: Path) -> int:
     return total
 
 
-def understand(told: str, word: str, stopped: str) -> Verdict:
+def parse_verdict(told: str, word: str, stopped: str) -> Verdict:
     """Turn what came through the pipe into a verdict; only a line that begins with the word counts."""
     said = next((line.split(" ", 2)[1:] for line in told.splitlines() if line.startswith(f"{word} ")), None)
     if said is None:
@@ -188,7 +188,7 @@ def check_isolation() -> None:
         raise ConfigError(f"{wanted}; this is {platform.system()}")
     with tempfile.NamedTemporaryFile(prefix="mode-outside-") as outside:
         try:
-            verdict = execute(f"OUTSIDE, PARENT = {outside.name!r}, {os.getpid()}\n{ESCAPE}", "")
+            verdict = run_program(f"OUTSIDE, PARENT = {outside.name!r}, {os.getpid()}\n{ESCAPE}", "")
         except ConfigError as error:
             raise ConfigError(f"{wanted}: {error}") from error
     if verdict.outcome != "passed":

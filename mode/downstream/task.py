@@ -139,19 +139,19 @@ def render_prompt(task: Task, question: Mapping[str, Any]) -> str:
         raise ConfigError(f"the prompt {task.prompt!r}: {error}") from error
 
 
-def prompt_digest(prompt: str) -> str:
+def digest_prompt(prompt: str) -> str:
     """Return the digest by which a prompt is known.
 
-    >>> prompt_digest("Question: {{prompt}}")
+    >>> digest_prompt("Question: {{prompt}}")
     '64745ae260a4e88b'
     """
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
-def cut(text: str, stop: Sequence[str]) -> str:
+def cut_at_stops(text: str, stop: Sequence[str]) -> str:
     r"""Return a text up to the first of the texts that end it.
 
-    >>> cut("    return 1\n\ndef g():", ["\nclass", "\ndef"])
+    >>> cut_at_stops("    return 1\n\ndef g():", ["\nclass", "\ndef"])
     '    return 1\n'
     """
     found = [position for position in (text.find(end) for end in stop) if position >= 0]

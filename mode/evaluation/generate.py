@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mode.backbone.tokenizer import BackboneTokenizer
-from mode.gating.meter import token_gates, watched
+from mode.gating.meter import read_token_gates, watch_gates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,50 +67,50 @@ def generate(
     device = next(model.parameters()).device
     random = torch.Generator(device).manual_seed(sampling.seed)
     ids = tokenizer.encode([prompt])[0] or [tokenizer.eos_id]
-    window = max(1, context(model) - sampling.max_tokens)
+    window = max(1, count_context(model) - sampling.max_tokens)
     step, cache, made, shown = torch.tensor([ids[-window:]], device=device), None, [], ""
-    with watched(model) as latest:
+    with watch_gates(model) as latest:
         for _ in range(sampling.max_tokens):
             out: Any = model(input_ids=step, past_key_values=cache, use_cache=cached, logits_to_keep=1)
             cache = out.past_key_values
-            token = choose(out.logits[0, -1].float(), sampling, random)
+            token = choose_token(out.logits[0, -1].float(), sampling, random)
             if token == tokenizer.eos_id:
                 return
             made.append(token)
-            fresh = addition(tokenizer, made, shown)
+            fresh = decode_addition(tokenizer, made, shown)
             shown += fresh
             yield Piece(fresh, tuple(tuple(weights[0, -1].tolist()) for weights in latest))
             new = torch.tensor([[token]], device=device)
             step = new if cached else torch.cat([step, new], dim=1)
 
 
-def addition(tokenizer: BackboneTokenizer, ids: Sequence[int], shown: str) -> str:
+def decode_addition(tokenizer: BackboneTokenizer, ids: Sequence[int], shown: str) -> str:
     """Return what the last token adds to the text shown so far; nothing while a character is not whole yet."""
     text = tokenizer.decode(list(ids))
     return "" if text.endswith("\N{REPLACEMENT CHARACTER}") else text[len(shown) :]
 
 
-def read(model: PreTrainedModel, tokenizer: BackboneTokenizer, ids: Sequence[int]) -> list[Piece]:
+def score_text(model: PreTrainedModel, tokenizer: BackboneTokenizer, ids: Sequence[int]) -> list[Piece]:
     """Return the tokens of a text with the weights that predicted each; the first was predicted by none."""
     pieces, shown = [], ""
-    gates = [(), *token_gates(model, list(ids)).tolist()]
+    gates = [(), *read_token_gates(model, list(ids)).tolist()]
     for number, weights in enumerate(gates):
-        fresh = addition(tokenizer, ids[: number + 1], shown)
+        fresh = decode_addition(tokenizer, ids[: number + 1], shown)
         shown += fresh
         pieces.append(Piece(fresh, tuple(tuple(row) for row in weights)))
     return pieces
 
 
-def context(model: PreTrainedModel) -> int:
+def count_context(model: PreTrainedModel) -> int:
     """Return how many tokens a model is made to read."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return longest if isinstance(longest, int) else 1 << 30
 
 
-def choose(logits: torch.Tensor, sampling: Sampling, random: torch.Generator) -> int:
+def choose_token(logits: torch.Tensor, sampling: Sampling, random: torch.Generator) -> int:
     """Choose the next token from its logits, (V,).
 
-    >>> choose(torch.tensor([0.0, 2.0, 1.0]), Sampling(), torch.Generator())
+    >>> choose_token(torch.tensor([0.0, 2.0, 1.0]), Sampling(), torch.Generator())
     1
     """
     if sampling.temperature == 0.0:

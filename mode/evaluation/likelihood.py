@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mode.core.device import rows_at_once
+from mode.core.device import choose_rows_per_pass
 from mode.ops.loss import score_tokens
 
 
@@ -39,7 +39,7 @@ class Likelihood:
 
 
 @torch.no_grad()
-def log_likelihoods(
+def compute_log_likelihoods(
     model: nn.Module,
     texts: Sequence[Text],
     *,
@@ -66,12 +66,12 @@ def log_likelihoods(
     device = next(model.parameters()).device
     if any(getattr(module, "looks_back", False) for module in model.modules()):
         row = 1
-    rows = packed([len(text.tokens) - 1 for text in texts], row)
-    batch_size = rows_at_once(device, batch_size, row)
+    rows = pack_texts([len(text.tokens) - 1 for text in texts], row)
+    batch_size = choose_rows_per_pass(device, batch_size, row)
     found: dict[int, Likelihood] = {}
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        inputs, targets, positions = (part.to(device) for part in laid_out(texts, batch))
+        inputs, targets, positions = (part.to(device) for part in lay_out_rows(texts, batch))
         scores = score_tokens(model, inputs, targets, position_ids=positions)
         nll, hit = (part.view(inputs.shape).cpu() for part in (scores.nll, scores.hit))
         for line, members in enumerate(batch):
@@ -85,10 +85,10 @@ def log_likelihoods(
     return [found[index] for index in range(len(texts))]
 
 
-def packed(lengths: Sequence[int], row: int) -> list[list[int]]:
+def pack_texts(lengths: Sequence[int], row: int) -> list[list[int]]:
     """Return which texts share a row: the longest first, each into the first row that has room for it.
 
-    >>> packed([3, 7, 5, 2], 10)
+    >>> pack_texts([3, 7, 5, 2], 10)
     [[1, 0], [2, 3]]
     """
     rows: list[list[int]] = []
@@ -104,7 +104,7 @@ def packed(lengths: Sequence[int], row: int) -> list[list[int]]:
     return rows
 
 
-def laid_out(texts: Sequence[Text], rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+def lay_out_rows(texts: Sequence[Text], rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
     """Return inputs, targets and positions of rows of texts, each (rows, longest row); what is left is zeros."""
     longest = max(sum(len(texts[index].tokens) - 1 for index in members) for members in rows)
     inputs, targets, positions = (torch.zeros(len(rows), longest, dtype=torch.long) for _ in range(3))

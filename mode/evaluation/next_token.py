@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mode.core import processes
-from mode.core.device import rows_at_once
+from mode.core.device import choose_rows_per_pass
 from mode.core.errors import ConfigError
 from mode.data.pack import PackedSplit
 from mode.ops.loss import score_tokens
@@ -71,27 +71,27 @@ def evaluate(
     model.eval()
     num_scored = len(split.tokens) - 1
     nll, hit = np.zeros(num_scored, np.float64), np.zeros(num_scored, np.bool_)
-    tokens = rows_at_once(device, batch_size, sequence_length) * sequence_length
+    tokens = choose_rows_per_pass(device, batch_size, sequence_length) * sequence_length
     starts = range(0, num_scored, tokens)
-    shared = len(starts) >= processes.size()  # then every process has some, and its probe something to tell
-    for start in starts[processes.rank() :: processes.size()] if shared else starts:
+    shared = len(starts) >= processes.world_size()  # then every process has some, and its probe something to tell
+    for start in starts[processes.rank() :: processes.world_size()] if shared else starts:
         stop = min(num_scored, start + tokens)
         stream = torch.from_numpy(np.asarray(split.tokens[start : stop + 1], np.int64)).to(device)
-        inputs, targets = fold(stream[:-1], sequence_length), fold(stream[1:], sequence_length)
+        inputs, targets = fold_rows(stream[:-1], sequence_length), fold_rows(stream[1:], sequence_length)
         scores = score_tokens(model, inputs, targets, chunk)
         nll[start:stop] = scores.nll[: stop - start].double().cpu().numpy()
         hit[start:stop] = scores.hit[: stop - start].cpu().numpy()
         probe(stop - start)
     model.train(was_training)
     if shared:
-        nll, hit = (processes.total(torch.from_numpy(each.astype(np.float64))).numpy() for each in (nll, hit))
+        nll, hit = (processes.all_reduce_sum(torch.from_numpy(each.astype(np.float64))).numpy() for each in (nll, hit))
     return summarise(nll, hit > 0, split)
 
 
-def fold(stream: torch.Tensor, sequence_length: int) -> torch.Tensor:
+def fold_rows(stream: torch.Tensor, sequence_length: int) -> torch.Tensor:
     """Fold a stream into rows, padding the last with zeros.
 
-    >>> fold(torch.arange(1, 6), 3).tolist()
+    >>> fold_rows(torch.arange(1, 6), 3).tolist()
     [[1, 2, 3], [4, 5, 0]]
     """
     padding = -len(stream) % sequence_length
@@ -123,7 +123,7 @@ def summarise(nll: NDArray[np.float64], hit: NDArray[np.bool_], split: PackedSpl
     )
 
 
-def headline(scores: dict[str, Score]) -> dict[str, Any]:
+def flatten_scores(scores: dict[str, Score]) -> dict[str, Any]:
     """Flatten validation scores into a point of the training curve."""
     point: dict[str, Any] = {}
     for name, score in scores.items():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mode.config.method import GateSettings
-from mode.gating.select import choose, keep, load_balance
+from mode.gating.select import choose_branches, compute_load_balance, keep_chosen
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -68,10 +68,10 @@ class Gate(nn.Linear):
             if self.settings.temperature != 1.0:
                 logits = logits / self.settings.temperature
             weights = logits.softmax(-1)
-            chosen = choose(weights, self.settings)
+            chosen = choose_branches(weights, self.settings)
             if self.training and self.settings.balance:
-                self.auxiliary = self.settings.balance * load_balance(weights, chosen)
-        return keep(weights, chosen, renormalize=self.settings.renormalize)
+                self.auxiliary = self.settings.balance * compute_load_balance(weights, chosen)
+        return keep_chosen(weights, chosen, renormalize=self.settings.renormalize)
 
     def prefix_mean(self, x: Tensor, cache: Cache | None) -> Tensor:
         """Return the mean of every token's prefix, itself included, (B, S, d): sequence-level, yet causal."""

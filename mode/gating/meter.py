@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from mode.core import processes
 
 
-def gates_of(model: nn.Module) -> dict[str, nn.Module]:
+def find_gates(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules whose output are weights of experts (`weighs`), by their paths, in order."""
     return {name: module for name, module in model.named_modules() if getattr(module, "weighs", False)}
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator[list[Tensor]]:
+def watch_gates(model: nn.Module) -> Iterator[list[Tensor]]:
     """Hold what every gate gave in the latest forward pass: one tensor (B, S, branches) per gate, in order."""
-    gates = list(gates_of(model).values())
+    gates = list(find_gates(model).values())
     latest: list[Tensor] = [torch.empty(0) for _ in gates]
 
     def keep(number: int) -> Any:
@@ -38,10 +38,10 @@ def watched(model: nn.Module) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def places(names: Sequence[str]) -> list[str]:
+def name_places(names: Sequence[str]) -> list[str]:
     """Return the part of a block or decoder layer of every gate, by its path: a part may have several.
 
-    >>> places(["blocks.0.gate", "head.gate", "h.1.mlp.up.router", "h.1.mlp.down.router"])
+    >>> name_places(["blocks.0.gate", "head.gate", "h.1.mlp.up.router", "h.1.mlp.down.router"])
     ['blocks.0.gate', 'head.gate', 'h.1.mlp', 'h.1.mlp']
     """
     return [match[0] if (match := re.match(r".*?\.\d+\.\w+", name)) else name for name in names]
@@ -51,22 +51,22 @@ class GateMeter:
     """Adds up the gates' weights over the tokens that are scored, by domain."""
 
     def __init__(self, latest: list[Tensor], names: Sequence[str] | None = None) -> None:
-        """Measure what `watched` holds.
+        """Measure what `watch_gates` holds.
 
         Args:
             latest: The gates' latest weights.
             names: Their paths in the model, if those of one layer are to be told as one.
         """
         self.latest = latest
-        self.places = list(range(len(latest))) if names is None else places(names)
+        self.places = list(range(len(latest))) if names is None else name_places(names)
         self.sums: dict[str, list[dict[str, Tensor]]] = {}
         self.tokens: dict[str, int] = {}
 
     def add(self, domain: str, count: int) -> None:
         """Add the first `count` tokens of the latest forward pass; those after them are padding."""
-        found = [summed(output.flatten(0, 1)[:count].double()) for output in self.latest]
+        found = [sum_weights(output.flatten(0, 1)[:count].double()) for output in self.latest]
         before = self.sums.get(domain)
-        self.sums[domain] = found if before is None else [plus(a, b) for a, b in zip(before, found, strict=True)]
+        self.sums[domain] = found if before is None else [add_sums(a, b) for a, b in zip(before, found, strict=True)]
         self.tokens[domain] = self.tokens.get(domain, 0) + count
 
     def result(self) -> dict[str, dict[str, Any]]:
@@ -76,8 +76,8 @@ class GateMeter:
         """
         found = {}
         for domain, sums in self.sums.items():
-            everyone = [{key: processes.total(value) for key, value in one.items()} for one in sums]
-            found[domain] = self.told(everyone, int(processes.total(torch.tensor(self.tokens[domain]))))
+            everyone = [{key: processes.all_reduce_sum(value) for key, value in one.items()} for one in sums]
+            found[domain] = self.told(everyone, int(processes.all_reduce_sum(torch.tensor(self.tokens[domain]))))
         return found
 
     def told(self, sums: Sequence[Mapping[str, Tensor]], tokens: int) -> dict[str, Any]:
@@ -88,34 +88,34 @@ class GateMeter:
             key: [sum(one[key] for one in group) / (len(group) * tokens) for group in groups]
             for key in ("mean", "entropy", "active")
         }
-        return {key: [rounded(value) for value in values] for key, values in means.items()}
+        return {key: [average(value) for value in values] for key, values in means.items()}
 
 
-def summed(weights: Tensor) -> dict[str, Tensor]:
+def sum_weights(weights: Tensor) -> dict[str, Tensor]:
     """Sum over tokens, (tokens, branches), what is told of weights."""
     entropy = torch.special.entr(weights).sum()
     return {"mean": weights.sum(0).cpu(), "entropy": entropy.cpu(), "active": (weights > 0).sum().double().cpu()}
 
 
-def plus(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def add_sums(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Add what was summed over two batches."""
     return {key: value + other[key] for key, value in one.items()}
 
 
-def rounded(value: Any) -> Any:
+def average(value: Any) -> Any:
     """Return a mean as plain numbers.
 
-    >>> rounded(torch.tensor([0.25, 0.75]))
+    >>> average(torch.tensor([0.25, 0.75]))
     [0.25, 0.75]
     """
     return [round(float(x), 6) for x in value] if value.ndim else round(float(value), 6)
 
 
 @torch.no_grad()
-def token_gates(model: nn.Module, ids: list[int]) -> Tensor:
+def read_token_gates(model: nn.Module, ids: list[int]) -> Tensor:
     """Return the weights with which every token of a text was predicted, (S - 1, B, N + 1); the first has none."""
     device = next(model.parameters()).device
-    with watched(model) as latest:
+    with watch_gates(model) as latest:
         base: Any = model.base_model
         base(input_ids=torch.tensor([ids[:-1]], device=device), use_cache=False)
         return torch.stack([weights[0].cpu() for weights in latest], dim=1)

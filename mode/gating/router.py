@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mode.config.method import Choice, RouterSettings
-from mode.gating.select import choose, keep, load_balance
+from mode.gating.select import choose_branches, compute_load_balance, keep_chosen
 
 DENSE = RouterSettings()
 
@@ -50,9 +50,9 @@ class Router(nn.Linear):
             weights = logits.softmax(-1)
             if self.settings.sample:
                 return self.one(logits, weights)
-            chosen = choose(weights, self.settings)
+            chosen = choose_branches(weights, self.settings)
             self.auxiliary = self.losses(logits, weights, chosen) if self.training else None
-        return keep(weights, chosen, renormalize=self.settings.renormalize)
+        return keep_chosen(weights, chosen, renormalize=self.settings.renormalize)
 
     def one(self, logits: Tensor, weights: Tensor) -> Tensor:
         """Return 1 for one expert of every token and 0 for the others, with the gradient of its probability.
@@ -70,7 +70,7 @@ class Router(nn.Linear):
         """Return the weighted sum of the losses that are asked for, or None."""
         parts = []
         if self.settings.balance:
-            parts.append(self.settings.balance * load_balance(weights, chosen))
+            parts.append(self.settings.balance * compute_load_balance(weights, chosen))
         if self.settings.z:
             parts.append(self.settings.z * logits.logsumexp(-1).square().mean())
         if self.settings.entropy:
@@ -101,11 +101,11 @@ class LocalizedRouter(Router):
         """Map what a router reads, (B, S, d), to weights of experts, (B, S, N), in fp32."""
         weights = super().forward(states)
         if self.training and self.balance and self.row_kinds is not None:
-            self.auxiliary = self.balance * localized_balance(weights, self.row_kinds, self.spread)
+            self.auxiliary = self.balance * compute_localized_balance(weights, self.row_kinds, self.spread)
         return weights
 
 
-def localized_balance(weights: Tensor, kinds: Tensor, spread: float) -> Tensor:
+def compute_localized_balance(weights: Tensor, kinds: Tensor, spread: float) -> Tensor:
     """Return the squared coefficient of variation of Z, an expert's weight in a row, scaled by whether kinds agree.
 
     Z = (1 + spread) Q where expert and row are of one kind, else (1 - spread) Q, with Q the sum of the expert's weights
@@ -140,4 +140,4 @@ class Posterior(nn.Module):
     def forward(self, evidence: Tensor) -> Tensor:
         """Map the log-likelihoods of prefixes, (..., N), to weights of models, (..., N)."""
         weights = evidence.softmax(-1)
-        return keep(weights, choose(weights, self.settings), renormalize=True)
+        return keep_chosen(weights, choose_branches(weights, self.settings), renormalize=True)

@@ -8,13 +8,13 @@ from torch import Tensor
 from mode.config.method import Choice
 
 
-def choose(weights: Tensor, settings: Choice) -> Tensor | None:
+def choose_branches(weights: Tensor, settings: Choice) -> Tensor | None:
     """Return which branches of every token stay, (B, S, N + 1), or None where all do.
 
     `top_k` keeps the k largest; `top_p` keeps the smallest number of branches, largest first, that hold a share p.
 
     >>> weights = torch.tensor([0.5, 0.3, 0.2])
-    >>> choose(weights, Choice(top_k=1)).tolist(), choose(weights, Choice(top_p=0.7)).tolist()
+    >>> choose_branches(weights, Choice(top_k=1)).tolist(), choose_branches(weights, Choice(top_p=0.7)).tolist()
     ([True, False, False], [True, True, False])
     """
     if settings.top_k is not None:
@@ -27,7 +27,7 @@ def choose(weights: Tensor, settings: Choice) -> Tensor | None:
     return None
 
 
-def keep(weights: Tensor, chosen: Tensor | None, *, renormalize: bool) -> Tensor:
+def keep_chosen(weights: Tensor, chosen: Tensor | None, *, renormalize: bool) -> Tensor:
     """Return the weights of the branches that stay, (..., N), which sum to one again with `renormalize`."""
     if chosen is None:
         return weights
@@ -35,7 +35,7 @@ def keep(weights: Tensor, chosen: Tensor | None, *, renormalize: bool) -> Tensor
     return kept / kept.sum(-1, keepdim=True) if renormalize else kept
 
 
-def load_balance(weights: Tensor, chosen: Tensor | None) -> Tensor:
+def compute_load_balance(weights: Tensor, chosen: Tensor | None) -> Tensor:
     """Return the Switch load-balance loss (N + 1) sum_i f_i P_i; 1 where the load is even.
 
     P_i is branch i's mean weight and f_i its share of all assignments, so that the f_i sum to one however many

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 
-def launch(command: Sequence[str], nproc: int, module: str = "cli") -> int:
+def launch_processes(command: Sequence[str], nproc: int, module: str = "cli") -> int:
     """Run a command of `mode` on several processes, of which the first alone is heard, and return its exit code.
 
     Args:
@@ -26,7 +26,9 @@ def launch(command: Sequence[str], nproc: int, module: str = "cli") -> int:
     Raises:
         KeyboardInterrupt: It was interrupted.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says, `tell` says shorter
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # what it says, `report_failure` says shorter
     with tempfile.TemporaryDirectory() as logs:
         settings = LaunchConfig(
             min_nodes=1,
@@ -42,7 +44,7 @@ def launch(command: Sequence[str], nproc: int, module: str = "cli") -> int:
         try:
             elastic_launch(settings, sys.executable)("-m", module, *command)
         except ChildFailedError as error:
-            return tell(error, Path(logs))
+            return report_failure(error, Path(logs))
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
@@ -50,7 +52,7 @@ def launch(command: Sequence[str], nproc: int, module: str = "cli") -> int:
     return 0
 
 
-def tell(error: ChildFailedError, logs: Path) -> int:
+def report_failure(error: ChildFailedError, logs: Path) -> int:
     """Say in one line why the processes ended, unless the first has said it already, and return the exit code."""
     first = error.failures.get(0)
     if first is not None and first.exitcode > 0:

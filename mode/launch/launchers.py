@@ -20,10 +20,10 @@ from mode.config.base import STRICT
 from mode.config.check import to_yaml
 from mode.config.groups import list_members, read_group
 from mode.config.run import Run
-from mode.core.errors import ConfigError, nearest
+from mode.core.errors import ConfigError, suggest
 from mode.core.files import CURVE
-from mode.launch.worker import work
-from mode.train.curve import read_curve, throughput
+from mode.launch.worker import execute_yaml
+from mode.train.curve import compute_throughput, read_curve
 
 DIED = 1
 """Exit code of a job that is gone without a word."""
@@ -58,7 +58,7 @@ class Launcher:
             raise ValueError("nproc and parameters go with submitit and ray")
 
 
-def read(name: str, extra: Path | None = None) -> Launcher:
+def read_launcher(name: str, extra: Path | None = None) -> Launcher:
     """Read a launcher from its YAML.
 
     Raises:
@@ -66,7 +66,7 @@ def read(name: str, extra: Path | None = None) -> Launcher:
     """
     known = list_members(GROUP, extra)
     if name not in known:
-        raise ConfigError(f"--launcher {name}: not one of {', '.join(known)}{nearest(name, known)}")
+        raise ConfigError(f"--launcher {name}: not one of {', '.join(known)}{suggest(name, known)}")
     try:
         found: Launcher = TypeAdapter(Launcher).validate_python(read_group(GROUP, name, extra))
     except ValidationError as error:
@@ -78,7 +78,7 @@ def read(name: str, extra: Path | None = None) -> Launcher:
     return found
 
 
-class Job:
+class RemoteJob:
     """A run at work elsewhere, with what the table asks of a process."""
 
     def __init__(self, run: Run, run_id: str, messages: Any) -> None:
@@ -111,7 +111,7 @@ class Job:
         over = self.over()
         points = read_curve(self.curve)
         for number in range(self.seen, len(points)):
-            speed = {"tokens_per_second": throughput(points[: number + 1], self.train)}
+            speed = {"tokens_per_second": compute_throughput(points[: number + 1], self.train)}
             self.messages.put((self.run_id, "point", points[number] | speed))
         self.seen = max(self.seen, len(points)) if points else 0
         if over:
@@ -133,7 +133,7 @@ class Job:
         """Return at once: it has ended."""
 
 
-class SubmititJob(Job):
+class SubmititJob(RemoteJob):
     """A job of submitit."""
 
     def __init__(self, executor: Any, nproc: int, run: Run, run_id: str, messages: Any) -> None:
@@ -144,7 +144,7 @@ class SubmititJob(Job):
         """
         super().__init__(run, run_id, messages)
         try:
-            self.job = executor.submit(work, to_yaml(run), run_id, nproc)
+            self.job = executor.submit(execute_yaml, to_yaml(run), run_id, nproc)
         except Exception as error:  # submitit has no class of its own for all that a cluster refuses
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"launcher of submitit: {reason}") from error
@@ -174,7 +174,7 @@ class SubmititJob(Job):
         self.job.cancel()
 
 
-class RayJob(Job):
+class RayJob(RemoteJob):
     """A task of Ray."""
 
     def __init__(self, task: Any, nproc: int, run: Run, run_id: str, messages: Any) -> None:
@@ -211,7 +211,7 @@ class RayJob(Job):
         ray.cancel(self.reference, force=True)
 
 
-def starter(launcher: Launcher, folder: Path) -> Callable[[Run, str, Any], Job]:
+def make_starter(launcher: Launcher, folder: Path) -> Callable[[Run, str, Any], RemoteJob]:
     """Return what starts a run as a job.
 
     Args:
@@ -222,13 +222,13 @@ def starter(launcher: Launcher, folder: Path) -> Callable[[Run, str, Any], Job]:
         ConfigError: There is no such cluster here, or its library does not know a parameter.
     """
     try:
-        return started_by(launcher, folder)
+        return choose_start(launcher, folder)
     except Exception as error:  # the libraries have no class of their own for a mistake in what they are told
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"launcher of {launcher.kind}: {reason}") from error
 
 
-def started_by(launcher: Launcher, folder: Path) -> Callable[[Run, str, Any], Job]:
+def choose_start(launcher: Launcher, folder: Path) -> Callable[[Run, str, Any], RemoteJob]:
     """Return what starts a run as a job, or raise what the library raises."""
     if launcher.kind == "submitit":
         import submitit
@@ -240,5 +240,5 @@ def started_by(launcher: Launcher, folder: Path) -> Callable[[Run, str, Any], Jo
 
     if not ray.is_initialized():
         ray.init(address=launcher.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    task = ray.remote(work).options(max_retries=0, **launcher.parameters)
+    task = ray.remote(execute_yaml).options(max_retries=0, **launcher.parameters)
     return lambda run, run_id, messages: RayJob(task, launcher.nproc, run, run_id, messages)

@@ -17,12 +17,12 @@ from typing import Any, Protocol
 from mode.config.data import Domain
 from mode.config.run import Run
 from mode.core.errors import ConfigError
-from mode.data.pack import Tokenizer, is_whole, packed_folder, prepare
-from mode.launch.worker import attempt
+from mode.data.pack import Tokenizer, is_whole, locate_packed, prepare_domain
+from mode.launch.worker import try_execute
 from mode.methods.base import Method
 from mode.runs.forecast import Forecast, forecast
-from mode.runs.prepare import Prepared, finished, has_weights, prepare_run
-from mode.tables.table import compose_rows, load_table, row_run, rows_under
+from mode.runs.prepare import Prepared, find_finished, has_weights, prepare_run
+from mode.tables.table import compose_row, compose_rows, list_rows_under, load_table
 
 
 class Display(Protocol):
@@ -59,11 +59,11 @@ class Outcome:
 def table_runs(name: str, seeds: Sequence[int] | None, overrides: Sequence[str], extra: Path | None) -> list[Run]:
     """Compose the runs of a table, seed by seed, so that a whole table stands as early as possible."""
     table = load_table(name, extra)
-    rows = rows_under(table, overrides)
-    return [row_run(table, row, seed, overrides, extra) for seed in (seeds or table.seeds) for row in rows]
+    rows = list_rows_under(table, overrides)
+    return [compose_row(table, row, seed, overrides, extra) for seed in (seeds or table.seeds) for row in rows]
 
 
-def forecasts(name: str, overrides: Sequence[str], extra: Path | None) -> dict[str, tuple[Forecast, ...] | None]:
+def forecast_table(name: str, overrides: Sequence[str], extra: Path | None) -> dict[str, tuple[Forecast, ...] | None]:
     """Return what every stage of every row of a table is to take, by the row's label; None where a method cannot say.
 
     Raises:
@@ -73,19 +73,19 @@ def forecasts(name: str, overrides: Sequence[str], extra: Path | None) -> dict[s
     labels = {row.name: row.label for row in table.rows}
     found: dict[str, tuple[Forecast, ...] | None] = {}
     for row, run in compose_rows(table, overrides, extra).items():
-        stages = [forecast(stage) for stage in stages_of(run)]
+        stages = [forecast(stage) for stage in list_stages(run)]
         told = tuple(stage for stage in stages if stage is not None)
         found[labels[row]] = told if len(told) == len(stages) else None
     return found
 
 
-def stages_of(run: Run) -> list[Run]:
+def list_stages(run: Run) -> list[Run]:
     """Return a run after those that it stands on."""
     needs = run.method.needs(run) if isinstance(run.method, Method) else ()
-    return [*(stage for need in needs for stage in stages_of(need)), run]
+    return [*(stage for need in needs for stage in list_stages(need)), run]
 
 
-def plan(runs: Sequence[Run]) -> tuple[dict[str, Node], int]:
+def plan_runs(runs: Sequence[Run]) -> tuple[dict[str, Node], int]:
     """Work out which runs remain, with the earlier stages they stand on.
 
     Returns:
@@ -99,7 +99,7 @@ def plan(runs: Sequence[Run]) -> tuple[dict[str, Node], int]:
         if prepared.id in nodes:
             return prepared.id
         prepared.method.steps(run)  # what cannot be planned is told before anything runs
-        complete = finished(prepared) is not None and (has_weights(prepared) or not weights)
+        complete = find_finished(prepared) is not None and (has_weights(prepared) or not weights)
         waits = [visit(stage, weights=not complete) for stage in prepared.method.needs(run)]
         if complete:
             done.add(prepared.id)
@@ -125,10 +125,10 @@ def prepare_data(runs: Sequence[Run], jobs: int, context: Any) -> None:
     for run in (run for run in runs if isinstance(run.method, Method)):
         for name in run.scored:
             wanted.setdefault(f"{name} {run.domains[name]} {run.backbone} {run.paths.cache}", (run, name))
-    missing = [(run, name) for run, name in wanted.values() if not is_whole(packed_folder(*parts(run, name)))]
+    missing = [(run, name) for run, name in wanted.values() if not is_whole(locate_packed(*list_parts(run, name)))]
     if min(jobs, len(missing)) < 2:
         return
-    with interrupts_ignored():
+    with ignore_interrupts():
         pool = context.Pool(min(jobs, len(missing)))
     with pool:
         pool.starmap(prepare_one, missing, chunksize=1)
@@ -137,10 +137,10 @@ def prepare_data(runs: Sequence[Run], jobs: int, context: Any) -> None:
 def prepare_one(run: Run, name: str) -> None:
     """Prepare one domain; if it cannot be, planning tells why."""
     with suppress(ConfigError):
-        prepare(*parts(run, name))
+        prepare_domain(*list_parts(run, name))
 
 
-def parts(run: Run, name: str) -> tuple[str, Domain, Tokenizer, Path]:
+def list_parts(run: Run, name: str) -> tuple[str, Domain, Tokenizer, Path]:
     """Return what preparing one domain of a run takes."""
     tokenizer = run.method.tokenizer(run)  # type: ignore[attr-defined]  # a table's rows have methods
     return name, run.domains[name], tokenizer, Path(run.paths.cache).expanduser()
@@ -165,7 +165,7 @@ def run_all(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     prepare_data(runs, jobs, context)
-    nodes, skipped = plan(runs)
+    nodes, skipped = plan_runs(runs)
     outcome = Outcome(skipped=skipped)
     messages: Any = context.Queue() if start is None else queue.Queue()
     active: dict[str, Any] = {}
@@ -174,21 +174,21 @@ def run_all(
     errors: dict[str, str] = {}
     try:
         while nodes or active:
-            for run_id in ready(nodes)[: jobs - len(active)]:
+            for run_id in list_ready(nodes)[: jobs - len(active)]:
                 node = started[run_id] = nodes.pop(run_id)
                 run = node.prepared.run
-                display.start(run_id, describe(run), node.prepared.method.steps(run))
+                display.start(run_id, name_run(run), node.prepared.method.steps(run))
                 active[run_id] = (start or partial(start_process, context))(run, run_id, messages)
-            pause(active.values())
-            errors |= drain(messages, display)
+            wait_for_process(active.values())
+            errors |= drain_messages(messages, display)
             for run_id in [run_id for run_id, process in active.items() if not process.is_alive()]:
-                errors |= drain(messages, display)
+                errors |= drain_messages(messages, display)
                 process = active.pop(run_id)
                 if run_id not in errors and process.exitcode != 0 and tries[run_id] < retries:
                     tries[run_id] += 1
                     nodes[run_id] = started[run_id]
                 else:
-                    settle(run_id, process, errors.get(run_id), nodes, outcome, display)
+                    note_end(run_id, process, errors.get(run_id), nodes, outcome, display)
     finally:
         for process in active.values():
             process.terminate()
@@ -197,13 +197,13 @@ def run_all(
 
 def start_process(context: Any, run: Run, run_id: str, messages: Any) -> Any:
     """Start a run in a process of this machine."""
-    process = context.Process(target=child, args=(run, run_id, messages), daemon=True)
-    with interrupts_ignored():  # inherited: Ctrl-C is the parent's to answer
+    process = context.Process(target=execute_in_child, args=(run, run_id, messages), daemon=True)
+    with ignore_interrupts():  # inherited: Ctrl-C is the parent's to answer
         process.start()
     return process
 
 
-def pause(processes: Collection[Any]) -> None:
+def wait_for_process(processes: Collection[Any]) -> None:
     """Wait until a process ends, or for half a second."""
     sentinels = [process.sentinel for process in processes if hasattr(process, "sentinel")]
     if sentinels:
@@ -213,7 +213,7 @@ def pause(processes: Collection[Any]) -> None:
 
 
 @contextmanager
-def interrupts_ignored() -> Iterator[None]:
+def ignore_interrupts() -> Iterator[None]:
     """Ignore Ctrl-C for a moment."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -222,13 +222,13 @@ def interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def ready(nodes: dict[str, Node]) -> list[str]:
+def list_ready(nodes: dict[str, Node]) -> list[str]:
     """Return the runs that wait for nothing, those that others wait for first."""
     free = [run_id for run_id, node in nodes.items() if not node.waits]
     return sorted(free, key=lambda run_id: -nodes[run_id].dependents)
 
 
-def settle(
+def note_end(
     run_id: str, process: Any, error: str | None, nodes: dict[str, Node], outcome: Outcome, display: Display
 ) -> None:
     """Note how a run ended; runs that stand on one that failed fail with it."""
@@ -253,7 +253,7 @@ def fail_waiting(run_id: str, nodes: dict[str, Node], outcome: Outcome) -> None:
             fail_waiting(waiting, nodes, outcome)
 
 
-def drain(messages: Any, display: Display) -> dict[str, str]:
+def drain_messages(messages: Any, display: Display) -> dict[str, str]:
     """Pass on what the processes have sent, and return their errors by run."""
     errors: dict[str, str] = {}
     while True:
@@ -267,14 +267,14 @@ def drain(messages: Any, display: Display) -> dict[str, str]:
             display.point(run_id, value)
 
 
-def child(run: Run, run_id: str, messages: Any) -> None:
+def execute_in_child(run: Run, run_id: str, messages: Any) -> None:
     """Execute one run in a process of its own."""
-    mistake = attempt(run, run_id, lambda _, point: messages.put((run_id, "point", dict(point))))
+    mistake = try_execute(run, run_id, lambda _, point: messages.put((run_id, "point", dict(point))))
     if mistake is not None:
         messages.put((run_id, "error", mistake))
 
 
-def describe(run: Run) -> str:
+def name_run(run: Run) -> str:
     """Name a run for people: its row and, for a stage of one domain, that domain; then the seed.
 
     Stage-1 runs belong to every row that composes their experts.

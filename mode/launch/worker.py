@@ -14,12 +14,14 @@ from mode.config.check import from_yaml
 from mode.config.run import Run
 from mode.core import processes
 from mode.core.errors import ConfigError
-from mode.launch.elastic import launch
+from mode.launch.elastic import launch_processes
 from mode.runs.execute import execute
 from mode.runs.prepare import prepare_run
 
 
-def attempt(run: Run, run_id: str, observe: Callable[[Any, Any], None] = lambda prepared, point: None) -> str | None:
+def try_execute(
+    run: Run, run_id: str, observe: Callable[[Any, Any], None] = lambda prepared, point: None
+) -> str | None:
     """Execute a run, and return its mistake in one line if there was one; what is no user's is kept in `error.log`."""
     try:
         execute(run, weights=True, observe=observe)
@@ -33,17 +35,17 @@ def attempt(run: Run, run_id: str, observe: Callable[[Any, Any], None] = lambda 
     return None
 
 
-def work(text: str, run_id: str, nproc: int) -> str | None:
+def execute_yaml(text: str, run_id: str, nproc: int) -> str | None:
     """Execute a run that is written as YAML by so many processes, and return its mistake if there was one.
 
     Where one of several processes dies, this one ends too.
     """
     if nproc == 1:
-        return attempt(from_yaml(text), run_id)
+        return try_execute(from_yaml(text), run_id)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_text(text, encoding="utf-8")
-        code = launch([str(path)], nproc, module=__name__)
+        code = launch_processes([str(path)], nproc, module=__name__)
         told = path.with_suffix(".mistake")
         if told.exists():
             return told.read_text("utf-8")
@@ -55,7 +57,7 @@ def work(text: str, run_id: str, nproc: int) -> str | None:
 def main() -> None:
     """Execute the run whose file is named, as one of several processes."""
     run = from_yaml(Path(sys.argv[1]).read_text("utf-8"))
-    mistake = attempt(run, prepare_run(run).id)
+    mistake = try_execute(run, prepare_run(run).id)
     if mistake is not None:
         if processes.is_main():
             Path(sys.argv[1]).with_suffix(".mistake").write_text(mistake, encoding="utf-8")

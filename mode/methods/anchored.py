@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.shape import shape_of
-from mode.config.base import STRICT, exact
+from mode.backbone.shape import read_shape
+from mode.config.base import STRICT, as_fraction
 from mode.config.method import Anchor
 from mode.config.run import Run
-from mode.cost.flops import untouched
+from mode.cost.flops import untouched_cost
 from mode.methods.base import Method, Reference
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Adaptation(Method):
         rows = super().mixture(run)
         if self.anchor.source == "none":
             return rows
-        free, held = sum(rows.values()), exact(self.anchor.share)
+        free, held = sum(rows.values()), as_fraction(self.anchor.share)
         shares = {name: Fraction(count, free) * (1 - held) for name, count in rows.items()}
         shares[self.anchor.source] = held
         common = math.lcm(*(share.denominator for share in shares.values()))
@@ -50,8 +50,8 @@ class Adaptation(Method):
         """Return the operations per token of the mix that the backbone's own predictions take."""
         if self.anchor.source == "none":
             return 0.0
-        shape = shape_of(run.backbone)
-        return self.anchor.share * untouched(shape, run.train.sequence_length).flops.forward
+        shape = read_shape(run.backbone)
+        return self.anchor.share * untouched_cost(shape, run.train.sequence_length).flops.forward
 
     def reference(self, backbone: Callable[[], PreTrainedModel], device: torch.device) -> Reference:
         """Return what gives the backbone's final hidden states and head, for the model that trains and rows of tokens.
@@ -62,7 +62,7 @@ class Adaptation(Method):
             backbone: Loads a fresh copy of the backbone.
             device: Where the model trains.
         """
-        from mode.ops.loss import head, hidden_states
+        from mode.ops.loss import compute_hidden_states, output_head
 
         frozen = backbone().requires_grad_(False).eval().to(device)
-        return lambda _, rows: (hidden_states(frozen, rows), head(frozen))
+        return lambda _, rows: (compute_hidden_states(frozen, rows), output_head(frozen))

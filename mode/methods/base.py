@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.load import num_parameters, pretraining_data, weights_fingerprint
-from mode.backbone.shape import shape_of
+from mode.backbone.load import count_parameters, fingerprint_weights, read_pretraining_data
+from mode.backbone.shape import read_shape
 from mode.backbone.tokenizer import BackboneTokenizer, load_tokenizer
-from mode.config.base import STRICT, exact
+from mode.config.base import STRICT, as_fraction
 from mode.config.data import Split
 from mode.config.run import Budget, MethodSettings, Run
 from mode.core.errors import ConfigError
 from mode.core.files import WEIGHTS
-from mode.cost.flops import Cost, full, untouched
+from mode.cost.flops import Cost, full_cost, untouched_cost
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,8 +83,8 @@ class Method(MethodSettings):
         if run.budget.shares_steps:
             return run.train.steps - sum(stage.train.steps for stage in self.needs(run))
         if run.budget.policy == "compute" and run.train.steps:
-            spent = sum(stage.train.steps * per_token(stage) for stage in self.needs(run))
-            return max(1, round((allowance(run) - spent) / per_token(run)))
+            spent = sum(stage.train.steps * flops_per_token(stage) for stage in self.needs(run))
+            return max(1, round((full_tuning_flops(run) - spent) / flops_per_token(run)))
         return run.train.steps
 
     def effective(self, run: Run) -> Budget:
@@ -107,15 +107,15 @@ class Method(MethodSettings):
 
     def backbone_fingerprint(self, run: Run) -> str:
         """Return the fingerprint of the weights that the run starts from."""
-        return weights_fingerprint(run.backbone)
+        return fingerprint_weights(run.backbone)
 
     def pretraining_data(self, run: Run) -> dict[str, str]:
         """Return the fingerprints of the data that the run's backbone was pretrained on; empty if unknown."""
-        return pretraining_data(run.backbone)
+        return read_pretraining_data(run.backbone)
 
     def backbone_size(self, run: Run) -> int:
         """Return the number of parameters of the weights that the run starts from."""
-        return num_parameters(run.backbone)
+        return count_parameters(run.backbone)
 
     def artefacts(self, run: Run) -> dict[str, str]:
         """Return the digests of the files that the run stands on besides data and backbone; part of its identity.
@@ -127,7 +127,7 @@ class Method(MethodSettings):
 
     def mixture(self, run: Run) -> dict[str, int]:
         """Return the rows that each domain gives in a cycle of the training mix: targets equal ones, after replay."""
-        replay = {name: exact(share) for name, share in (run.train.replay or {}).items()}
+        replay = {name: as_fraction(share) for name, share in (run.train.replay or {}).items()}
         each = (1 - sum(replay.values(), start=Fraction())) / len(run.targets)
         shares = dict.fromkeys(run.targets, each) | replay
         common = math.lcm(*(share.denominator for share in shares.values()))
@@ -160,10 +160,10 @@ class Method(MethodSettings):
     @contextmanager
     def probed(self, model: nn.Module) -> Iterator[Probe | None]:
         """Measure, while the finished model is scored, what weighs its experts, if it has any."""
-        from mode.gating.meter import GateMeter, gates_of, watched
+        from mode.gating.meter import GateMeter, find_gates, watch_gates
 
-        with watched(model) as latest:
-            yield GateMeter(latest, list(gates_of(model))) if latest else None
+        with watch_gates(model) as latest:
+            yield GateMeter(latest, list(find_gates(model))) if latest else None
 
     def branches(self, run: Run) -> tuple[str, ...]:
         """Return the names of what is weighed; here of experts that have none but their numbers."""
@@ -186,7 +186,7 @@ class Method(MethodSettings):
         return folder / WEIGHTS
 
 
-def per_token(run: Run) -> float:
+def flops_per_token(run: Run) -> float:
     """Return the floating-point operations per token of a run's training, by closed form.
 
     Raises:
@@ -201,9 +201,9 @@ def per_token(run: Run) -> float:
     return cost.flops.total + method.anchoring_flops(run)
 
 
-def allowance(run: Run) -> float:
+def full_tuning_flops(run: Run) -> float:
     """Return what full fine-tuning takes in `train.steps` steps, in operations per token of a step."""
-    return run.train.steps * full(shape_of(run.backbone), run.train.sequence_length).flops.total
+    return run.train.steps * full_cost(read_shape(run.backbone), run.train.sequence_length).flops.total
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
@@ -222,7 +222,7 @@ class Untouched(Method):
 
     def cost(self, run: Run) -> Cost:
         """Return what a forward pass takes; nothing trains."""
-        return untouched(shape_of(run.backbone), run.train.sequence_length)
+        return untouched_cost(read_shape(run.backbone), run.train.sequence_length)
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the backbone as it is."""

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.shape import Flops, shape_of
+from mode.backbone.shape import Flops, read_shape
 from mode.config.base import STRICT
 from mode.config.check import replace_settings
 from mode.config.method import Anchor, GateSettings
 from mode.config.run import Run
 from mode.core.errors import ConfigError
-from mode.cost.flops import Cost, add
-from mode.cost.modular import WORTH, beside, blocks, branch_flops, gate_size
+from mode.cost.flops import Cost, add_flops
+from mode.cost.modular import WORTH, block_layers, compute_branch_flops, count_added, count_gate_weights
 from mode.methods.anchored import Adaptation
 from mode.methods.base import Material, Reference
 from mode.methods.stages import stages_by_domain
@@ -119,25 +119,27 @@ class MoDE(Adaptation):
 
         Of branches that `top_k` leaves out, with an even load, the last layers run on the tokens that keep them.
         """
-        shape, count, length = shape_of(run.backbone), self.count(run), run.train.sequence_length
+        shape, count, length = read_shape(run.backbone), self.count(run), run.train.sequence_length
         changed = count * self.head_rank
         shared, chosen = self.kept_shares(run)
-        gate = 2.0 * gate_size(shape.hidden, count, self.gate.hidden)
+        gate = 2.0 * count_gate_weights(shape.hidden, count, self.gate.hidden)
         parts, idle = [shape.head(trains=bool(changed) and self.train_experts, extra=changed)], 0
         if changed:
             down = 2.0 * shape.hidden * changed
             parts += [Flops(down, down * (1 + self.train_experts)), Flops(gate, 2.0 * gate)]
-        for number, (block, expert) in enumerate(blocks(shape, self.num_blocks, self.expert_layers)):
+        for number, (block, expert) in enumerate(block_layers(shape, self.num_blocks, self.expert_layers)):
             later = number > 0
-            parts.append(branch_flops(block, length, shared, trains=False, upstream=later))
-            parts += [branch_flops(expert, length, chosen, trains=self.train_experts, upstream=later)] * count
+            parts.append(compute_branch_flops(block, length, shared, trains=False, upstream=later))
+            parts += [compute_branch_flops(expert, length, chosen, trains=self.train_experts, upstream=later)] * count
             parts.append(Flops(gate, gate * (1 + later)))
             sizes = [sum(layer.parameters for layer in stack) for stack in (block, *[expert] * count)]
             idle += sum(sorted(sizes)[: -self.gate.top_k]) if self.gate.top_k else 0
-        experts, gates = beside(shape, count, self.num_blocks, self.expert_layers, self.head_rank, self.gate.hidden)
+        experts, gates = count_added(
+            shape, count, self.num_blocks, self.expert_layers, self.head_rank, self.gate.hidden
+        )
         total = shape.parameters + experts + gates
         return Cost(
-            flops=add(parts),
+            flops=add_flops(parts),
             total=total,
             trainable=gates + (experts if self.train_experts else 0),
             added=experts + gates,
@@ -167,11 +169,11 @@ class MoDE(Adaptation):
         """
         if not self.experts:
             return {}
-        from mode.modular.artefact import describe
+        from mode.modular.artefact import read_descriptions
 
         found: dict[str, Path] = {}
         for folder in map(Path, self.experts):
-            for domain in describe(folder.expanduser()):
+            for domain in read_descriptions(folder.expanduser()):
                 if domain in found:
                     raise ConfigError(f"method.experts: {found[domain]} and {folder} are both for {domain}")
                 found[domain] = folder.expanduser()
@@ -190,12 +192,12 @@ class MoDE(Adaptation):
         """
         if not self.experts:
             return {}
-        from mode.modular.artefact import check_fits, load_experts, made_for
+        from mode.modular.artefact import check_fits, describe_fit, load_experts
 
         wanted = {
             "backbone": run.backbone.name,
             "backbone_fingerprint": self.backbone_fingerprint(run),
-            **made_for(self, self.gate),
+            **describe_fit(self, self.gate),
         }
         folders = self.at_hand()
         for domain, folder in folders.items():
@@ -214,9 +216,9 @@ class MoDE(Adaptation):
 
     def inspect(self, model: nn.Module) -> dict[str, float]:
         """Report the mean gate of every block."""
-        from mode.modular.block import gate_means
+        from mode.modular.block import read_gate_means
 
-        return gate_means(model)
+        return read_gate_means(model)
 
     def branches(self, run: Run) -> tuple[str, ...]:
         """Return the names of a gate's branches: the backbone's, and the experts'."""
@@ -225,12 +227,12 @@ class MoDE(Adaptation):
 
     def reference(self, backbone: Callable[[], PreTrainedModel], device: torch.device) -> Reference:
         """Return what gives the backbone's states and head: frozen layers are in the model, so nothing is loaded."""
-        from mode.modular.block import without_experts
-        from mode.ops.loss import head, hidden_states
+        from mode.modular.block import bypass_experts
+        from mode.ops.loss import compute_hidden_states, output_head
 
         def states(model: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
-            with without_experts(model):
-                return hidden_states(model, rows), head(model)
+            with bypass_experts(model):
+                return compute_hidden_states(model, rows), output_head(model)
 
         return states
 
@@ -239,7 +241,7 @@ class MoDE(Adaptation):
         import torch
 
         from mode.modular.artefact import load_experts
-        from mode.modular.block import blocks_of
+        from mode.modular.block import find_blocks
         from mode.modular.experts import compose_experts
         from mode.modular.model import make_modular
 
@@ -262,7 +264,7 @@ class MoDE(Adaptation):
             for folder in dict.fromkeys((trained | self.at_hand()).values()):
                 experts |= load_experts(folder)
             compose_experts(model, [experts[domain].tensors for domain in run.targets], self.handover)
-        for block in blocks_of(model):
+        for block in find_blocks(model):
             if self.alike:
                 torch.nn.init.normal_(block.gate.weight, std=self.gate_noise)
             block.experts.requires_grad_(self.train_experts)
@@ -277,9 +279,9 @@ class MoDE(Adaptation):
     def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
         """Write a single-domain run's expert as an artefact of its own, if its gates come apart into experts' own."""
         if not self.gate.hidden and self.start == "fresh" and self.num_experts == 1 and len(run.targets) == 1:
-            from mode.modular.artefact import made_for, save_expert
+            from mode.modular.artefact import describe_fit, save_expert
 
-            save_expert(model, folder / "expert", {"domain": run.targets[0], **made_for(self, self.gate), **about})
+            save_expert(model, folder / "expert", {"domain": run.targets[0], **describe_fit(self, self.gate), **about})
 
     def kept(self, folder: Path) -> Path:
         """Return the expert's weights where there is one for a single domain."""

@@ -15,9 +15,9 @@ from mode.config.data import Split
 from mode.config.run import Run
 from mode.core.errors import ConfigError
 from mode.core.files import write_atomic
-from mode.data.pack import state_key
+from mode.data.pack import make_state_key
 from mode.data.sources import read_documents
-from mode.data.split import divide
+from mode.data.split import split_documents
 from mode.methods.base import Material, Method
 
 if TYPE_CHECKING:
@@ -77,13 +77,13 @@ class Pretrain(Method):
 
         self.check(run)
         cache = Path(run.paths.cache).expanduser()
-        states = [state_key(run.domains[name]) for name in self.weights]
+        states = [make_state_key(run.domains[name]) for name in self.weights]
         path = cache / "tokenizers" / f"{self.vocab_size}-{'-'.join(states)}.json"
         if not path.exists():
             texts: list[str] = []
             for name in self.weights:
                 domain = run.domains[name]
-                texts += divide(read_documents(domain, cache), domain.splits).documents["pretrain"]
+                texts += split_documents(read_documents(domain, cache), domain.splits).documents["pretrain"]
             trained = train_tokenizer(texts, self.vocab_size)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, trained.backend.to_str(pretty=True).encode())

@@ -7,17 +7,17 @@ from typing import Annotated, Self
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.shape import shape_of
+from mode.backbone.shape import read_shape
 from mode.config.base import STRICT
 from mode.config.check import replace_settings
 from mode.config.run import Budget, Run
 from mode.core.errors import ConfigError
-from mode.cost.modular import beside
+from mode.cost.modular import count_added
 from mode.methods.anchored import Adaptation
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
-class Sized(Adaptation):
+class ParameterMatched(Adaptation):
     """A method of which one number, such as a rank, decides how many parameters it adds, in proportion."""
 
     @property
@@ -42,7 +42,7 @@ class Sized(Adaptation):
         budget, least = run.budget, self.least
         if budget.num_blocks is None or budget.expert_layers is None:
             return self
-        wanted = sum(beside(shape_of(run.backbone), len(run.targets), budget.num_blocks, budget.expert_layers))
+        wanted = sum(count_added(read_shape(run.backbone), len(run.targets), budget.num_blocks, budget.expert_layers))
         one, two = self.adds(run, least), self.adds(run, 2 * least)
         if one == two:
             raise ConfigError("budget=params: adapters are on none of the matrices of decoder layers that it counts")
@@ -57,7 +57,7 @@ class Sized(Adaptation):
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
-class LowRank(Sized):
+class LowRank(ParameterMatched):
     """A method that adds products of two thin matrices.
 
     Attributes:

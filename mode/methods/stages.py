@@ -12,7 +12,7 @@ from mode.config.check import build_method, replace_settings
 from mode.config.run import Budget, MethodSettings, Run
 from mode.core.files import WEIGHTS
 from mode.methods.anchored import Adaptation
-from mode.methods.base import Material, allowance, per_token
+from mode.methods.base import Material, flops_per_token, full_tuning_flops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ def stages_by_domain(
     if run.budget.shares_steps:
         steps //= stages
     elif run.budget.policy == "compute" and steps:
-        steps = max(1, round(allowance(run) / stages / per_token(alone)))
+        steps = max(1, round(full_tuning_flops(run) / stages / flops_per_token(alone)))
     train = replace_settings(alone.train, steps=steps)
     return tuple(replace_settings(alone, targets=(domain,), train=train) for domain in domains)
 
@@ -61,16 +61,16 @@ class Mixture(Adaptation):
         return "backbone", *run.targets
 
 
-def merged(material: Material) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
+def merge_branches(material: Material) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
     """Merge a backbone with the models that were trained from it before.
 
     Returns:
         The backbone with the mean of all weights, trainable; and everyone's weights, by name, its own first.
     """
-    from mode.core.tensors import load_tensors, mean
+    from mode.core.tensors import average_weights, load_tensors
 
     model = material.backbone().requires_grad_(True)
     own = {name: value.detach().clone() for name, value in model.named_parameters()}
     states = [own, *(load_tensors(folder / WEIGHTS)[0] for folder in material.needs)]
-    model.load_state_dict(mean(states), strict=False)  # a tied head has one name
+    model.load_state_dict(average_weights(states), strict=False)  # a tied head has one name
     return model, states

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from mode.config.method import GateSettings
 from mode.core.errors import ConfigError
 from mode.core.files import write_atomic
-from mode.core.tensors import digest, load_tensors, save_tensors
-from mode.modular.experts import SHARED_GATE, expert_state
+from mode.core.tensors import digest_tensors, load_tensors, save_tensors
+from mode.modular.experts import SHARED_GATE, extract_expert_state
 
 SCHEMA = 1
 
@@ -56,11 +56,11 @@ def save_expert(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> Non
         folder: Folder to write; one that is there is replaced.
         about: Domain, backbone, shape and training of the expert.
     """
-    tensors = expert_state(model, 0)
+    tensors = extract_expert_state(model, 0)
     whole = {
         "schema": SCHEMA,
         **about,
-        "weights": digest(tensors),
+        "weights": digest_tensors(tensors),
         "parameters": sum(value.numel() for value in tensors.values()),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
@@ -71,7 +71,7 @@ def save_expert(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> Non
     write_atomic(folder / ABOUT, json.dumps(whole, indent=1, sort_keys=True).encode())
 
 
-def describe(folder: Path) -> dict[str, dict[str, Any]]:
+def read_descriptions(folder: Path) -> dict[str, dict[str, Any]]:
     """Read what a folder says of its experts, by domain, without their weights.
 
     An expert's own folder holds that one; a saved modular model's folder holds all of the model's, in order.
@@ -80,12 +80,12 @@ def describe(folder: Path) -> dict[str, dict[str, Any]]:
         ConfigError: It is neither, or does not say what it must.
     """
     if not (folder / ABOUT).exists() and (folder / "config.json").exists():
-        return describe_model(folder)
-    about = describe_alone(folder)
+        return read_model_descriptions(folder)
+    about = read_description(folder)
     return {str(about["domain"]): about}
 
 
-def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
+def read_model_descriptions(folder: Path) -> dict[str, dict[str, Any]]:
     """Read what a saved modular model says of its experts, by domain."""
     from mode.modular.model import MoDEConfig
 
@@ -103,27 +103,29 @@ def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"{folder / 'config.json'}: not a readable description of a modular model") from error
     source = {"backbone": config.backbone.get("name"), "backbone_fingerprint": config.backbone.get("fingerprint")}
     return {
-        name: {"domain": name, **source, **made_for(config, gate), "number": number}
+        name: {"domain": name, **source, **describe_fit(config, gate), "number": number}
         for number, name in enumerate(config.experts)
     }
 
 
-def made_for(shape: object, gate: GateSettings) -> dict[str, Any]:
+def describe_fit(shape: object, gate: GateSettings) -> dict[str, Any]:
     """Return what an expert fits besides its backbone: the shape of a modular model, and what its gates see.
 
     Args:
         shape: Says `num_blocks`, `expert_layers` and `head_rank`: the method, or a model's configuration.
         gate: Settings of the gates; those that are not named here may change afterwards.
     """
-    return {name: getattr(shape, name) for name in ("num_blocks", "expert_layers", "head_rank")} | gate_reads(gate)
+    return {name: getattr(shape, name) for name in ("num_blocks", "expert_layers", "head_rank")} | describe_gate_input(
+        gate
+    )
 
 
-def gate_reads(gate: GateSettings) -> dict[str, Any]:
+def describe_gate_input(gate: GateSettings) -> dict[str, Any]:
     """Return what an expert's gates were trained to see."""
     return {"gate_reads": gate.reads, "gate_scope": gate.scope, "gate_norm": gate.norm}
 
 
-def describe_alone(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
     """Read what an expert in a folder of its own says of itself.
 
     Raises:
@@ -148,13 +150,13 @@ def load_experts(folder: Path) -> dict[str, Expert]:
     Raises:
         ConfigError: A file is missing or damaged, or the weights are not those that the folder describes.
     """
-    abouts = describe(folder)
+    abouts = read_descriptions(folder)
     if not (folder / ABOUT).exists():
         tensors = load_model_tensors(folder)
-        return {name: expert_of_model(folder, tensors, about) for name, about in abouts.items()}
+        return {name: extract_expert(folder, tensors, about) for name, about in abouts.items()}
     ((name, about),) = abouts.items()
     tensors, _ = load_tensors(folder / TENSORS)
-    if digest(tensors) != about["weights"]:
+    if digest_tensors(tensors) != about["weights"]:
         raise ConfigError(f"{folder / TENSORS}: its weights changed since {ABOUT} was written")
     return {name: Expert(tensors=tensors, about=about)}
 
@@ -172,7 +174,7 @@ def load_model_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def expert_of_model(folder: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Expert:
+def extract_expert(folder: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Expert:
     """Pick one expert out of a saved model's tensors, named as `expert_state` names them."""
     state: dict[str, Tensor] = {}
     places = [f"blocks.{block}" for block in range(about["num_blocks"])] + ["head"] * bool(about["head_rank"])
@@ -185,7 +187,7 @@ def expert_of_model(folder: Path, tensors: Mapping[str, Tensor], about: Mapping[
         state |= {f"{block}.layers.{name.removeprefix(prefix)}": value for name, value in layers.items()}
         rows = [0, about["number"] + 1]
         state |= {f"{block}.gate.{part}": value[rows] for part, value in gate.items() if value is not None}
-    return Expert(tensors=state, about={**about, "weights": digest(state)})
+    return Expert(tensors=state, about={**about, "weights": digest_tensors(state)})
 
 
 def check_fits(about: Mapping[str, Any], wanted: Mapping[str, Any], where: object) -> None:
@@ -201,7 +203,7 @@ def check_fits(about: Mapping[str, Any], wanted: Mapping[str, Any], where: objec
         ConfigError: Something differs; the message says what.
     """
     # Experts of earlier versions do not say what their gates see, and change no head.
-    about = {"head_rank": 0, **gate_reads(GateSettings())} | dict(about)
+    about = {"head_rank": 0, **describe_gate_input(GateSettings())} | dict(about)
     differing = [key for key in wanted if key != "backbone" and about[key] != wanted[key]]
     if not differing:
         return

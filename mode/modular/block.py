@@ -10,10 +10,10 @@ With `gate.reads=output` the gate is Linear(f_bb(x)) instead: the branches still
 
 Embeddings, positional encoding, final norm and head are the backbone's, shared and frozen.
 
-The decoder goes on calling L layers, but finds a `Turn` in the place of each. A block's turns gather what the decoder
-gives to each of its layers (a mask and rotary embeddings may differ between them), and the last one runs the block. So
-masks, rotary embeddings, key-value cache and `generate()` are the library's own, for every family, and every expert
-layer has a cache slot of its own.
+The decoder still calls L layers, but finds a `BlockSlot` in the place of each. The slots of a block collect what the
+decoder passes to each of its layers (masks and rotary embeddings may differ between them), and the last slot runs the
+block. Masks, rotary embeddings, key-value cache and `generate()` are therefore the library's own, for every family, and
+every expert layer has a cache slot of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from mode.gating.gate import Gate
 from mode.modular.branches import Call, run_batched, run_layers, run_on_streams
 from mode.modular.head import HeadBlock
-from mode.modular.sparse import add_kept, can_skip
+from mode.modular.sparse import add_kept_branch, can_skip
 
 
 class Block(nn.Module):
@@ -41,7 +41,7 @@ class Block(nn.Module):
         weights: Mean branch weights of the last forward pass, (N + 1,).
         calls: What the decoder gave to the block's layers so far in this pass.
         alone: Whether the experts are left out, so that the block is the backbone's.
-        spread: How the branches are spread over processes (`mode.distributed.mpmd.Join`); None where all run here.
+        spread: How the branches are spread over processes (`mode.distributed.mpmd`); None where all run here.
         beside: How its branches run: in a `loop`, experts `batched`, or on `streams` (`mode.modular.branches`).
         skips: Whether branches may leave out tokens that do not keep them (`mode.modular.sparse`).
         even: Whether branches are kept in turn, each by as many tokens, whatever the gate says.
@@ -74,15 +74,15 @@ class Block(nn.Module):
         outputs: dict[int, Tensor] = {}
         if self.gate.settings.reads == "output":
             outputs[0] = run_layers(self.backbone, hidden_states, calls)
-        weights = self.gate(outputs.get(0, hidden_states), cache_in(calls[0]))
+        weights = self.gate(outputs.get(0, hidden_states), find_cache(calls[0]))
         if self.even:
-            weights = in_turn(weights, self.gate.settings.top_k)
+            weights = cycle_branches(weights, self.gate.settings.top_k)
         self.weights = weights.detach().mean(dim=(0, 1))
         branches = [self.backbone, *self.experts]
         outputs |= self.together(branches, hidden_states, calls, len(outputs))
         kept = None
         if len(outputs) < len(branches):
-            kept = self.kept(weights, cached=cache_in(calls[0]) is not None)
+            kept = self.kept(weights, cached=find_cache(calls[0]) is not None)
         mixed: Tensor = torch.zeros((), device=hidden_states.device)
         for index, layers in enumerate(branches):
             if some is not None and index not in some:
@@ -90,7 +90,7 @@ class Block(nn.Module):
             weight = weights[..., index : index + 1]
             if kept is not None and index not in outputs and can_skip(layers, calls):
                 mixed = mixed if mixed.ndim else torch.zeros_like(hidden_states)
-                mixed = add_kept(mixed, layers, hidden_states, calls, weight, kept[index])
+                mixed = add_kept_branch(mixed, layers, hidden_states, calls, weight, kept[index])
             else:
                 output = outputs[index] if index in outputs else run_layers(layers, hidden_states, calls)
                 mixed = mixed + weight.to(output.dtype) * output
@@ -117,14 +117,14 @@ class Block(nn.Module):
             calls: What is meant for each layer.
             done: Branches, from the first, that have been run.
         """
-        if self.beside == "loop" or self.spread is not None or cache_in(calls[0]) is not None:
+        if self.beside == "loop" or self.spread is not None or find_cache(calls[0]) is not None:
             return {}
         if self.beside == "streams":
             return dict(enumerate(run_on_streams(branches[done:], states, calls), done))
         return dict(enumerate(run_batched(branches[1:], states, calls), 1)) if len(branches) > 2 else {}
 
 
-class Turn(nn.Module):
+class BlockSlot(nn.Module):
     """A layer's place in the decoder: gathers the call and, at the last place of a block, runs the block."""
 
     def __init__(self, block: Block, position: int) -> None:
@@ -147,7 +147,7 @@ class Turn(nn.Module):
         return output
 
 
-def cache_in(call: Call) -> Any:
+def find_cache(call: Call) -> Any:
     """Return the key-value cache that a layer is given, by whatever name, or None."""
     from transformers import Cache
 
@@ -155,17 +155,17 @@ def cache_in(call: Call) -> Any:
     return next((value for value in (*args, *options.values()) if isinstance(value, Cache)), None)
 
 
-def gate_means(model: nn.Module) -> dict[str, float]:
+def read_gate_means(model: nn.Module) -> dict[str, float]:
     """Return the mean weight of every branch in the last forward pass, by block; branch 0 is the backbone."""
     return {
         f"gate/block{number}/branch{branch}": float(weight)
-        for number, block in enumerate(blocks_of(model))
+        for number, block in enumerate(find_blocks(model))
         if block.weights is not None
         for branch, weight in enumerate(block.weights)
     }
 
 
-def blocks_of(model: nn.Module) -> list[Block | HeadBlock]:
+def find_blocks(model: nn.Module) -> list[Block | HeadBlock]:
     """Return the blocks of a modular model, in order; that of its head is the last, if it has one."""
     modules = list(model.modules())
     heads = [module for module in modules if isinstance(module, HeadBlock)]
@@ -173,9 +173,9 @@ def blocks_of(model: nn.Module) -> list[Block | HeadBlock]:
 
 
 @contextmanager
-def without_experts(model: nn.Module) -> Iterator[None]:
+def bypass_experts(model: nn.Module) -> Iterator[None]:
     """Let a modular model be its backbone for a while, without gradients."""
-    found = blocks_of(model)
+    found = find_blocks(model)
     for block in found:
         block.alone = True
     try:
@@ -187,9 +187,9 @@ def without_experts(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def even_load(model: nn.Module) -> Iterator[None]:
+def force_even_load(model: nn.Module) -> Iterator[None]:
     """Let a modular model's gates that keep `top_k` branches keep each for as many tokens: what costs are told of."""
-    found = [block for block in blocks_of(model) if isinstance(block, Block)]
+    found = [block for block in find_blocks(model) if isinstance(block, Block)]
     for block in found:
         block.even = True
     try:
@@ -199,7 +199,7 @@ def even_load(model: nn.Module) -> Iterator[None]:
             block.even = False
 
 
-def in_turn(weights: Tensor, top_k: int | None) -> Tensor:
+def cycle_branches(weights: Tensor, top_k: int | None) -> Tensor:
     """Return weights of which every token keeps the branches that it is its turn to, (B, S, N + 1); all without k."""
     _, length, branches = weights.shape
     turns = torch.arange(length, device=weights.device)[:, None] + torch.arange(branches, device=weights.device)

@@ -68,7 +68,7 @@ def run_on_streams(branches: Sequence[Any], states: Tensor, calls: Sequence[Call
         Outputs, (B, S, d), which the current stream waits for.
     """
     here = torch.cuda.current_stream()
-    streams = [here, *(stream(number) for number in range(1, len(branches)))]
+    streams = [here, *(get_stream(number) for number in range(1, len(branches)))]
     outputs = []
     for other in streams[1:]:  # before anything of a branch is on the current stream, which they would wait for
         other.wait_stream(here)
@@ -77,19 +77,19 @@ def run_on_streams(branches: Sequence[Any], states: Tensor, calls: Sequence[Call
             outputs.append(run_layers(layers, states, calls))
     for output, other in zip(outputs[1:], streams[1:], strict=True):
         here.wait_stream(other)
-        for read in (states, *tensors_in(calls)):
+        for read in (states, *collect_tensors(calls)):
             read.record_stream(other)
         output.record_stream(here)
     return outputs
 
 
-def tensors_in(calls: Sequence[Call]) -> list[Tensor]:
+def collect_tensors(calls: Sequence[Call]) -> list[Tensor]:
     """Return the tensors that layers are given besides their input: masks and rotary embeddings."""
     leaves = tree_leaves([(args, options) for args, options in calls])
     return [each for each in leaves if isinstance(each, Tensor)]
 
 
 @cache
-def stream(number: int) -> torch.cuda.Stream:
+def get_stream(number: int) -> torch.cuda.Stream:
     """Return a stream, the same one for the same number: memory that was freed on it is free for it again."""
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]

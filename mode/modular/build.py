@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mode.backbone.shape import layers_per_block
-from mode.backbone.structure import stack, with_slots
+from mode.backbone.shape import divide_layers
+from mode.backbone.structure import find_layer_stack, resize_cache_slots
 from mode.config.method import GateSettings
 from mode.core.errors import ConfigError
 from mode.gating.gate import PLAIN, Gate
-from mode.modular.block import Block, Turn
+from mode.modular.block import Block, BlockSlot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,40 +45,42 @@ def insert_blocks(
     Raises:
         ConfigError: B does not divide L, or `copy` asks for more layers than a block has.
     """
-    trunk, name = stack(model)
+    trunk, name = find_layer_stack(model)
     layers = list(getattr(trunk, name))
-    per_block = layers_per_block(len(layers), num_blocks)
+    per_block = divide_layers(len(layers), num_blocks)
     if init == "copy" and expert_layers > per_block:
         raise ConfigError(f"method.expert_layers={expert_layers}: a block has only {per_block} layers to copy")
     model.requires_grad_(False)
-    templates = slots(len(layers), num_blocks, num_experts, expert_layers, gate)
+    templates = plan_cache_slots(len(layers), num_blocks, num_experts, expert_layers, gate)
     blocks, slot = [], len(layers)
     for start in range(0, len(layers), per_block):
         experts = []
         for _ in range(num_experts):
             numbers = range(slot, slot + expert_layers)
-            experts.append([new_layer(model, layers[templates[number]], number, init) for number in numbers])
+            experts.append([copy_layer(model, layers[templates[number]], number, init) for number in numbers])
             slot += expert_layers
         made = Gate(model.config.hidden_size, num_experts, backbone_bias, gate)
         blocks.append(Block(layers[start : start + per_block], experts, made))
     if gate.scope == "prefix":
         for number, block in enumerate(blocks):
             block.gate.slot = slot + number
-    model.config = trunk.config = with_slots(model.config, templates)
-    setattr(trunk, name, nn.ModuleList(Turn(block, place) for block in blocks for place in range(per_block)))
+    model.config = trunk.config = resize_cache_slots(model.config, templates)
+    setattr(trunk, name, nn.ModuleList(BlockSlot(block, place) for block in blocks for place in range(per_block)))
     return nn.ModuleList(blocks)
 
 
-def slots(num_layers: int, num_blocks: int, num_experts: int, expert_layers: int, gate: GateSettings) -> list[int]:
+def plan_cache_slots(
+    num_layers: int, num_blocks: int, num_experts: int, expert_layers: int, gate: GateSettings
+) -> list[int]:
     """Return the backbone layer that every slot of the key-value cache is like; -1 for one that sees everything.
 
     The backbone's layers keep their slots, the experts' come after them, block by block, and gates that see the whole
     prefix have the last ones.
 
-    >>> slots(4, 2, 1, 1, GateSettings(scope="prefix"))
+    >>> plan_cache_slots(4, 2, 1, 1, GateSettings(scope="prefix"))
     [0, 1, 2, 3, 0, 2, -1, -1]
     """
-    per_block = layers_per_block(num_layers, num_blocks)
+    per_block = divide_layers(num_layers, num_blocks)
     experts = [
         start + index % per_block
         for start in range(0, num_layers, per_block)
@@ -89,7 +91,7 @@ def slots(num_layers: int, num_blocks: int, num_experts: int, expert_layers: int
     return [*range(num_layers), *experts, *gates]
 
 
-def new_layer(model: PreTrainedModel, template: nn.Module, slot: int, init: str) -> nn.Module:
+def copy_layer(model: PreTrainedModel, template: nn.Module, slot: int, init: str) -> nn.Module:
     """Make a trainable decoder layer like `template`, with its own cache slot."""
     layer: Any = copy.deepcopy(template)
     layer.requires_grad_(True)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mode.core.errors import ConfigError, nearest
-from mode.modular.block import blocks_of
-from mode.modular.experts import check_apart, compose_experts, put_expert
+from mode.core.errors import ConfigError, suggest
+from mode.modular.block import find_blocks
+from mode.modular.experts import check_separable, compose_experts, put_expert
 from mode.modular.head import remove_head
 from mode.modular.model import MoDEForCausalLM, make_modular
 
 
-def backbone_of(model: MoDEForCausalLM) -> PreTrainedModel:
+def extract_backbone(model: MoDEForCausalLM) -> PreTrainedModel:
     """Take the backbone out of a modular model, which is no model any more after this."""
     trunk: Any = model.base_model
     blocks: Any = model.blocks
@@ -29,7 +29,7 @@ def backbone_of(model: MoDEForCausalLM) -> PreTrainedModel:
     return backbone
 
 
-def with_experts(model: MoDEForCausalLM, experts: Mapping[str, Mapping[str, Tensor]]) -> MoDEForCausalLM:
+def replace_experts(model: MoDEForCausalLM, experts: Mapping[str, Mapping[str, Tensor]]) -> MoDEForCausalLM:
     """Return a modular model on the same backbone with other experts, without training; consumes the one given.
 
     Every gate keeps each expert's odds against the backbone. So an expert that joins changes no odds of the others,
@@ -46,7 +46,7 @@ def with_experts(model: MoDEForCausalLM, experts: Mapping[str, Mapping[str, Tens
     kept = {name: dict(state) for name, state in experts.items()}
     training = model.training
     made = make_modular(
-        backbone_of(model),
+        extract_backbone(model),
         experts=list(kept),
         num_blocks=config.num_blocks,
         expert_layers=config.expert_layers,
@@ -76,7 +76,7 @@ def swap_expert(model: MoDEForCausalLM, leaves: str, comes: str, tensors: Mappin
     """
     names = model.config.experts
     if leaves not in names:
-        raise ConfigError(f"{leaves}: not one of the experts {', '.join(names)}{nearest(leaves, names)}")
+        raise ConfigError(f"{leaves}: not one of the experts {', '.join(names)}{suggest(leaves, names)}")
     if comes != leaves and comes in names:
         raise ConfigError(f"{comes}: the model has an expert of that name already")
     index = names.index(leaves)
@@ -87,9 +87,9 @@ def swap_expert(model: MoDEForCausalLM, leaves: str, comes: str, tensors: Mappin
 
 def check_shapes(model: MoDEForCausalLM, index: int, tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors that are not those of an expert of this model's blocks, before any is copied."""
-    check_apart(model)
+    check_separable(model)
     expected: dict[str, Any] = {}
-    for number, block in enumerate(blocks_of(model)):
+    for number, block in enumerate(find_blocks(model)):
         layers = block.experts[index].state_dict()
         expected |= {f"{number}.layers.{name}": value.shape for name, value in layers.items()}
         width = block.gate.weight.shape[1]

@@ -8,20 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from mode.core.errors import ConfigError
-from mode.modular.block import blocks_of
+from mode.modular.block import find_blocks
 
 SHARED_GATE = "its gates have a hidden layer (gate.hidden), which all experts share: none can come or go"
 
 
-def expert_state(model: nn.Module, index: int) -> dict[str, Tensor]:
+def extract_expert_state(model: nn.Module, index: int) -> dict[str, Tensor]:
     """Return one expert's layers and its gates' rows for the backbone and for it, named `i.experts...` by block.
 
     Raises:
         ConfigError: The gates have a hidden layer.
     """
-    check_apart(model)
+    check_separable(model)
     state: dict[str, Tensor] = {}
-    for number, block in enumerate(blocks_of(model)):
+    for number, block in enumerate(find_blocks(model)):
         layers = block.experts[index]
         state |= {f"{number}.layers.{name}": value for name, value in layers.state_dict().items()}
         rows = [0, index + 1]
@@ -39,14 +39,14 @@ def compose_experts(model: nn.Module, states: Sequence[Mapping[str, Tensor]], ha
 
     Args:
         model: A modular model with len(states) experts.
-        states: Experts, as `expert_state` returns them.
+        states: Experts, as `extract_expert_state` returns them.
         handover: `odds` or `fresh`.
 
     Raises:
         ConfigError: An expert's layers are not those of the model's blocks.
     """
     if handover == "odds":
-        for block in blocks_of(model):
+        for block in find_blocks(model):
             block.gate.weight.zero_()
             block.gate.bias.zero_()
     for index, state in enumerate(states):
@@ -60,14 +60,14 @@ def put_expert(model: nn.Module, index: int, state: Mapping[str, Tensor], handov
     Args:
         model: A modular model.
         index: Which of its experts.
-        state: The expert that takes its place, as `expert_state` returns it.
+        state: The expert that takes its place, as `extract_expert_state` returns it.
         handover: `odds`: its rows of the gates keep its odds against the backbone; `fresh`: the gates stay as they are.
 
     Raises:
         ConfigError: The expert's layers are not those of the model's blocks, or the gates have a hidden layer.
     """
-    check_apart(model)
-    for number, block in enumerate(blocks_of(model)):
+    check_separable(model)
+    for number, block in enumerate(find_blocks(model)):
         prefix = f"{number}.layers."
         layers = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         try:
@@ -76,16 +76,16 @@ def put_expert(model: nn.Module, index: int, state: Mapping[str, Tensor], handov
             reason = str(error).strip().splitlines()[-1].strip()
             raise ConfigError(f"expert {index} does not fit block {number}: {reason}") from error
         if handover == "odds":
-            for gate, rows in zip((block.gate.weight, block.gate.bias), gate_rows(state, number), strict=True):
+            for gate, rows in zip((block.gate.weight, block.gate.bias), extract_gate_rows(state, number), strict=True):
                 gate[index + 1] = gate[0] + (rows[1] - rows[0])
 
 
-def check_apart(model: nn.Module) -> None:
+def check_separable(model: nn.Module) -> None:
     """Refuse a model whose gates do not come apart into rows for each expert."""
-    if any(block.gate.inner is not None for block in blocks_of(model)):
+    if any(block.gate.inner is not None for block in find_blocks(model)):
         raise ConfigError(SHARED_GATE)
 
 
-def gate_rows(state: Mapping[str, Tensor], number: int) -> tuple[Tensor, Tensor]:
+def extract_gate_rows(state: Mapping[str, Tensor], number: int) -> tuple[Tensor, Tensor]:
     """Return an expert's gate in one block, weight and bias: the backbone's row and its own."""
     return state[f"{number}.gate.weight"], state[f"{number}.gate.bias"]

@@ -17,13 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
-from mode.backbone.load import load_model, weights_fingerprint
-from mode.backbone.shape import layers_per_block
-from mode.backbone.structure import with_slots
+from mode.backbone.load import fingerprint_weights, load_model
+from mode.backbone.shape import divide_layers
+from mode.backbone.structure import resize_cache_slots
 from mode.config.backbone import Backbone
 from mode.config.method import GateSettings
 from mode.core.errors import ConfigError
-from mode.modular.build import insert_blocks, slots
+from mode.modular.build import insert_blocks, plan_cache_slots
 from mode.modular.head import insert_head
 
 
@@ -77,8 +77,8 @@ class MoDEConfig(PreTrainedConfig):  # type: ignore[misc]  # the library is unty
         if self.decoder is None:
             return self
         layers = self.decoder.num_hidden_layers
-        templates = slots(layers, self.num_blocks, len(self.experts), self.expert_layers, self.gates)
-        return with_slots(self.decoder, templates)
+        templates = plan_cache_slots(layers, self.num_blocks, len(self.experts), self.expert_layers, self.gates)
+        return resize_cache_slots(self.decoder, templates)
 
 
 class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the library is untyped
@@ -237,7 +237,7 @@ class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         about = dict(config.backbone)
         expected = about.pop("fingerprint")
         backbone = Backbone(**about)
-        found = weights_fingerprint(backbone)
+        found = fingerprint_weights(backbone)
         if found != expected:
             raise ConfigError(
                 f"{path}: made for backbone {backbone.name} with weights {expected}; {backbone.path} has {found}"
@@ -278,7 +278,7 @@ def make_modular(
     Raises:
         ConfigError: B does not divide L, or `copy` asks for more layers than a block has.
     """
-    layers_per_block(backbone.config.num_hidden_layers, num_blocks)  # first: the library wraps errors of a config
+    divide_layers(backbone.config.num_hidden_layers, num_blocks)  # first: the library wraps errors of a config
     config = MoDEConfig(
         decoder=backbone.config,
         num_blocks=num_blocks,

@@ -33,11 +33,11 @@ def can_skip(layers: Sequence[Any], calls: Sequence[Call]) -> bool:
     with anything of tokens among what the layer is given that is not known here. A layer that is compiled is so for
     whole rows: it runs as it is written.
     """
-    layer, (args, options) = last(layers, calls)
+    layer, (args, options) = find_last_layer(layers, calls)
     if args or any(name not in options for name in NEEDED) or options["past_key_values"] is not None:
         return False
     mask, places, angles = (options[name] for name in ("attention_mask", "position_ids", "position_embeddings"))
-    if mask is None and (attention_of(layer) not in ("sdpa", UNMASKED) or options.get("is_causal") is False):
+    if mask is None and (find_attention(layer) not in ("sdpa", UNMASKED) or options.get("is_causal") is False):
         return False
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
         return False
@@ -49,18 +49,18 @@ def can_skip(layers: Sequence[Any], calls: Sequence[Call]) -> bool:
     return whole and not (layer.gradient_checkpointing and layer.training)
 
 
-def attention_of(layer: nn.Module) -> str | None:
+def find_attention(layer: nn.Module) -> str | None:
     """Return how a layer attends, by the name that `transformers` knows it by."""
     configs = (getattr(module, "config", None) for module in layer.modules())
     return next((each._attn_implementation for each in configs if each is not None), None)
 
 
-def last(layers: Sequence[Any], calls: Sequence[Call]) -> tuple[Any, Call]:
+def find_last_layer(layers: Sequence[Any], calls: Sequence[Call]) -> tuple[Any, Call]:
     """Return a branch's last layer, and what is meant for it."""
     return layers[-1], calls[(len(layers) - 1) % len(calls)]
 
 
-def add_kept(
+def add_kept_branch(
     total: Tensor, layers: Sequence[Any], states: Tensor, calls: Sequence[Call], weight: Tensor, counts: Sequence[int]
 ) -> Tensor:
     """Add a branch to the weighted sum of branches, run on what keeps it: some rows, and in the last layer some tokens.
@@ -86,19 +86,19 @@ def add_kept(
         rows = list(range(len(counts)))
     if len(rows) < len(counts):
         some = torch.tensor(rows, device=states.device)
-        states, weight, calls = states[some], weight[some], [rows_of(call, some, len(counts)) for call in calls]
+        states, weight, calls = states[some], weight[some], [select_rows(call, some, len(counts)) for call in calls]
     if most > WORTH * number:
         output = run_layers(layers, states, calls)
         chosen = torch.arange(number, device=states.device).expand(len(rows), -1)
     else:
         output, chosen = run_some(layers, states, calls, weight[..., 0] != 0, most)
-    values = (picked(weight, chosen).to(output.dtype) * output).to(total.dtype)
+    values = (gather_tokens(weight, chosen).to(output.dtype) * output).to(total.dtype)
     if len(rows) == len(counts):
         return total.scatter_add_(1, chosen[..., None].expand_as(values), values)
     return total.index_put_((some[:, None], chosen), values, accumulate=True)
 
 
-def rows_of(call: Call, some: Tensor, count: int) -> Call:
+def select_rows(call: Call, some: Tensor, count: int) -> Call:
     """Return what is meant for a layer, of some rows of all."""
 
     def cut(value: Any) -> Any:
@@ -126,28 +126,28 @@ def run_some(
         The output, (B, K, d), and the positions of its tokens, (B, K).
     """
     states = run_layers(layers[:-1], states, calls)
-    layer, (_, options) = last(layers, calls)
+    layer, (_, options) = find_last_layer(layers, calls)
     chosen = kept.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
     context = Context()
-    with suppress(FoundError):
+    with suppress(KeysTakenError):
         layer.forward(states, **options | {"past_key_values": context})
     some = {
         "past_key_values": context,
-        "position_embeddings": tuple(picked(each, chosen) for each in options["position_embeddings"]),
+        "position_embeddings": tuple(gather_tokens(each, chosen) for each in options["position_embeddings"]),
         "position_ids": options["position_ids"].expand_as(kept).gather(1, chosen),
-        "attention_mask": seen(options["attention_mask"], chosen, states.shape[1]),
+        "attention_mask": make_mask(options["attention_mask"], chosen, states.shape[1]),
     }
-    output: Tensor = layer.forward(picked(states, chosen), **options | some)
+    output: Tensor = layer.forward(gather_tokens(states, chosen), **options | some)
     return output, chosen
 
 
-def picked(values: Tensor, chosen: Tensor) -> Tensor:
+def gather_tokens(values: Tensor, chosen: Tensor) -> Tensor:
     """Return what chosen tokens have of values, (B or 1, S, n) to (B, K, n)."""
     wide = values.expand(len(chosen), -1, -1)
     return wide.gather(1, chosen[..., None].expand(-1, -1, values.shape[-1]))
 
 
-def seen(mask: Tensor | None, chosen: Tensor, length: int) -> Tensor:
+def make_mask(mask: Tensor | None, chosen: Tensor, length: int) -> Tensor:
     """Return which of a row's tokens every chosen one sees, (B, 1, K, S), as the decoder's mask has it for all.
 
     Args:
@@ -161,7 +161,7 @@ def seen(mask: Tensor | None, chosen: Tensor, length: int) -> Tensor:
     return wide.gather(2, chosen[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
 
 
-class FoundError(Exception):
+class KeysTakenError(Exception):
     """Ends a pass that was for keys and values."""
 
 
@@ -180,5 +180,5 @@ class Context:
         """
         if self.found is None:
             self.found = keys, values
-            raise FoundError
+            raise KeysTakenError
         return self.found

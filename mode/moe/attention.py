@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mode.backbone.shape import ATTENTION
-from mode.backbone.structure import stack, with_slots
+from mode.backbone.structure import find_layer_stack, resize_cache_slots
 from mode.config.method import RouterSettings
 from mode.gating.router import Router
 
@@ -65,7 +65,7 @@ def insert_attention_banks(
     Returns:
         The banks, in order.
     """
-    trunk, name = stack(model)
+    trunk, name = find_layer_stack(model)
     layers: Any = getattr(trunk, name)
     prefix = next(path for path, module in model.named_modules() if module is layers)
     hidden, depth = model.config.get_text_config().hidden_size, len(layers)
@@ -84,5 +84,5 @@ def insert_attention_banks(
         bank = AttentionBank(experts, Router(hidden, len(states), settings))
         setattr(layer, part, bank)
         made.append(bank)
-    model.config = trunk.config = with_slots(model.config, [*range(depth)] * len(states))
+    model.config = trunk.config = resize_cache_slots(model.config, [*range(depth)] * len(states))
     return made

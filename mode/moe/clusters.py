@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mode.config.method import Choice
-from mode.gating.select import choose, keep
+from mode.gating.select import choose_branches, keep_chosen
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,7 +35,7 @@ SEED = 20230324
 """Of the decomposition and of the first centres: clusters are the same for every run on the same text."""
 
 
-class Nearness(nn.Module):
+class ClusterWeights(nn.Module):
     """Weights of clusters by the distance of the text so far to their centres: softmax(- |z - centre|^2 / T) over K.
 
     Attributes:
@@ -59,11 +59,11 @@ class Nearness(nn.Module):
 
     def forward(self, sums: Tensor) -> Tensor:
         """Map the sums of prefixes' vectors, (..., c), to weights of clusters, (..., K)."""
-        weights = (-squared_distances(sums, self.centres.double()) / self.temperature).softmax(-1)
-        return keep(weights, choose(weights, self.settings), renormalize=True)
+        weights = (-compute_squared_distances(sums, self.centres.double()) / self.temperature).softmax(-1)
+        return keep_chosen(weights, choose_branches(weights, self.settings), renormalize=True)
 
 
-def squared_distances(sums: Tensor, centres: Tensor) -> Tensor:
+def compute_squared_distances(sums: Tensor, centres: Tensor) -> Tensor:
     """Return the squared distances of sums of vectors, (..., c), at length one, to centres, (K, c): (..., K)."""
     places = functional.normalize(sums, dim=-1)
     distances: Tensor = (places[..., None, :] - centres).square().sum(-1)
@@ -94,7 +94,7 @@ def find_clusters(rows: NDArray[Any], count: int, vocabulary: int) -> tuple[Tens
         centres = places[torch.randperm(len(places))[:count]]
     members: list[int] = []
     for _ in range(ROUNDS):
-        before, members = members, assign(squared_distances(places, centres))
+        before, members = members, assign_rows(compute_squared_distances(places, centres))
         if members == before:
             break
         of = torch.tensor(members)
@@ -102,10 +102,10 @@ def find_clusters(rows: NDArray[Any], count: int, vocabulary: int) -> tuple[Tens
     return vectors.float(), centres.float(), members
 
 
-def assign(distances: Tensor) -> list[int]:
+def assign_rows(distances: Tensor) -> list[int]:
     """Assign rows to clusters of one size: those first that have most to lose by their second choice.
 
-    >>> assign(torch.tensor([[0.0, 0.1], [0.0, 0.9], [0.2, 0.8], [0.3, 0.4]]))
+    >>> assign_rows(torch.tensor([[0.0, 0.1], [0.0, 0.9], [0.2, 0.8], [0.3, 0.4]]))
     [1, 0, 0, 1]
     """
     total, count = distances.shape
@@ -120,6 +120,6 @@ def assign(distances: Tensor) -> list[int]:
     return members
 
 
-def rows_of(streams: Sequence[NDArray[Any]], length: int) -> NDArray[Any]:
+def cut_rows(streams: Sequence[NDArray[Any]], length: int) -> NDArray[Any]:
     """Cut streams of tokens into rows, (rows, length), one stream after the other; what does not fill a row is left."""
     return np.concatenate([one[: len(one) // length * length].reshape(-1, length) for one in streams])

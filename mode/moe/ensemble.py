@@ -15,8 +15,8 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mode.gating.router import Posterior
-from mode.moe.clusters import Nearness
-from mode.ops.loss import CHUNK, TokenScores, head, hidden_states, hits, softcap, token_scores
+from mode.moe.clusters import ClusterWeights
+from mode.ops.loss import CHUNK, TokenScores, compute_hidden_states, find_hits, logit_softcap, output_head, score_states
 
 
 class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the library is untyped
@@ -36,7 +36,7 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
     _supports_flash_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, members: Sequence[PreTrainedModel], judge: Posterior | Nearness | None) -> None:
+    def __init__(self, members: Sequence[PreTrainedModel], judge: Posterior | ClusterWeights | None) -> None:
         """Put models side by side."""
         first = members[0].config
         config = copy.deepcopy(first)
@@ -67,14 +67,14 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
         weights = self.weigh(evidence)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         pieces = [one[:, kept].float() for one in states]
-        logits = mixed(self.log_probabilities(pieces), weights[:, kept])
+        logits = mix_probabilities(self.log_probabilities(pieces), weights[:, kept])
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def states(self, input_ids: Tensor, cache: Cache | None = None, **options: Any) -> list[Tensor]:
         """Return every member's final hidden states, each (B, S, d)."""
         options |= {} if cache is None else {"use_cache": True}
         return [
-            hidden_states(member, input_ids, past_key_values=self.own_slots(cache, number), **options)
+            compute_hidden_states(member, input_ids, past_key_values=self.own_slots(cache, number), **options)
             for number, member in enumerate(self.members)
         ]
 
@@ -100,7 +100,7 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
             return torch.zeros(*input_ids.shape, len(states), dtype=torch.float64, device=input_ids.device)
         slot = len(states) * self.depth
         joined = torch.cat([one.float() for one in states], -1)
-        if isinstance(self.judge, Nearness):
+        if isinstance(self.judge, ClusterWeights):
             clues = self.judge.vectors[input_ids].double()
             text = mask
         else:
@@ -126,7 +126,7 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
         known = joined[:, :-1] if before is None else torch.cat([before, joined[:, :-1]], 1)
         seen = input_ids[:, 1:] if before is None else input_ids
         found = [
-            -token_scores(part, head(member), seen, CHUNK, softcap(member)).nll.view(seen.shape)
+            -score_states(part, output_head(member), seen, CHUNK, logit_softcap(member)).nll.view(seen.shape)
             for member, part in zip(self.members, known.chunk(len(self.members), -1), strict=True)
         ]
         likelihoods = torch.stack(found, -1).double()
@@ -143,7 +143,7 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
         """Return every member's log-probabilities for its final hidden states, (N, ..., V)."""
         found = []
         for member, one in zip(self.members, states, strict=True):
-            logits, cap = one @ head(member).float().T, softcap(member)
+            logits, cap = one @ output_head(member).float().T, logit_softcap(member)
             found.append((logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(-1))
         return torch.stack(found)
 
@@ -159,7 +159,7 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
         """
         flat = [one.flatten(0, 1).float() for one in self.states(input_ids, **options)]
         labels, shape = targets.flatten(), (*targets.shape, len(flat))
-        near = self.judge.vectors[input_ids].double().cumsum(1) if isinstance(self.judge, Nearness) else None
+        near = self.judge.vectors[input_ids].double().cumsum(1) if isinstance(self.judge, ClusterWeights) else None
         likelihoods = torch.zeros(len(labels), len(flat), dtype=torch.float64, device=labels.device)
         nll, hit = torch.empty(len(labels), device=labels.device), torch.empty_like(labels, dtype=torch.bool)
         for start in range(0, len(labels), chunk):
@@ -168,20 +168,20 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
             wanted = labels[piece, None]
             likelihoods[piece] = torch.stack([one.gather(1, wanted)[:, 0] for one in found], -1).double()
             # Rows run on through the chunks, so all that comes before a chunk's tokens is known by now.
-            evidence = earlier(likelihoods.view(shape)) if near is None else near
+            evidence = shift_prefix_sums(likelihoods.view(shape)) if near is None else near
             weights = self.weigh(evidence).flatten(0, 1)[piece]
-            scores = mixed(found, weights)
+            scores = mix_probabilities(found, weights)
             nll[piece] = -scores.gather(1, wanted)[:, 0]
-            hit[piece] = hits(scores, labels[piece])
+            hit[piece] = find_hits(scores, labels[piece])
         return TokenScores(nll, hit)
 
 
-def earlier(likelihoods: Tensor) -> Tensor:
+def shift_prefix_sums(likelihoods: Tensor) -> Tensor:
     """Sum what was known before each token of a row: (B, S, N) to (B, S, N)."""
     return nn.functional.pad(likelihoods, (0, 0, 1, 0))[:, :-1].cumsum(1)
 
 
-def mixed(log_probabilities: Tensor, weights: Tensor) -> Tensor:
+def mix_probabilities(log_probabilities: Tensor, weights: Tensor) -> Tensor:
     """Return the log of the weighted mean of probabilities: (N, ..., V) and (..., N) to (..., V)."""
     logs = weights.log().movedim(-1, 0)[..., None].float()
     return (log_probabilities + logs).logsumexp(0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mode.backbone.structure import stack
+from mode.backbone.structure import find_layer_stack
 from mode.config.method import RouterSettings
 from mode.core.errors import ConfigError
 from mode.gating.router import Router
@@ -73,7 +73,7 @@ def insert_feed_forward_banks(
     Raises:
         ConfigError: A decoder layer has no part of that name.
     """
-    trunk, name = stack(model)
+    trunk, name = find_layer_stack(model)
     layers: Any = getattr(trunk, name)
     prefix = next(path for path, module in model.named_modules() if module is layers)
     hidden = model.config.get_text_config().hidden_size

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mode.backbone.shape import is_named
-from mode.backbone.structure import stack
-from mode.core.errors import ConfigError, nearest
+from mode.backbone.shape import matches_name
+from mode.backbone.structure import find_layer_stack
+from mode.core.errors import ConfigError, suggest
 from mode.gating.router import Router
 
 
@@ -32,7 +32,7 @@ class LowRankBank(nn.Module):
     def __init__(self, base: nn.Module, num_experts: int, rank: int, scale: float, router: nn.Module) -> None:
         """Put experts beside a layer that change nothing yet."""
         super().__init__()
-        inputs, outputs = sizes(base)
+        inputs, outputs = read_linear_size(base)
         self.base = base
         self.down = nn.Parameter(torch.randn(num_experts, rank, inputs) * 0.02)
         self.up = nn.Parameter(torch.zeros(num_experts, outputs, rank))
@@ -49,7 +49,7 @@ class LowRankBank(nn.Module):
         return out + change.to(out.dtype)
 
 
-class Ledger:
+class BalanceLoss:
     """The banks of one model, for a loss that is over all of them.
 
     Attributes:
@@ -109,14 +109,14 @@ class OutputGatedBank(nn.Module):
         mean: The experts' mean weights in the last forward pass, (N,), if that was in training.
     """
 
-    def __init__(self, base: nn.Module, down: Tensor, up: Tensor, scale: float, ledger: Ledger) -> None:
+    def __init__(self, base: nn.Module, down: Tensor, up: Tensor, scale: float, ledger: BalanceLoss) -> None:
         """Put trained experts beside a layer."""
         super().__init__()
         count = len(down)
         self.base, self.scale = base, scale
         self.down = nn.Parameter(down.clone(), requires_grad=False)
         self.up = nn.Parameter(up.clone(), requires_grad=False)
-        self.gate = OutputGate(count, sizes(base)[1])
+        self.gate = OutputGate(count, read_linear_size(base)[1])
         self.mean: Tensor | None = None
         self.ledger = ledger
         ledger.banks.append(self)
@@ -156,7 +156,7 @@ class VectorBank(nn.Module):
         """Put experts at a layer that change nothing yet."""
         super().__init__()
         self.base = base
-        self.scales = nn.Parameter(torch.ones(num_experts, sizes(base)[not before]))
+        self.scales = nn.Parameter(torch.ones(num_experts, read_linear_size(base)[not before]))
         self.router = router
         self.before = before
 
@@ -172,7 +172,7 @@ class VectorBank(nn.Module):
         return h * functional.linear(self.router(h), self.scales.float().T).to(h.dtype)
 
 
-def sizes(layer: Any) -> tuple[int, int]:
+def read_linear_size(layer: Any) -> tuple[int, int]:
     """Return the inputs and outputs of a linear layer; GPT-2's keep their weight the other way round."""
     first, second = layer.weight.shape
     return (first, second) if type(layer).__name__ == "Conv1D" else (second, first)
@@ -191,14 +191,14 @@ def replace_linears(model: Any, names: Sequence[str] | str, make: Callable[[str,
     """
     from transformers.pytorch_utils import Conv1D
 
-    trunk, name = stack(model)
+    trunk, name = find_layer_stack(model)
     layers = getattr(trunk, name)
     paths = [path for path, each in layers[0].named_modules() if isinstance(each, nn.Linear | Conv1D)]
-    wanted = paths if names == "all" else [path for path in paths if any(is_named(path, end) for end in names)]
+    wanted = paths if names == "all" else [path for path in paths if any(matches_name(path, end) for end in names)]
     ends = sorted({path.rpartition(".")[2] for path in paths})
     for end in () if names == "all" else names:
-        if not any(is_named(path, end) for path in paths):
-            raise ConfigError(f"{end}: not one of the backbone's linear layers {', '.join(ends)}{nearest(end, ends)}")
+        if not any(matches_name(path, end) for path in paths):
+            raise ConfigError(f"{end}: not one of the backbone's linear layers {', '.join(ends)}{suggest(end, ends)}")
     prefix = next(path for path, module in model.named_modules() if module is layers)
     for number, layer in enumerate(layers):
         for path in wanted:

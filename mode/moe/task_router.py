@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
-from mode.backbone.structure import stack, with_slots
+from mode.backbone.structure import find_layer_stack, resize_cache_slots
 from mode.config.method import GateSettings
 from mode.gating.gate import Gate
 
@@ -93,12 +93,12 @@ class TaskRouter(nn.Linear):
 
 def insert_tasks(model: PreTrainedModel, tasks: Tasks) -> None:
     """Let a causal LM look at its rows' tasks before its decoder runs; a guess takes one slot of the cache more."""
-    trunk, name = stack(model)
+    trunk, name = find_layer_stack(model)
     model.add_module("tasks", tasks)
     if tasks.guess is not None:
         depth = len(getattr(trunk, name))
         tasks.guess.slot = depth
-        model.config = trunk.config = with_slots(model.config, [*range(depth), -1])
+        model.config = trunk.config = resize_cache_slots(model.config, [*range(depth), -1])
 
     def before(
         module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]

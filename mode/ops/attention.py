@@ -11,21 +11,21 @@ from torch.nn import functional
 from mode.core.errors import ConfigError
 
 UNMASKED = "mode_unmasked"
-"""Name by which `transformers` knows `causal_attention`, which has no mask made beside it."""
+"""Name by which `transformers` knows `attend_causally`, which has no mask made beside it."""
 
 
-def causal_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+def attend_causally(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
     """Run the library's attention by torch's own function; where experts are batched, of all of them at once."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if torch.compiler.is_compiling() or not torch._C._functorch.is_batchedtensor(query):
         return sdpa_attention_forward(module, query, key, value, *args, **options)
     dropout = options.get("dropout", 0.0) if module.training else 0.0
-    states: Tensor = Folded.apply(query, key, value, dropout, options.get("scaling"))  # type: ignore[no-untyped-call]
+    states: Tensor = BatchedAttention.apply(query, key, value, dropout, options.get("scaling"))  # type: ignore[no-untyped-call]
     return states.transpose(1, 2).contiguous(), None
 
 
-class Folded(torch.autograd.Function):
+class BatchedAttention(torch.autograd.Function):
     """Causal attention of batched experts: rows of all experts are rows of one call.
 
     Torch's rule for batching attention knows neither autocast nor processors. Gradients are those of the one call.
@@ -59,18 +59,20 @@ FLEXIBLE = ("cuda",)
 """Types of device on which FlexAttention trains."""
 
 
-def unmasked(model: nn.Module, length: int) -> list[Any]:
+def find_unmasked_configs(model: nn.Module, length: int) -> list[Any]:
     """Return the configurations by which decoders attend that need no mask for rows of so many tokens.
 
     Those are decoders with torch's own attention where no layer sees less than the whole row.
     """
     from transformers import AttentionInterface
 
-    AttentionInterface.register(UNMASKED, causal_attention)
-    return [each for each in configs_of(model) if each._attn_implementation == "sdpa" and sees(each, length)]
+    AttentionInterface.register(UNMASKED, attend_causally)
+    return [
+        each for each in find_configs(model) if each._attn_implementation == "sdpa" and sees_whole_rows(each, length)
+    ]
 
 
-def configs_of(model: nn.Module) -> list[Any]:
+def find_configs(model: nn.Module) -> list[Any]:
     """Return the configurations by which decoders attend."""
     from transformers import PretrainedConfig
 
@@ -78,7 +80,7 @@ def configs_of(model: nn.Module) -> list[Any]:
     return list({id(each): each for each in configs if isinstance(each, PretrainedConfig)}.values())
 
 
-def check_flexible(model: Any, kind: str) -> None:
+def check_flex_attention(model: Any, kind: str) -> None:
     """Refuse FlexAttention where it does not train: on a device of another type, or a family without it.
 
     Raises:
@@ -91,7 +93,7 @@ def check_flexible(model: Any, kind: str) -> None:
         raise ConfigError(f"train.attention=flex: transformers has no FlexAttention for {family}; sdpa goes with all")
 
 
-def sees(config: Any, length: int) -> bool:
+def sees_whole_rows(config: Any, length: int) -> bool:
     """Say whether all layers of a decoder see the whole of rows of so many tokens."""
     window = getattr(config.get_text_config(), "sliding_window", None)
     return window is None or window >= length

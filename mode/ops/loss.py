@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from mode.ops.patch import Exchange
+from mode.ops.patch import Patch
 
 CHUNK = 512
 """Tokens per chunk of the training loss on a processor, where torch's own choice is several times slower for small
@@ -41,7 +41,7 @@ NATIVE = hasattr(nn, "LinearCrossEntropyOptions")
 """Whether torch has the fused loss, which came with 2.13."""
 
 
-def hidden_states(model: nn.Module, input_ids: Tensor, **options: Any) -> Tensor:
+def compute_hidden_states(model: nn.Module, input_ids: Tensor, **options: Any) -> Tensor:
     """Return the final hidden states of a causal LM, (B, S, d), without applying its head.
 
     A head that is more than a matrix widens them by what its `wide` weight expects (`mode.modular.head`).
@@ -52,21 +52,21 @@ def hidden_states(model: nn.Module, input_ids: Tensor, **options: Any) -> Tensor
     return states if widen is None else widen(states)
 
 
-def head(model: nn.Module) -> Tensor:
+def output_head(model: nn.Module) -> Tensor:
     """Return the weight of a causal LM's output head, (V, d)."""
     embeddings: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
     weight: Tensor = getattr(embeddings, "wide", embeddings.weight)
     return weight
 
 
-def softcap(model: nn.Module) -> float | None:
+def logit_softcap(model: nn.Module) -> float | None:
     """Return the bound c that a model's logits are squashed to, c tanh(logits / c), or None (Gemma 2)."""
     config: Any = model.config
     cap: float | None = getattr(config.get_text_config(), "final_logit_softcapping", None)
     return cap
 
 
-def next_token_loss(
+def compute_next_token_loss(
     states: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None, precision: str = "fp32"
 ) -> Tensor:
     """Return the mean cross-entropy in nats over all tokens of a batch.
@@ -86,20 +86,20 @@ def next_token_loss(
     flat, labels = states.reshape(-1, states.shape[-1]).float(), targets.reshape(-1)
     if cap is None and (precision == "bf16" or not NATIVE):
         kind = torch.bfloat16 if precision == "bf16" else torch.float32
-        chunked: Tensor = ChunkedLoss.apply(flat, weight, labels, kind, chunk_of(weight, kind))  # type: ignore[no-untyped-call]
+        chunked: Tensor = ChunkedLoss.apply(flat, weight, labels, kind, choose_chunk(weight, kind))  # type: ignore[no-untyped-call]
         return chunked
     if cap is None:
-        chunk = chunk_of(weight, torch.float32)
+        chunk = choose_chunk(weight, torch.float32)
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
         loss: Tensor = functional.linear_cross_entropy(flat, weight.float(), labels, options=options)
         return loss
     total = torch.zeros((), device=flat.device)
     for piece, wanted in zip(torch.split(flat, CHUNK), torch.split(labels, CHUNK), strict=True):
-        total = total + checkpoint(capped_loss, piece, weight.float(), wanted, cap, use_reentrant=False)
+        total = total + checkpoint(compute_capped_loss, piece, weight.float(), wanted, cap, use_reentrant=False)
     return total / len(labels)
 
 
-def chunk_of(weight: Tensor, kind: torch.dtype) -> int:
+def choose_chunk(weight: Tensor, kind: torch.dtype) -> int:
     """Return the tokens per chunk of a loss with a head, (V, d), by how long they were measured to take."""
     if weight.device.type == "cuda":
         return CUDA_CHUNK
@@ -167,12 +167,14 @@ def add_products(total: Tensor, slope: Tensor, states: Tensor, *, first: bool) -
             part.add_(product)
 
 
-def capped_loss(states: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+def compute_capped_loss(states: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
     """Return the summed cross-entropy of bounded logits."""
     return functional.cross_entropy(cap * torch.tanh(states @ weight.T / cap), targets, reduction="sum")
 
 
-def divergence(states: Tensor, weight: Tensor, known: Tensor, known_weight: Tensor, cap: float | None = None) -> Tensor:
+def compute_divergence(
+    states: Tensor, weight: Tensor, known: Tensor, known_weight: Tensor, cap: float | None = None
+) -> Tensor:
     """Return the mean KL divergence of a model's predictions from known ones, KL(known || model), in nats per token.
 
     Logits are formed chunk by chunk, and again in the backward pass.
@@ -187,14 +189,12 @@ def divergence(states: Tensor, weight: Tensor, known: Tensor, known_weight: Tens
     flat, other = (part.reshape(-1, part.shape[-1]).float() for part in (states, known))
     total = torch.zeros((), device=flat.device)
     for piece, target in zip(torch.split(flat, CHUNK), torch.split(other, CHUNK), strict=True):
-        part = checkpoint(
-            summed_divergence, piece, weight.float(), target, known_weight.float(), cap, use_reentrant=False
-        )
+        part = checkpoint(sum_divergence, piece, weight.float(), target, known_weight.float(), cap, use_reentrant=False)
         total = total + part
     return total / len(flat)
 
 
-def summed_divergence(states: Tensor, weight: Tensor, known: Tensor, known_weight: Tensor, cap: float | None) -> Tensor:
+def sum_divergence(states: Tensor, weight: Tensor, known: Tensor, known_weight: Tensor, cap: float | None) -> Tensor:
     """Return the summed divergence of a chunk of tokens."""
     logits, wanted = states @ weight.T, known.detach() @ known_weight.detach().T
     if cap is not None:
@@ -202,15 +202,15 @@ def summed_divergence(states: Tensor, weight: Tensor, known: Tensor, known_weigh
     return functional.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="sum", log_target=True)
 
 
-def auxiliary_loss(model: nn.Module) -> Tensor | None:
+def compute_auxiliary_loss(model: nn.Module) -> Tensor | None:
     """Return the sum of what modules want minimised beside the next-token loss, or None.
 
     A module says so by leaving a scalar in `auxiliary`, None before, during its forward pass in training.
     """
-    return sum_auxiliary(with_auxiliary(model))
+    return sum_auxiliary(find_auxiliary_modules(model))
 
 
-def with_auxiliary(model: nn.Module) -> list[Any]:
+def find_auxiliary_modules(model: nn.Module) -> list[Any]:
     """Return the modules that may want something minimised; a walk over all of a model takes a while in every step."""
     return [module for module in model.modules() if hasattr(module, "auxiliary")]
 
@@ -230,7 +230,7 @@ class TokenScores:
 
 
 @torch.no_grad()
-def token_scores(
+def score_states(
     states: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK, cap: float | None = None
 ) -> TokenScores:
     """Score every token of a batch, holding the logits of `chunk` tokens at a time, or of fewer where that is faster.
@@ -247,7 +247,7 @@ def token_scores(
         torch.empty(len(labels), device=flat.device),
         torch.empty(len(labels), dtype=torch.bool, device=flat.device),
     )
-    chunk, weight = min(chunk, chunk_of(weight, torch.float32), max(len(labels), 1)), weight.float()
+    chunk, weight = min(chunk, choose_chunk(weight, torch.float32), max(len(labels), 1)), weight.float()
     products, scores = flat.new_empty(2, chunk, len(weight))  # once for all chunks, as in training
     for start in range(0, len(labels), chunk):
         lines = slice(start, start + chunk)
@@ -256,11 +256,11 @@ def token_scores(
             logits.div_(cap).tanh_().mul_(cap)
         known = torch.log_softmax(logits, -1, out=scores[: len(logits)])
         nll[lines] = -known.gather(1, labels[lines, None])[:, 0]
-        hit[lines] = hits(logits, labels[lines])
+        hit[lines] = find_hits(logits, labels[lines])
     return TokenScores(nll, hit)
 
 
-def hits(logits: Tensor, labels: Tensor) -> Tensor:
+def find_hits(logits: Tensor, labels: Tensor) -> Tensor:
     """Say of every token whether the most likely one is right, of several the first, (tokens,).
 
     To find the largest of the others takes a processor a fraction of what it takes to find where the largest is.
@@ -294,9 +294,9 @@ def score_tokens(
         options: As the decoder's.
     """
     own = getattr(model, "token_scores", None)
-    with Exchange(model):
+    with Patch(model):
         if own is not None:
             scores: TokenScores = own(input_ids, targets, chunk, **options)
             return scores
-        states = hidden_states(model, input_ids, **options)
-    return token_scores(states, head(model), targets, chunk, softcap(model))
+        states = compute_hidden_states(model, input_ids, **options)
+    return score_states(states, output_head(model), targets, chunk, logit_softcap(model))

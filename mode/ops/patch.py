@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from mode.ops.rms_norm import normed
-from mode.ops.rotary import turned
-from mode.ops.swiglu import fed
+from mode.ops.rms_norm import apply_rms_norm
+from mode.ops.rotary import apply_rotary
+from mode.ops.swiglu import apply_feed_forward
 
 ROTARY = "apply_rotary_pos_emb"
 """Name of the function that turns queries and keys, in every module of `transformers` whose attention has one."""
 
 
-class Exchange:
+class Patch:
     """A model on a processor that computes some things as it is done here, to the same bits, in its context.
 
     These are its rotary embeddings, its norms and its feed-forward layers.
@@ -32,12 +32,12 @@ class Exchange:
         kinds = {type(module) for module in model.modules()} if on_processor else set()
         sources: set[Any] = {sys.modules[kind.__module__] for kind in kinds}
         found: list[tuple[Any, str, Any]] = [
-            (source, ROTARY, turned)
+            (source, ROTARY, apply_rotary)
             for source in sources
-            if alike(source, llama, ROTARY) and alike(source, llama, "rotate_half")
+            if have_same_code(source, llama, ROTARY) and have_same_code(source, llama, "rotate_half")
         ]
-        for own, ours in ((llama.LlamaRMSNorm, normed), (llama.LlamaMLP, fed)):
-            found += [(kind, "forward", ours) for kind in kinds if alike(kind, own, "forward")]
+        for own, ours in ((llama.LlamaRMSNorm, apply_rms_norm), (llama.LlamaMLP, apply_feed_forward)):
+            found += [(kind, "forward", ours) for kind in kinds if have_same_code(kind, own, "forward")]
         self.places = [each for each in found if getattr(*each[:2]) is not each[2]]
         self.own = [vars(place).get(name) for place, name, _ in self.places]
 
@@ -55,7 +55,7 @@ class Exchange:
                 setattr(place, name, own)
 
 
-def alike(one: Any, other: Any, name: str) -> bool:
+def have_same_code(one: Any, other: Any, name: str) -> bool:
     """Say whether two modules or classes have a function of the same name and code."""
     codes = [getattr(getattr(each, name, None), "__code__", None) for each in (one, other)]
     seen = [None if code is None else (code.co_code, code.co_names) for code in codes]

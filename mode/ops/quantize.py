@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mode.backbone.structure import decoder_layers
+from mode.backbone.structure import find_decoder_layers
 from mode.core.errors import ConfigError
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -21,20 +21,20 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
-class Product(torch.autograd.Function):
+class QuantizedProduct(torch.autograd.Function):
     """x W^T, whose backward pass makes W from its eight bits once more, so that no pass keeps it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
         """Map (..., d) to (..., o)."""
         ctx.save_for_backward(values, scale)
-        return functional.linear(x, restored(values, scale, x.dtype))
+        return functional.linear(x, dequantize(values, scale, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Map the gradient of what went out, (..., o), to that of what came in, (..., d)."""
         values, scale = ctx.saved_tensors
-        return grad @ restored(values, scale, grad.dtype), None, None
+        return grad @ dequantize(values, scale, grad.dtype), None, None
 
 
 class QuantizedLinear(nn.Module):
@@ -54,7 +54,7 @@ class QuantizedLinear(nn.Module):
         """Take the place of a linear layer, or of GPT-2's, whose matrix is (d, o)."""
         super().__init__()
         weight = base.weight.detach() if type(base) is nn.Linear else base.weight.detach().T.contiguous()
-        values, scale = quantized(weight, kind)
+        values, scale = quantize(weight, kind)
         self.register_buffer("values", values if kind is torch.int8 else values.view(torch.uint8), persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self.bias, self.kind = base.bias, kind
@@ -65,18 +65,18 @@ class QuantizedLinear(nn.Module):
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         values = self.values if self.kind is torch.int8 else self.values.view(self.kind)
-        out: Tensor = Product.apply(x, values, self.scale)  # type: ignore[no-untyped-call]
+        out: Tensor = QuantizedProduct.apply(x, values, self.scale)  # type: ignore[no-untyped-call]
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
-def quantized(weight: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return a matrix, (o, d), in eight bits and the scale of every row, (o, 1): rounded to the nearest."""
     scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / LARGEST[kind]
     shares = weight.float() / scale
     return (shares.round() if kind is torch.int8 else shares).to(kind), scale
 
 
-def restored(values: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
+def dequantize(values: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
     """Return a matrix, (o, d), from its eight bits, in the kind of number that it is multiplied with."""
     return values.to(kind).mul_(scale)
 
@@ -96,7 +96,7 @@ def quantize_frozen(model: nn.Module, choice: str) -> None:
     from transformers.pytorch_utils import Conv1D
 
     made: dict[nn.Module, QuantizedLinear] = {}
-    for layer in decoder_layers(model):
+    for layer in find_decoder_layers(model):
         for path, module in list(layer.named_modules()):
             if type(module) in (nn.Linear, Conv1D) and not module.weight.requires_grad:
                 if module not in made:

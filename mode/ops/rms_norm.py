@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 
-def normed(norm: Any, states: Tensor) -> Tensor:
+def apply_rms_norm(norm: Any, states: Tensor) -> Tensor:
     """Stand in for the forward pass of a norm whose code is Llama's.
 
     Args:
@@ -22,14 +22,14 @@ def normed(norm: Any, states: Tensor) -> Tensor:
     """
     weight, epsilon = norm.weight, norm.variance_epsilon
     if states.dtype is torch.float32 is weight.dtype and type(states) is Tensor and type(weight) is nn.Parameter:
-        return Norm.apply(states, states, weight, epsilon)  # type: ignore[no-untyped-call,no-any-return]
+        return RMSNormFunction.apply(states, states, weight, epsilon)  # type: ignore[no-untyped-call,no-any-return]
     wide = states.float()  # in half precision, and in slices, as the library does
     scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     result: Tensor = weight * scaled.to(states.dtype)
     return result
 
 
-class Norm(Function):
+class RMSNormFunction(Function):
     """x / rms(x) times a weight (Zhang and Sennrich, arXiv 1910.07467, equation 4).
 
     Autograd goes through what the library computes one operation at a time. Its gradient has two parts, through x and

@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 
-def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """Stand in for `apply_rotary_pos_emb`.
 
     Args:
@@ -24,10 +24,10 @@ def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
         unsqueeze_dim: Where the heads are in queries and keys.
     """
     angles = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return Turn.apply(q, *angles), Turn.apply(k, *angles)  # type: ignore[no-untyped-call]
+    return RotaryFunction.apply(q, *angles), RotaryFunction.apply(k, *angles)  # type: ignore[no-untyped-call]
 
 
-class Turn(Function):
+class RotaryFunction(Function):
     """Queries or keys turned by the angles of their tokens (RoFormer, arXiv 2104.09864, equation 34).
 
     The library forms a copy with both halves of every head exchanged, and autograd a tensor of zeros for the gradient

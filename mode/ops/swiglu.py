@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers.activations import SiLUActivation
 
 
-def fed(layer: Any, states: Tensor) -> Tensor:
+def apply_feed_forward(layer: Any, states: Tensor) -> Tensor:
     """Stand in for the forward pass of a feed-forward layer whose code is Llama's.
 
     Args:
@@ -29,14 +29,14 @@ def fed(layer: Any, states: Tensor) -> Tensor:
     result: Tensor
     if not (isinstance(act, nn.SiLU | SiLUActivation) and type(gate) is type(up) is Tensor and gate.dtype is up.dtype):
         result = down(act(gate) * up)  # other activations, and slices
-    elif trains_alone(down) and down.weight.dtype is gate.dtype:
-        result = FeedForward.apply(gate, up, down.weight)  # type: ignore[no-untyped-call]
+    elif is_plain_trainable(down) and down.weight.dtype is gate.dtype:
+        result = FeedForwardFunction.apply(gate, up, down.weight)  # type: ignore[no-untyped-call]
     else:  # nothing keeps what it is given, or it is another's to say what is kept
-        result = down(SwiGLU.apply(gate, up))  # type: ignore[no-untyped-call]
+        result = down(SwiGLUFunction.apply(gate, up))  # type: ignore[no-untyped-call]
     return result
 
 
-def trains_alone(module: nn.Module) -> bool:
+def is_plain_trainable(module: nn.Module) -> bool:
     """Say whether a module is a matrix that trains, and nothing else."""
     if type(module) is not nn.Linear or module.bias is not None or type(module.weight) is not nn.Parameter:
         return False
@@ -44,7 +44,7 @@ def trains_alone(module: nn.Module) -> bool:
     return module.weight.requires_grad and not any(hooks)
 
 
-class SwiGLU(Function):
+class SwiGLUFunction(Function):
     """silu(gate) times up (Shazeer, arXiv 2002.05202, section 2), of which autograd would keep silu(gate) too."""
 
     @staticmethod
@@ -60,12 +60,12 @@ class SwiGLU(Function):
         gate, up = ctx.saved_tensors
         for_gate, for_up = ctx.needs_input_grad
         return (
-            through_silu(slope * up, gate) if for_gate else None,
+            backward_silu(slope * up, gate) if for_gate else None,
             functional.silu(gate).mul_(slope) if for_up else None,
         )
 
 
-class FeedForward(Function):
+class FeedForwardFunction(Function):
     """The same and the matrix after it, which trains: autograd would keep what it multiplies as well."""
 
     @staticmethod
@@ -84,9 +84,9 @@ class FeedForward(Function):
         for_weight = slope.t().mm((active * up).reshape(-1, up.shape[-1]))
         inside = slope.mm(weight).view(up.shape)
         up_slope = active.mul_(inside) if for_up else None
-        return through_silu(inside.mul_(up), gate) if for_gate else None, up_slope, for_weight
+        return backward_silu(inside.mul_(up), gate) if for_gate else None, up_slope, for_weight
 
 
-def through_silu(slope: Tensor, states: Tensor) -> Tensor:
+def backward_silu(slope: Tensor, states: Tensor) -> Tensor:
     """Return the gradient of what silu is given, in the place of that of what it gives."""
     return torch.ops.aten.silu_backward.grad_input(slope, states, grad_input=slope)  # type: ignore[no-any-return]

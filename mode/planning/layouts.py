@@ -35,7 +35,7 @@ class Estimate:
     micro: int = 1
 
 
-def held(branch: Branch, shards: int, tokens: float) -> float:
+def count_held(branch: Branch, shards: int, tokens: float) -> float:
     """Return the bytes of a branch on one of the devices that share it.
 
     Weights, gradients and moments are in fp32 and in shards; activations are in bf16, and so are the weights that
@@ -45,17 +45,17 @@ def held(branch: Branch, shards: int, tokens: float) -> float:
     return (WHOLE * branch.weights + 3 * WHOLE * branch.trained) / shards + read + tokens * branch.kept
 
 
-def ddp(work: Work, devices: int, device: Device, link: Link) -> Estimate:
+def estimate_ddp(work: Work, devices: int, device: Device, link: Link) -> Estimate:
     """Predict a step with a copy of the model on every device."""
     whole, share = work.whole, work.tokens / devices
     computing = sum(device.seconds(whole, share))
     traffic = 2.0 * WHOLE * whole.trained * (devices - 1) / devices
     messages = 2 * (devices - 1) * -(-WHOLE * whole.trained // BUCKET)
     seconds = link.hides(computing, traffic / link.bandwidth + messages * link.latency)
-    return Estimate("ddp", seconds, computing, traffic, held(whole, 1, share))
+    return Estimate("ddp", seconds, computing, traffic, count_held(whole, 1, share))
 
 
-def sharded(branch: Branch, devices: int, half: int, *, stays: bool = False) -> tuple[float, float]:
+def count_sharded(branch: Branch, devices: int, half: int, *, stays: bool = False) -> tuple[float, float]:
     """Return the bytes and the messages of a branch's weights in shards over some devices.
 
     Args:
@@ -70,28 +70,31 @@ def sharded(branch: Branch, devices: int, half: int, *, stays: bool = False) -> 
     return volume, float(rounds * (devices - 1))
 
 
-def all_sharded(head: Branch, branches: Sequence[Branch], devices: int, half: int) -> tuple[float, float]:
+def count_all_sharded(head: Branch, branches: Sequence[Branch], devices: int, half: int) -> tuple[float, float]:
     """Return the same of several branches and of what is outside the layers, which stays."""
-    each = [sharded(head, devices, half, stays=True), *(sharded(branch, devices, half) for branch in branches)]
+    each = [
+        count_sharded(head, devices, half, stays=True),
+        *(count_sharded(branch, devices, half) for branch in branches),
+    ]
     volumes, messages = zip(*each, strict=True)
     return sum(volumes), sum(messages)
 
 
-def fsdp(work: Work, devices: int, device: Device, link: Link) -> Estimate:
+def estimate_fsdp(work: Work, devices: int, device: Device, link: Link) -> Estimate:
     """Predict a step with the weights in shards over all devices."""
     whole, share = work.whole, work.tokens / devices
     computing = sum(device.seconds(whole, share))
     parts = [branch for block in work.blocks for branch in block]
-    traffic, messages = all_sharded(work.head, parts, devices, work.half)
+    traffic, messages = count_all_sharded(work.head, parts, devices, work.half)
     seconds = link.hides(computing, link.shards(traffic, messages))
-    return Estimate("fsdp", seconds, computing, traffic, held(whole, devices, share))
+    return Estimate("fsdp", seconds, computing, traffic, count_held(whole, devices, share))
 
 
 Slots = tuple[tuple[tuple[int, ...], int], ...]
 """Of every slot its branches, and its devices."""
 
 
-def mpmd(work: Work, slots: Slots, micro: int, device: Device, link: Link) -> Estimate:
+def estimate_mpmd(work: Work, slots: Slots, micro: int, device: Device, link: Link) -> Estimate:
     """Predict a step with the branches of every block spread over slots of devices."""
     count, all_devices = len(slots), sum(devices for _, devices in slots)
     ahead = [0.0, 0.0]
@@ -114,17 +117,17 @@ def mpmd(work: Work, slots: Slots, micro: int, device: Device, link: Link) -> Es
     traffic, behind, memory = 0.0, 0.0, 0.0
     for chosen, devices in slots:
         mine = [block[index] for block in work.blocks for index in chosen]
-        volume, messages = all_sharded(work.head, mine, devices, work.half)
+        volume, messages = count_all_sharded(work.head, mine, devices, work.half)
         traffic, behind = max(traffic, volume), max(behind, link.shards(volume, messages))
-        memory = max(memory, held(sum(mine, start=work.head), devices, work.tokens / devices))
+        memory = max(memory, count_held(sum(mine, start=work.head), devices, work.tokens / devices))
     seconds = link.hides(computing, behind) + waiting
-    return Estimate("mpmd", seconds, computing, traffic + exchange, memory, written(slots), micro)
+    return Estimate("mpmd", seconds, computing, traffic + exchange, memory, format_placement(slots), micro)
 
 
-def written(slots: Slots) -> str:
+def format_placement(slots: Slots) -> str:
     """Write a placement.
 
-    >>> written((((0,), 4), ((1, 2), 2)))
+    >>> format_placement((((0,), 4), ((1, 2), 2)))
     'backbone on 4, experts 1 and 2 on 2'
     """
     parts = []
@@ -135,7 +138,7 @@ def written(slots: Slots) -> str:
     return ", ".join(parts)
 
 
-def placements(work: Work, devices: int) -> Iterator[Slots]:
+def list_placements(work: Work, devices: int) -> Iterator[Slots]:
     """Return placements worth trying: the backbone alone on a part of the devices, experts even over the rest."""
     experts = len(work.blocks[0]) - 1
     for slots in range(1, min(experts, devices - 1) + 1):

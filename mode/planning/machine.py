@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from mode.config.base import STRICT
 from mode.config.groups import list_members, read_group
-from mode.core.errors import ConfigError, nearest
+from mode.core.errors import ConfigError, suggest
 from mode.planning.work import Branch
 
 OVERLAP = 0.8
@@ -62,7 +62,7 @@ class Link:
         return max(computing, sending) + (1 - self.overlap) * min(computing, sending)
 
 
-def read(kind: type[Any], group: str, name: str, extra: Path | None = None) -> Any:
+def read_machine(kind: type[Any], group: str, name: str, extra: Path | None = None) -> Any:
     """Read a device or a link from its YAML.
 
     Raises:
@@ -70,7 +70,7 @@ def read(kind: type[Any], group: str, name: str, extra: Path | None = None) -> A
     """
     known = list_members(group, extra)
     if name not in known:
-        raise ConfigError(f"--{group} {name}: not one of {', '.join(known)}{nearest(name, known)}")
+        raise ConfigError(f"--{group} {name}: not one of {', '.join(known)}{suggest(name, known)}")
     try:
         return TypeAdapter(kind).validate_python(read_group(group, name, extra))
     except ValidationError as error:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mode.planning.layouts import Estimate, ddp, fsdp, mpmd, placements
+from mode.planning.layouts import Estimate, estimate_ddp, estimate_fsdp, estimate_mpmd, list_placements
 from mode.planning.machine import Device, Link
 from mode.planning.work import Work
 
@@ -27,7 +27,7 @@ MICRO = (1, 2, 4, 8)
 """Micro-batches in flight that are tried."""
 
 
-def estimates(work: Work, devices: int, device: Device, link: Link) -> list[Estimate]:
+def estimate_layouts(work: Work, devices: int, device: Device, link: Link) -> list[Estimate]:
     """Return a prediction of every layout, of branches side by side the fastest that fits, or the smallest.
 
     Args:
@@ -36,16 +36,18 @@ def estimates(work: Work, devices: int, device: Device, link: Link) -> list[Esti
         device: What they are.
         link: What connects them.
     """
-    plain: list[Callable[[Work, int, Device, Link], Estimate]] = [ddp, fsdp]
+    plain: list[Callable[[Work, int, Device, Link], Estimate]] = [estimate_ddp, estimate_fsdp]
     found = [each(work, devices, device, link) for each in plain]
-    tried = [mpmd(work, slots, micro, device, link) for slots in placements(work, devices) for micro in MICRO]
+    tried = [
+        estimate_mpmd(work, slots, micro, device, link) for slots in list_placements(work, devices) for micro in MICRO
+    ]
     if tried:
         fits = [one for one in tried if one.memory <= device.memory]
         found.append(min(fits, key=lambda one: one.seconds) if fits else min(tried, key=lambda one: one.memory))
     return found
 
 
-def verdict(work: Work, found: list[Estimate], devices: int, device: Device) -> str:
+def summarise_estimates(work: Work, found: list[Estimate], devices: int, device: Device) -> str:
     """Say which layout is best, why, and whether branches side by side could ever be."""
     fits = [one for one in found if one.memory <= device.memory]
     if not fits:
@@ -57,8 +59,8 @@ def verdict(work: Work, found: list[Estimate], devices: int, device: Device) -> 
     if best.layout == "mpmd" or not others or len(found) < 3:
         return text
     free = [
-        mpmd(work, slots, micro, device, Link(bandwidth=1e30, latency=0.0)).computing
-        for slots in placements(work, devices)
+        estimate_mpmd(work, slots, micro, device, Link(bandwidth=1e30, latency=0.0)).computing
+        for slots in list_placements(work, devices)
         for micro in MICRO
     ]
     fastest = min(one.seconds for one in others)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mode.backbone.shape import Flops, Layer, shape_of
+from mode.backbone.shape import Flops, Layer, read_shape
 from mode.config.run import Run
 from mode.core.errors import ConfigError
-from mode.cost.modular import beside, blocks, gate_size
+from mode.cost.modular import block_layers, count_added, count_gate_weights
 from mode.methods.base import Method
 from mode.methods.mode import MoDE
 
@@ -71,25 +71,25 @@ class Work:
         return sum((branch for block in self.blocks for branch in block), start=self.head)
 
 
-def work_of(run: Run) -> Work:
+def describe_work(run: Run) -> Work:
     """Return the step of a run's own stage.
 
     Raises:
         ConfigError: Its method does not say what it takes.
     """
-    method, shape, length = run.method, shape_of(run.backbone), run.train.sequence_length
+    method, shape, length = run.method, read_shape(run.backbone), run.train.sequence_length
     tokens = run.train.batch_size * length
     outside = shape.parameters - sum(layer.parameters for layer in shape.layers)
     if isinstance(method, MoDE):
         found, count, (shared, chosen) = [], method.count(run), method.kept_shares(run)
-        gates = beside(shape, count, method.num_blocks, method.expert_layers, 0, method.gate.hidden)[1]
-        gate = 2.0 * gate_size(shape.hidden, count, method.gate.hidden)
+        gates = count_added(shape, count, method.num_blocks, method.expert_layers, 0, method.gate.hidden)[1]
+        gate = 2.0 * count_gate_weights(shape.hidden, count, method.gate.hidden)
         mixing = Flops(method.num_blocks * gate, (2 * method.num_blocks - 1) * gate)
         head = Branch(shape.head(trains=False) + mixing, outside + gates, gates, 1, 0.0)
-        for number, (block, expert) in enumerate(blocks(shape, method.num_blocks, method.expert_layers)):
+        for number, (block, expert) in enumerate(block_layers(shape, method.num_blocks, method.expert_layers)):
             trains, later = method.train_experts, number > 0
-            backbone = stacked(block, length, shared, trains=False, upstream=later)
-            found.append((backbone, *[stacked(expert, length, chosen, trains=trains, upstream=later)] * count))
+            backbone = stack_branches(block, length, shared, trains=False, upstream=later)
+            found.append((backbone, *[stack_branches(expert, length, chosen, trains=trains, upstream=later)] * count))
         return Work(tuple(found), head, shape.hidden, tokens)
     cost = method.cost(run) if isinstance(method, Method) else None
     if cost is None:
@@ -98,18 +98,19 @@ def work_of(run: Run) -> Work:
         )
     trains = cost.trainable == cost.total
     kept = sum(
-        activations(layer, trains=trains, upstream=number > 0 or trains) for number, layer in enumerate(shape.layers)
+        count_activations(layer, trains=trains, upstream=number > 0 or trains)
+        for number, layer in enumerate(shape.layers)
     )
     head = Branch(Flops(), outside, trains * outside, 1, 0.0)  # its operations are among the layers'
     one = Branch(cost.flops, cost.total - outside, cost.trainable - head.trained, len(shape.layers), kept)
     return Work(((one,),), head, shape.hidden, tokens)
 
 
-def stacked(layers: list[Layer], length: int, share: float, *, trains: bool, upstream: bool) -> Branch:
+def stack_branches(layers: list[Layer], length: int, share: float, *, trains: bool, upstream: bool) -> Branch:
     """Return layers as a branch, on whose last a share of tokens run."""
     found = IDLE
     for number, layer in enumerate(layers, 1):
-        kept = activations(layer, trains=trains, upstream=upstream)
+        kept = count_activations(layer, trains=trains, upstream=upstream)
         weights, some = layer.parameters, share if number == len(layers) else 1.0
         flops = layer.flops_of_some(length, some, trains=trains, upstream=upstream)
         found += Branch(flops, weights, trains * weights, 1, kept)
@@ -117,7 +118,7 @@ def stacked(layers: list[Layer], length: int, share: float, *, trains: bool, ups
     return found
 
 
-def activations(layer: Layer, *, trains: bool, upstream: bool) -> float:
+def count_activations(layer: Layer, *, trains: bool, upstream: bool) -> float:
     """Return the bytes that a token leaves in a layer for its backward pass, in bf16.
 
     Both norms keep their input, attention what it reads and says, the feed-forward part what its gate and its product
@@ -131,6 +132,6 @@ def activations(layer: Layer, *, trains: bool, upstream: bool) -> float:
     return float(HALF * (numbers + trains * (inputs[0] + inputs[2] + inputs[3])))
 
 
-def with_tokens(work: Work, tokens: int) -> Work:
+def scale_tokens(work: Work, tokens: int) -> Work:
     """Return a step of another number of tokens."""
     return replace(work, tokens=tokens)

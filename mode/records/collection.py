@@ -11,12 +11,16 @@ from typing import Any, Generic
 from mode.core.errors import NothingError
 from mode.records.measurement import Kind, read_measurement
 
-SHEETS = {"bench": "mode.bench.records", "downstream": "mode.downstream.results", "pruning": "mode.artefacts.prune"}
+COLLECTIONS = {
+    "bench": "mode.bench.records",
+    "downstream": "mode.downstream.results",
+    "pruning": "mode.artefacts.prune",
+}
 """What `mode report` renders from a folder of its own and not by a table's YAML, with the module of each."""
 
 
 @dataclass(frozen=True)
-class Sheet(Generic[Kind]):
+class Collection(Generic[Kind]):
     """A folder of measurements in a folder of results, and the sheet that lies beside it.
 
     Attributes:
@@ -81,7 +85,7 @@ class Sheet(Generic[Kind]):
         return [path for suffix, path in paths.items() if there[suffix] != texts.get(suffix)]
 
 
-def find_sheet(name: str) -> Sheet[Any]:
-    """Return a sheet by its name in `SHEETS`; its module is imported now, since some are slow to import."""
-    sheet: Sheet[Any] = import_module(SHEETS[name]).SHEET
+def find_collection(name: str) -> Collection[Any]:
+    """Return a sheet by its name in `COLLECTIONS`; its module is imported now, since some are slow to import."""
+    sheet: Collection[Any] = import_module(COLLECTIONS[name]).SHEET
     return sheet

@@ -23,7 +23,7 @@ WORD = re.compile(r"[A-Za-z_][\w./-]*")
 """Texts that need no quotes in Hydra's grammar."""
 
 
-def commands(records: Sequence[Record], extra: Path | None = None) -> dict[str, tuple[str, bool]]:
+def write_commands(records: Sequence[Record], extra: Path | None = None) -> dict[str, tuple[str, bool]]:
     """Return, by run id, the command that asks for the same run and True, or why there is none and False.
 
     Args:
@@ -34,13 +34,13 @@ def commands(records: Sequence[Record], extra: Path | None = None) -> dict[str, 
     found = {}
     for record in records:
         try:
-            found[record.id] = (command(record, extra, compose), True)
+            found[record.id] = (write_command(record, extra, compose), True)
         except ConfigError as error:
             found[record.id] = (str(error), False)
     return found
 
 
-def command(record: Record, extra: Path | None, compose: Callable[[tuple[str, ...]], Run]) -> str:
+def write_command(record: Record, extra: Path | None, compose: Callable[[tuple[str, ...]], Run]) -> str:
     """Write the command of one record.
 
     Raises:
@@ -48,7 +48,7 @@ def command(record: Record, extra: Path | None, compose: Callable[[tuple[str, ..
     """
     if "artefacts" in record.asked:
         raise ConfigError("composed of experts from folders that the record does not name")
-    words, implied = opening(record.asked, extra)
+    words, implied = split_opening(record.asked, extra)
     run = compose(tuple(implied))
     pairs = (
         ("backbone", record.asked["backbone"]["name"], run.backbone.name),
@@ -56,30 +56,30 @@ def command(record: Record, extra: Path | None, compose: Callable[[tuple[str, ..
     )
     chosen = [f"{group}={name}" for group, name, usual in pairs if name != usual]
     run = compose((*implied, *chosen))
-    settings = chosen + changes(record.asked, identity.asked(run), run)
+    settings = chosen + list_changes(record.asked, identity.describe_run(run), run)
     again = compose((*implied, *settings))
-    if identity.asked(again) | {"backbone": {"name": again.backbone.name}} != record.asked:
+    if identity.describe_run(again) | {"backbone": {"name": again.backbone.name}} != record.asked:
         raise ConfigError("its settings are of another version and do not compose")
     return shlex.join([*words, *settings, *(["--conf", str(extra)] if extra else [])])
 
 
-def variant(record: Record, extra: Path | None = None) -> str:
+def write_variant(record: Record, extra: Path | None = None) -> str:
     """Return what a record's method and training mix have that their configuration has not, as overrides.
 
     Raises:
         ConfigError: No method of its class is configured.
     """
-    run = compose_run((f"method={method_name(record.asked['method']['_target_'], extra)}",), extra)
-    usual, replay = identity.asked(run), record.asked["train"].get("replay")
-    told = differing(record.asked["method"], usual["method"], run.method, "method.")
-    return shlex.join([*told, *([f"train.replay={written(replay)}"] if replay else [])])
+    run = compose_run((f"method={find_method_name(record.asked['method']['_target_'], extra)}",), extra)
+    usual, replay = identity.describe_run(run), record.asked["train"].get("replay")
+    told = list_differences(record.asked["method"], usual["method"], run.method, "method.")
+    return shlex.join([*told, *([f"train.replay={format_value(replay)}"] if replay else [])])
 
 
-def opening(asked: Mapping[str, Any], extra: Path | None) -> tuple[list[str], list[str]]:
+def split_opening(asked: Mapping[str, Any], extra: Path | None) -> tuple[list[str], list[str]]:
     """Return the words of the command that a run belongs to, and the overrides that it stands for."""
     method, targets = asked["method"], asked["targets"]
     named = f"targets=[{','.join(targets)}]"
-    name = method_name(method["_target_"], extra)
+    name = find_method_name(method["_target_"], extra)
     if name == "pretrain":
         return ["mode", "train", "backbone"], ["experiment=pretrain_tiny", "method=pretrain"]
     if name != "mode":
@@ -94,7 +94,7 @@ def opening(asked: Mapping[str, Any], extra: Path | None) -> tuple[list[str], li
     return ["mode", "compose", "--uninitialized"], fresh
 
 
-def method_name(target: str, extra: Path | None) -> str:
+def find_method_name(target: str, extra: Path | None) -> str:
     """Return the configuration of a method by its name in records; the shortest of several is the plain one.
 
     Raises:
@@ -114,9 +114,9 @@ def recorded_as(name: str, extra: Path | None) -> str | None:
         return None
 
 
-def changes(wanted: Mapping[str, Any], found: Mapping[str, Any], run: Run) -> list[str]:
+def list_changes(wanted: Mapping[str, Any], found: Mapping[str, Any], run: Run) -> list[str]:
     """Return the overrides that lead from what a run asks for to what is wanted."""
-    return differing(
+    return list_differences(
         {name: value for name, value in wanted.items() if name not in ("backbone", "budget")},
         {name: value for name, value in found.items() if name not in ("backbone", "budget")},
         run,
@@ -124,25 +124,25 @@ def changes(wanted: Mapping[str, Any], found: Mapping[str, Any], run: Run) -> li
     )
 
 
-def differing(wanted: Mapping[str, Any], found: Mapping[str, Any], settings: Any, prefix: str) -> list[str]:
+def list_differences(wanted: Mapping[str, Any], found: Mapping[str, Any], settings: Any, prefix: str) -> list[str]:
     """Compare setting by setting; one that a record leaves out had the default of its class."""
     defaults = {item.name: item.default for item in fields(settings)}
     overrides: list[str] = []
     for name in dict.fromkeys([*wanted, *found]):
         inner = getattr(settings, name, None)
         if is_dataclass(inner):
-            overrides += differing(wanted.get(name, {}), found.get(name, {}), inner, f"{prefix}{name}.")
+            overrides += list_differences(wanted.get(name, {}), found.get(name, {}), inner, f"{prefix}{name}.")
             continue
         value = wanted.get(name, defaults.get(name, MISSING))
         if value is not MISSING and value != found.get(name, defaults.get(name)):
-            overrides.append(f"{prefix}{name}={written(value)}")
+            overrides.append(f"{prefix}{name}={format_value(value)}")
     return overrides
 
 
-def written(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Write a value in Hydra's grammar.
 
-    >>> written([1e-05, None, True]), written({"english": 0.2}), written("a b")
+    >>> format_value([1e-05, None, True]), format_value({"english": 0.2}), format_value("a b")
     ('[1e-05,null,true]', '{english:0.2}', "'a b'")
     """
     if value is None:
@@ -150,9 +150,9 @@ def written(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return f"[{','.join(map(written, value))}]"
+        return f"[{','.join(map(format_value, value))}]"
     if isinstance(value, Mapping):
-        return f"{{{','.join(f'{key}:{written(inner)}' for key, inner in value.items())}}}"
+        return f"{{{','.join(f'{key}:{format_value(inner)}' for key, inner in value.items())}}}"
     if isinstance(value, str):
         return value if WORD.fullmatch(value) else quote(value)
     return repr(value)

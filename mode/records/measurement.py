@@ -40,7 +40,7 @@ class Measurement:
         """Write it into a folder, atomically, and return its path."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.filename
-        write_atomic(path, legible(asdict(self)).encode())
+        write_atomic(path, format_json(asdict(self)).encode())
         return path
 
 
@@ -74,7 +74,7 @@ def read_measurement(path: Path, kind: type[Kind], schema: int, what: str, use: 
     return measurement
 
 
-def legible(plain: Mapping[str, Any]) -> str:
+def format_json(plain: Mapping[str, Any]) -> str:
     """Render JSON in which long lists of numbers stay on one line, so that it can be read and compared."""
     text = json.dumps(plain, indent=1)
     return re.sub(r"\[[\s\d.,eE+\-]+\]", lambda match: " ".join(match[0].split()), text) + "\n"

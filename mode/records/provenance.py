@@ -18,7 +18,7 @@ from mode.core import processes
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy", "reasoning-gym", "mwparserfromhell")
 
 
-def provenance(
+def describe_provenance(
     run: Run,
     *,
     data: Mapping[str, str],
@@ -35,37 +35,42 @@ def provenance(
         "pretraining_data": dict(pretraining),
         "needs": list(needs),
         "precision": precision,
-        **surroundings(device, run.train.threads),
-        **processes.layout(run.train.layout),
+        **describe_environment(device, run.train.threads),
+        **processes.describe_layout(run.train.layout),
     }
 
 
-def surroundings(device: str, threads: int) -> dict[str, Any]:
+def describe_environment(device: str, threads: int) -> dict[str, Any]:
     """Describe the code, the packages and the machine that something is measured with."""
-    commit, dirty = git_state()
+    commit, dirty = read_git_state()
     return {
         "commit": commit,
         "dirty": dirty,
-        "versions": {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}},
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system(), "device": device},
+        "versions": {"python": platform.python_version(), **{name: find_version(name) for name in PACKAGES}},
+        "machine": {
+            "processor": read_processor_name(),
+            "cores": os.cpu_count(),
+            "system": platform.system(),
+            "device": device,
+        },
         "threads": threads,
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
 
 
-def git_state() -> tuple[str | None, bool | None]:
+def read_git_state() -> tuple[str | None, bool | None]:
     """Return the commit of the source tree and whether its code differs from it; both unknown outside a clone."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None, None
     # Results and runs are what a run writes, so they do not make the code dirty.
     code = ["cli", "mode", "conf", "baselines", "setup.cfg", "constraints.txt"]
-    head = git(root, "rev-parse", "HEAD")
-    status = git(root, "status", "--porcelain", "--", *code)
+    head = run_git(root, "rev-parse", "HEAD")
+    status = run_git(root, "status", "--porcelain", "--", *code)
     return head, None if status is None else bool(status)
 
 
-def git(root: Path, *arguments: str) -> str | None:
+def run_git(root: Path, *arguments: str) -> str | None:
     """Run git in a folder and return what it prints, or None where it fails."""
     try:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
@@ -74,7 +79,7 @@ def git(root: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def installed(name: str) -> str | None:
+def find_version(name: str) -> str | None:
     """Return the installed version of a package."""
     try:
         return version(name)
@@ -82,7 +87,7 @@ def installed(name: str) -> str | None:
         return None
 
 
-def processor() -> str:
+def read_processor_name() -> str:
     """Return the processor's name."""
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8")

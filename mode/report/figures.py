@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mode.tables.compile import Compiled
+    from mode.tables.compile import TableData
 
 COLOURS = ("#444444", "#d55e00", "#e69f00", "#56b4e9", "#0072b2", "#009e73", "#cc79a7", "#6a3d9a", "#b15928", "#a6761d")
 
@@ -26,7 +26,7 @@ AXES = {
 }
 
 
-def draw(compiled: Compiled, path: Path) -> None:
+def draw(compiled: TableData, path: Path) -> None:
     """Draw target accuracy over retention with standard deviations over seeds, cost as area, and the Pareto front.
 
     Args:
@@ -38,9 +38,9 @@ def draw(compiled: Compiled, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from mode.tables.pareto import sides, tradeoff
+    from mode.tables.pareto import collect_sides, compute_tradeoff
 
-    seen = tradeoff(compiled)
+    seen = compute_tradeoff(compiled)
     figure, axes = pyplot.subplots(figsize=(7.5, 5.2), layout="constrained")
     for place in seen.places:
         several, colour = place.target.n > 1, COLOURS[place.index % len(COLOURS)]
@@ -60,7 +60,7 @@ def draw(compiled: Compiled, path: Path) -> None:
     axes.plot(
         *zip(*seen.front, strict=True), color="#888888", linewidth=1, dashes=(4, 3), drawstyle="steps-pre", zorder=1
     )
-    kept, adapted = sides(compiled)
+    kept, adapted = collect_sides(compiled)
     axes.set_xlabel(f"Retention: change of {kept or OTHERS} accuracy against the backbone (points)")
     axes.set_ylabel(f"Target accuracy: mean of {adapted or 'what a row is adapted to'} (%)")
     axes.set_title(compiled.table.title)
@@ -71,7 +71,7 @@ def draw(compiled: Compiled, path: Path) -> None:
     pyplot.close(figure)
 
 
-def draw_curves(compiled: Compiled, path: Path) -> None:
+def draw_curves(compiled: TableData, path: Path) -> None:
     """Draw the panels of a table: a quality over what its rows differ in, with standard deviations over seeds.
 
     Args:
@@ -83,7 +83,7 @@ def draw_curves(compiled: Compiled, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from mode.tables.findings import points
+    from mode.tables.findings import collect_points
 
     panels = compiled.table.curves
     figure, grid = pyplot.subplots(
@@ -91,7 +91,7 @@ def draw_curves(compiled: Compiled, path: Path) -> None:
     )
     for axes, panel in zip(grid[0], panels, strict=True):
         for index, label in enumerate(panel.lines):
-            placed = points(compiled, panel, label)
+            placed = collect_points(compiled, panel, label)
             cells = [row.cell(panel.column) for row in placed.values()]
             told = [(x, cell) for x, cell in zip(placed, cells, strict=True) if cell is not None]
             style = {"color": COLOURS[index % len(COLOURS)], "label": label}
@@ -119,7 +119,7 @@ MOST_BRANCHES = 8
 """Branches of a row whose weights are drawn one by one; records have those of all."""
 
 
-def draw_gates(compiled: Compiled, path: Path) -> bool:
+def draw_gates(compiled: TableData, path: Path) -> bool:
     """Draw a heat map of the mean gate weights for every row with a few branches: these by domain over blocks.
 
     Args:

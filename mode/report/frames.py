@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from mode.data.contamination import PRETRAINING
-from mode.tables.compile import BACKBONE, Compiled, Line
+from mode.tables.compile import BACKBONE, RowResult, TableData
 
 COLUMNS = {
     "average": "Average",
@@ -59,22 +59,24 @@ CONTAMINATION_NOTE = (
 )
 
 
-def frame(compiled: Compiled, *, strong: str = "{}") -> pd.DataFrame:
+def make_frame(compiled: TableData, *, strong: str = "{}") -> pd.DataFrame:
     """Return the table as people read it; what is beyond noise is set in `strong`: winners, and differences."""
     rows = []
-    winners = {column: None if compiled.table.relative else winner(compiled, column) for column in compiled.columns}
+    winners = {
+        column: None if compiled.table.relative else find_winner(compiled, column) for column in compiled.columns
+    }
     for line in compiled.lines:
         row: dict[str, str] = {"Method": line.label}
         for column in compiled.columns:
-            text, stands_out = shown_cell(compiled, line, column)
-            row[heading(column)] = strong.format(text) if stands_out or winners[column] == line.name else text
-        rows.append(row | costs(line, COST_COLUMNS))
+            text, stands_out = format_cell(compiled, line, column)
+            row[format_heading(column)] = strong.format(text) if stands_out or winners[column] == line.name else text
+        rows.append(row | format_costs(line, COST_COLUMNS))
     for left, right in compiled.table.differences:
-        rows.append(difference(compiled, left, right, strong))
+        rows.append(format_difference(compiled, left, right, strong))
     return pd.DataFrame(rows)
 
 
-def shown_cell(compiled: Compiled, line: Line, column: str) -> tuple[str, bool]:
+def format_cell(compiled: TableData, line: RowResult, column: str) -> tuple[str, bool]:
     """Render a cell, and say whether it is a difference beyond noise: in a relative table, to the backbone's."""
     value = line.cell(column)
     if value is None:
@@ -85,13 +87,13 @@ def shown_cell(compiled: Compiled, line: Line, column: str) -> tuple[str, bool]:
     return value.text(signed=column == "retention"), False
 
 
-def cost_frame(compiled: Compiled) -> pd.DataFrame:
+def make_cost_frame(compiled: TableData) -> pd.DataFrame:
     """Return what else the rows cost: of what is known of at least one."""
     names = {name: label for name, label in COSTS.items() if any(name in line.cost for line in compiled.lines)}
-    return pd.DataFrame([{"Cost": line.label, **costs(line, names)} for line in compiled.lines])
+    return pd.DataFrame([{"Cost": line.label, **format_costs(line, names)} for line in compiled.lines])
 
 
-def contamination_frame(compiled: Compiled) -> pd.DataFrame:
+def make_contamination_frame(compiled: TableData) -> pd.DataFrame:
     """Return which share of what is scored occurs where in training."""
     rows = []
     for name, shares in compiled.contamination.items():
@@ -103,9 +105,9 @@ def contamination_frame(compiled: Compiled) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def winner(compiled: Compiled, column: str) -> str | None:
+def find_winner(compiled: TableData, column: str) -> str | None:
     """Return the row with the best mean of a quality column, if it is better than every other beyond noise."""
-    cells = [(line, line.cell(column)) for line in compiled.lines if competes(line, column)]
+    cells = [(line, line.cell(column)) for line in compiled.lines if can_win(line, column)]
     lines = sorted(((value.mean, line.name) for line, value in cells if value is not None), reverse=True)
     if len(lines) < 2:
         return None
@@ -114,37 +116,37 @@ def winner(compiled: Compiled, column: str) -> str | None:
     return best.name if all(gap is not None and gap.holds and gap.cell.mean > 0.0 for gap in gaps) else None
 
 
-def competes(line: Line, column: str) -> bool:
+def can_win(line: RowResult, column: str) -> bool:
     """Say whether a line can be a column's best: the backbone's retention is zero by definition."""
     return line.name != BACKBONE or column != "retention"
 
 
-def heading(column: str) -> str:
+def format_heading(column: str) -> str:
     """Return a column's heading."""
     return COLUMNS.get(column, column.capitalize())
 
 
-def costs(line: Line, labels: Mapping[str, str]) -> dict[str, str]:
+def format_costs(line: RowResult, labels: Mapping[str, str]) -> dict[str, str]:
     """Render costs of a line under their headings."""
     return {
         label: format(line.cost[name], FORMATS[name]) if name in line.cost else "–" for name, label in labels.items()
     }
 
 
-def difference(compiled: Compiled, left: str, right: str, strong: str = "{}") -> dict[str, str]:
+def format_difference(compiled: TableData, left: str, right: str, strong: str = "{}") -> dict[str, str]:
     """Render the row of paired differences between two lines."""
     one, other = compiled.line(left), compiled.line(right)
     row = {"Method": f"{one.label} − {other.label}"}
     for column in compiled.columns:
         gap = one.minus(other, column)
         text = gap.cell.text(signed=True) if gap else "–"
-        row[heading(column)] = strong.format(text) if gap and gap.holds else text
+        row[format_heading(column)] = strong.format(text) if gap and gap.holds else text
     empty = dict.fromkeys(COST_COLUMNS.values(), "")
     both = [seed for seed in one.quality if seed in other.quality]
     return row | {name: value for name, value in empty.items() if name not in row} | {"n": str(len(both))}
 
 
-def intervals(compiled: Compiled) -> pd.DataFrame:
+def make_interval_frame(compiled: TableData) -> pd.DataFrame:
     """Return the differences' intervals over documents."""
     rows = []
     for left, right in compiled.table.differences:
@@ -152,12 +154,12 @@ def intervals(compiled: Compiled) -> pd.DataFrame:
         row = {"Difference": f"{one.label} − {other.label}"}
         for column in compiled.columns:
             gap = one.minus(other, column)
-            row[heading(column)] = f"{gap.documents.low:+.2f} to {gap.documents.high:+.2f}" if gap else "–"
+            row[format_heading(column)] = f"{gap.documents.low:+.2f} to {gap.documents.high:+.2f}" if gap else "–"
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def published_frame(compiled: Compiled) -> pd.DataFrame | None:
+def make_published_frame(compiled: TableData) -> pd.DataFrame | None:
     """Return the published values, with the averages and differences worked out from them."""
     source = compiled.table.published
     if source is None:
@@ -165,25 +167,25 @@ def published_frame(compiled: Compiled) -> pd.DataFrame | None:
     labels = {row.name: row.label for row in compiled.table.rows}
     rows: list[dict[str, Any]] = []
     for name, values in source.rows.items():
-        rows.append({"Method": labels.get(name, name), **with_average(values)})
+        rows.append({"Method": labels.get(name, name), **add_average(values)})
     for left, right in compiled.table.differences:
         if left in source.rows and right in source.rows:
             both = [key for key in source.rows[left] if key in source.rows[right]]
             gap = {key: source.rows[left][key] - source.rows[right][key] for key in both}
-            rows.append({"Method": f"{labels[left]} − {labels[right]}", **with_average(gap)})
-    return pd.DataFrame(rows).map(lambda value: value if isinstance(value, str) else dashed(value))
+            rows.append({"Method": f"{labels[left]} − {labels[right]}", **add_average(gap)})
+    return pd.DataFrame(rows).map(lambda value: value if isinstance(value, str) else format_or_dash(value))
 
 
-def dashed(value: float) -> str:
+def format_or_dash(value: float) -> str:
     """Render a published value, or a dash where there is none.
 
-    >>> dashed(76.1), dashed(math.nan)
+    >>> format_or_dash(76.1), format_or_dash(math.nan)
     ('76.10', '–')
     """
     return "–" if math.isnan(value) else f"{value:.2f}"
 
 
-def with_average(values: Mapping[str, float]) -> dict[str, float]:
+def add_average(values: Mapping[str, float]) -> dict[str, float]:
     """Return values under their headings, with their average."""
     named = {name.capitalize(): round(value, 2) for name, value in values.items()}
     if len(named) < 2:
@@ -197,7 +199,7 @@ ROUTING_NOTE = (
 )
 
 
-def routing_frame(compiled: Compiled) -> pd.DataFrame | None:
+def make_routing_frame(compiled: TableData) -> pd.DataFrame | None:
     """Return experts in use and evenness by domain, of every row whose records say so; None without any."""
     rows = []
     for line in compiled.lines:

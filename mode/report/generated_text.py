@@ -35,7 +35,7 @@ def to_html(title: str, sections: Sequence[Section], branches: Sequence[str]) ->
     )
     texts = [
         f'<h2>{html.escape(section.heading)}</h2>\n<pre style="white-space:pre-wrap">{html.escape(section.prompt)}'
-        f"{''.join(span(piece, branches) for piece in section.pieces)}</pre>\n"
+        f"{''.join(render_token(piece, branches) for piece in section.pieces)}</pre>\n"
         for section in sections
     ]
     return (
@@ -45,20 +45,20 @@ def to_html(title: str, sections: Sequence[Section], branches: Sequence[str]) ->
     )
 
 
-def span(piece: Piece, branches: Sequence[str]) -> str:
+def render_token(piece: Piece, branches: Sequence[str]) -> str:
     """Render a token."""
     text = html.escape(piece.text)
     if not piece.gates:
         return text
-    rows = [f"block {number}: {told(weights, branches)}" for number, weights in enumerate(piece.gates)]
+    rows = [f"block {number}: {format_gates(weights, branches)}" for number, weights in enumerate(piece.gates)]
     colour = COLOURS[piece.branch % len(COLOURS)]
     return f'<span style="background:{colour}" title="{html.escape(chr(10).join(rows))}">{text}</span>'
 
 
-def told(weights: Sequence[float], branches: Sequence[str]) -> str:
+def format_gates(weights: Sequence[float], branches: Sequence[str]) -> str:
     """Phrase a block's weights.
 
-    >>> told((0.25, 0.75), ("backbone", "code"))
+    >>> format_gates((0.25, 0.75), ("backbone", "code"))
     'backbone 0.25, code 0.75'
     """
     return ", ".join(f"{name} {weight:.2f}" for name, weight in zip(branches, weights, strict=True))

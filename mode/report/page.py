@@ -21,7 +21,7 @@ from mode.bench import records as bench
 from mode.core.errors import ConfigError
 from mode.core.files import write_atomic
 from mode.downstream import results as downstream
-from mode.records.collection import SHEETS, find_sheet
+from mode.records.collection import COLLECTIONS, find_collection
 from mode.records.record import Record, read_records
 from mode.report import svg
 from mode.report.figures import MOST_BRANCHES
@@ -29,19 +29,19 @@ from mode.report.frames import (
     CONTAMINATION_NOTE,
     COST_NOTE,
     ROUTING_NOTE,
-    contamination_frame,
-    cost_frame,
-    frame,
-    intervals,
-    published_frame,
-    routing_frame,
+    make_contamination_frame,
+    make_cost_frame,
+    make_frame,
+    make_interval_frame,
+    make_published_frame,
+    make_routing_frame,
 )
-from mode.report.run_details import Dossier, average_curve, dossiers
-from mode.report.text import notes
-from mode.tables.compile import Compiled, Line, compile_table
-from mode.tables.findings import findings
-from mode.tables.select import with_needs
-from mode.tables.table import load_table, stem
+from mode.report.run_details import RunDetails, average_curve, collect_run_details
+from mode.report.text import write_notes
+from mode.tables.compile import RowResult, TableData, compile_table
+from mode.tables.findings import list_findings
+from mode.tables.select import add_needed
+from mode.tables.table import file_stem, load_table
 
 PAGE = "report.html"
 
@@ -83,17 +83,17 @@ class Origin:
     missing: str = ""
 
 
-def grid(caption: str, table: pd.DataFrame, links: Sequence[str] = (), more: Sequence[str] = ()) -> Grid:
+def make_grid(caption: str, table: pd.DataFrame, links: Sequence[str] = (), more: Sequence[str] = ()) -> Grid:
     """Turn a frame into a table of the page; the rows that `more` leads from are a group of their own."""
     plain = [tuple(row) for row in table.itertuples(index=False, name=None)]
     every = [*links, *more] or [""] * len(plain)
-    rows = [Row((head, *map(strong, cells)), link) for (head, *cells), link in zip(plain, every, strict=True)]
+    rows = [Row((head, *map(embolden, cells)), link) for (head, *cells), link in zip(plain, every, strict=True)]
     cut = len(rows) - len(more) if links else len(rows)
     groups = tuple(tuple(group) for group in (rows[:cut], rows[cut:]) if group)
     return Grid(caption, tuple(map(str, table.columns)), groups)
 
 
-def origins(anchor: str, name: str, compiled: Compiled) -> Iterable[Origin]:
+def describe_origins(anchor: str, name: str, compiled: TableData) -> Iterable[Origin]:
     """Say what every row, and then every difference, was made from."""
     for line in compiled.lines:
         missing = "" if line.runs else f"mode reproduce {name}"
@@ -105,19 +105,19 @@ def origins(anchor: str, name: str, compiled: Compiled) -> Iterable[Origin]:
         yield Origin(f"{anchor}--{left}--{right}", f"{one.label} − {other.label}", runs)
 
 
-def extras(compiled: Compiled, rows: Sequence[str], pairs: Sequence[str]) -> Iterable[tuple[str, Grid]]:
+def make_extras(compiled: TableData, rows: Sequence[str], pairs: Sequence[str]) -> Iterable[tuple[str, Grid]]:
     """Return the other tables of a table, each with a note."""
     if pairs:
-        yield "", grid("95 % intervals of the differences over documents", intervals(compiled), pairs)
-    yield COST_NOTE, grid("Cost", cost_frame(compiled), rows)
+        yield "", make_grid("95 % intervals of the differences over documents", make_interval_frame(compiled), pairs)
+    yield COST_NOTE, make_grid("Cost", make_cost_frame(compiled), rows)
     if compiled.contamination:
-        yield CONTAMINATION_NOTE, grid("Contamination", contamination_frame(compiled))
-    if (routed := routing_frame(compiled)) is not None:
-        yield ROUTING_NOTE, grid("Routers", routed)
-    published = published_frame(compiled)
+        yield CONTAMINATION_NOTE, make_grid("Contamination", make_contamination_frame(compiled))
+    if (routed := make_routing_frame(compiled)) is not None:
+        yield ROUTING_NOTE, make_grid("Routers", routed)
+    published = make_published_frame(compiled)
     source = compiled.table.published
     if source is not None and published is not None and len(published):
-        yield f"{source.source}. {source.note}", grid("Published values", published)
+        yield f"{source.source}. {source.note}", make_grid("Published values", published)
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Contents:
     sections: tuple[Section, ...]
     benches: tuple[Bench, ...]
     sheets: tuple[Bench, ...]
-    runs: tuple[Dossier, ...]
+    runs: tuple[RunDetails, ...]
     known: frozenset[str] = field(default_factory=frozenset)
 
 
@@ -176,13 +176,13 @@ def write_page(
     Raises:
         ConfigError: There is no record of any of the tables.
     """
-    text = render(contents(tables, results, os.path.relpath(results, out), extra))
+    text = render_page(collect_contents(tables, results, os.path.relpath(results, out), extra))
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / PAGE, text.encode())
     return out / PAGE
 
 
-def contents(
+def collect_contents(
     tables: Sequence[tuple[str, Sequence[str]]], results: Path, way: str, extra: Path | None = None
 ) -> Contents:
     """Collect what a page shows.
@@ -196,26 +196,37 @@ def contents(
     records = read_records(results)
     names = dict.fromkeys(name for name, _ in tables)
     compiled = [
-        (stem(name, overrides, load_table(name, extra).overrides), name, found)
+        (file_stem(name, overrides, load_table(name, extra).overrides), name, found)
         for name, overrides in tables
-        if name not in SHEETS and (found := told(name, records, overrides, extra, alone=len(tables) == 1)) is not None
+        if name not in COLLECTIONS
+        and (found := compile_section(name, records, overrides, extra, alone=len(tables) == 1)) is not None
     ]
-    benches = tuple(made_bench(each, way) for each in bench.SHEET.read(results)) if bench.SHEET.name in names else ()
-    sheets = tuple(made for name in names if (made := made_sheet(name, results, way)) is not None)
+    benches = (
+        tuple(make_bench_section(each, way) for each in bench.SHEET.read(results)) if bench.SHEET.name in names else ()
+    )
+    sheets = tuple(made for name in names if (made := make_collection_section(name, results, way)) is not None)
     if not compiled and not benches and not sheets:
         name = next(iter(names))
-        makes = find_sheet(name).make if name in SHEETS else f"mode reproduce {name}"
+        makes = find_collection(name).make if name in COLLECTIONS else f"mode reproduce {name}"
         raise ConfigError(f"no record of {name} in {results}: `{makes}` makes them")
     if len(names) == 1:
-        records = used([each for _, _, each in compiled], records)
+        records = list_used([each for _, _, each in compiled], records)
     by_id = {record.id: record for record in records}
-    sections = tuple(section(anchor, name, each, by_id) for anchor, name, each in sorted(compiled, key=order))
-    return Contents(sections, benches, sheets, tuple(dossiers(records, places(sections), way, extra)), frozenset(by_id))
+    sections = tuple(
+        make_section(anchor, name, each, by_id) for anchor, name, each in sorted(compiled, key=order_tables)
+    )
+    return Contents(
+        sections,
+        benches,
+        sheets,
+        tuple(collect_run_details(records, list_places(sections), way, extra)),
+        frozenset(by_id),
+    )
 
 
-def told(
+def compile_section(
     name: str, records: Sequence[Record], overrides: Sequence[str], extra: Path | None, *, alone: bool
-) -> Compiled | None:
+) -> TableData | None:
     """Compile a table; None if it has nothing to say, or a record that it stands on is missing and it is not `alone`.
 
     Raises:
@@ -230,7 +241,7 @@ def told(
     return compiled if compiled.says_something else None
 
 
-def order(item: tuple[str, str, Compiled]) -> tuple[bool, bool, bool, bool, str]:
+def order_tables(item: tuple[str, str, TableData]) -> tuple[bool, bool, bool, bool, str]:
     """Order tables: results before choices, tables before curves, whole ones before those with gaps, numbered first."""
     anchor, _, compiled = item
     return (
@@ -242,15 +253,15 @@ def order(item: tuple[str, str, Compiled]) -> tuple[bool, bool, bool, bool, str]
     )
 
 
-def used(tables: Iterable[Compiled], records: Sequence[Record]) -> list[Record]:
+def list_used(tables: Iterable[TableData], records: Sequence[Record]) -> list[Record]:
     """Return the records that some tables are made of, with those they stand on, in the order given."""
     by_id = {record.id: record for record in records}
     ids = {run for compiled in tables for line in compiled.lines for run in line.runs.values()}
-    wanted = {stage.id for run in ids for stage in with_needs(by_id[run], by_id)}
+    wanted = {stage.id for run in ids for stage in add_needed(by_id[run], by_id)}
     return [record for record in records if record.id in wanted]
 
 
-def places(sections: Iterable[Section]) -> dict[str, list[tuple[str, str, str]]]:
+def list_places(sections: Iterable[Section]) -> dict[str, list[tuple[str, str, str]]]:
     """Return, by run id, the rows that a run is part of: anchor, table and label; differences aside."""
     found: dict[str, list[tuple[str, str, str]]] = {}
     for each in sections:
@@ -260,43 +271,43 @@ def places(sections: Iterable[Section]) -> dict[str, list[tuple[str, str, str]]]
     return found
 
 
-def section(anchor: str, name: str, compiled: Compiled, records: Mapping[str, Record]) -> Section:
+def make_section(anchor: str, name: str, compiled: TableData, records: Mapping[str, Record]) -> Section:
     """Make the section of one table."""
     lines, pairs = compiled.lines, compiled.table.differences
     row_links = [f"#{anchor}--{line.name}" for line in lines]
     pair_links = [f"#{anchor}--{left}--{right}" for left, right in pairs]
     panels = [svg.draw_panel(compiled, panel) for panel in compiled.table.curves]
-    usual, *others = notes(compiled)
+    usual, *others = write_notes(compiled)
     return Section(
         anchor=anchor,
         title=compiled.table.title,
-        grid=grid(compiled.table.title, frame(compiled, strong=STRONG), row_links, pair_links),
+        grid=make_grid(compiled.table.title, make_frame(compiled, strong=STRONG), row_links, pair_links),
         notes=(usual, *(text for text in others if text)),
-        findings=tuple(findings(compiled)),
+        findings=tuple(list_findings(compiled)),
         figures=tuple(picture for picture in [*panels, svg.draw_tradeoff(compiled)] if picture),
-        curves=(learning(compiled, records),),
-        gates=tuple(svg.draw_gates(line) for line in lines if drawable(line) and not compiled.table.choose),
-        extras=tuple(extras(compiled, row_links, pair_links)),
-        origins=tuple(origins(anchor, name, compiled)),
+        curves=(draw_learning(compiled, records),),
+        gates=tuple(svg.draw_gates(line) for line in lines if is_drawable(line) and not compiled.table.choose),
+        extras=tuple(make_extras(compiled, row_links, pair_links)),
+        origins=tuple(describe_origins(anchor, name, compiled)),
     )
 
 
-def drawable(line: Line) -> bool:
+def is_drawable(line: RowResult) -> bool:
     """Say whether a row has gates of few enough branches to draw."""
     return bool(line.gates) and len(line.branches) <= MOST_BRANCHES
 
 
-def strong(text: str) -> str:
+def embolden(text: str) -> str:
     """Return a cell as it is, or in bold if it was marked so.
 
-    >>> strong("1.00"), strong("**1.00**")
+    >>> embolden("1.00"), embolden("**1.00**")
     ('1.00', Markup('<strong>1.00</strong>'))
     """
     inner = text.removeprefix("**").removesuffix("**")
     return text if inner == text else Markup("<strong>{}</strong>").format(inner)
 
 
-def learning(compiled: Compiled, records: Mapping[str, Record]) -> Markup:
+def draw_learning(compiled: TableData, records: Mapping[str, Record]) -> Markup:
     """Draw the training loss of every row's last stage, the mean over seeds."""
     series = []
     for line in compiled.lines:
@@ -306,44 +317,48 @@ def learning(compiled: Compiled, records: Mapping[str, Record]) -> Markup:
     return svg.draw_lines(f"{compiled.table.title}: training loss", series, "Steps", "Training loss (nats per token)")
 
 
-def made_bench(benchmark: bench.Benchmark, way: str) -> Bench:
+def make_bench_section(benchmark: bench.Benchmark, way: str) -> Bench:
     """Make the section of one benchmark."""
-    heads, *rows = bench.cells(benchmark)
+    heads, *rows = bench.make_cells(benchmark)
     table = pd.DataFrame(rows, columns=list(heads))
     file = f"{way}/{bench.SHEET.name}/{benchmark.filename}"
     return Bench(
-        f"bench-{benchmark.id}", benchmark.title, bench.conditions(benchmark), grid(benchmark.title, table), file
+        f"bench-{benchmark.id}",
+        benchmark.title,
+        bench.describe_conditions(benchmark),
+        make_grid(benchmark.title, table),
+        file,
     )
 
 
-def made_sheet(name: str, results: Path, way: str) -> Bench | None:
+def make_collection_section(name: str, results: Path, way: str) -> Bench | None:
     """Make the section of downstream tasks or of pruned runs; None of anything else, or without a result."""
     if name == downstream.SHEET.name and (scored := downstream.SHEET.read(results)):
         title, about, table = (
             "Downstream tasks",
             downstream.INTRO,
-            pd.DataFrame([downstream.row(each) for each in scored]),
+            pd.DataFrame([downstream.format_row(each) for each in scored]),
         )
     elif name == prune.SHEET.name and (pruned := prune.SHEET.read(results)):
-        title, about, table = "Pruning", prune.INTRODUCTION, prune.frame(pruned)
+        title, about, table = "Pruning", prune.INTRODUCTION, prune.make_frame(pruned)
     else:
         return None
-    return Bench(name, title, about, grid(title, table), f"{way}/{name}.md")
+    return Bench(name, title, about, make_grid(title, table), f"{way}/{name}.md")
 
 
-def prose(text: str) -> Markup:
+def render_prose(text: str) -> Markup:
     """Set a sentence, with what stands in backticks as code.
 
-    >>> prose("`mode report` & co")
+    >>> render_prose("`mode report` & co")
     Markup('<code>mode report</code> &amp; co')
     """
     return Markup(BACKTICKS.sub(r"<code>\1</code>", str(escape(text))))
 
 
-def render(shown: Contents) -> str:
+def render_page(shown: Contents) -> str:
     """Render a page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["prose"] = prose
+    environment.filters["prose"] = render_prose
     template = environment.from_string((ASSETS / "page.html.j2").read_text("utf-8"))
     style, script = ((ASSETS / name).read_text("utf-8") for name in ("page.css", "page.js"))
     return template.render(

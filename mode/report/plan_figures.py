@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 
 from mode.planning.machine import Device, Link
-from mode.planning.plan import estimates
-from mode.planning.work import Work, with_tokens
+from mode.planning.plan import estimate_layouts
+from mode.planning.work import Work, scale_tokens
 from mode.report.figures import COLOURS
 
 TOKENS = tuple(2**power for power in range(7, 17))
@@ -26,7 +26,7 @@ SHADES = {"ddp": COLOURS[0], "fsdp": COLOURS[4], "mpmd": COLOURS[1]}
 NAMES = {"ddp": "copies (DDP)", "fsdp": "in shards (FSDP)", "mpmd": "side by side (MPMD)"}
 
 
-def points(works: Mapping[str, Work], links: Mapping[str, Link], device: Device) -> pd.DataFrame:
+def plan_points(works: Mapping[str, Work], links: Mapping[str, Link], device: Device) -> pd.DataFrame:
     """Plan every backbone on every link, by number of devices and tokens of each.
 
     Args:
@@ -53,16 +53,16 @@ def points(works: Mapping[str, Work], links: Mapping[str, Link], device: Device)
             "micro": one.micro,
         }
         for backbone, link, count, tokens in product(works, links, DEVICES, TOKENS)
-        for one in estimates(with_tokens(works[backbone], tokens * count), count, device, links[link])
+        for one in estimate_layouts(scale_tokens(works[backbone], tokens * count), count, device, links[link])
     ]
     return pd.DataFrame(rows)
 
 
-def draw(found: pd.DataFrame, column: str, label: str, devices: Sequence[int], path: Path) -> None:
+def draw_plan(found: pd.DataFrame, column: str, label: str, devices: Sequence[int], path: Path) -> None:
     """Draw a quantity over the tokens of a device: a panel for every backbone and link, a line for every layout.
 
     Args:
-        found: What `points` returns.
+        found: What `plan_points` returns.
         column: The quantity.
         label: What it is called.
         devices: Two numbers of devices: a solid line and a broken one.
@@ -97,12 +97,12 @@ def draw(found: pd.DataFrame, column: str, label: str, devices: Sequence[int], p
     pyplot.close(figure)
 
 
-def publish(works: Mapping[str, Work], links: Mapping[str, Link], device: Device, folder: Path) -> list[Path]:
+def write_plan(works: Mapping[str, Work], links: Mapping[str, Link], device: Device, folder: Path) -> list[Path]:
     """Write `plan.csv` and its figures into a folder, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = points(works, links, device)
+    found = plan_points(works, links, device)
     paths = [folder / name for name in ("plan.csv", "plan-time.png", "plan-memory.png")]
     found.to_csv(paths[0], index=False)
-    draw(found, "ms", "Milliseconds of a step", (64, 4096), paths[1])
-    draw(found, "holds_gb", "GB that a device holds", (64, 4096), paths[2])
+    draw_plan(found, "ms", "Milliseconds of a step", (64, 4096), paths[1])
+    draw_plan(found, "holds_gb", "GB that a device holds", (64, 4096), paths[2])
     return paths

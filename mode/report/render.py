@@ -7,9 +7,9 @@ from pathlib import Path
 
 from mode.core.errors import ConfigError, NothingError
 from mode.records.record import read_records
-from mode.report.text import csv, latex, markdown
-from mode.tables.compile import Compiled, compile_table
-from mode.tables.table import load_table, stem
+from mode.report.text import render_csv, render_latex, render_markdown
+from mode.tables.compile import TableData, compile_table
+from mode.tables.table import file_stem, load_table
 
 
 def is_drawn(figure: Path, rendered: Mapping[Path, str], records: Path) -> bool:
@@ -19,9 +19,9 @@ def is_drawn(figure: Path, rendered: Mapping[Path, str], records: Path) -> bool:
     return same and figure.exists() and figure.stat().st_mtime_ns > latest
 
 
-def render(compiled: Compiled) -> dict[str, str]:
+def render_table(compiled: TableData) -> dict[str, str]:
     """Render a compiled table as text by file suffix: md, tex, csv."""
-    return {"md": markdown(compiled), "tex": latex(compiled), "csv": csv(compiled)}
+    return {"md": render_markdown(compiled), "tex": render_latex(compiled), "csv": render_csv(compiled)}
 
 
 def report(
@@ -41,10 +41,10 @@ def report(
     compiled = compile_table(table, read_records(results), overrides, extra)
     if not compiled.says_something:
         raise NothingError(f"no record of {name} in {results / 'records'}: make them with `mode reproduce {name}`")
-    base = results / stem(name, overrides, table.overrides)
-    rendered = {base.with_suffix(f".{suffix}"): text for suffix, text in render(compiled).items()}
+    base = results / file_stem(name, overrides, table.overrides)
+    rendered = {base.with_suffix(f".{suffix}"): text for suffix, text in render_table(compiled).items()}
     if write is False or (write is None and is_drawn(base.with_suffix(".png"), rendered, results / "records")):
-        return markdown(compiled), base.with_suffix(".md")
+        return render_markdown(compiled), base.with_suffix(".md")
     from mode.report.figures import draw, draw_curves, draw_gates
 
     for path, text in rendered.items():
@@ -52,7 +52,7 @@ def report(
     (draw_curves if table.curves else draw)(compiled, base.with_suffix(".png"))
     if not table.choose:
         draw_gates(compiled, base.with_name(f"{base.name}-gates.png"))
-    return markdown(compiled), base.with_suffix(".md")
+    return render_markdown(compiled), base.with_suffix(".md")
 
 
 def check_tables(results: Path, names: Sequence[str], extra: Path | None = None) -> list[Path]:
@@ -69,8 +69,8 @@ def check_tables(results: Path, names: Sequence[str], extra: Path | None = None)
         table = load_table(name, extra)
         for overrides in table.variants:
             compiled = compile_table(table, records, overrides, extra)
-            base = results / stem(name, overrides, table.overrides)
-            expected = render(compiled) if compiled.says_something else {}
+            base = results / file_stem(name, overrides, table.overrides)
+            expected = render_table(compiled) if compiled.says_something else {}
             for suffix in ("md", "tex", "csv"):
                 path = base.with_suffix(f".{suffix}")
                 found = path.read_text("utf-8") if path.exists() else None

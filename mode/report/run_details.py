@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from mode.config.check import flatten
-from mode.records.command import commands
+from mode.records.command import write_commands
 from mode.records.record import Record
 from mode.report import svg
 
@@ -22,7 +22,7 @@ VALIDATION = "validation/"
 """Beginning of what a point of a curve says of validation: validation/DOMAIN/loss, for one."""
 
 
-def costs(happened: Mapping[str, Any]) -> Iterator[Fact]:
+def describe_costs(happened: Mapping[str, Any]) -> Iterator[Fact]:
     """Write what a run's own stage took; records of earlier versions do not say all of it."""
     sizes = happened["parameters"]
     for name, value, form in (
@@ -43,7 +43,7 @@ def costs(happened: Mapping[str, Any]) -> Iterator[Fact]:
             yield name, format(value, form)
 
 
-def scores(record: Record) -> Iterator[tuple[str, ...]]:
+def describe_scores(record: Record) -> Iterator[tuple[str, ...]]:
     """Write what a run scored, by domain."""
     for name, score in record.happened["scores"].items():
         error = score.get("stderr")
@@ -53,17 +53,17 @@ def scores(record: Record) -> Iterator[tuple[str, ...]]:
         yield name, "target" if name in record.asked["targets"] else "retention", accuracy, *cells
 
 
-def title(method: str, labels: Sequence[str]) -> str:
+def make_title(method: str, labels: Sequence[str]) -> str:
     """Return what to call a run: a row's label that stands by itself, or the method with what is known besides.
 
-    >>> title("MoDE", ["... B 2", "MoDE, B 2"]), title("MoDE", ["... B 2"]), title("MoDE", [])
+    >>> make_title("MoDE", ["... B 2", "MoDE, B 2"]), make_title("MoDE", ["... B 2"]), make_title("MoDE", [])
     ('MoDE, B 2', 'MoDE ... B 2', 'MoDE')
     """
     whole = [label for label in labels if not label.startswith("...")]
     return next(iter(whole), " ".join([method, *labels[:1]]))
 
 
-def origin(provenance: Mapping[str, Any]) -> Iterator[Fact]:
+def describe_origin(provenance: Mapping[str, Any]) -> Iterator[Fact]:
     """Write under what code, versions, machine and data a run was made."""
     commit = provenance.get("commit")
     if commit is not None:
@@ -82,7 +82,7 @@ def origin(provenance: Mapping[str, Any]) -> Iterator[Fact]:
     yield "Data", ", ".join(f"{name} {value}" for name, value in provenance["data"].items())
 
 
-def curves(record: Record) -> Iterator[Markup]:
+def draw_curves(record: Record) -> Iterator[Markup]:
     """Draw the loss and the accuracy of training, with those on the validation split where they were measured."""
     curve = record.happened["curve"]
     for key, up in (("loss", "Loss (nats per token)"), ("accuracy", "Accuracy (%)")):
@@ -96,7 +96,7 @@ def curves(record: Record) -> Iterator[Markup]:
 
 
 @dataclass(frozen=True)
-class Dossier:
+class RunDetails:
     """Everything about a run.
 
     Attributes:
@@ -130,9 +130,9 @@ class Dossier:
     runs: bool
 
 
-def dossiers(
+def collect_run_details(
     records: Sequence[Record], places: Mapping[str, Sequence[tuple[str, str, str]]], way: str, extra: Path | None
-) -> Iterator[Dossier]:
+) -> Iterator[RunDetails]:
     """Tell what is known of every run.
 
     Args:
@@ -141,37 +141,37 @@ def dossiers(
         way: Path from the page to the folder of results.
         extra: A folder of the user's own configuration.
     """
-    told = commands(records, extra)
+    told = write_commands(records, extra)
     for record in records:
         rows = tuple(places.get(record.id, ()))
         method = record.asked["method"]["_target_"].rpartition(".")[2]
         targets = ", ".join(record.asked["targets"])
         text, runs = told[record.id]
-        yield Dossier(
+        yield RunDetails(
             id=record.id,
-            title=title(method, [label for _, _, label in rows]),
+            title=make_title(method, [label for _, _, label in rows]),
             about=f"{targets} · seed {record.seed} · {record.asked['backbone']['name']} · {record.happened['split']}",
             rows=rows,
-            settings=tuple(f"{name}={shown(value)}" for name, value in flatten(record.asked).items()),
-            scores=tuple(scores(record)),
-            costs=tuple(costs(record.happened)),
-            origin=tuple(origin(record.provenance)),
+            settings=tuple(f"{name}={format_setting(value)}" for name, value in flatten(record.asked).items()),
+            scores=tuple(describe_scores(record)),
+            costs=tuple(describe_costs(record.happened)),
+            origin=tuple(describe_origin(record.provenance)),
             needs=tuple(record.provenance["needs"]),
-            curves=tuple(curves(record)),
+            curves=tuple(draw_curves(record)),
             file=f"{way}/records/{record.filename}",
             command=text,
             runs=runs,
         )
 
 
-def shown(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """Write a setting.
 
-    >>> shown(["code", "math"]), shown(None), shown(0.001)
+    >>> format_setting(["code", "math"]), format_setting(None), format_setting(0.001)
     ('[code,math]', 'null', '0.001')
     """
     if isinstance(value, list):
-        return f"[{','.join(map(shown, value))}]"
+        return f"[{','.join(map(format_setting, value))}]"
     return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not is_number(value) else f"{value:g}"
 
 

@@ -10,9 +10,9 @@ from itertools import count, takewhile
 from markupsafe import Markup
 
 from mode.report.figures import AXES
-from mode.tables.compile import Compiled, Line
-from mode.tables.findings import points
-from mode.tables.pareto import MEASURES, Place, sides, tradeoff
+from mode.tables.compile import RowResult, TableData
+from mode.tables.findings import collect_points
+from mode.tables.pareto import MEASURES, Place, collect_sides, compute_tradeoff
 from mode.tables.table import Curves
 
 COLOURS = 7
@@ -155,16 +155,16 @@ def bars(x: float, y: float, left: float, right: float, low: float, high: float,
     return Markup("").join(tag("line", x1=a, y1=b, x2=c, y2=d, class_=f"bar {style}") for a, b, c, d in lines)
 
 
-def draw_tradeoff(compiled: Compiled) -> Markup:
+def draw_tradeoff(compiled: TableData) -> Markup:
     """Draw target accuracy over retention with cost as size and the Pareto front; empty without such rows."""
-    seen = tradeoff(compiled)
+    seen = compute_tradeoff(compiled)
     if not seen.places:
         return Markup("")
     errors = {place.index: (spread(place.retention.std), spread(place.target.std)) for place in seen.places}
     kept = [place.retention.mean + sign * errors[place.index][0] for place in seen.places for sign in (-1, 1)]
     target = [place.target.mean + sign * errors[place.index][1] for place in seen.places for sign in (-1, 1)]
     x, y = fit([*kept, 0.0], LEFT, RIGHT), fit(target, BOTTOM, TOP)
-    others, adapted = sides(compiled)
+    others, adapted = collect_sides(compiled)
     across = f"Retention: change on {others or 'the other domains'} (points)"
     up = f"Target accuracy: {adapted or 'what a row is adapted to'} (%)"
     parts = [*frame(x, y, across, up), tag("line", x1=x(0.0), x2=x(0.0), y1=TOP, y2=BOTTOM, class_="zero")]
@@ -249,16 +249,16 @@ def sample(index: int, series: Series) -> Markup:
     return line + mark(index, 9, 9, 5) if series.marked and not series.level else line
 
 
-def draw_panel(compiled: Compiled, panel: Curves) -> Markup:
+def draw_panel(compiled: TableData, panel: Curves) -> Markup:
     """Draw one panel of a table's curves; empty without a point."""
     series = []
     for label in panel.lines:
-        cells = [(x, row.cell(panel.column)) for x, row in points(compiled, panel, label).items()]
+        cells = [(x, row.cell(panel.column)) for x, row in collect_points(compiled, panel, label).items()]
         series.append(Series(label, [(x, cell.mean, spread(cell.std)) for x, cell in cells if cell is not None]))
     return draw_lines(panel.title, series, AXES[panel.x], f"{panel.title}: {panel.column.capitalize()} (%)", log=True)
 
 
-def draw_gates(line: Line) -> Markup:
+def draw_gates(line: RowResult) -> Markup:
     """Draw the mean gate weights of a row: branches by domain over blocks; empty without gates."""
     if not line.gates:
         return Markup("")

@@ -13,15 +13,15 @@ from mode.report.frames import (
     CONTAMINATION_NOTE,
     COST_NOTE,
     ROUTING_NOTE,
-    contamination_frame,
-    cost_frame,
-    frame,
-    intervals,
-    published_frame,
-    routing_frame,
+    make_contamination_frame,
+    make_cost_frame,
+    make_frame,
+    make_interval_frame,
+    make_published_frame,
+    make_routing_frame,
 )
-from mode.tables.compile import Compiled
-from mode.tables.findings import findings
+from mode.tables.compile import TableData
+from mode.tables.findings import list_findings
 
 WORDED = {
     "\\": r"\textbackslash{}",
@@ -33,36 +33,36 @@ WORDED = {
 """Characters that LaTeX has no escape for, but a name."""
 
 
-def markdown(compiled: Compiled) -> str:
+def render_markdown(compiled: TableData) -> str:
     """Render a compiled table in Markdown, with its notes and the published values."""
-    parts = [f"# {compiled.table.title}", "", aligned(frame(compiled, strong="**{}**"))]
-    parts += ["", *notes(compiled)]
-    parts += [line for sentence in findings(compiled) for line in ("", f"- {sentence}")]
+    parts = [f"# {compiled.table.title}", "", align_frame(make_frame(compiled, strong="**{}**"))]
+    parts += ["", *write_notes(compiled)]
+    parts += [line for sentence in list_findings(compiled) for line in ("", f"- {sentence}")]
     if compiled.table.differences:
         parts += ["", "95 % intervals of the differences over documents:", ""]
-        parts += [aligned(intervals(compiled))]
-    parts += ["", COST_NOTE, "", aligned(cost_frame(compiled))]
+        parts += [align_frame(make_interval_frame(compiled))]
+    parts += ["", COST_NOTE, "", align_frame(make_cost_frame(compiled))]
     if compiled.contamination:
-        parts += ["", CONTAMINATION_NOTE, "", aligned(contamination_frame(compiled))]
-    if (routed := routing_frame(compiled)) is not None:
-        parts += ["", ROUTING_NOTE, "", aligned(routed)]
-    published = published_frame(compiled)
+        parts += ["", CONTAMINATION_NOTE, "", align_frame(make_contamination_frame(compiled))]
+    if (routed := make_routing_frame(compiled)) is not None:
+        parts += ["", ROUTING_NOTE, "", align_frame(routed)]
+    published = make_published_frame(compiled)
     if published is not None and compiled.table.published is not None:
         source = compiled.table.published
         parts += ["", f"Published: {source.source}"]
-        parts += ["", aligned(published)] if len(published) else []  # values of a figure stand in the note
+        parts += ["", align_frame(published)] if len(published) else []  # values of a figure stand in the note
         parts += ["", source.note] if source.note else []
     return "\n".join(parts).rstrip() + "\n"
 
 
-def aligned(table: pd.DataFrame) -> str:
+def align_frame(table: pd.DataFrame) -> str:
     """Render a frame of texts in Markdown, its first column to the left."""
     # Without numparse a cell stays the text it is: tabulate would turn 12.30 into 12.3 and +1.50 into 1.5.
     sides = ["left", *["right"] * (len(table.columns) - 1)]
     return str(table.to_markdown(index=False, disable_numparse=True, colalign=sides))
 
 
-def notes(compiled: Compiled) -> list[str]:
+def write_notes(compiled: TableData) -> list[str]:
     """Say what the columns mean, what was chosen, and what is missing."""
     lines = [
         f"Next-token top-1 accuracy in per cent on the whole {compiled.split} split; mean ± standard deviation over "
@@ -72,7 +72,7 @@ def notes(compiled: Compiled) -> list[str]:
         "paired by seed. Bold: beyond noise, of a difference or of the best row against every other: the 95 % interval "
         "over documents excludes zero (t on a paired bootstrap's error, with few documents counted as few), and with "
         "several seeds that of a paired t over seeds too. Effective documents: "
-        f"{', '.join(f'{name} {count:.0f}' for name, count in documents(compiled).items())}."
+        f"{', '.join(f'{name} {count:.0f}' for name, count in describe_documents(compiled).items())}."
     ]
     if compiled.table.relative:
         lines += [
@@ -82,7 +82,7 @@ def notes(compiled: Compiled) -> list[str]:
     for note, sign in compiled.table.notes.items():
         lines += ["", f"{sign} {note}"]
     if compiled.table.choose:
-        lines += ["", *chosen_settings(compiled)]
+        lines += ["", *list_chosen_settings(compiled)]
     astray = [line.name for line in compiled.lines if line.astray]
     if astray:
         lines += ["", f"Tokens or operations more than 1 % off the forecast: {', '.join(astray)}."]
@@ -90,19 +90,19 @@ def notes(compiled: Compiled) -> list[str]:
     if missing:
         lines += ["", f"Missing (–): {', '.join(missing)}. `mode reproduce` with this table's name fills them."]
     if compiled.overlap:
-        lines += ["", overlap_note(compiled.overlap)]
+        lines += ["", write_overlap_note(compiled.overlap)]
     if compiled.left_out:
         lines += ["", f"{compiled.left_out} matching records on other data or another backbone are left out."]
     return lines
 
 
-def documents(compiled: Compiled) -> dict[str, float]:
+def describe_documents(compiled: TableData) -> dict[str, float]:
     """Return the effective documents of every domain."""
     found = next((line.documents for line in compiled.lines if line.documents), {})
     return {name: found[name] for name in compiled.domains if name in found}
 
 
-def overlap_note(domains: Sequence[str]) -> str:
+def write_overlap_note(domains: Sequence[str]) -> str:
     """Say that the backbone may have seen some of the text in pretraining."""
     return (
         f"The text of {' and '.join(domains)} is not that of the backbone's pretraining (another version of Python, "
@@ -110,7 +110,7 @@ def overlap_note(domains: Sequence[str]) -> str:
     )
 
 
-def chosen_settings(compiled: Compiled) -> list[str]:
+def list_chosen_settings(compiled: TableData) -> list[str]:
     """Say for each method which of its rows `method@setting` has the best average accuracy."""
     best: dict[str, tuple[float, str]] = {}
     for line in compiled.lines:
@@ -125,25 +125,25 @@ def chosen_settings(compiled: Compiled) -> list[str]:
     ]
 
 
-def latex(compiled: Compiled) -> str:
+def render_latex(compiled: TableData) -> str:
     """Render a compiled table in LaTeX (booktabs)."""
-    table = frame(compiled, strong=r"\textbf{{{}}}")
-    table.columns = pd.Index([escape(name) for name in table.columns])
-    table["Method"] = table["Method"].map(escape)
+    table = make_frame(compiled, strong=r"\textbf{{{}}}")
+    table.columns = pd.Index([escape_latex(name) for name in table.columns])
+    table["Method"] = table["Method"].map(escape_latex)
     table = table.map(lambda text: text.replace("±", r"$\pm$").replace("−", "$-$").replace("–", "--"))
     return str(table.to_latex(index=False, column_format="l" + "r" * (len(table.columns) - 1)))
 
 
-def escape(text: str) -> str:
+def escape_latex(text: str) -> str:
     r"""Escape what LaTeX would take for a command.
 
-    >>> escape("100% of A & B_1"), escape("a^b")
+    >>> escape_latex("100% of A & B_1"), escape_latex("a^b")
     ('100\\% of A \\& B\\_1', 'a\\textasciicircum{}b')
     """
     return re.sub(r"[&%$#_{}\\~^<>]", lambda found: WORDED.get(found[0], rf"\{found[0]}"), text)
 
 
-def csv(compiled: Compiled) -> str:
+def render_csv(compiled: TableData) -> str:
     """Render a compiled table as CSV: one line per row and column, with mean, standard deviation and n.
 
     Differences have the ends of their 95 % interval over documents besides.

@@ -10,10 +10,10 @@ import pandas as pd
 
 from mode.config.run import Run
 from mode.records.record import read_records
-from mode.report.frames import cost_frame, frame
+from mode.report.frames import make_cost_frame, make_frame
 from mode.runs.tracking import WandbTracker
 from mode.tables.compile import compile_table
-from mode.tables.table import load_table, stem
+from mode.tables.table import file_stem, load_table
 
 JOB = "report"
 
@@ -37,8 +37,8 @@ def publish(rendered: Sequence[tuple[str, Sequence[str]]], run: Run, extra: Path
     for name, overrides in rendered:
         table = load_table(name, extra)
         compiled = compile_table(table, records, overrides, extra)
-        base = results / stem(name, overrides, table.overrides)
-        tables |= {base.name: frame(compiled), f"{base.name}-cost": cost_frame(compiled)}
+        base = results / file_stem(name, overrides, table.overrides)
+        tables |= {base.name: make_frame(compiled), f"{base.name}-cost": make_cost_frame(compiled)}
         figures |= {
             f"{path.stem}-figure": path
             for path in (base.with_suffix(".png"), base.with_name(f"{base.name}-gates.png"))

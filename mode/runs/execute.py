@@ -12,15 +12,15 @@ from mode.core import processes
 from mode.distributed import mpmd
 from mode.backbone.load import load_model
 from mode.core.errors import ConfigError
-from mode.data.contamination import contamination
-from mode.core.files import AGAIN, CURVE, SETTINGS, WEIGHTS, checkpoints, forget, write_atomic
-from mode.core.files import only_one
+from mode.data.contamination import measure_contamination
+from mode.core.files import AGAIN, CURVE, SETTINGS, WEIGHTS, list_checkpoints, remove, write_atomic
+from mode.core.files import lock_folder
 from mode.methods.base import Material
-from mode.runs.prepare import Prepared, finished, has_weights, prepare_run
+from mode.runs.prepare import Prepared, find_finished, has_weights, prepare_run
 from mode.records.record import SCHEMA, Record
-from mode.records.provenance import provenance
+from mode.records.provenance import describe_provenance
 from mode.config.run import Run
-from mode.runs.fit import Observer, fit, own_rows_fingerprint, score
+from mode.runs.fit import Observer, fit, fingerprint_self_sampled, score_domains
 from mode.runs.tracking import NoTracker, Tracker, make_tracker
 
 if TYPE_CHECKING:
@@ -50,14 +50,14 @@ def execute(
         prepared = prepare_run(run)
 
     def done() -> Record | None:
-        record = finished(prepared)
+        record = find_finished(prepared)
         there = record is not None and not again and (has_weights(prepared) or not weights)
-        return standing(prepared) if processes.agreed(there) else None
+        return list_standing(prepared) if processes.broadcast_decision(there) else None
 
     # Only those who train take the lock, so runs that stand on the same finished one never meet at it.
     if (record := done()) is not None:
         return record
-    with only_one(prepared.folder) if processes.is_main() else nullcontext():
+    with lock_folder(prepared.folder) if processes.is_main() else nullcontext():
         if (record := done()) is not None:
             return record
         if again:
@@ -68,26 +68,26 @@ def execute(
         for stage in prepared.method.needs(run):
             execute(stage, weights=True, observe=observe)
             needs.append(prepare_run(stage))
-        return work(prepared, needs, observe, again=again)
+        return train_and_record(prepared, needs, observe, again=again)
 
 
 def check_spread(prepared: Prepared) -> None:
     """Refuse a layout that cannot be, before anything is loaded and before the stages that a run stands on train."""
-    from mode.distributed.choose import check
+    from mode.distributed.choose import check_processes
 
     settings, branches = prepared.run.train, prepared.method.branches(prepared.run)
-    check(settings)
+    check_processes(settings)
     if settings.placement is not None and branches:  # without branches a model is refused as such
         mpmd.check_placement(settings.placement, len(branches))
 
 
-def standing(prepared: Prepared) -> Record:
+def list_standing(prepared: Prepared) -> Record:
     """Return the record of a run that has one.
 
     Raises:
         ConfigError: It is not here: processes on several machines have different folders of results.
     """
-    record = finished(prepared)
+    record = find_finished(prepared)
     if record is None:
         raise ConfigError(f"{prepared.results}: another folder than that of the first process; paths.* must be shared")
     return record
@@ -97,67 +97,67 @@ def start_over(folder: Path) -> None:
     """Forget what was trained before, once: a run that is started over and interrupted goes on where it stopped."""
     marker = folder / AGAIN
     if processes.is_main() and not marker.exists():
-        forget(*checkpoints(folder), folder / CURVE, folder / WEIGHTS)
+        remove(*list_checkpoints(folder), folder / CURVE, folder / WEIGHTS)
         marker.touch()
 
 
-def work(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again: bool) -> Record:
+def train_and_record(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again: bool) -> Record:
     """Train, evaluate and record one run whose needs are met."""
-    from mode.core.device import device_name, peak_memory, set_up
-    from mode.runs.forecast import count, forecast
-    from mode.train.precision import precision_of
+    from mode.core.device import describe_device, read_peak_memory, set_up
+    from mode.runs.forecast import count_flops, forecast
+    from mode.train.precision import choose_precision
     from mode.ops.quantize import quantize_frozen
 
     run = prepared.run
     device = set_up(run.train.threads, run.train.device)
     model = build(prepared, needs)
     check_context(model, run)
-    sizes = parameters(prepared, model)
+    sizes = count_model_parameters(prepared, model)
     quantize_frozen(model, run.train.frozen_weights)  # here, so that a device need not hold more
     model = model.to(device)
-    sky = provenance(
+    sky = describe_provenance(
         run,
         data=prepared.fingerprints,
         backbone=prepared.backbone,
         pretraining=prepared.method.pretraining_data(run),
         needs=[stage.id for stage in needs],
-        device=device_name(device),
-        precision=precision_of(run.train, model),
+        device=describe_device(device),
+        precision=choose_precision(run.train, model),
     )
     if processes.is_main():
         write_atomic(prepared.folder / SETTINGS, to_yaml(run).encode())
     # The count comes before training, so that a model that it cannot cope with costs nothing.
-    expected, taken = forecast(run), count(run, model)
-    tracker = track(prepared)
+    expected, taken = forecast(run), count_flops(run, model)
+    tracker = track_record(prepared)
     try:
         trained = fit(prepared, model, tracker, observe, taken)
-        scores, scoring = evaluated(prepared, model)
+        scores, scoring = evaluate_finished(prepared, model)
     except BaseException as error:  # an interrupt too: the tracker must not stay open for this process's next run
         tracker.abandon()
         if type(error).__name__ == "OutOfMemoryError":
             raise ConfigError("out of memory: raise train.accumulate, or lower train.batch_size") from error
         raise
     tracker.finish({f"{run.evaluate.split}/{name}/accuracy": value.accuracy for name, value in scores.items()})
-    happened = told(prepared, trained, scores, own_rows_fingerprint(prepared, device)) | {
+    happened = summarise_training(prepared, trained, scores, fingerprint_self_sampled(prepared, device)) | {
         "flops": trained.tokens * taken,
         "forecast": None if expected is None else asdict(expected),
         "parameters": sizes,
-        "peak_memory_bytes": peak_memory(device),
+        "peak_memory_bytes": read_peak_memory(device),
         **scoring,
     }
     if processes.is_main():
-        settle(prepared, model, Record(SCHEMA, prepared.id, prepared.asked, happened, sky), again=again)
+        keep_weights(prepared, model, Record(SCHEMA, prepared.id, prepared.asked, happened, sky), again=again)
     processes.wait()
-    return standing(prepared)
+    return list_standing(prepared)
 
 
-def evaluated(prepared: Prepared, model: nn.Module) -> tuple[dict[str, Score], dict[str, Any]]:
+def evaluate_finished(prepared: Prepared, model: nn.Module) -> tuple[dict[str, Score], dict[str, Any]]:
     """Score a finished model; return what a record says of that, beside the scores: its time, and what gates did."""
     from mode.evaluation.next_token import check_finite
 
     begin = time.monotonic()
     with prepared.method.probed(model) as probe:
-        scores = score(prepared, model, prepared.run.evaluate.split, probe=probe)
+        scores = score_domains(prepared, model, prepared.run.evaluate.split, probe=probe)
     check_finite(scores)
     about: dict[str, Any] = {"evaluation_seconds": round(time.monotonic() - begin, 2)}
     if probe is not None:
@@ -165,7 +165,7 @@ def evaluated(prepared: Prepared, model: nn.Module) -> tuple[dict[str, Score], d
     return scores, about
 
 
-def told(prepared: Prepared, trained: Trained, scores: Mapping[str, Score], own_rows: str | None) -> dict[str, Any]:
+def summarise_training(prepared: Prepared, trained: Trained, scores: Mapping[str, Score], own_rows: str | None) -> dict[str, Any]:
     """Return what a record says of a run's training and scores."""
     run, known = prepared.run, prepared.method.pretraining_data(prepared.run)
     return {
@@ -176,7 +176,7 @@ def told(prepared: Prepared, trained: Trained, scores: Mapping[str, Score], own_
         "lr": run.lr if trained.steps else None,
         "split": run.evaluate.split,
         "scores": {name: asdict(value) for name, value in scores.items()},
-        "contamination": contamination(prepared.packed, run.evaluate.split, known),
+        "contamination": measure_contamination(prepared.packed, run.evaluate.split, known),
         "curve": list(trained.curve),
         **({} if own_rows is None else {"own_rows": own_rows}),
     }
@@ -192,20 +192,20 @@ def check_context(model: nn.Module, run: Run) -> None:
         )
 
 
-def settle(prepared: Prepared, model: nn.Module, record: Record, *, again: bool) -> None:
+def keep_weights(prepared: Prepared, model: nn.Module, record: Record, *, again: bool) -> None:
     """Write a finished run's weights and its record, and let its checkpoint go, in this order.
 
     A run killed before its record stands goes on from its last checkpoint, with nothing left to train. A record is
     never edited: one that stands already, of a run trained anew for its weights, stays as it is.
     """
-    from mode.core.tensors import trainable
+    from mode.core.tensors import trainable_parameters
 
-    if trainable(model):
+    if trainable_parameters(model):
         save(prepared, model, record.happened)
         record.happened["kept_bytes"] = prepared.method.kept(prepared.folder).stat().st_size
-    if again or finished(prepared) is None:
+    if again or find_finished(prepared) is None:
         record.write(prepared.results / "records")
-    forget(*checkpoints(prepared.folder), prepared.folder / AGAIN)
+    remove(*list_checkpoints(prepared.folder), prepared.folder / AGAIN)
 
 
 def build(prepared: Prepared, needs: list[Prepared]) -> nn.Module:
@@ -227,11 +227,11 @@ def restore(prepared: Prepared) -> nn.Module:
     Raises:
         ConfigError: The weights are not here, or do not fit.
     """
-    from mode.core.tensors import load_tensors, trainable
+    from mode.core.tensors import load_tensors, trainable_parameters
 
     needs = [prepare_run(stage) for stage in prepared.method.needs(prepared.run)]
     model = build(prepared, needs)
-    parameters = trainable(model)
+    parameters = trainable_parameters(model)
     if parameters:
         tensors, _ = load_tensors(prepared.folder / WEIGHTS)
         if set(tensors) != set(parameters):
@@ -241,14 +241,14 @@ def restore(prepared: Prepared) -> nn.Module:
     return model
 
 
-def parameters(prepared: Prepared, model: nn.Module) -> dict[str, int]:
+def count_model_parameters(prepared: Prepared, model: nn.Module) -> dict[str, int]:
     """Count a model's parameters: in all, training, and added to the backbone."""
     total = sum(parameter.numel() for parameter in model.parameters())
     trains = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return {"total": total, "trainable": trains, "added": total - prepared.method.backbone_size(prepared.run)}
 
 
-def track(prepared: Prepared) -> Tracker:
+def track_record(prepared: Prepared) -> Tracker:
     """Open the tracker of a run; of several processes the first has one."""
     if not processes.is_main():
         return NoTracker()
@@ -265,7 +265,7 @@ def track(prepared: Prepared) -> Tracker:
 
 def save(prepared: Prepared, model: nn.Module, happened: Mapping[str, Any]) -> None:
     """Write the trained weights and what the method keeps."""
-    from mode.core.tensors import save_tensors, trainable
+    from mode.core.tensors import save_tensors, trainable_parameters
 
     run = prepared.run
     about = {
@@ -278,4 +278,4 @@ def save(prepared: Prepared, model: nn.Module, happened: Mapping[str, Any]) -> N
         "data": prepared.fingerprints,
     }
     prepared.method.save(model, run, prepared.folder, about)
-    save_tensors(prepared.folder / WEIGHTS, trainable(model), {"run": prepared.id})
+    save_tensors(prepared.folder / WEIGHTS, trainable_parameters(model), {"run": prepared.id})

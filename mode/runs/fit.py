@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
     from mode.evaluation.next_token import Score
-    from mode.train.objective import Hold
+    from mode.train.objective import AnchorTerm
     from mode.runs.tracking import Tracker
-    from mode.train.loop import Job, Trained
+    from mode.train.loop import TrainJob, Trained
     from mode.train.curve import Point
 
 Observer = Callable[[Prepared, "Point"], None]
@@ -34,9 +34,9 @@ Observer = Callable[[Prepared, "Point"], None]
 
 def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observer, flops: float) -> Trained:
     """Train a model by the one loop, if its method trains at all; a token takes so many operations."""
-    from mode.evaluation.next_token import headline
-    from mode.train.step_options import compiles
-    from mode.train.loop import Job, Trained, train
+    from mode.evaluation.next_token import flatten_scores
+    from mode.train.step_options import should_compile
+    from mode.train.loop import TrainJob, Trained, train
 
     run, method = prepared.run, prepared.method
     steps = method.steps(run)
@@ -45,7 +45,7 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
     mixture = method.mixture(run)
     device = next(model.parameters()).device
     batches = Batches(
-        [Stream(name, tokens(prepared, name, device), count) for name, count in mixture.items()],
+        [Stream(name, open_tokens(prepared, name, device), count) for name, count in mixture.items()],
         seed=run.seed,
         batch_size=run.train.batch_size,
         sequence_length=run.train.sequence_length,
@@ -60,77 +60,77 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
 
     kinds, seen = method.row_kinds(run), tuple(name for name in mixture if name in prepared.packed)
     total = flops * steps * run.train.batch_size * run.train.sequence_length
-    job = Job(
-        settings=replace_settings(run.train, compile=compiles(run.train, device, total)),
+    job = TrainJob(
+        settings=replace_settings(run.train, compile=should_compile(run.train, device, total)),
         steps=steps,
         lr=run.lr,
         folder=prepared.folder,
-        validate=lambda: headline(score(prepared, model, "validation", seen or run.targets)),
+        validate=lambda: flatten_scores(score_domains(prepared, model, "validation", seen or run.targets)),
         observe=observed,
         inspect=method.inspect,
         lr_scales=method.lr_scales(),
-        hold=hold(prepared, model, batches),
+        hold=make_anchor_term(prepared, model, batches),
         seed=run.seed,
-        end=closing(prepared) if run.train.documents == "apart" else None,
+        end=closing_token(prepared) if run.train.documents == "apart" else None,
         kinds=(lambda step: np.array([kinds[name] for name in batches.domains(step)])) if kinds else None,
     )
-    return train(model, batches, within_memory(model, batches, job))
+    return train(model, batches, fit_memory(model, batches, job))
 
 
-def within_memory(model: nn.Module, batches: Batches, job: Job) -> Job:
+def fit_memory(model: nn.Module, batches: Batches, job: TrainJob) -> TrainJob:
     """Return a job whose choice of what forms activations again is made, if it was left to the memory that there is."""
     if job.settings.activation_checkpointing != "auto":
         return job
-    from mode.train.memory import affordable
-    from mode.distributed.layout import Copies
-    from mode.train.loop import share
+    from mode.train.memory import choose_checkpointing
+    from mode.distributed.layout import DDP
+    from mode.train.loop import take_batch
 
     device = next(model.parameters()).device
-    given = partial(share, batches, job, 0, Copies(model), device)
-    choice = affordable(model, job.settings, job.hold, job.end, given)
+    given = partial(take_batch, batches, job, 0, DDP(model), device)
+    choice = choose_checkpointing(model, job.settings, job.hold, job.end, given)
     return dataclasses.replace(
         job, settings=replace_settings(job.settings, activation_checkpointing=choice, memory=None)
     )
 
 
-def closing(prepared: Prepared) -> int:
+def closing_token(prepared: Prepared) -> int:
     """Return the token that closes every document of a run's domains."""
     split = next(iter(prepared.packed.values())).split(prepared.method.split)
     return int(split.tokens[split.starts[1] - 1])
 
 
-def tokens(prepared: Prepared, name: str, device: torch.device) -> Tokens:
+def open_tokens(prepared: Prepared, name: str, device: torch.device) -> Tokens:
     """Return the tokens that one source of a mix trains on: a domain's, its method's, or the backbone's own."""
     own = prepared.method.stream(prepared.run, prepared.packed, name)
     if own is not None:
         return own
     if name in prepared.packed:
         return prepared.packed[name].split(prepared.method.split).tokens
-    return own_rows(prepared, device)
+    return open_self_sampled(prepared, device)
 
 
-def own_rows(prepared: Prepared, device: torch.device) -> Tokens:
+def open_self_sampled(prepared: Prepared, device: torch.device) -> Tokens:
     """Return the tokens that a run's backbone made up itself."""
-    from mode.train.anchor_rows import sampled
+    from mode.train.anchor_rows import load_or_sample_rows
 
     run, method = prepared.run, prepared.method
     assert isinstance(method, Adaptation)
     cache = Path(run.paths.cache).expanduser()
     with processes.main_first():
-        return sampled(method.anchor, run.backbone, prepared.backbone, run.train.sequence_length, cache, device)
+        return load_or_sample_rows(method.anchor, run.backbone, prepared.backbone, run.train.sequence_length, cache, device)
 
 
-def own_rows_fingerprint(prepared: Prepared, device: torch.device) -> str | None:
+def fingerprint_self_sampled(prepared: Prepared, device: torch.device) -> str | None:
     """Return the digest of the tokens that a run's backbone made up itself, if it trains on any."""
     method = prepared.method
     if not isinstance(method, Adaptation) or method.anchor.source != SELF:
         return None
-    return hashlib.sha256(own_rows(prepared, device).tobytes()).hexdigest()[:16]
+    return hashlib.sha256(open_self_sampled(prepared, device).tobytes()).hexdigest()[:16]
 
 
-def hold(prepared: Prepared, model: nn.Module, batches: Batches) -> Hold | None:
+def make_anchor_term(prepared: Prepared, model: nn.Module, batches: Batches) -> AnchorTerm | None:
     """Return how a model is held to its backbone, if its method asks for it."""
-    from mode.train.objective import Hold
+    from mode.train.objective import AnchorTerm
     from mode.ops.quantize import quantize_frozen
 
     method, run = prepared.method, prepared.run
@@ -143,27 +143,27 @@ def hold(prepared: Prepared, model: nn.Module, batches: Batches) -> Hold | None:
         quantize_frozen(loaded, run.train.frozen_weights)  # as MoDE's, which is in the model
         return loaded
 
-    return Hold(
+    return AnchorTerm(
         weight=method.anchor.weight,
         held=lambda step: np.array([name == source for name in batches.domains(step)]),
         reference=method.reference(backbone, next(model.parameters()).device),
     )
 
 
-def score(
+def score_domains(
     prepared: Prepared, model: nn.Module, split: Any, names: tuple[str, ...] = (), probe: Probe | None = None
 ) -> dict[str, Score]:
     """Score a model on a split of the run's domains."""
     import torch
 
     from mode.evaluation.next_token import evaluate
-    from mode.train.objective import UNKNOWN, tell_kinds
+    from mode.train.objective import UNKNOWN, set_row_kinds
 
     run = prepared.run
     scores, kinds = {}, prepared.method.row_kinds(run)
     for name in names or run.scored:
         if kinds:
-            tell_kinds(model, torch.tensor([kinds.get(name, UNKNOWN)]).to(next(model.parameters()).device))
+            set_row_kinds(model, torch.tensor([kinds.get(name, UNKNOWN)]).to(next(model.parameters()).device))
         scores[name] = evaluate(
             model,
             prepared.packed[name].split(split),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 import torch
 from mode.methods.base import Method
-from mode.train.precision import autocast, precision_of
+from mode.train.precision import autocast, choose_precision
 from mode.config.run import Run
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,8 +15,8 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from mode.backbone.shape import Flops
-from mode.ops.loss import head, hidden_states
-from mode.modular.block import even_load
+from mode.ops.loss import output_head, compute_hidden_states
+from mode.modular.block import force_even_load
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,7 +75,7 @@ def forecast(run: Run) -> Forecast | None:
     )
 
 
-def count(run: Run, model: nn.Module) -> float:
+def count_flops(run: Run, model: nn.Module) -> float:
     """Return the operations that training takes per token, counted by torch on one row of the model as it trains.
 
     Where nothing trains it is none.
@@ -90,12 +90,12 @@ def count(run: Run, model: nn.Module) -> float:
     row = torch.zeros(1, run.train.sequence_length, dtype=torch.long, device=device)
     was_training = model.training
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws
-        found = counted(model.train(), row, autocast(precision_of(run.train, model), device)).total
+        found = count_step_flops(model.train(), row, autocast(choose_precision(run.train, model), device)).total
     model.train(was_training)
     return found + (run.method.anchoring_flops(run) if isinstance(run.method, Method) else 0.0)
 
 
-def counted(model: nn.Module, rows: Tensor, context: AbstractContextManager[Any]) -> Flops:
+def count_step_flops(model: nn.Module, rows: Tensor, context: AbstractContextManager[Any]) -> Flops:
     """Count what a step takes per token, by torch's counter, over a forward and a backward pass on a few rows.
 
     The head is added by its formula, since the counter does not see into the loss that is fused with it. Gates that
@@ -108,13 +108,13 @@ def counted(model: nn.Module, rows: Tensor, context: AbstractContextManager[Any]
         context: Context of the forward pass, such as autocast.
     """
     with Counter() as counter:
-        with context, even_load(model):
-            states = hidden_states(model, rows)
+        with context, force_even_load(model):
+            states = compute_hidden_states(model, rows)
         forward = counter.total
         if states.requires_grad:
             torch.autograd.backward(states, torch.ones_like(states))
     model.zero_grad(set_to_none=True)
-    weight, passes = head(model), states.requires_grad
+    weight, passes = output_head(model), states.requires_grad
     backward = counter.total - forward
     last = Flops(2.0 * weight.numel(), 2.0 * weight.numel() * (passes + (passes and weight.requires_grad)))
     return Flops(forward / rows.numel(), backward / rows.numel()) + last
@@ -131,7 +131,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Begin at nothing."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
-        self.formulas = FlopCounterMode(display=False, custom_mapping=attention()).flop_registry
+        self.formulas = FlopCounterMode(display=False, custom_mapping=count_attention()).flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do an operation, and count it if there is a formula for it."""
@@ -147,7 +147,7 @@ KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", 
 """Torch's attention. Its counter does not know the first, and of the others no groups of heads before 2.13."""
 
 
-def attention() -> dict[Any, Any]:
+def count_attention() -> dict[Any, Any]:
     """Return the formulas of attention's kernels."""
     formulas: Any = flop_counter
 

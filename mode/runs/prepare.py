@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from mode.config import identity
 from mode.core.errors import ConfigError
-from mode.data.pack import Packed, prepare
+from mode.data.pack import Packed, prepare_domain
 from mode.core.files import WEIGHTS
 from mode.methods.base import Method
 from mode.records.record import Record, find_record
@@ -65,17 +65,17 @@ def prepare_run(run: Run) -> Prepared:
     for name in run.scored:
         domain = run.domains[name]
         key = f"{name} {domain} {tokenizer.fingerprint} {cache}"
-        packed[name] = _prepared[key] = _prepared.get(key) or prepare(name, domain, tokenizer, cache)
-    asked = identity.asked(run)
+        packed[name] = _prepared[key] = _prepared.get(key) or prepare_domain(name, domain, tokenizer, cache)
+    asked = identity.describe_run(run)
     asked["backbone"] = {"name": run.backbone.name}
     if artefacts := method.artefacts(run):
         asked["artefacts"] = artefacts
     backbone = method.backbone_fingerprint(run)
     fingerprints = {name: data.fingerprint for name, data in packed.items()} | {"backbone": backbone}
-    return Prepared(run, method, packed, backbone, asked, identity.digest(asked, fingerprints))
+    return Prepared(run, method, packed, backbone, asked, identity.digest_run(asked, fingerprints))
 
 
-def finished(prepared: Prepared) -> Record | None:
+def find_finished(prepared: Prepared) -> Record | None:
     """Return the record of a run, if it has one: then it is finished, although its weights may be elsewhere."""
     return find_record(prepared.results, prepared.id)
 

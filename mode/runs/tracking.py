@@ -127,13 +127,13 @@ def make_tracker(
     return LateTracker(make) if track.mode == "offline" else make()
 
 
-def unsynced(runs: Path) -> list[Path]:
+def list_unsynced(runs: Path) -> list[Path]:
     """Return the offline logs under a folder of runs that Weights & Biases does not have, oldest first."""
-    found = [path.parent for path in runs.glob("*/wandb/offline-run-*/*.wandb") if not marker(path).exists()]
+    found = [path.parent for path in runs.glob("*/wandb/offline-run-*/*.wandb") if not sync_marker(path).exists()]
     return sorted(found, key=lambda path: path.name)
 
 
-def marker(path: Path) -> Path:
+def sync_marker(path: Path) -> Path:
     """Return the file that Weights & Biases leaves beside a log that it has."""
     return path.with_name(f"{path.name}.synced")
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from mode.config.method import Anchor
 from mode.records.record import Record
-from mode.tables.select import select, with_needs
-from mode.tables.statistics import Interval, effective, over_documents, over_seeds, resampled
-from mode.tables.table import Table, compose_rows, only
+from mode.tables.select import add_needed, select
+from mode.tables.statistics import Interval, effective_size, interval_over_documents, interval_over_seeds, resample
+from mode.tables.table import Table, compose_rows, select_rows
 
 QUALITY_DECIMALS = 2
 
@@ -29,7 +29,7 @@ Number = TypeVar("Number", float, NDArray[np.float64])
 """A quality, or the same in every resample."""
 
 
-def mean(values: Sequence[Number]) -> Number:
+def average(values: Sequence[Number]) -> Number:
     """Return the mean of numbers, or of arrays element by element."""
     total: Number = sum(values[1:], start=values[0]) / len(values)
     return total
@@ -53,7 +53,7 @@ class Cell:
         return mean if self.n < 2 else f"{mean} ± {self.std:.{QUALITY_DECIMALS}f}"
 
 
-def cell(values: Sequence[float]) -> Cell | None:
+def summarise_seeds(values: Sequence[float]) -> Cell | None:
     """Summarise the values of several seeds; None without any."""
     if not values:
         return None
@@ -81,7 +81,7 @@ class Difference:
         return self.documents.excludes_zero and (self.seeds is None or self.seeds.excludes_zero)
 
 
-def branches(records: Sequence[Record]) -> tuple[str, ...]:
+def name_branches(records: Sequence[Record]) -> tuple[str, ...]:
     """Return the names of a row's branches: as its method has them, or numbers."""
     gates = records[0].happened.get("gates") if records else None
     if not gates:
@@ -95,7 +95,7 @@ def branches(records: Sequence[Record]) -> tuple[str, ...]:
     return ("backbone", *(asked["targets"] if composed else [f"expert {number + 1}" for number in range(count - 1)]))
 
 
-def routing(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
+def read_routing(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
     """Return, by domain, how many branches tokens had and how even their weights were; empty if unknown."""
     found = [record.happened.get("gates") or {} for record in records]
     if not records or not all("active" in told for gates in found for told in gates.values()):
@@ -113,11 +113,13 @@ def routing(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
     }
 
 
-def astray(happened: Mapping[str, Any]) -> bool:
+def differs_from_forecast(happened: Mapping[str, Any]) -> bool:
     """Say whether what a run trained on, or took, differs from its forecast by more than one per cent.
 
-    >>> astray({"tokens": 100, "flops": 1.03e6, "forecast": {"tokens": 100, "flops": 1e6}}), astray({"tokens": 100})
-    (True, False)
+    >>> differs_from_forecast({"tokens": 100, "flops": 1.03e6, "forecast": {"tokens": 100, "flops": 1e6}})
+    True
+    >>> differs_from_forecast({"tokens": 100})
+    False
     """
     expected = happened.get("forecast")
     if expected is None:
@@ -126,7 +128,7 @@ def astray(happened: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Line:
+class RowResult:
     """One row of a table, computed from its records.
 
     Attributes:
@@ -159,23 +161,23 @@ class Line:
 
     def cell(self, column: str) -> Cell | None:
         """Return a column's mean and deviation over seeds."""
-        return cell([values[column] for values in self.quality.values() if column in values])
+        return summarise_seeds([values[column] for values in self.quality.values() if column in values])
 
-    def minus(self, other: Line, column: str) -> Difference | None:
+    def minus(self, other: RowResult, column: str) -> Difference | None:
         """Return the paired difference to another row over the seeds that both have."""
         both = [
             seed for seed, values in self.quality.items() if column in values and column in other.quality.get(seed, {})
         ]
-        summary = cell([self.quality[seed][column] - other.quality[seed][column] for seed in both])
+        summary = summarise_seeds([self.quality[seed][column] - other.quality[seed][column] for seed in both])
         if summary is None:
             return None
         resamples = [self.resampled[seed][column] - other.resampled[seed][column] for seed in both]
-        documents = over_documents(summary.mean, resamples, self.documents[column])
-        seeds = over_seeds([self.quality[seed][column] - other.quality[seed][column] for seed in both])
+        documents = interval_over_documents(summary.mean, resamples, self.documents[column])
+        seeds = interval_over_seeds([self.quality[seed][column] - other.quality[seed][column] for seed in both])
         return Difference(summary, documents, seeds)
 
 
-def contamination(first: Record, records: Sequence[Record]) -> dict[str, dict[str, float | None]]:
+def find_contamination(first: Record, records: Sequence[Record]) -> dict[str, dict[str, float | None]]:
     """Return what any record under the sky of a table's says of its split; earlier records did not say it."""
     for record in records:
         found = record.happened.get("contamination")
@@ -185,7 +187,7 @@ def contamination(first: Record, records: Sequence[Record]) -> dict[str, dict[st
 
 
 @dataclass(frozen=True)
-class Compiled:
+class TableData:
     """A table compiled from records: its lines, its domains in order, the split scored, and what to beware of.
 
     `targets` are those of all rows, and empty where rows have different ones. `contamination` is, by domain scored, the
@@ -193,7 +195,7 @@ class Compiled:
     """
 
     table: Table
-    lines: tuple[Line, ...]
+    lines: tuple[RowResult, ...]
     domains: tuple[str, ...]
     targets: tuple[str, ...]
     split: str
@@ -201,7 +203,7 @@ class Compiled:
     overlap: tuple[str, ...]
     contamination: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
-    def line(self, name: str) -> Line:
+    def line(self, name: str) -> RowResult:
         """Return a line by row name."""
         return next(line for line in self.lines if line.name == name)
 
@@ -216,10 +218,10 @@ class Compiled:
         return [*self.domains, "average", "retention"]
 
 
-def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[str], extra: Path | None) -> Compiled:
+def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[str], extra: Path | None) -> TableData:
     """Compile a table from records."""
     runs = compose_rows(table, overrides, extra)
-    table = only(table, runs)
+    table = select_rows(table, runs)
     alike = [record for record in records if not table.settles or record.seed in table.seeds]
     chosen, left_out = select(runs, alike)
     by_id = {record.id: record for record in records}
@@ -231,9 +233,10 @@ def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[s
     table = replace(table, title=" ".join([table.title, *([f"({', '.join(under)})"] if under else [])]))
     bare = chosen.get(BACKBONE) or []
     lines = tuple(
-        make_line(row.name, table.marked(row), chosen[row.name], bare[0] if bare else None, by_id) for row in table.rows
+        compute_row(row.name, table.marked(row), chosen[row.name], bare[0] if bare else None, by_id)
+        for row in table.rows
     )
-    return Compiled(
+    return TableData(
         table=table,
         lines=lines,
         domains=domains,
@@ -241,36 +244,36 @@ def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[s
         split=first.happened["split"] if first else "test",
         left_out=left_out,
         overlap=first.overlap if first else (),
-        contamination=contamination(first, records) if first else {},
+        contamination=find_contamination(first, records) if first else {},
     )
 
 
-def make_line(
+def compute_row(
     name: str,
     label: str,
     records: Sequence[Record],
     bare: Record | None,
     by_id: Mapping[str, Record],
-) -> Line:
+) -> RowResult:
     """Compute one line. Cost counts every stage a row stands on, since whoever starts from nothing pays for all."""
-    quality = {record.seed: qualities(record, bare) for record in records}
-    costs = [[stage.happened for stage in with_needs(record, by_id)] for record in records]
-    return Line(
+    quality = {record.seed: compute_qualities(record, bare) for record in records}
+    costs = [[stage.happened for stage in add_needed(record, by_id)] for record in records]
+    return RowResult(
         name=name,
         label=label,
         quality=quality,
-        resampled={record.seed: resampled_qualities(record, bare) for record in records},
-        documents=effective_documents(records[0]) if records else {},
-        cost={"n": len(records), **(row_cost(records[0], costs) if records else {})},
-        gates=mean_gates(records),
-        routing=routing(records),
-        branches=branches(records),
-        astray=any(astray(stage) for stages in costs for stage in stages),
+        resampled={record.seed: resample_qualities(record, bare) for record in records},
+        documents=count_effective_documents(records[0]) if records else {},
+        cost={"n": len(records), **(compute_row_cost(records[0], costs) if records else {})},
+        gates=average_gates(records),
+        routing=read_routing(records),
+        branches=name_branches(records),
+        astray=any(differs_from_forecast(stage) for stages in costs for stage in stages),
         runs={record.seed: record.id for record in records},
     )
 
 
-def row_cost(record: Record, costs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, float]:
+def compute_row_cost(record: Record, costs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, float]:
     """Return what a row costs; records of earlier versions do not say all of it.
 
     Args:
@@ -300,7 +303,7 @@ def row_cost(record: Record, costs: Sequence[Sequence[Mapping[str, Any]]]) -> di
     return cost
 
 
-def mean_gates(records: Sequence[Record]) -> dict[str, list[list[float]]]:
+def average_gates(records: Sequence[Record]) -> dict[str, list[list[float]]]:
     """Return, by domain, the mean over records of every block's gate weights; empty where a record has none."""
     found = [record.happened.get("gates") for record in records]
     if not records or not all(found):
@@ -314,43 +317,43 @@ def mean_gates(records: Sequence[Record]) -> dict[str, list[list[float]]]:
     }
 
 
-def qualities(record: Record, bare: Record | None) -> dict[str, float]:
+def compute_qualities(record: Record, bare: Record | None) -> dict[str, float]:
     """Return accuracies in per cent, their average, and retention: points gained on the other domains."""
-    before = accuracies(bare) if bare is not None else None
-    return combined(accuracies(record), record.asked["targets"], before)
+    before = read_accuracies(bare) if bare is not None else None
+    return combine_accuracies(read_accuracies(record), record.asked["targets"], before)
 
 
-def resampled_qualities(record: Record, bare: Record | None) -> dict[str, NDArray[np.float64]]:
+def resample_qualities(record: Record, bare: Record | None) -> dict[str, NDArray[np.float64]]:
     """Return the same in every resample of the documents."""
-    before = resampled(bare.happened["scores"]) if bare is not None else None
-    return combined(resampled(record.happened["scores"]), record.asked["targets"], before)
+    before = resample(bare.happened["scores"]) if bare is not None else None
+    return combine_accuracies(resample(record.happened["scores"]), record.asked["targets"], before)
 
 
-def effective_documents(record: Record) -> dict[str, float]:
+def count_effective_documents(record: Record) -> dict[str, float]:
     """Return the effective documents that each quality rests on: of its domains, those of the one with the fewest."""
     scores, targets = record.happened["scores"], record.asked["targets"]
-    counts = {name: effective(score["document_tokens"]) for name, score in scores.items()}
+    counts = {name: effective_size(score["document_tokens"]) for name, score in scores.items()}
     others = [count for name, count in counts.items() if name not in targets]
     fewest = {"average": min(counts.values()), "target": min(counts[name] for name in targets)}
     return counts | fewest | ({"retention": min(others)} if others else {})
 
 
-def accuracies(record: Record) -> dict[str, float]:
+def read_accuracies(record: Record) -> dict[str, float]:
     """Return a record's accuracies by domain."""
     return {name: score["accuracy"] for name, score in record.happened["scores"].items()}
 
 
-def combined(
+def combine_accuracies(
     scores: Mapping[str, Number], targets: Sequence[str], before: Mapping[str, Number] | None
 ) -> dict[str, Number]:
     """Return accuracies in per cent, their average, the targets' average, and retention where it can be known.
 
-    >>> combined({"code": 0.5, "english": 0.25}, ["code"], {"code": 0.25, "english": 0.5})
+    >>> combine_accuracies({"code": 0.5, "english": 0.25}, ["code"], {"code": 0.25, "english": 0.5})
     {'code': 50.0, 'english': 25.0, 'average': 37.5, 'target': 50.0, 'retention': -25.0}
     """
     values = {name: 100.0 * score for name, score in scores.items()}
-    found = {**values, "average": mean(list(values.values())), "target": mean([values[name] for name in targets])}
+    found = {**values, "average": average(list(values.values())), "target": average([values[name] for name in targets])}
     others = [name for name in scores if name not in targets]
     if before is not None and others:
-        found["retention"] = mean([values[name] - 100.0 * before[name] for name in others])
+        found["retention"] = average([values[name] - 100.0 * before[name] for name in others])
     return found

@@ -6,70 +6,72 @@ import math
 from collections.abc import Sequence
 from itertools import combinations, pairwise
 
-from mode.tables.compile import Compiled, Difference, Line
+from mode.tables.compile import Difference, RowResult, TableData
 from mode.tables.table import Claim, Curves
 
 
-def findings(compiled: Compiled) -> list[str]:
+def list_findings(compiled: TableData) -> list[str]:
     """Return what the rows say of the claims and curves of their table; nothing about rows without records."""
-    told = [claimed(compiled, claim) for claim in compiled.table.claims]
+    told = [check_claim(compiled, claim) for claim in compiled.table.claims]
     told += [
-        crossed(compiled, panel, *pair) for panel in compiled.table.curves for pair in combinations(panel.lines, 2)
+        has_crossed(compiled, panel, *pair) for panel in compiled.table.curves for pair in combinations(panel.lines, 2)
     ]
     return [sentence for sentence in told if sentence]
 
 
-def claimed(compiled: Compiled, claim: Claim) -> str:
+def check_claim(compiled: TableData, claim: Claim) -> str:
     """Say whether a published claim is borne out by the difference between two rows."""
     ours, theirs = compiled.line(claim.ours), compiled.line(claim.theirs)
     gap = ours.minus(theirs, claim.column)
     if gap is None:
         return ""
     where = claim.column.capitalize()
-    return f"Published: {claim.text} Here: {ours.label} − {theirs.label} on {where} {phrased(gap)}: {verdict(gap)}."
+    return f"Published: {claim.text} Here: {ours.label} − {theirs.label} on {where} {phrase_claim(gap)}: {judge(gap)}."
 
 
-def phrased(gap: Difference) -> str:
+def phrase_claim(gap: Difference) -> str:
     """Phrase a difference with its interval over documents."""
     return f"{gap.cell.mean:+.2f} ({gap.documents.low:+.2f} to {gap.documents.high:+.2f}, n {gap.cell.n})"
 
 
-def verdict(gap: Difference) -> str:
+def judge(gap: Difference) -> str:
     """Say what a difference that should be positive comes to."""
     if not gap.holds:
         return "not told from noise"
     return "it holds here" if gap.cell.mean > 0.0 else "the opposite holds here"
 
 
-def place(line: Line, panel: Curves) -> float | None:
+def find_place(line: RowResult, panel: Curves) -> float | None:
     """Return where a row is on a panel's axis; None without a record, or where the axis is not for it."""
     return line.cost.get(panel.x)
 
 
-def points(compiled: Compiled, panel: Curves, label: str) -> dict[float, Line]:
+def collect_points(compiled: TableData, panel: Curves, label: str) -> dict[float, RowResult]:
     """Return a line's rows by their place on the axis, in order."""
     rows = [compiled.line(name) for name in panel.lines[label]]
-    placed = {x: row for row in rows if (x := place(row, panel)) is not None and row.cell(panel.column) is not None}
+    placed = {
+        x: row for row in rows if (x := find_place(row, panel)) is not None and row.cell(panel.column) is not None
+    }
     return dict(sorted(placed.items()))
 
 
-def crossed(compiled: Compiled, panel: Curves, first: str, second: str) -> str:
+def has_crossed(compiled: TableData, panel: Curves, first: str, second: str) -> str:
     """Say, where two lines have points at the same places, who is ahead at which, and where they cross."""
-    ours, theirs = points(compiled, panel, first), points(compiled, panel, second)
+    ours, theirs = collect_points(compiled, panel, first), collect_points(compiled, panel, second)
     gaps = {x: gap for x in ours if x in theirs and (gap := ours[x].minus(theirs[x], panel.column)) is not None}
     if len(gaps) < 2:
         return ""
     shown = [f"{gap.cell.mean:+.2f} at {x:g}{'' if gap.holds else ' (noise)'}" for x, gap in gaps.items()]
     sure = [(x, gap.cell.mean) for x, gap in gaps.items() if gap.holds]
-    where = crossings(sure)
+    where = find_crossings(sure)
     meet = f"they cross at about {' and '.join(f'{x:.3g}' for x in where)}" if where else "no crossing is beyond noise"
     return f"{panel.title}: {first} − {second} on {panel.column.capitalize()}: {', '.join(shown)}; {meet}."
 
 
-def crossings(gaps: Sequence[tuple[float, float]]) -> list[float]:
+def find_crossings(gaps: Sequence[tuple[float, float]]) -> list[float]:
     """Return where a difference changes its sign, between neighbouring points on a logarithmic axis.
 
-    >>> [round(x, 2) for x in crossings([(10, -1.0), (100, 1.0), (1000, 3.0)])]
+    >>> [round(x, 2) for x in find_crossings([(10, -1.0), (100, 1.0), (1000, 3.0)])]
     [31.62]
     """
     found = []

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mode.tables.compile import Cell, Compiled, Line
+from mode.tables.compile import Cell, RowResult, TableData
 
 MEASURES = {"flops": "10¹² training operations", "seconds": "seconds of training"}
 """What a row's cost is counted in, by the name of the cost."""
@@ -26,7 +26,7 @@ class Place:
     """
 
     index: int
-    line: Line
+    line: RowResult
     retention: Cell
     target: Cell
     cost: float
@@ -58,7 +58,7 @@ class Tradeoff:
         if not self.rivals:
             return []
         points = [place.means[:2] for place in self.places]
-        return sorted({point for point in points if not any(beats(other, point) for other in points)})
+        return sorted({point for point in points if not any(dominates(other, point) for other in points)})
 
     def size(self, place: Place) -> float:
         """Return the square root of a row's share of the largest cost: what its marker grows by."""
@@ -77,7 +77,7 @@ class Tradeoff:
         )
 
 
-def tradeoff(compiled: Compiled) -> Tradeoff:
+def compute_tradeoff(compiled: TableData) -> Tradeoff:
     """Place every row that has a target accuracy and a retention.
 
     Cost is counted in operations if every row says its own, since seconds depend on the machine; else in seconds.
@@ -92,23 +92,28 @@ def tradeoff(compiled: Compiled) -> Tradeoff:
     rivals = bool(compiled.targets)
     places = tuple(
         Place(
-            index, line, kept, target, line.cost[measure], not (rivals and any(beats(other, point) for other in points))
+            index,
+            line,
+            kept,
+            target,
+            line.cost[measure],
+            not (rivals and any(dominates(other, point) for other in points)),
         )
         for (index, line, kept, target), point in zip(placed, points, strict=True)
     )
     return Tradeoff(places, measure, rivals)
 
 
-def beats(one: Sequence[float], other: Sequence[float]) -> bool:
+def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
     """Say whether something is at least as good as another in everything, and better in something.
 
-    >>> beats((1.0, 2.0), (1.0, 1.0)), beats((1.0, 2.0), (1.0, 2.0)), beats((1.0, 2.0), (2.0, 1.0))
+    >>> dominates((1.0, 2.0), (1.0, 1.0)), dominates((1.0, 2.0), (1.0, 2.0)), dominates((1.0, 2.0), (2.0, 1.0))
     (True, False, False)
     """
     return all(a >= b for a, b in zip(one, other, strict=True)) and any(a > b for a, b in zip(one, other, strict=True))
 
 
-def sides(compiled: Compiled) -> tuple[str, str]:
+def collect_sides(compiled: TableData) -> tuple[str, str]:
     """Name the domains of retention and those adapted to; both empty where they differ from row to row."""
     named = [name.capitalize() for name in compiled.targets]
     others = [name.capitalize() for name in compiled.domains if name not in compiled.targets]

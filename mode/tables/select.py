@@ -26,8 +26,8 @@ def select(runs: Mapping[str, Run], records: Sequence[Record]) -> tuple[dict[str
     """
     matching: dict[str, list[Record]] = {}
     for name, run in runs.items():
-        wanted = without_seed(identity.asked(run) | {"backbone": {"name": run.backbone.name}})
-        matching[name] = [record for record in records if without_seed(record.asked) == wanted]
+        wanted = remove_seed(identity.describe_run(run) | {"backbone": {"name": run.backbone.name}})
+        matching[name] = [record for record in records if remove_seed(record.asked) == wanted]
     skies = [record.sky for found in matching.values() for record in found]
     chosen = max(sorted(set(skies)), key=skies.count) if skies else ""
     kept = {
@@ -37,12 +37,12 @@ def select(runs: Mapping[str, Run], records: Sequence[Record]) -> tuple[dict[str
     return kept, len(skies) - sum(len(found) for found in kept.values())
 
 
-def without_seed(asked: Mapping[str, Any]) -> dict[str, Any]:
+def remove_seed(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return what was asked but for the seed."""
     return {name: value for name, value in asked.items() if name != "seed"}
 
 
-def with_needs(record: Record, records: Mapping[str, Record]) -> list[Record]:
+def add_needed(record: Record, records: Mapping[str, Record]) -> list[Record]:
     """Return a record and those of the runs it stands on, each once.
 
     Raises:
@@ -52,5 +52,5 @@ def with_needs(record: Record, records: Mapping[str, Record]) -> list[Record]:
     for run_id in record.provenance["needs"]:
         if run_id not in records:
             raise ConfigError(f"record {record.id} stands on run {run_id}, which has no record in the same folder")
-        result |= {stage.id: stage for stage in with_needs(records[run_id], records)}
+        result |= {stage.id: stage for stage in add_needed(records[run_id], records)}
     return list(result.values())

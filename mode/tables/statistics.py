@@ -38,44 +38,44 @@ class Interval:
 
 
 @cache
-def draws(domain: str, documents: int) -> NDArray[np.float64]:
+def draw_resamples(domain: str, documents: int) -> NDArray[np.float64]:
     """Return how often each document is drawn, (RESAMPLES, documents); the same for all that is scored on them."""
     random = np.random.default_rng(zlib.crc32(domain.encode()))
     return random.multinomial(documents, [1.0 / documents] * documents, size=RESAMPLES).astype(np.float64)
 
 
-def resampled(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, NDArray[np.float64]]:
+def resample(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, NDArray[np.float64]]:
     """Return a record's accuracy in every resample, (RESAMPLES,), by domain."""
     found = {}
     for domain, score in scores.items():
-        chosen = draws(domain, len(score["document_tokens"]))
+        chosen = draw_resamples(domain, len(score["document_tokens"]))
         tokens = chosen @ np.asarray(score["document_tokens"], np.float64)
         # A resample of empty documents alone has no accuracy; it can only be drawn where most documents are empty.
         found[domain] = chosen @ np.asarray(score["document_hits"], np.float64) / np.maximum(tokens, 1.0)
     return found
 
 
-def critical(freedom: float) -> float:
+def critical_value(freedom: float) -> float:
     """Return Student's t for two-sided 95 %, rounding degrees of freedom down; beyond the table a close upper bound.
 
-    >>> critical(1.0), critical(2.9), round(critical(60.0), 2)
+    >>> critical_value(1.0), critical_value(2.9), round(critical_value(60.0), 2)
     (12.706, 4.303, 2.0)
     """
     whole = max(1, int(freedom))
     return CRITICAL[whole - 1] if whole <= len(CRITICAL) else 1.96 + 2.6 / whole
 
 
-def effective(tokens: Sequence[int]) -> float:
+def effective_size(tokens: Sequence[int]) -> float:
     """Return how many documents of one length would vary as much as these: (sum n)^2 / sum n^2.
 
-    >>> effective([5, 5, 5, 5]), effective([100, 0, 0])
+    >>> effective_size([5, 5, 5, 5]), effective_size([100, 0, 0])
     (4.0, 1.0)
     """
     sizes = np.asarray(tokens, np.float64)
     return float(sizes.sum() ** 2 / (sizes**2).sum())
 
 
-def over_documents(difference: float, resamples: Sequence[NDArray[np.float64]], documents: float) -> Interval:
+def interval_over_documents(difference: float, resamples: Sequence[NDArray[np.float64]], documents: float) -> Interval:
     """Return the interval of a mean over seeds: Student's t on the bootstrap's standard error.
 
     Quantiles of the resamples alone are too narrow for a few documents of unlike lengths.
@@ -85,21 +85,21 @@ def over_documents(difference: float, resamples: Sequence[NDArray[np.float64]], 
         resamples: By seed: the difference in every resample, (RESAMPLES,).
         documents: Effective documents that it rests on.
     """
-    reach = critical(documents - 1.0) * float(np.std(np.mean(resamples, axis=0), ddof=1))
+    reach = critical_value(documents - 1.0) * float(np.std(np.mean(resamples, axis=0), ddof=1))
     return Interval(difference - reach, difference + reach)
 
 
-def over_seeds(differences: Sequence[float]) -> Interval | None:
+def interval_over_seeds(differences: Sequence[float]) -> Interval | None:
     """Return the t interval of a mean over seeds; None with a single one.
 
-    >>> over_seeds([1.0, 3.0])
+    >>> interval_over_seeds([1.0, 3.0])
     Interval(low=-10.706, high=14.706)
-    >>> over_seeds([1.0])
+    >>> interval_over_seeds([1.0])
     """
     count = len(differences)
     if count < 2:
         return None
     mean = sum(differences) / count
     error = math.sqrt(sum((one - mean) ** 2 for one in differences) / (count - 1) / count)
-    reach = critical(count - 1) * error
+    reach = critical_value(count - 1) * error
     return Interval(mean - reach, mean + reach)

@@ -16,7 +16,7 @@ from mode.config.check import replace_settings, validate
 from mode.config.compose import compose
 from mode.config.groups import list_members, read_group
 from mode.config.run import Run
-from mode.core.errors import ConfigError, nearest
+from mode.core.errors import ConfigError, suggest
 
 SIGNS = "†‡§¶"
 """Of notes on rows, in order."""
@@ -170,17 +170,17 @@ def load_table(name: str, extra: Path | None = None) -> Table:
     known = ["average", "retention", *list_members("domain", extra)]
     for column in [*(claim.column for claim in table.claims), *(panel.column for panel in table.curves)]:
         if column not in known:
-            raise ConfigError(f"table/{name}: column {column}: not one of {', '.join(known)}{nearest(column, known)}")
+            raise ConfigError(f"table/{name}: column {column}: not one of {', '.join(known)}{suggest(column, known)}")
     return table
 
 
-def row_run(table: Table, row: Row, seed: int, overrides: Sequence[str], extra: Path | None = None) -> Run:
+def compose_row(table: Table, row: Row, seed: int, overrides: Sequence[str], extra: Path | None = None) -> Run:
     """Compose the run of one row and seed; the user's overrides win over the table's, and the row's over both.
 
     Raises:
         ConfigError: The row's settings do not compose.
     """
-    refuse_fixed(overrides)
+    check_fixed(overrides)
     everything = [*table.overrides, *overrides, *row.overrides, f"seed={seed}"]
     run = compose(everything, extra)
     track = replace_settings(run.track, group=run.track.group or table.title.partition(".")[0], name=row.name)
@@ -188,7 +188,7 @@ def row_run(table: Table, row: Row, seed: int, overrides: Sequence[str], extra: 
     return named
 
 
-def rows_under(table: Table, overrides: Sequence[str]) -> tuple[Row, ...]:
+def list_rows_under(table: Table, overrides: Sequence[str]) -> tuple[Row, ...]:
     """Return the rows that belong to a table under some settings: under a budget it knows, none with one of its own."""
     if not any(f"budget={name}" in overrides for name in table.budgets):
         return table.rows
@@ -204,22 +204,24 @@ def compose_rows(table: Table, overrides: Sequence[str], extra: Path | None = No
         ConfigError: A row's settings do not compose.
     """
     found: dict[str, tuple[str, Run]] = {}
-    for row in rows_under(table, overrides):
-        run = row_run(table, row, 0, overrides, extra)
-        found.setdefault(str(identity.asked(run)), (row.name, run))
+    for row in list_rows_under(table, overrides):
+        run = compose_row(table, row, 0, overrides, extra)
+        found.setdefault(str(identity.describe_run(run)), (row.name, run))
     return dict(found.values())
 
 
-def only(table: Table, names: Collection[str]) -> Table:
+def select_rows(table: Table, names: Collection[str]) -> Table:
     """Return a table with some of its rows, and the differences between those."""
     rows = tuple(row for row in table.rows if row.name in names)
     pairs = tuple(pair for pair in table.differences if set(pair) <= set(names))
     claims = tuple(claim for claim in table.claims if {claim.ours, claim.theirs} <= set(names))
-    shorter: Table = replace_settings(table, rows=rows, differences=pairs, claims=claims, curves=kept(table, names))
+    shorter: Table = replace_settings(
+        table, rows=rows, differences=pairs, claims=claims, curves=keep_settings(table, names)
+    )
     return shorter
 
 
-def kept(table: Table, names: Collection[str]) -> tuple[Curves, ...]:
+def keep_settings(table: Table, names: Collection[str]) -> tuple[Curves, ...]:
     """Return a table's panels with some of its rows."""
     found = []
     for panel in table.curves:
@@ -228,7 +230,7 @@ def kept(table: Table, names: Collection[str]) -> tuple[Curves, ...]:
     return tuple(found)
 
 
-def refuse_fixed(overrides: Sequence[str]) -> None:
+def check_fixed(overrides: Sequence[str]) -> None:
     """Refuse overrides that the rows would beat in silence.
 
     Raises:
@@ -242,28 +244,30 @@ def refuse_fixed(overrides: Sequence[str]) -> None:
             raise ConfigError(f"{text}: the rows of a table choose their methods")
 
 
-def stem(name: str, overrides: Sequence[str], own: Sequence[str] = ()) -> str:
+def file_stem(name: str, overrides: Sequence[str], own: Sequence[str] = ()) -> str:
     """Return the file name, without suffix, of a table under an experiment and a budget.
 
     Any other setting that the table does not have of its own adds a short digest, so that the table of other runs
     never replaces the usual one.
 
-    >>> stem("table1", ["experiment=table1_long"]), stem("table1", ["budget=data"]), stem("table1", ["train.steps=20"])
-    ('table1_long', 'table1-data', 'table1-f7c525')
+    >>> file_stem("table1", ["experiment=table1_long"]), file_stem("table1", ["budget=data"])
+    ('table1_long', 'table1-data')
+    >>> file_stem("table1", ["train.steps=20"])
+    'table1-f7c525'
     """
     free = ("experiment=", "budget=", "paths.", "track")
     others = [text for text in overrides if text not in own and not text.startswith(free)]
     digest = f"-{hashlib.sha256(' '.join(sorted(others)).encode()).hexdigest()[:6]}" if others else ""
-    budget = last(overrides, "budget")
+    budget = last_override(overrides, "budget")
     if budget not in (None, "paper"):
         digest = f"-{budget}{digest}"
-    experiment = last(overrides, "experiment")
+    experiment = last_override(overrides, "experiment")
     if experiment in (None, name, "null"):
         return name + digest
     return (experiment if experiment.startswith(name) else f"{name}-{experiment}") + digest
 
 
-def last(overrides: Sequence[str], group: str) -> str | None:
+def last_override(overrides: Sequence[str], group: str) -> str | None:
     """Return what overrides choose of a group, the last of them winning."""
     chosen = [text.partition("=")[2] for text in overrides if text.startswith(f"{group}=")]
     return chosen[-1] if chosen else None

@@ -28,7 +28,7 @@ TOGETHER = 64
 """Rows that are sampled at one time."""
 
 
-def sampled(
+def load_or_sample_rows(
     anchor: Anchor, backbone: Backbone, fingerprint: str, length: int, cache: Path, device: torch.device
 ) -> Tokens:
     """Return a stream of rows sampled from a backbone, (rows * length,); sampled once, then kept.
@@ -46,7 +46,7 @@ def sampled(
     path = cache / "sampled" / f"{backbone.name}-{key}.npy"
     if not path.exists():
         eos = load_tokenizer(backbone).eos_id
-        tokens = sample(load_model(backbone).eval().to(device), anchor, length, eos)
+        tokens = sample_rows(load_model(backbone).eval().to(device), anchor, length, eos)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.npy")
         np.save(partial, tokens)
@@ -56,7 +56,7 @@ def sampled(
 
 
 @torch.no_grad()
-def sample(model: PreTrainedModel, anchor: Anchor, length: int, eos: int) -> Tokens:
+def sample_rows(model: PreTrainedModel, anchor: Anchor, length: int, eos: int) -> Tokens:
     """Sample rows one after the other into a stream, (rows * length,).
 
     A row begins with the end-of-sequence token, as a document does in the stream that was trained on, or with a random

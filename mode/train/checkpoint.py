@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from mode.core import processes
 from mode.core.errors import ConfigError
-from mode.core.files import checkpoint_of, checkpoints, forget
+from mode.core.files import checkpoint_folder, list_checkpoints, remove
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -45,12 +45,12 @@ class Writer(HuggingFaceStorageWriter):
         """Put a whole checkpoint in its place, and let those before it go. In the first process."""
         os.replace(self.path, self.whole)
         with suppress(OSError):  # who goes on from here sweeps again
-            sweep(self.whole.parent, self.whole)
+            remove_stale(self.whole.parent, self.whole)
 
 
-def sweep(folder: Path, kept: Path | None) -> None:
+def remove_stale(folder: Path, kept: Path | None) -> None:
     """Remove a run's checkpoints but one, and what processes that were killed left of others."""
-    forget(*{*checkpoints(folder), *folder.glob(".checkpoint-*.partial")} - {kept})
+    remove(*{*list_checkpoints(folder), *folder.glob(".checkpoint-*.partial")} - {kept})
 
 
 class Saver:
@@ -61,7 +61,7 @@ class Saver:
 
     def __init__(self) -> None:
         """Begin with nothing to write. For all."""
-        self.group = processes.beside()
+        self.group = processes.side_group()
         self.writing: Any = None
 
     def __enter__(self) -> Self:
@@ -92,7 +92,7 @@ class Saver:
             ConfigError: The checkpoint before could not be written.
         """
         self.wait()
-        self.path = checkpoint_of(folder, step)
+        self.path = checkpoint_folder(folder, step)
         tensors = {COUNTERS: torch.tensor([step, seconds], dtype=torch.float64)}
         for name, parameter in parameters.items():
             tensors[f"parameter.{name}"] = parameter.detach()
@@ -113,7 +113,7 @@ class Saver:
             try:
                 writing.result()
             except CheckpointException as error:
-                raise ConfigError(f"{self.path}: cannot be written ({reason(error)})") from error
+                raise ConfigError(f"{self.path}: cannot be written ({first_failure(error)})") from error
 
 
 def read_counters(path: Path) -> tuple[int, float]:
@@ -123,7 +123,7 @@ def read_counters(path: Path) -> tuple[int, float]:
         ConfigError: It is damaged.
     """
     counters = torch.zeros(2, dtype=torch.float64)
-    fill(path, {COUNTERS: counters})
+    fill_tensors(path, {COUNTERS: counters})
     return int(counters[0]), float(counters[1])
 
 
@@ -135,7 +135,7 @@ def load_checkpoint(
     Raises:
         ConfigError: The checkpoint is damaged, or does not have them.
     """
-    names = names_in(path)
+    names = list_names(path)
     step = float(read_counters(path)[0])
     tensors = {f"parameter.{name}": parameter.detach() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
@@ -144,7 +144,7 @@ def load_checkpoint(
             tensors |= {f"{moment}.{name}": moments[moment] for moment in MOMENTS}
             steps = torch.tensor(step, dtype=torch.float32, device=parameter.device)
             optimizer.state[parameter] = {"step": steps, **moments}
-    fill(path, tensors)
+    fill_tensors(path, tensors)
 
 
 def check_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -153,14 +153,14 @@ def check_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter]) -> None
     Raises:
         ConfigError: It is one, or damaged.
     """
-    saved = {name.removeprefix("parameter.") for name in names_in(path) if name.startswith("parameter.")}
+    saved = {name.removeprefix("parameter.") for name in list_names(path) if name.startswith("parameter.")}
     if differing := sorted(saved.symmetric_difference(parameters)):
         raise ConfigError(
             f"{path}: made by another model, or a file is missing: {differing[0]} is trainable in only one of the two"
         )
 
 
-def names_in(path: Path) -> set[str]:
+def list_names(path: Path) -> set[str]:
     """Return the names of the tensors in a checkpoint.
 
     Raises:
@@ -169,16 +169,16 @@ def names_in(path: Path) -> set[str]:
     try:
         found: Any = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except (SafetensorError, OSError) as error:
-        raise damaged(path, str(error)) from error
+        raise damaged_error(path, str(error)) from error
     for name, tensor in found.items():  # torch takes what no file has for granted
         if sum(prod(chunk.sizes) for chunk in tensor.chunks) != prod(tensor.size):
-            raise damaged(path, f"a part of {name} is missing")
+            raise damaged_error(path, f"a part of {name} is missing")
     if COUNTERS not in found:
-        raise damaged(path, f"no file has its {COUNTERS}")
+        raise damaged_error(path, f"no file has its {COUNTERS}")
     return set(found)
 
 
-def fill(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def fill_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fill tensors, or this process's shards of them, with what a checkpoint has under their names.
 
     Raises:
@@ -187,15 +187,15 @@ def fill(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
     except CheckpointException as error:
-        raise damaged(path, reason(error)) from error
+        raise damaged_error(path, first_failure(error)) from error
 
 
-def damaged(path: Path, why: str) -> ConfigError:
+def damaged_error(path: Path, why: str) -> ConfigError:
     """Return the error that a checkpoint cannot be read."""
     return ConfigError(f"{path}: not a whole checkpoint ({why}); remove it, and the run begins anew")
 
 
-def reason(error: CheckpointException) -> str:
+def first_failure(error: CheckpointException) -> str:
     """Return what went wrong in the first process in which something did."""
     return str(next(iter(error.failures.values()))[0])
 

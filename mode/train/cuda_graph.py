@@ -22,7 +22,7 @@ WARM_UP = 2
 """Steps before it is recorded, in which libraries make what cannot be made while recording."""
 
 
-def recorded(passes: Passes, weights: Sequence[nn.Parameter], settings: Train, *, held: bool) -> Passes:
+def record_passes(passes: Passes, weights: Sequence[nn.Parameter], settings: Train, *, held: bool) -> Passes:
     """Return the passes of a step as they are, or as one CUDA graph where the settings ask for that.
 
     Args:
@@ -36,17 +36,17 @@ def recorded(passes: Passes, weights: Sequence[nn.Parameter], settings: Train, *
     """
     if not settings.graph:
         return passes
-    check_device(weights[0].device)
+    check_cuda(weights[0].device)
     if held:
         raise ConfigError(
             "train.graph=true: which rows are held to the backbone differs from step to step; leave it off"
         )
-    if processes.size() > 1:
+    if processes.world_size() > 1:
         raise ConfigError("train.graph=true goes with one process; leave it off")
     return Graph(passes, weights)
 
 
-def check_device(device: torch.device) -> None:
+def check_cuda(device: torch.device) -> None:
     """Refuse a graph on a device that has none.
 
     Raises:

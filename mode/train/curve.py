@@ -24,7 +24,7 @@ def read_curve(path: Path) -> list[Point]:
     return points
 
 
-def throughput(curve: Sequence[Point], settings: Train) -> float:
+def compute_throughput(curve: Sequence[Point], settings: Train) -> float:
     """Return the tokens per second between the last two points of a curve."""
     last, before = curve[-1], curve[-2] if len(curve) > 1 else {"step": 0, "seconds": 0.0}
     steps, seconds = last["step"] - before["step"], last["seconds"] - before["seconds"]

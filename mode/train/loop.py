@@ -19,27 +19,27 @@ from torch import Tensor, nn
 
 from mode.config.train import Train
 from mode.core import processes
-from mode.core.device import sent
+from mode.core.device import send
 from mode.core.errors import ConfigError
-from mode.core.files import CURVE, checkpoints, write_atomic
-from mode.core.tensors import trainable
+from mode.core.files import CURVE, list_checkpoints, write_atomic
+from mode.core.tensors import trainable_parameters
 from mode.data.batches import Batches
-from mode.distributed.choose import spread_over
-from mode.distributed.layout import Copies
-from mode.ops.loss import head, softcap, token_scores
-from mode.train.checkpoint import Saver, check_checkpoint, load_checkpoint, read_counters, sweep
-from mode.train.cuda_graph import recorded
-from mode.train.curve import Point, read_curve, throughput
-from mode.train.objective import Hold, Objective
+from mode.distributed.choose import choose_layout
+from mode.distributed.layout import DDP
+from mode.ops.loss import logit_softcap, output_head, score_states
+from mode.train.checkpoint import Saver, check_checkpoint, load_checkpoint, read_counters, remove_stale
+from mode.train.cuda_graph import record_passes
+from mode.train.curve import Point, compute_throughput, read_curve
+from mode.train.objective import AnchorTerm, Objective
 from mode.train.optimizer import make_optimizer, schedule, set_rates
-from mode.train.step_options import Layers
+from mode.train.step_options import StepOptions
 
 if TYPE_CHECKING:
-    from mode.distributed.mpmd import Branches
+    from mode.distributed.mpmd import MPMD
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainJob:
     """What the loop is asked to do.
 
     Attributes:
@@ -65,7 +65,7 @@ class Job:
     observe: Callable[[Point], None] = lambda point: None
     inspect: Callable[[nn.Module], Point] = lambda model: {}
     lr_scales: Mapping[str, float] = field(default_factory=dict)
-    hold: Hold | None = None
+    hold: AnchorTerm | None = None
     seed: int = 0
     kinds: Callable[[int], NDArray[np.int64]] | None = None
     end: int | None = None
@@ -86,7 +86,7 @@ class Trained:
     curve: Sequence[Point]
 
 
-def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
+def train(model: nn.Module, batches: Batches, job: TrainJob) -> Trained:
     """Train the parameters of a model that require a gradient, from the latest checkpoint if there is one.
 
     Two runs of the same configuration end bit-identical on the same machine, whether or not one of them was
@@ -102,23 +102,25 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
         ConfigError: The loss is no longer finite, or a checkpoint is damaged or cannot be written.
     """
     settings, device = job.settings, next(model.parameters()).device
-    spread = spread_over(model, job.hold is not None, settings, device)
+    spread = choose_layout(model, job.hold is not None, settings, device)
     checkpoint, step, seconds, curve = resume(model, job)
     if step >= job.steps:  # it was stopped after its last step: the model is to stay whole
-        return trained(job, seconds, curve)
+        return finish(job, seconds, curve)
     made = Objective(model.train(), settings, job.hold, spread.part, job.end)
     objective, optimizer = spread.wrap(
         made, partial(make_optimizer, lr=job.lr, scales=job.lr_scales, settings=settings)
     )
     if checkpoint:
         load_checkpoint(checkpoint, spread.trained(), optimizer)
-    layers = Layers(spread.model, settings, half=spread.halves and made.precision == "bf16")
-    passes = recorded(accumulate, list(trainable(spread.model).values()), settings, held=job.hold is not None)
+    layers = StepOptions(spread.model, settings, half=spread.halves and made.precision == "bf16")
+    passes = record_passes(
+        accumulate, list(trainable_parameters(spread.model).values()), settings, held=job.hold is not None
+    )
     total, begin = torch.zeros((), device=device), time.monotonic()
     with Saver() as saver:
         while step < job.steps:
             set_rates(optimizer, schedule(step, job.steps, settings))
-            rows, held, kinds = share(batches, job, step, spread, device)
+            rows, held, kinds = take_batch(batches, job, step, spread, device)
             torch.manual_seed(spread.seed((job.seed << 32) + step))
             with layers, spread():
                 loss, states = passes(objective, rows, settings.accumulate, held, kinds, spread.slots)
@@ -128,31 +130,33 @@ def train(model: nn.Module, batches: Batches, job: Job) -> Trained:
             total += loss
             step += 1
             if step % settings.log_every == 0 or step == job.steps:
-                mean = float(processes.mean(total)) / ((step - 1) % settings.log_every + 1)
+                mean = float(processes.all_reduce_mean(total)) / ((step - 1) % settings.log_every + 1)
                 seconds += time.monotonic() - begin  # after the mean, which waits for the device
-                spread.collect(due(step, job))
-                point = measure(model, job, step, mean, states, spread, rows, held) | {"seconds": round(seconds, 3)}
+                spread.collect(is_scored(step, job))
+                point = measure_point(model, job, step, mean, states, spread, rows, held) | {
+                    "seconds": round(seconds, 3)
+                }
                 curve.append(point)
-                append(job, point, spread, optimizer, saver)
-                job.observe(point | {"tokens_per_second": throughput(curve, settings)})
+                append_point(job, point, spread, optimizer, saver)
+                job.observe(point | {"tokens_per_second": compute_throughput(curve, settings)})
                 total.zero_()
                 begin = time.monotonic()
-    return trained(job, seconds, curve)
+    return finish(job, seconds, curve)
 
 
-def trained(job: Job, seconds: float, curve: Sequence[Point]) -> Trained:
+def finish(job: TrainJob, seconds: float, curve: Sequence[Point]) -> Trained:
     """Return what the loop did when it has made all steps."""
     return Trained(job.steps, job.steps * job.settings.batch_size * job.settings.sequence_length, seconds, curve)
 
 
-def due(step: int, job: Job) -> bool:
+def is_scored(step: int, job: TrainJob) -> bool:
     """Say whether the whole model is scored after a step."""
     every = job.settings.validate_every
     return step == job.steps or bool(every and step % every == 0)
 
 
-def share(
-    batches: Batches, job: Job, step: int, spread: Copies | Branches, device: torch.device
+def take_batch(
+    batches: Batches, job: TrainJob, step: int, spread: DDP | MPMD, device: torch.device
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return this process's rows of a step, (B, S + 1), and of each whether it is held and of what kind it is, (B,).
 
@@ -163,8 +167,8 @@ def share(
         return torch.from_numpy(spread.rows(values))
 
     held = mine(job.hold.held(step)) if job.hold else None
-    kinds = sent(mine(job.kinds(step)), device) if job.kinds else None
-    return sent(mine(batches.batch(step)), device), held, kinds
+    kinds = send(mine(job.kinds(step)), device) if job.kinds else None
+    return send(mine(batches.batch(step)), device), held, kinds
 
 
 def accumulate(
@@ -178,7 +182,7 @@ def accumulate(
     """Run forward and backward over the micro-batches of a step.
 
     Args:
-        objective: An `Objective`, or several processes' (`mode.core.processes.replicated`).
+        objective: An `Objective`, or several processes' (`mode.core.processes.replicate`).
         rows: Tokens, (B, S + 1).
         parts: Micro-batches.
         held: Which rows are held to the backbone, (B,), in the processor's memory.
@@ -192,7 +196,7 @@ def accumulate(
     states = loss
     for number, micro in enumerate(rows.chunk(parts)):
         some = [None if each is None else each.chunk(parts)[number] for each in (held, kinds)]
-        with nullcontext() if number == parts - 1 else processes.unsynchronized(objective):
+        with nullcontext() if number == parts - 1 else processes.no_sync(objective):
             found, extra, states = objective(micro, *some)
             part = found / parts
             loss += part.detach()
@@ -201,13 +205,13 @@ def accumulate(
     return loss, states.detach()
 
 
-def measure(
+def measure_point(
     model: nn.Module,
-    job: Job,
+    job: TrainJob,
     step: int,
     loss: float,
     states: Tensor,
-    spread: Copies | Branches,
+    spread: DDP | MPMD,
     rows: Tensor,
     held: Tensor | None,
 ) -> Point:
@@ -221,9 +225,9 @@ def measure(
     if held is not None:
         free = ~held.chunk(job.settings.accumulate)[-1]
         states, targets = (states[free], targets[free]) if free.any() else (states, targets)
-    scores = token_scores(states, head(model), targets, cap=softcap(model))
+    scores = score_states(states, output_head(model), targets, cap=logit_softcap(model))
     lr = job.lr * schedule(step - 1, job.steps, job.settings)
-    accuracy = float(processes.mean(scores.hit.float().mean()))
+    accuracy = float(processes.all_reduce_mean(scores.hit.float().mean()))
     point: Point = {"step": step, "loss": loss, "accuracy": accuracy, "lr": lr}
     point |= job.inspect(model)
     every = job.settings.validate_every
@@ -233,7 +237,9 @@ def measure(
     return point
 
 
-def append(job: Job, point: Point, spread: Copies | Branches, optimizer: torch.optim.Optimizer, saver: Saver) -> None:
+def append_point(
+    job: TrainJob, point: Point, spread: DDP | MPMD, optimizer: torch.optim.Optimizer, saver: Saver
+) -> None:
     """Append a point to the curve, and save a checkpoint where one is due."""
     if processes.is_main():
         with job.curve.open("a", encoding="utf-8") as file:
@@ -242,21 +248,21 @@ def append(job: Job, point: Point, spread: Copies | Branches, optimizer: torch.o
         saver.save(job.folder, spread.trained(), optimizer, point["step"], point["seconds"])
 
 
-def resume(model: nn.Module, job: Job) -> tuple[Path | None, int, float, list[Point]]:
+def resume(model: nn.Module, job: TrainJob) -> tuple[Path | None, int, float, list[Point]]:
     """Find the latest checkpoint, its step, its seconds of training, and the curve up to it.
 
     Where no step is left, the model is given the weights of it.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     step, seconds, curve = 0, 0.0, []
-    latest = next(reversed(checkpoints(job.folder)), None)
+    latest = next(reversed(list_checkpoints(job.folder)), None)
     if latest:
-        check_checkpoint(latest, trainable(model))
+        check_checkpoint(latest, trainable_parameters(model))
         step, seconds = read_counters(latest)
         if step >= job.steps:
-            load_checkpoint(latest, trainable(model))
+            load_checkpoint(latest, trainable_parameters(model))
         curve = [point for point in read_curve(job.curve) if point["step"] <= step]
     if processes.is_main():
-        sweep(job.folder, latest)
+        remove_stale(job.folder, latest)
         write_atomic(job.curve, "".join(json.dumps(point) + "\n" for point in curve).encode())
     return latest, step, seconds, curve

@@ -10,23 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from mode.config.check import replace_settings
-from mode.core.device import allocated
+from mode.core.device import measure_allocated
 from mode.core.errors import ConfigError
-from mode.core.tensors import trainable
+from mode.core.tensors import trainable_parameters
 from mode.train.loop import accumulate
 from mode.train.objective import Objective
-from mode.train.step_options import Layers
+from mode.train.step_options import StepOptions
 
 if TYPE_CHECKING:
     from mode.config.train import Train
-    from mode.train.objective import Hold
+    from mode.train.objective import AnchorTerm
 
 CHOICES = ("all", "frozen", "none")
 """Layers that form activations again, from the choice of the least memory to the fastest."""
 
 
-def affordable(
-    model: nn.Module, settings: Train, hold: Hold | None, end: int | None, given: Callable[[], tuple[Any, ...]]
+def choose_checkpointing(
+    model: nn.Module, settings: Train, hold: AnchorTerm | None, end: int | None, given: Callable[[], tuple[Any, ...]]
 ) -> str:
     """Return which layers are to form activations again so that a step takes no more than `settings.memory`.
 
@@ -46,13 +46,13 @@ def affordable(
     assert settings.memory is not None
     device = next(model.parameters()).device
     resident = sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
-    resident += 2 * sum(part.nbytes for part in trainable(model).values())
+    resident += 2 * sum(part.nbytes for part in trainable_parameters(model).values())
     model.train()
     best, least = None, None
     for choice in CHOICES:
         chosen, needed = replace_settings(settings, activation_checkpointing=choice, memory=None), None
         with torch.random.fork_rng([device] if device.type == "cuda" else []), suppress(torch.OutOfMemoryError):
-            needed = resident + allocated(step(model, chosen, hold, end, given), device)
+            needed = resident + measure_allocated(make_step(model, chosen, hold, end, given), device)
         model.zero_grad(set_to_none=True)
         least = least or needed
         if needed is None or needed > 1e9 * settings.memory:  # the next would take more: it may be more than there is
@@ -68,14 +68,14 @@ def affordable(
     )
 
 
-def step(
-    model: nn.Module, settings: Train, hold: Hold | None, end: int | None, given: Callable[[], tuple[Any, ...]]
+def make_step(
+    model: nn.Module, settings: Train, hold: AnchorTerm | None, end: int | None, given: Callable[[], tuple[Any, ...]]
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     """Return what runs the passes of a step."""
     objective = Objective(model, settings, hold, end=end)
 
     def action() -> tuple[Tensor, Tensor]:
-        layers = Layers(model, settings, half=objective.precision == "bf16")  # its copies count as well
+        layers = StepOptions(model, settings, half=objective.precision == "bf16")  # its copies count as well
         rows, held, kinds = given()
         with layers:
             return accumulate(objective, rows, settings.accumulate, held, kinds)

@@ -11,14 +11,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mode.config.train import Train
-from mode.core.device import sent
+from mode.core.device import send
 from mode.core.errors import ConfigError
-from mode.ops.loss import divergence, head, hidden_states, next_token_loss, softcap, sum_auxiliary, with_auxiliary
-from mode.train.precision import autocast, precision_of
+from mode.ops.loss import (
+    compute_divergence,
+    compute_hidden_states,
+    compute_next_token_loss,
+    find_auxiliary_modules,
+    logit_softcap,
+    output_head,
+    sum_auxiliary,
+)
+from mode.train.precision import autocast, choose_precision
 
 
 @dataclass(frozen=True)
-class Hold:
+class AnchorTerm:
     """How a model is held to its backbone on some rows.
 
     Attributes:
@@ -43,7 +51,7 @@ class Objective(nn.Module):
         self,
         model: nn.Module,
         settings: Train,
-        hold: Hold | None,
+        hold: AnchorTerm | None,
         part: Callable[[Tensor], Tensor] = lambda rows: rows,
         end: int | None = None,
     ) -> None:
@@ -61,8 +69,8 @@ class Objective(nn.Module):
         """
         super().__init__()
         self.model, self.settings, self.hold, self.part = model, settings, hold, part
-        self.precision = precision_of(settings, model)
-        self.wanting, self.end = with_auxiliary(model), end
+        self.precision = choose_precision(settings, model)
+        self.wanting, self.end = find_auxiliary_modules(model), end
         if end is not None and (hold or any(getattr(module, "looks_back", False) for module in model.modules())):
             raise ConfigError(
                 "train.documents=apart: neither with an anchor nor where a gate or a judge sees the whole prefix"
@@ -85,26 +93,28 @@ class Objective(nn.Module):
         """
         model, device = self.model, rows.device
         if kinds is not None:
-            tell_kinds(model, kinds)
+            set_row_kinds(model, kinds)
         with autocast(self.precision, device):
-            places = {} if self.end is None else {"position_ids": positions(rows[:, :-1], self.end)}
-            states = hidden_states(model, rows[:, :-1], **places)
+            places = {} if self.end is None else {"position_ids": compute_positions(rows[:, :-1], self.end)}
+            states = compute_hidden_states(model, rows[:, :-1], **places)
         if self.hold is None or held is None:
-            loss = next_token_loss(states, head(model), self.part(rows[:, 1:]), softcap(model), self.precision)
+            loss = compute_next_token_loss(
+                states, output_head(model), self.part(rows[:, 1:]), logit_softcap(model), self.precision
+            )
         else:
-            asked = picked(rows, held) if held.any() or not self.hold.always else rows[:1]
+            asked = select_rows(rows, held) if held.any() or not self.hold.always else rows[:1]
             with torch.no_grad(), autocast(self.precision, device):
                 known = self.hold.reference(model, asked[:, :-1]) if len(asked) else None
-            loss = held_loss(model, states, rows, held, known, self.hold.weight, self.precision)
+            loss = compute_anchored_loss(model, states, rows, held, known, self.hold.weight, self.precision)
         return loss, sum_auxiliary(self.wanting), states
 
 
-def positions(rows: Tensor, end: int) -> Tensor:
+def compute_positions(rows: Tensor, end: int) -> Tensor:
     """Return positions that begin anew after every token that closes a document, (B, S) to (B, S).
 
     `transformers` makes masks of them that are blind across documents.
 
-    >>> positions(torch.tensor([[5, 9, 6, 7, 9, 8]]), end=9).tolist()
+    >>> compute_positions(torch.tensor([[5, 9, 6, 7, 9, 8]]), end=9).tolist()
     [[0, 1, 0, 1, 2, 0]]
     """
     index = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
@@ -116,14 +126,14 @@ UNKNOWN = -1
 """Kind of a row of none of the sources that were trained on."""
 
 
-def tell_kinds(model: nn.Module, kinds: Tensor) -> None:
+def set_row_kinds(model: nn.Module, kinds: Tensor) -> None:
     """Tell every module that wants to know of what kind the rows of the next forward pass are, (B,), or all, (1,)."""
     for module in model.modules():
         if hasattr(module, "row_kinds"):
             module.row_kinds = kinds
 
 
-def held_loss(
+def compute_anchored_loss(
     model: nn.Module,
     states: Tensor,
     rows: Tensor,
@@ -144,16 +154,18 @@ def held_loss(
         weight: Factor on their divergence.
         precision: Of the cross-entropy's products of matrices.
     """
-    loss, cap = torch.zeros((), device=states.device), softcap(model)
+    loss, cap = torch.zeros((), device=states.device), logit_softcap(model)
     free, count = ~held, len(rows)
     if free.any():
-        mine, targets = picked(states, free), picked(rows, free)[:, 1:]
-        loss = loss + next_token_loss(mine, head(model), targets, cap, precision) * (free.sum() / count)
+        mine, targets = select_rows(states, free), select_rows(rows, free)[:, 1:]
+        loss = loss + compute_next_token_loss(mine, output_head(model), targets, cap, precision) * (free.sum() / count)
     if known is not None and held.any():
-        loss = loss + weight * divergence(picked(states, held), head(model), *known, cap) * (held.sum() / count)
+        loss = loss + weight * compute_divergence(select_rows(states, held), output_head(model), *known, cap) * (
+            held.sum() / count
+        )
     return loss
 
 
-def picked(values: Tensor, chosen: Tensor) -> Tensor:
+def select_rows(values: Tensor, chosen: Tensor) -> Tensor:
     """Return the rows of values, (B, ...), that are chosen, (B,): in the processor's memory, so that nothing waits."""
-    return values[sent(chosen.nonzero()[:, 0], values.device)]
+    return values[send(chosen.nonzero()[:, 0], values.device)]

@@ -19,13 +19,13 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def precision_of(settings: Train, model: nn.Module) -> str:
+def choose_precision(settings: Train, model: nn.Module) -> str:
     """Return the precision of a model's forward pass, where it is."""
     config: Any = model.config
-    return resolved(settings.precision, next(model.parameters()).device, config.get_text_config().hidden_size)
+    return resolve_precision(settings.precision, next(model.parameters()).device, config.get_text_config().hidden_size)
 
 
-def resolved(precision: str, device: torch.device, hidden: int) -> str:
+def resolve_precision(precision: str, device: torch.device, hidden: int) -> str:
     """Return a precision that is asked for, or what `auto` stands for: bf16 where it pays, else fp32.
 
     Args:

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mode.backbone.structure import decoder_layers, frozen_matrices
+from mode.backbone.structure import find_decoder_layers, find_frozen_matrices
 from mode.config.train import Train
 from mode.core.errors import ConfigError
-from mode.ops.attention import UNMASKED, check_flexible, configs_of, unmasked
-from mode.ops.loss import with_auxiliary
-from mode.ops.patch import Exchange
+from mode.ops.attention import UNMASKED, check_flex_attention, find_configs, find_unmasked_configs
+from mode.ops.loss import find_auxiliary_modules
+from mode.ops.patch import Patch
 
 COMPILED_FROM = {"cpu": 2e13, "cuda": 5e16}
 """Operations of a stage from which compiling pays, by type of device: minutes of work. Compiling takes up to 40 s. What
@@ -28,14 +28,14 @@ KINDS = 64
 more than torch allows, which is 8, it goes on with layers as they are, and says so in a warning alone."""
 
 
-def compiles(settings: Train, device: torch.device, flops: float) -> bool:
+def should_compile(settings: Train, device: torch.device, flops: float) -> bool:
     """Say whether a stage's layers are to be compiled, by the operations that it takes where that decides."""
     if settings.compile == "auto":
         return flops >= COMPILED_FROM[device.type]
     return settings.compile
 
 
-class Layers:
+class StepOptions:
     """A model's layers, which do as the settings of the loop say within its context: in training steps alone.
 
     A layer that is checkpointed keeps its input alone and forms its activations again in the backward pass, through the
@@ -63,22 +63,22 @@ class Layers:
         self.blocks: list[Any] = [block for block in model.modules() if hasattr(block, "beside")]
         self.branches, self.skips = settings.branches, not settings.graph  # to ask what to skip waits for the device
         joined = settings.documents == "joined"
-        self.attending = unmasked(model, settings.sequence_length) if joined else []
+        self.attending = find_unmasked_configs(model, settings.sequence_length) if joined else []
         if settings.branches == "batched" and self.blocks and not self.attending:
             raise ConfigError(
                 "train.branches=batched: not with layers that see a part of the row alone; loop goes with all"
             )
         self.attention = UNMASKED
         if settings.attention == "flex":
-            check_flexible(model, kind)
-            self.attention, self.attending = "flex_attention", configs_of(model)
+            check_flex_attention(model, kind)
+            self.attention, self.attending = "flex_attention", find_configs(model)
         self.before = [config._attn_implementation for config in self.attending]
         plain = settings.compile is not True and settings.branches == "loop"
-        self.exchange: AbstractContextManager[None] = Exchange(model) if plain else nullcontext()
-        layers = decoder_layers(model)
-        self.held = [(weight, weight.data, weight.data.bfloat16()) for weight in frozen_matrices(layers) if half]
-        chosen = [layer for layer in layers if forms_again(layer, settings.activation_checkpointing)]
-        self.again = [(layer, partial(contexts, with_auxiliary(layer))) for layer in chosen]
+        self.exchange: AbstractContextManager[None] = Patch(model) if plain else nullcontext()
+        layers = find_decoder_layers(model)
+        self.held = [(weight, weight.data, weight.data.bfloat16()) for weight in find_frozen_matrices(layers) if half]
+        chosen = [layer for layer in layers if is_recomputed(layer, settings.activation_checkpointing)]
+        self.again = [(layer, partial(make_contexts, find_auxiliary_modules(layer))) for layer in chosen]
         self.compiled: list[tuple[Any, Any]] = []
         if settings.compile is True:
             torch._dynamo.config.recompile_limit = max(KINDS, torch._dynamo.config.recompile_limit)
@@ -117,12 +117,12 @@ class Layers:
             config._attn_implementation = before
 
 
-def forms_again(layer: nn.Module, which: str) -> bool:
+def is_recomputed(layer: nn.Module, which: str) -> bool:
     """Say whether a layer's activations are to be formed again."""
     return which == "all" or (which == "frozen" and not any(each.requires_grad for each in layer.parameters()))
 
 
-def contexts(modules: Sequence[Any]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def make_contexts(modules: Sequence[Any]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return the contexts in which a layer forms its activations, and forms them again.
 
     Args:

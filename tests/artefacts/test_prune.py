@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from mode.artefacts.prune import ORDERS, SHEET, least, needed, weighing, without
+from mode.artefacts.prune import ORDERS, SHEET, choose_least, find_weighing, mask_experts, rank_experts
 from mode.config.compose import compose
-from mode.gating.meter import gates_of, watched
-from mode.modular.block import without_experts
+from mode.gating.meter import find_gates, watch_gates
+from mode.modular.block import bypass_experts
 from mode.runs.execute import build, execute, restore
 from mode.runs.prepare import prepare_run
 from tests.cli.test_cli import call
@@ -39,17 +39,17 @@ def logits(model: Any) -> torch.Tensor:
 
 def test_nothing_pruned_changes_nothing_and_everything_pruned_is_a_layer_that_says_nothing(world: World) -> None:
     _, model = finished(world, "method=upcycling")
-    names, whole = list(weighing(model)), logits(model)
-    with without(model, {name: [] for name in names}):
+    names, whole = list(find_weighing(model)), logits(model)
+    with mask_experts(model, {name: [] for name in names}):
         assert torch.equal(logits(model), whole)
-    with without(model, {key: [0, 1, 2, 3] for key in names}):
+    with mask_experts(model, {key: [0, 1, 2, 3] for key in names}):
         assert (model.model.layers[0].mlp(torch.randn(1, 3, 16)) == 0).all()
     assert torch.equal(logits(model), whole)
 
 
 def test_a_pruned_expert_is_as_if_its_weights_were_nothing(world: World) -> None:
     _, model = finished(world, "method=upcycling")
-    with without(model, {name: [2] for name in weighing(model)}):
+    with mask_experts(model, {name: [2] for name in find_weighing(model)}):
         pruned = logits(model)
     assert (pruned - logits(model)).abs().max() > 1e-4
     with torch.no_grad():
@@ -61,22 +61,22 @@ def test_a_pruned_expert_is_as_if_its_weights_were_nothing(world: World) -> None
 def test_an_expert_that_no_token_chose_can_go(world: World) -> None:
     _, model = finished(world, "method=upcycling")
     one = IDS[:, :1]  # a single token has two experts of four in every layer
-    with torch.no_grad(), watched(model) as latest:
+    with torch.no_grad(), watch_gates(model) as latest:
         whole = model(input_ids=one).logits
     idle = {
         name: (weights[0, 0] == 0).nonzero()[:, 0].tolist()
-        for name, weights in zip(weighing(model), latest, strict=True)
+        for name, weights in zip(find_weighing(model), latest, strict=True)
     }
     assert all(len(numbers) == 2 for numbers in idle.values())
-    with without(model, idle), torch.no_grad():
+    with mask_experts(model, idle), torch.no_grad():
         assert torch.equal(model(input_ids=one).logits, whole)
 
 
 def test_what_a_gate_gave_to_a_pruned_expert_goes_to_the_rest(world: World) -> None:
     _, model = finished(world, "method=mode", "method.start=fresh", "method.num_experts=2")
-    gates = gates_of(model)
+    gates = find_gates(model)
     states = torch.randn(1, 4, 16)
-    with without(model, {name: [1] for name in gates}), torch.no_grad():
+    with mask_experts(model, {name: [1] for name in gates}), torch.no_grad():
         for gate in gates.values():
             found = gate(states)
             alone = (states @ gate.weight[:2].T + gate.bias[:2]).softmax(-1)  # type: ignore[index]
@@ -88,28 +88,28 @@ def test_tokens_that_chose_pruned_experts_alone_have_the_backbone(world: World) 
     settings = ("method=mode", "method.start=fresh", "method.num_experts=2", "method.gate.top_k=1")
     _, model = finished(world, *settings)
     with torch.no_grad():
-        for gate in gates_of(model).values():
+        for gate in find_gates(model).values():
             gate.bias[2] = 1e4
-    with without_experts(model):
+    with bypass_experts(model):
         backbone = logits(model)
-    with without(model, {name: [0, 1] for name in gates_of(model)}):
+    with mask_experts(model, {name: [0, 1] for name in find_gates(model)}):
         torch.testing.assert_close(logits(model), backbone)
 
 
 def test_orders_are_what_their_names_say(world: World) -> None:
     prepared, model = finished(world, "method=upcycling")
-    before = weighing(build(prepared, []))
-    for name, gate in weighing(model).items():
+    before = find_weighing(build(prepared, []))
+    for name, gate in find_weighing(model).items():
         norms = gate.weight.detach().norm(dim=1)  # type: ignore[union-attr, operator]
-        torch.testing.assert_close(needed("norm", prepared, model)[name], norms)
+        torch.testing.assert_close(rank_experts("norm", prepared, model)[name], norms)
         change = norms - before[name].weight.detach().norm(dim=1)  # type: ignore[union-attr, operator]
         assert change.abs().max() > 0
-        torch.testing.assert_close(needed("change", prepared, model)[name], change)
-        assert needed("usage", prepared, model)[name].shape == (4,)
-        first, again = (needed("random", prepared, model)[name] for _ in range(2))
+        torch.testing.assert_close(rank_experts("change", prepared, model)[name], change)
+        assert rank_experts("usage", prepared, model)[name].shape == (4,)
+        first, again = (rank_experts("random", prepared, model)[name] for _ in range(2))
         assert torch.equal(first, again)
-    assert least(torch.tensor([0.3, 0.1, 0.2, 0.4]), 0.25) == [1]
-    assert least(torch.tensor([1.0, 1.0, 1.0]), 2 / 3) == [0, 1]
+    assert choose_least(torch.tensor([0.3, 0.1, 0.2, 0.4]), 0.25) == [1]
+    assert choose_least(torch.tensor([1.0, 1.0, 1.0]), 2 / 3) == [0, 1]
 
 
 @pytest.mark.parametrize("method", ["btx", "mixlora", "mole", "moelora", "mode"])

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mode.artefacts.edit import joined, only
-from mode.artefacts.find import Recalled, branches, recall
+from mode.artefacts.edit import join_experts, keep_experts
+from mode.artefacts.find import FoundModel, find_model, list_branches
 from mode.artefacts.write import write_model
 from mode.config.compose import compose
 from mode.core.errors import ConfigError
@@ -26,9 +26,9 @@ from tests.modular.test_artefact import DAMAGES, handed, stage_one, untargeted  
 IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64]])
 
 
-def composed(world: World, *overrides: str) -> tuple[Record, Recalled]:
+def composed(world: World, *overrides: str) -> tuple[Record, FoundModel]:
     record = execute(compose([*world.overrides, "method=mode", *overrides], world.conf), weights=True)
-    return record, recall(record.id, world.root / "runs")
+    return record, find_model(record.id, world.root / "runs")
 
 
 @torch.no_grad()
@@ -43,8 +43,8 @@ def test_taking_out_all_experts_but_one_leaves_exactly_its_stage_one_model(world
     py, folder = stage_one(world, "py")
     _, other = stage_one(world, "sums")
     _, recalled = composed(world, *given, f"method.experts=['{folder}', '{other}']")
-    alone = only(recalled, ["py"])
-    assert (logits(alone) - logits(recall(py.id, world.root / "runs").model)).abs().max() < 1e-5
+    alone = keep_experts(recalled, ["py"])
+    assert (logits(alone) - logits(find_model(py.id, world.root / "runs").model)).abs().max() < 1e-5
     assert alone.config.experts == ["py"]
 
 
@@ -54,20 +54,20 @@ def test_an_expert_that_leaves_and_joins_again_changes_nothing(world: World) -> 
     _, other = stage_one(world, "sums")
     record, recalled = composed(world, "train.steps=0", f"method.experts=['{folder}', '{other}']")
     before = logits(recalled.model)
-    without = only(recalled, ["py"])
+    without = keep_experts(recalled, ["py"])
     assert (logits(without) - before).abs().max() > 1e-3
-    again = joined(Recalled(without, recalled.tokenizer, recalled.place, None), other)
+    again = join_experts(FoundModel(without, recalled.tokenizer, recalled.place, None), other)
     assert (logits(again) - before).abs().max() < 1e-5
     assert sum(parameter.numel() for parameter in again.parameters()) == record.happened["parameters"]["total"]
 
 
 @pytest.mark.slow
 def test_a_trained_composition_keeps_the_odds_of_those_that_stay(world: World) -> None:
-    from mode.gating.meter import token_gates
+    from mode.gating.meter import read_token_gates
 
     _, recalled = composed(world, "train.lr=0.05")
-    before = token_gates(recalled.model, IDS[0].tolist())[:, 0]  # the first block's input is the same after
-    after = token_gates(only(recalled, ["sums"]), IDS[0].tolist())[:, 0]
+    before = read_token_gates(recalled.model, IDS[0].tolist())[:, 0]  # the first block's input is the same after
+    after = read_token_gates(keep_experts(recalled, ["sums"]), IDS[0].tolist())[:, 0]
     torch.testing.assert_close(after[:, 1] / after[:, 0], before[:, 2] / before[:, 0])
 
 
@@ -83,12 +83,12 @@ def test_the_commands_write_models_that_load(world: World) -> None:
     assert "experts for py, sums" in (whole / "README.md").read_text("utf-8")
     removed = call(world, "expert", "remove", str(whole), "py", str(part))
     assert removed.exit_code == 0, removed.output
-    sums_alone = recall(str(part), world.root / "runs")
-    assert branches(sums_alone) == ("backbone", "sums")
+    sums_alone = find_model(str(part), world.root / "runs")
+    assert list_branches(sums_alone) == ("backbone", "sums")
     _, folder = stage_one(world, "py")
     added = call(world, "expert", "add", str(part), str(folder), str(world.root / "both"))
     assert added.exit_code == 0, added.output
-    assert branches(recall(str(world.root / "both"), world.root / "runs")) == ("backbone", "sums", "py")
+    assert list_branches(find_model(str(world.root / "both"), world.root / "runs")) == ("backbone", "sums", "py")
     assert call(world, "generate", str(whole), "def f", "--max-tokens", "3").exit_code == 0
 
 
@@ -100,22 +100,22 @@ def test_a_model_on_its_backbone_holds_experts_alone_and_checks_the_backbone(wor
     write_model(recalled.model, recalled.place, part, embed=False)
     size = record.happened["parameters"]
     assert (part / "model.safetensors").stat().st_size < 4 * size["added"] + 20_000
-    assert torch.equal(logits(recall(str(part), world.root / "runs").model), expected)
+    assert torch.equal(logits(find_model(str(part), world.root / "runs").model), expected)
     about = json.loads((part / "config.json").read_text("utf-8"))
     about["backbone"]["fingerprint"] = "0123"
     (part / "config.json").write_text(json.dumps(about), "utf-8")
     with pytest.raises(ConfigError, match="made for backbone pico with weights 0123"):
-        recall(str(part), world.root / "runs")
+        find_model(str(part), world.root / "runs")
 
 
 def test_merging_is_exact_at_the_ends_and_for_an_untrained_copy(world: World) -> None:
-    from mode.artefacts.edit import merged
+    from mode.artefacts.edit import merge_expert
     from tests.modular.test_modular import force, modular, pico
 
     bare = pico(world)
     expected = logits(bare)
     one = logits(
-        merged(modular(world, num_experts=1, num_blocks=6, init="copy"), [0.3] * 6)
+        merge_expert(modular(world, num_experts=1, num_blocks=6, init="copy"), [0.3] * 6)
     )  # the expert is its block's copy
     assert (one - expected).abs().max() < 1e-5
     for share in (0.0, 1.0):
@@ -123,7 +123,7 @@ def test_merging_is_exact_at_the_ends_and_for_an_untrained_copy(world: World) ->
         force(model, int(share))
         wanted = logits(model)
         assert torch.equal(wanted, expected) is (share == 0.0)
-        assert (logits(merged(model, [share] * 6)) - wanted).abs().max() < 1e-5
+        assert (logits(merge_expert(model, [share] * 6)) - wanted).abs().max() < 1e-5
 
 
 @pytest.mark.slow
@@ -161,7 +161,7 @@ def test_a_model_folder_is_composed_and_fine_tuned(world: World) -> None:
         assert call(untargeted(world), "compose", str(world.root / name), "train.steps=0").exit_code == 0
     assert len({each.id for each in records(world)}) == 4  # two experts, the composition, and this, from either folder
     (fresh,) = [each for each in records(world) if "artefacts" in each.asked]
-    assert (logits(recall(fresh.id, world.root / "runs").model) - expected).abs().max() < 1e-5
+    assert (logits(find_model(fresh.id, world.root / "runs").model) - expected).abs().max() < 1e-5
     tuned = call(untargeted(world), "compose", str(world.root / "whole"), "train.lr=0.02")
     assert tuned.exit_code == 0, tuned.output
     assert "expert for py" in call(world, "expert", "show", str(world.root / "whole")).stdout
@@ -209,7 +209,7 @@ def test_half_precision_halves_the_size_and_hardly_moves_the_logits(world: World
         assert call(world, "export", record.id, str(world.root / name), "--precision", name).exit_code == 0
     sizes = [(world.root / name / "model.safetensors").stat().st_size for name in ("bf16", "fp32")]
     assert sizes[0] < 0.6 * sizes[1]
-    low = logits(recall(str(world.root / "bf16"), world.root / "runs").model).float()
+    low = logits(find_model(str(world.root / "bf16"), world.root / "runs").model).float()
     assert (low - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 
@@ -220,7 +220,7 @@ def test_other_methods_export_as_plain_models(world: World, method: str) -> None
 
     given = [*world.overrides, f"method={method}", "train.lr=0.02"]
     record = execute(compose(given, world.conf), weights=True)
-    expected = logits(recall(record.id, world.root / "runs").model)
+    expected = logits(find_model(record.id, world.root / "runs").model)
     assert call(world, "export", record.id, str(world.root / "plain")).exit_code == 0
     loaded = AutoModelForCausalLM.from_pretrained(world.root / "plain")
     assert type(loaded) is LlamaForCausalLM

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from mode.backbone.load import FAMILIES as SUPPORTED
-from mode.backbone.load import fingerprint
-from mode.backbone.structure import stack
-from mode.modular.block import blocks_of
+from mode.backbone.load import fingerprint_model
+from mode.backbone.structure import find_layer_stack
+from mode.modular.block import find_blocks
 from mode.modular.model import MoDEForCausalLM, make_modular
-from mode.ops.loss import head, hidden_states, next_token_loss, softcap, token_scores
+from mode.ops.loss import compute_hidden_states, compute_next_token_loss, logit_softcap, output_head, score_states
 from tests.support.families import FAMILIES, HIDDEN, LAYERS, VOCABULARY, make_model
 
 IDS = torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
@@ -28,7 +28,7 @@ def modular(family: str, *, num_experts: int = 2, seed: int = 1, **changes: Any)
     settings: dict[str, Any] = {"num_blocks": 3, "expert_layers": 2, "init": "random", **changes}
     model = make_modular(make_model(family), experts=[f"e{i}" for i in range(num_experts)], **settings)
     with torch.no_grad():
-        for block in blocks_of(model):
+        for block in find_blocks(model):
             block.gate.weight.normal_(0, 0.2)
             block.gate.bias.normal_(0, 0.5)
     return model.eval()
@@ -41,13 +41,13 @@ def logits(model: Any, ids: torch.Tensor = IDS, **options: Any) -> torch.Tensor:
 
 def test_is_supported_and_its_layers_are_found(family: str) -> None:
     assert tuple(FAMILIES) == SUPPORTED
-    trunk, name = stack(make_model(family))
+    trunk, name = find_layer_stack(make_model(family))
     assert len(getattr(trunk, name)) == LAYERS
 
 
 def test_gate_on_backbone_gives_the_backbone(family: str) -> None:
     model = modular(family, backbone_bias=0.0)
-    for block in blocks_of(model):
+    for block in find_blocks(model):
         with torch.no_grad():
             block.gate.weight.zero_()
             block.gate.bias.fill_(-1e4)
@@ -107,7 +107,7 @@ def test_sampling_and_beams_run(family: str) -> None:
 
 def test_added_parameters_follow_the_closed_form(family: str) -> None:
     bare = make_model(family)
-    trunk, name = stack(bare)
+    trunk, name = find_layer_stack(bare)
     per_layer = sum(parameter.numel() for parameter in getattr(trunk, name)[0].parameters())
     model = modular(family)
     added = 2 * 3 * 2 * per_layer + 3 * 3 * (HIDDEN + 1)
@@ -132,7 +132,7 @@ def test_saved_and_loaded_is_the_same_model(family: str, tmp_path: Path) -> None
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(loaded, MoDEForCausalLM)
     assert torch.equal(logits(loaded), logits(model))
-    assert fingerprint(loaded) == fingerprint(model)
+    assert fingerprint_model(loaded) == fingerprint_model(model)
     for name in ("num_blocks", "expert_layers", "experts", "gate", "backbone"):
         assert getattr(loaded.config, name) == getattr(model.config, name)
     assert loaded.config.decoder.num_hidden_layers == LAYERS
@@ -155,10 +155,12 @@ def test_loss_and_scores_are_those_of_the_models_own_logits(family: str) -> None
     own = logits(model)[:, :-1]
     targets = IDS[:, 1:]
     with torch.no_grad():
-        states = hidden_states(model, IDS[:, :-1])
+        states = compute_hidden_states(model, IDS[:, :-1])
     expected = torch.nn.functional.cross_entropy(own.flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(next_token_loss(states, head(model), targets, softcap(model)), expected)
-    scores = token_scores(states, head(model), targets, cap=softcap(model))
+    torch.testing.assert_close(
+        compute_next_token_loss(states, output_head(model), targets, logit_softcap(model)), expected
+    )
+    scores = score_states(states, output_head(model), targets, cap=logit_softcap(model))
     torch.testing.assert_close(scores.nll.mean(), expected)
     assert torch.equal(scores.hit, (own.argmax(-1) == targets).flatten())
 
@@ -169,7 +171,9 @@ def test_only_experts_and_gates_train(family: str) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(4):
-        loss = next_token_loss(hidden_states(model, IDS[:, :-1]), head(model), IDS[:, 1:], softcap(model))
+        loss = compute_next_token_loss(
+            compute_hidden_states(model, IDS[:, :-1]), output_head(model), IDS[:, 1:], logit_softcap(model)
+        )
         loss.backward()
         losses.append(loss.item())
         optimizer.step()
@@ -186,7 +190,9 @@ def test_gradient_checkpointing_changes_no_gradient(family: str) -> None:
         model = modular(family).train()
         if save_memory:
             model.activation_checkpointing_enable()
-        next_token_loss(hidden_states(model, IDS[:, :-1]), head(model), IDS[:, 1:], softcap(model)).backward()
+        compute_next_token_loss(
+            compute_hidden_states(model, IDS[:, :-1]), output_head(model), IDS[:, 1:], logit_softcap(model)
+        ).backward()
         return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
 
     plain, saved = gradients(save_memory=False), gradients(save_memory=True)
@@ -212,7 +218,9 @@ def test_baselines_start_as_the_backbone_and_learn(family: str, method: str) -> 
     optimizer = torch.optim.AdamW(trains, lr=1e-2)
     losses = []
     for _ in range(6):
-        loss = next_token_loss(hidden_states(model, IDS[:, :-1]), head(model), IDS[:, 1:], softcap(model))
+        loss = compute_next_token_loss(
+            compute_hidden_states(model, IDS[:, :-1]), output_head(model), IDS[:, 1:], logit_softcap(model)
+        )
         loss.backward()
         losses.append(loss.item())
         optimizer.step()

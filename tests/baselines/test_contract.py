@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from mode.backbone.load import fingerprint, load_model
+from mode.backbone.load import fingerprint_model, load_model
 from mode.config.compose import compose
 from mode.config.groups import list_members
-from mode.core.tensors import trainable
+from mode.core.tensors import trainable_parameters
 from mode.methods.base import Material
-from mode.modular.block import blocks_of
-from mode.ops.loss import auxiliary_loss, head, hidden_states, next_token_loss
+from mode.modular.block import find_blocks
+from mode.ops.loss import compute_auxiliary_loss, compute_hidden_states, compute_next_token_loss, output_head
 from mode.runs.execute import execute, restore
 from mode.runs.prepare import prepare_run
-from mode.train.objective import tell_kinds
+from mode.train.objective import set_row_kinds
 from tests.conftest import World
 
 IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64], [7, 7, 30, 256, 1, 90, 12, 13, 250]])
@@ -111,16 +111,16 @@ def test_decoding_with_a_cache_is_the_same(world: World, name: str) -> None:
 def test_exactly_what_is_declared_trains_and_the_rest_stays_bit_identical(world: World, name: str) -> None:
     model = built(world, name).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    names = set(trainable(model))
+    names = set(trainable_parameters(model))
     if name in ("backbone", "btm", "btm-average", "cbtm"):
         assert not names
         return
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2)
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2)
     losses = []
-    tell_kinds(model, torch.tensor([0, 1]))
+    set_row_kinds(model, torch.tensor([0, 1]))
     for _ in range(20):
-        loss = next_token_loss(hidden_states(model, IDS[:, :-1]), head(model), IDS[:, 1:])
-        extra = auxiliary_loss(model)
+        loss = compute_next_token_loss(compute_hidden_states(model, IDS[:, :-1]), output_head(model), IDS[:, 1:])
+        extra = compute_auxiliary_loss(model)
         torch.autograd.backward(loss if extra is None else loss + extra)
         losses.append(loss.item())
         assert {key for key, parameter in model.named_parameters() if parameter.grad is not None} == names
@@ -136,12 +136,12 @@ def test_exactly_what_is_declared_trains_and_the_rest_stays_bit_identical(world:
 
 @pytest.mark.parametrize("name", ALL)
 def test_trained_weights_restore_to_the_scores_of_the_record(world: World, name: str) -> None:
-    from mode.runs.fit import score
+    from mode.runs.fit import score_domains
 
     run = run_of(world, name)
     record = execute(run, weights=True)
     prepared = prepare_run(run)
-    scores = score(prepared, restore(prepared), "test")
+    scores = score_domains(prepared, restore(prepared), "test")
     for domain, value in scores.items():
         assert value.accuracy == record.happened["scores"][domain]["accuracy"]
         assert value.loss == record.happened["scores"][domain]["loss"]
@@ -210,9 +210,9 @@ def parameter_formula(name: str, world: World) -> int:
 
 @pytest.mark.parametrize("name", [param for param in ALL if str(param.values[0]).startswith(KNOWN_FORMULAS)])
 def test_trainable_parameters_follow_the_closed_form(world: World, name: str) -> None:
-    assert sum(parameter.numel() for parameter in trainable(built(world, name)).values()) == parameter_formula(
-        name, world
-    )
+    assert sum(
+        parameter.numel() for parameter in trainable_parameters(built(world, name)).values()
+    ) == parameter_formula(name, world)
 
 
 def test_zero_steps_of_fine_tuning_are_the_backbone(world: World) -> None:
@@ -226,7 +226,7 @@ def test_fine_tuning_overfits_a_single_document(world: World) -> None:
     model = built(world, "sft").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(150):
-        loss = next_token_loss(hidden_states(model, IDS[:, :-1]), head(model), IDS[:, 1:])
+        loss = compute_next_token_loss(compute_hidden_states(model, IDS[:, :-1]), output_head(model), IDS[:, 1:])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -249,7 +249,7 @@ def test_every_lora_adapter_keeps_the_backbone_weights(world: World) -> None:
     kept = {name: value for name, value in model.state_dict().items() if "lora_" not in name}
     renamed = {name.replace(".base_layer.", "."): value for name, value in kept.items()}
     bare.load_state_dict(renamed)
-    assert fingerprint(bare) == fingerprint(load_model(run_of(world, "lora").backbone))
+    assert fingerprint_model(bare) == fingerprint_model(load_model(run_of(world, "lora").backbone))
 
 
 @pytest.mark.parametrize("init", ["copy", pytest.param("random", marks=pytest.mark.slow)])
@@ -260,6 +260,6 @@ def test_experts_that_begin_alike_grow_apart(world: World, init: str) -> None:
     before = logits(run.method.build(run, Material(backbone=lambda: load_model(run.backbone))))
     same = (before - logits(load_model(run.backbone))).abs().max() < 1e-5
     assert same == (init == "copy")  # whatever the gates say of equal branches
-    for block in blocks_of(restore(prepare_run(run))):
+    for block in find_blocks(restore(prepare_run(run))):
         first, second = (torch.cat([value.flatten() for value in one.parameters()]) for one in block.experts)
         assert (first - second).abs().max() > 1e-4

@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from mode.bench.records import SHEET, cells, conditions, section
-from mode.bench.run import describe, measure
-from mode.bench.suites.inference import modular
-from mode.bench.timing import Case, interleave, ratio
+from mode.bench.records import SHEET, describe_conditions, make_cells, render_section
+from mode.bench.run import describe_benchmark, run_suite
+from mode.bench.suites.inference import build_modular
+from mode.bench.timing import Case, compute_ratio, interleave
 from mode.config.check import replace_settings
 from mode.config.compose import compose
 from mode.core.errors import ConfigError
 from mode.methods.mode import MoDE
-from mode.modular.edit import swap_expert, with_experts
-from mode.modular.experts import expert_state
+from mode.modular.edit import replace_experts, swap_expert
+from mode.modular.experts import extract_expert_state
 from mode.modular.model import MoDEForCausalLM
-from mode.report.page import made_bench
+from mode.report.page import make_bench_section
 from tests.artefacts.test_write import logits
 from tests.cli.test_cli import call
 from tests.conftest import World
@@ -31,7 +31,7 @@ def fresh(world: World, *experts: str, seed: int = 0, **settings: int) -> MoDEFo
     run = compose([*world.overrides, "method=mode"], world.conf)
     assert isinstance(run.method, MoDE)
     torch.manual_seed(seed)
-    model = modular(run, replace_settings(run.method, **settings), list(experts)).eval()
+    model = build_modular(run, replace_settings(run.method, **settings), list(experts)).eval()
     for name, parameter in model.named_parameters():
         if ".gate." in name:
             torch.nn.init.normal_(parameter)
@@ -51,8 +51,8 @@ def test_the_order_is_reversed_from_round_to_round_and_the_first_round_does_not_
 
 def test_ratios_are_paired_by_round() -> None:
     # The machine is ten times slower in the second round; the ratio is not.
-    assert ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]).high == 2.0
-    assert ratio([3.0], [1.5]).low == 2.0
+    assert compute_ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]).high == 2.0
+    assert compute_ratio([3.0], [1.5]).low == 2.0
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_what_a_suite_does_not_measure_is_refused(world: World, suite: str, sett
 def test_options_are_part_of_what_was_measured(world: World) -> None:
     def asked(suite: str, *settings: str) -> dict[str, Any]:
         run: Any = compose([*world.overrides, "method=mode", *settings], world.conf)
-        return describe(suite, run, run.method)
+        return describe_benchmark(suite, run, run.method)
 
     given = ["train.activation_checkpointing=all", "train.accumulate=2", "method.head_rank=2"]
     everywhere = {"train.accumulate": 2, "method.head_rank": 2}
@@ -85,21 +85,23 @@ def test_options_are_part_of_what_was_measured(world: World) -> None:
     assert asked("eval", "evaluate.batch_size=3") == asked("eval") | {"rows": [3, asked("eval")["rows"][1]]}
     committed = SHEET.read(Path(__file__).parents[2] / "results")
     published = next(each for each in committed if each.asked["suite"] == "step")
-    told = conditions(replace_settings(published, asked=published.asked | {"options": {"train.compile": True}}))
+    told = describe_conditions(
+        replace_settings(published, asked=published.asked | {"options": {"train.compile": True}})
+    )
     assert "tokens; train.compile=True; cpu" in told
 
 
 @pytest.mark.slow
 def test_a_swapped_expert_is_as_if_it_had_been_composed(world: World) -> None:
     model, other = fresh(world, "one", "two"), fresh(world, "three", seed=1)
-    kept, comes = expert_state(model, 0), expert_state(other, 0)
-    expected = logits(with_experts(fresh(world, "any", seed=2), {"one": kept, "three": comes}))
+    kept, comes = extract_expert_state(model, 0), extract_expert_state(other, 0)
+    expected = logits(replace_experts(fresh(world, "any", seed=2), {"one": kept, "three": comes}))
     before = logits(model)
     swap_expert(model, "two", "three", comes)
     assert model.config.experts == ["one", "three"]
     assert (logits(model) - expected).abs().max() < 1e-5
     assert (logits(model) - before).abs().max() > 1e-3
-    swap_expert(model, "three", "two", expert_state(fresh(world, "one", "two"), 1))
+    swap_expert(model, "three", "two", extract_expert_state(fresh(world, "one", "two"), 1))
     assert (logits(model) - before).abs().max() < 1e-5
 
 
@@ -118,7 +120,7 @@ def test_an_expert_that_does_not_fit_leaves_the_model_as_it_was(
     model = fresh(world, "one", "two")
     before = logits(model)
     with pytest.raises(ConfigError, match=told):
-        swap_expert(model, leaves, comes, expert_state(fresh(world, comes, seed=1, **settings), 0))
+        swap_expert(model, leaves, comes, extract_expert_state(fresh(world, comes, seed=1, **settings), 0))
     assert torch.equal(logits(model), before)
     assert model.config.experts == ["one", "two"]
 
@@ -129,7 +131,7 @@ def test_the_edge_suite_leaves_a_record_that_the_report_follows_from(world: Worl
     result = call(world, "bench", "edge", "--rounds", "2")
     assert result.exit_code == 0, result.output
     (benchmark,) = SHEET.read(results)
-    assert section(benchmark) in result.stdout
+    assert render_section(benchmark) in result.stdout
     sizes = benchmark.happened["bytes"]
     backbone, alone = sizes["backbone"], sizes["one expert"]
     for number, name in enumerate(("backbone + 1 expert", "backbone + 2 experts"), 1):
@@ -150,9 +152,9 @@ def test_the_edge_suite_leaves_a_record_that_the_report_follows_from(world: Worl
 def test_every_published_benchmark_is_a_whole_table_of_the_page() -> None:
     """Some have columns of usage, some sizes, and some both; no browser is needed to see that rows fit heads."""
     published = SHEET.read(Path(__file__).parents[2] / "results")
-    shapes = {(len(heads), len(row)) for heads, *rows in map(cells, published) for row in rows}
+    shapes = {(len(heads), len(row)) for heads, *rows in map(make_cells, published) for row in rows}
     assert shapes == {(5, 5), (8, 8)}
-    assert len([made_bench(benchmark, "results") for benchmark in published]) == len(published) >= 7
+    assert len([make_bench_section(benchmark, "results") for benchmark in published]) == len(published) >= 7
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 2}', '{"schema": 1}'])
@@ -174,4 +176,4 @@ def test_a_place_where_nothing_can_be_written_is_told_before_anything_is_measure
 def test_a_benchmark_needs_experts(world: World) -> None:
     run = compose([*world.overrides, "method=sft"], world.conf)
     with pytest.raises(ConfigError, match="method=mode"):
-        measure("edge", run, 1)
+        run_suite("edge", run, 1)

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from mode.backbone.load import load_model, weights_fingerprint
-from mode.bench.records import FIGURES, SHEET, section
+from mode.backbone.load import fingerprint_weights, load_model
+from mode.bench.records import FIGURES, SHEET, render_section
 from mode.bench.suites.data import batches
 from mode.bench.suites.evaluation import evaluation
 from mode.bench.suites.inference import generation
-from mode.bench.suites.loops import EnoughError, OwnLoop, Rows, can_bf16
-from mode.bench.suites.loss import full_logits, fused, losses
+from mode.bench.suites.loops import EnoughError, OwnLoop, Rows, supports_bf16
+from mode.bench.suites.loss import compute_full_logits_loss, losses, make_fused
 from mode.bench.suites.options import branches, options
 from mode.bench.suites.scale import scale
-from mode.bench.suites.setup import STEPS, Bench, known
-from mode.bench.suites.sharding import variants
-from mode.bench.suites.startup import command, first_step, script
+from mode.bench.suites.setup import STEPS, Bench, load_method
+from mode.bench.suites.sharding import list_variants
+from mode.bench.suites.startup import make_command_action, make_first_step, make_script_action
 from mode.bench.suites.step import Step, steps
 from mode.bench.suites.trainers import Kernels, OtherLoop
 from mode.config.backbone import Backbone, RandomWeights
@@ -32,11 +32,11 @@ from mode.config.check import replace_settings
 from mode.config.compose import compose
 from mode.config.method import Anchor
 from mode.config.run import Run
-from mode.core.device import allocated
+from mode.core.device import measure_allocated
 from mode.core.errors import ConfigError
-from mode.core.tensors import trainable
-from mode.evaluation.likelihood import Text, log_likelihoods, packed
-from mode.ops.loss import next_token_loss
+from mode.core.tensors import trainable_parameters
+from mode.evaluation.likelihood import Text, compute_log_likelihoods, pack_texts
+from mode.ops.loss import compute_next_token_loss
 from tests.bench.test_records import fresh
 from tests.cli.test_cli import call
 from tests.conftest import World
@@ -71,19 +71,19 @@ def test_allocated_memory_is_exact() -> None:
         del first
         torch.cat([second, second])
 
-    assert allocated(action, CPU) == 4 * 3000
-    assert allocated(lambda: None, CPU) == 0
+    assert measure_allocated(action, CPU) == 4 * 3000
+    assert measure_allocated(lambda: None, CPU) == 0
 
 
 def test_what_the_profiler_says_does_not_reach_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
-    allocated(lambda: torch.ones(3), CPU)
+    measure_allocated(lambda: torch.ones(3), CPU)
     assert capfd.readouterr().err == ""
 
 
 def test_random_weights_follow_from_shape_and_seed(tmp_path: Path) -> None:
     one, again = random_backbone(tmp_path / "a"), random_backbone(tmp_path / "b")
     other = random_backbone(tmp_path / "a", seed=1)
-    assert weights_fingerprint(one) == weights_fingerprint(again) != weights_fingerprint(other)
+    assert fingerprint_weights(one) == fingerprint_weights(again) != fingerprint_weights(other)
     assert load_model(one).config.num_hidden_layers == 4
     assert hash(one) != hash(other)
     with pytest.raises(ConfigError, match=r"backbone\.random\.config: .*"):
@@ -109,11 +109,11 @@ def test_all_forms_of_the_loss_are_the_same(trains: bool) -> None:
         loss.backward()
         return [loss.detach(), states.grad, *([weight.grad] if trains else [])]  # type: ignore[list-item]
 
-    expected = results(lambda: full_logits(states, weight, targets))
+    expected = results(lambda: compute_full_logits_loss(states, weight, targets))
     for form in (
-        lambda: fused(states, weight, targets, chunk=None),
-        lambda: fused(states, weight, targets, chunk=32),
-        lambda: next_token_loss(states[None], weight, targets[None]),
+        lambda: make_fused(states, weight, targets, chunk=None),
+        lambda: make_fused(states, weight, targets, chunk=32),
+        lambda: compute_next_token_loss(states[None], weight, targets[None]),
     ):
         for ours, theirs in zip(results(form), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -123,8 +123,11 @@ def test_all_forms_of_the_loss_are_the_same(trains: bool) -> None:
 def test_the_loss_takes_an_eighth_of_the_memory_of_full_logits_at_most(trains: bool) -> None:
     states, weight = torch.randn(2048, 64, requires_grad=True), torch.randn(8192, 64).requires_grad_(trains)
     targets = torch.randint(8192, (2048,))
-    forms = (lambda: full_logits(states, weight, targets), lambda: next_token_loss(states[None], weight, targets[None]))
-    most, least = (allocated(lambda form=form: torch.autograd.backward(form()), CPU) for form in forms)
+    forms = (
+        lambda: compute_full_logits_loss(states, weight, targets),
+        lambda: compute_next_token_loss(states[None], weight, targets[None]),
+    )
+    most, least = (measure_allocated(lambda form=form: torch.autograd.backward(form()), CPU) for form in forms)
     assert least <= 0.12 * most
 
 
@@ -136,8 +139,8 @@ def test_packed_texts_are_blind_to_each_other(world: World, experts: tuple[str, 
     texts = [
         Text(random.integers(200, size=size).tolist(), given) for size, given in ((9, 1), (30, 4), (2, 1), (17, 9))
     ]
-    alone = [log_likelihoods(model, [text], row=1, batch_size=1)[0] for text in texts]
-    together = log_likelihoods(model, texts, row=32, batch_size=2)
+    alone = [compute_log_likelihoods(model, [text], row=1, batch_size=1)[0] for text in texts]
+    together = compute_log_likelihoods(model, texts, row=32, batch_size=2)
     plain = [model(torch.tensor([text.tokens])).logits.detach().log_softmax(-1)[0] for text in texts]
     for text, logits, one, found in zip(texts, plain, alone, together, strict=True):
         ends = range(text.given, len(text.tokens))
@@ -148,7 +151,7 @@ def test_packed_texts_are_blind_to_each_other(world: World, experts: tuple[str, 
 
 
 def test_texts_are_packed_into_few_rows() -> None:
-    rows = packed([5, 12, 3, 40, 7], 16)
+    rows = pack_texts([5, 12, 3, 40, 7], 16)
     assert sorted(index for row in rows for index in row) == [0, 1, 2, 3, 4]
     assert len(rows) == 3
 
@@ -176,7 +179,7 @@ def test_the_eval_suite_leaves_its_peers_and_limits_in_the_record(world: World) 
     result = call(world, "bench", "eval", "--rounds", "1")
     assert result.exit_code == 0, result.output
     (benchmark,) = SHEET.read(world.root / "results")
-    assert section(benchmark) in result.stdout
+    assert render_section(benchmark) in result.stdout
     assert "| machine | copy |" in result.stdout
     theirs, ours = benchmark.happened["cases"][:2]
     assert ours["flops"] == theirs["flops"]
@@ -226,7 +229,7 @@ def test_liger_stays_beneath_what_autocasts(world: World, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("transformers.trainer.apply_liger_kernel", patch)
     run: Run = run_of(world)
-    loop = OtherLoop("Trainer", Bench(run, known("sft"), CPU, world.root, "bf16"), liger=True)
+    loop = OtherLoop("Trainer", Bench(run, load_method("sft"), CPU, world.root, "bf16"), liger=True)
     for _ in range(2):
         loop()
     assert seen == 2 * STEPS * [True]
@@ -255,24 +258,24 @@ def test_the_scale_suite_varies_what_a_step_grows_with_and_is_drawn(world: World
 
 
 def test_start_up_is_timed_from_outside(world: World) -> None:
-    script("")()
+    make_script_action("")()
     with pytest.raises(ConfigError, match="No such command"):
-        command(["nothing"])()
+        make_command_action(["nothing"])()
     with pytest.raises(ConfigError, match="nothing"):
-        first_step(["nothing"], world.root)()
+        make_first_step(["nothing"], world.root)()
 
 
 @pytest.mark.slow
 def test_the_first_step_of_a_run_is_seen(world: World) -> None:
     settings = [each for each in world.overrides if not each.startswith("paths.")]
     words = ["train", "baseline", "sft", "train.log_every=1", "--conf", str(world.conf), *settings]
-    assert 0 < first_step([*words, f"paths.cache={world.root}/cache"], world.root)() < 120
+    assert 0 < make_first_step([*words, f"paths.cache={world.root}/cache"], world.root)() < 120
 
 
 @pytest.mark.slow
 def test_the_sharding_suite_times_every_layout_beside_its_prediction(world: World) -> None:
     run: Run = run_of(world)
-    jobs = variants(run, run.method)  # type: ignore[arg-type]
+    jobs = list_variants(run, run.method)  # type: ignore[arg-type]
     assert list(jobs) == ["width 1, 1024 tokens", "width 1, 256 tokens", "width 1, 64 tokens"]
     assert {each.method.expert_layers for each in jobs.values()} == {1}  # type: ignore[attr-defined]
     result = call(world, "bench", "sharding", "--rounds", "1")
@@ -296,15 +299,15 @@ def test_the_step_suite_makes_real_steps_of_every_method(world: World, monkeypat
     assert sizes["LoRA"] < sizes["MoDE, one expert"] < sizes["MoDE, two experts"]
     assert len({(case.job, case.variant) for case in cases}) == len(cases)
     loops = [case for case in cases if "loops" in case.job]
-    half = {"mode, bf16", "mode, bf16, compiled layers"} if can_bf16(CPU) else set()
+    half = {"mode, bf16", "mode, bf16, compiled layers"} if supports_bf16(CPU) else set()
     assert {case.variant for case in loops} == {"Trainer", "SFTTrainer", "mode", "mode, compiled layers"} | half
     plain = [case for case in loops if "fp32" in case.job and "compiled" not in case.variant]
     assert all(case.action() > 0 for case in plain)  # type: ignore[operator]
     for case in [case for case in cases if case not in loops]:
         step: Any = case.action
-        before = {name: value.clone() for name, value in trainable(step.model).items()}
+        before = {name: value.clone() for name, value in trainable_parameters(step.model).items()}
         step()
-        assert any(not torch.equal(value, before[name]) for name, value in trainable(step.model).items())
+        assert any(not torch.equal(value, before[name]) for name, value in trainable_parameters(step.model).items())
         assert step.held.sum() == 1
     result = call(world, "bench", "step", "--rounds", "1")
     assert result.exit_code == 0, result.output

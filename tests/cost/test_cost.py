@@ -11,19 +11,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mode.backbone.load import load_model
-from mode.backbone.shape import Flops, shape_of
+from mode.backbone.shape import Flops, read_shape
 from mode.config.check import replace_settings
 from mode.config.compose import compose
 from mode.config.run import Run
 from mode.core.errors import ConfigError
-from mode.launch.schedule import forecasts, stages_of
+from mode.launch.schedule import forecast_table, list_stages
 from mode.methods.base import Material, Method
 from mode.moe.feed_forward import LowRankFeedForward
 from mode.moe.low_rank import LowRankBank
-from mode.ops.loss import hidden_states
+from mode.ops.loss import compute_hidden_states
 from mode.records.record import Record
 from mode.runs.execute import execute
-from mode.runs.forecast import attention, counted, forecast
+from mode.runs.forecast import count_attention, count_step_flops, forecast
 from mode.runs.prepare import prepare_run
 from tests.cli.test_cli import call
 from tests.conftest import World
@@ -89,13 +89,13 @@ def check(run: Run, model: Any) -> None:
     cost = run.method.cost(run)
     assert cost is not None
     model.train()
-    found = counted(model, torch.zeros(2, run.train.sequence_length, dtype=torch.long), nullcontext())
+    found = count_step_flops(model, torch.zeros(2, run.train.sequence_length, dtype=torch.long), nullcontext())
     assert found.forward == pytest.approx(cost.flops.forward, rel=0.01)
     assert found.backward == pytest.approx(cost.flops.backward, rel=0.01)
     sizes = [parameter.numel() for parameter in model.parameters()]
     assert cost.total == sum(sizes)
     assert cost.trainable == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert cost.added == cost.total - shape_of(run.backbone).parameters
+    assert cost.added == cost.total - read_shape(run.backbone).parameters
 
 
 @pytest.mark.parametrize(
@@ -110,12 +110,12 @@ def test_closed_forms_agree_with_torchs_counter_and_the_models_parameters(world:
 def test_the_count_is_that_of_torchs_own_counter(world: World, name: str) -> None:
     run = run_of(world, *METHODS[name])
     model, rows = built(run).train(), torch.zeros(2, 16, dtype=torch.long)
-    with FlopCounterMode(display=False, custom_mapping=attention()) as theirs:
-        states = hidden_states(model, rows)
+    with FlopCounterMode(display=False, custom_mapping=count_attention()) as theirs:
+        states = compute_hidden_states(model, rows)
         states.backward(torch.ones_like(states))
     weight = model.get_output_embeddings().weight
     heads = 2.0 * weight.numel() * (2 + weight.requires_grad)
-    found = counted(model, rows, nullcontext())
+    found = count_step_flops(model, rows, nullcontext())
     assert found.total == theirs.get_total_flops() / rows.numel() + heads
 
 
@@ -148,7 +148,7 @@ def test_closed_forms_hold_on_every_family(world: World, tmp_path: Path, family:
 def test_the_count_leaves_the_model_as_it_was(world: World) -> None:
     model = built(run_of(world, "method=sft"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    counted(model, torch.zeros(1, 8, dtype=torch.long), nullcontext())
+    count_step_flops(model, torch.zeros(1, 8, dtype=torch.long), nullcontext())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -159,7 +159,7 @@ def test_only_chosen_branches_are_active(world: World) -> None:
     one, other = dense.method.cost(dense), sparse.method.cost(sparse)  # type: ignore[attr-defined]
     assert one is not None
     assert one.active == one.total
-    layer = shape_of(dense.backbone).layers[0].parameters
+    layer = read_shape(dense.backbone).layers[0].parameters
     # Of every block's backbone (two layers) and two experts (one layer each), the backbone is the largest.
     assert one.active - other.active == 3 * 2 * layer
 
@@ -176,7 +176,7 @@ ROWS = {
 def test_equal_operations_are_what_full_fine_tuning_takes(world: World, name: str) -> None:
     given = ("train.steps=200", "budget=compute")
     whole = forecast(run_of(world, "method=sft", "train.steps=200"))
-    stages = [forecast(run) for run in stages_of(run_of(world, *ROWS[name], *given))]
+    stages = [forecast(run) for run in list_stages(run_of(world, *ROWS[name], *given))]
     assert whole is not None
     assert sum(stage.flops for stage in stages if stage) == pytest.approx(whole.flops, rel=0.01)
 
@@ -184,7 +184,7 @@ def test_equal_operations_are_what_full_fine_tuning_takes(world: World, name: st
 @pytest.mark.parametrize("policy", ["data", "params"])
 @pytest.mark.parametrize("name", ROWS)
 def test_equal_tokens_are_shared_by_the_stages(world: World, name: str, policy: str) -> None:
-    stages = [forecast(run) for run in stages_of(run_of(world, *ROWS[name], "train.steps=31", f"budget={policy}"))]
+    stages = [forecast(run) for run in list_stages(run_of(world, *ROWS[name], "train.steps=31", f"budget={policy}"))]
     assert sum(stage.steps for stage in stages if stage) == 31
 
 
@@ -285,7 +285,7 @@ def test_a_method_that_does_not_say_what_it_takes_is_told(world: World, monkeypa
     assert (
         execute(replace_settings(run, budget=replace_settings(run.budget, policy="data"))).happened["forecast"] is None
     )
-    assert forecasts("table1", world.overrides, world.conf)["SFT"] is None
+    assert forecast_table("table1", world.overrides, world.conf)["SFT"] is None
 
 
 def test_the_forecast_of_a_table_is_printed(world: World) -> None:

@@ -15,7 +15,7 @@ from mode.config.data import Domain, FilesSource
 from mode.core.errors import ConfigError
 from mode.data import pack
 from mode.data.batches import Batches, Stream
-from mode.data.pack import prepare
+from mode.data.pack import prepare_domain
 
 
 class Letters:
@@ -55,19 +55,19 @@ def entries(folder: Path) -> list[str]:
 
 def test_a_prepared_domain_is_not_prepared_again(domain: Domain, tmp_path: Path) -> None:
     tokenizer = Letters()
-    first = prepare("x", domain, tokenizer, tmp_path)
+    first = prepare_domain("x", domain, tokenizer, tmp_path)
     calls = tokenizer.calls
     assert calls == 3
-    second = prepare("x", domain, tokenizer, tmp_path)
+    second = prepare_domain("x", domain, tokenizer, tmp_path)
     assert tokenizer.calls == calls
     assert second.fingerprint == first.fingerprint
     assert entries(tmp_path) == [first.folder.name]
     # Prepared elsewhere from the same text, it is the same data.
-    assert prepare("x", domain, tokenizer, tmp_path / "other").fingerprint == first.fingerprint
+    assert prepare_domain("x", domain, tokenizer, tmp_path / "other").fingerprint == first.fingerprint
 
 
 def test_a_split_is_its_documents_each_closed_by_the_end_token(domain: Domain, tmp_path: Path) -> None:
-    packed = prepare("x", domain, Letters(), tmp_path)
+    packed = prepare_domain("x", domain, Letters(), tmp_path)
     found = []
     for name in ("train", "validation", "test"):
         split = packed.split(name)
@@ -88,7 +88,7 @@ def test_a_split_is_its_documents_each_closed_by_the_end_token(domain: Domain, t
 def test_tokens_take_the_smallest_type_that_holds_the_vocabulary(
     domain: Domain, tmp_path: Path, vocab_size: int, dtype: type
 ) -> None:
-    stream = prepare("x", domain, Letters(vocab_size), tmp_path).split("train").tokens
+    stream = prepare_domain("x", domain, Letters(vocab_size), tmp_path).split("train").tokens
     assert stream.dtype == dtype
     assert isinstance(stream, np.memmap)
     assert max(stream) == ord("ü")
@@ -100,20 +100,20 @@ def test_a_token_beyond_the_vocabularys_type_is_never_wrapped_round(domain: Doma
             return [[2**16 + 5] for _ in texts]
 
     with pytest.raises(OverflowError):
-        prepare("x", domain, Wide(), tmp_path)
+        prepare_domain("x", domain, Wide(), tmp_path)
     assert entries(tmp_path) == []
 
 
 def test_the_fingerprint_follows_text_and_tokenizer_and_not_the_description(domain: Domain, tmp_path: Path) -> None:
-    fingerprint = prepare("x", domain, Letters(), tmp_path).fingerprint
+    fingerprint = prepare_domain("x", domain, Letters(), tmp_path).fingerprint
     described = replace(domain, description="other words", licence="other terms")
-    assert prepare("x", described, Letters(), tmp_path).fingerprint == fingerprint
-    assert prepare("y", domain, Letters(), tmp_path).fingerprint == fingerprint
-    assert prepare("x", domain, Letters(fingerprint="other"), tmp_path).fingerprint != fingerprint
+    assert prepare_domain("x", described, Letters(), tmp_path).fingerprint == fingerprint
+    assert prepare_domain("y", domain, Letters(), tmp_path).fingerprint == fingerprint
+    assert prepare_domain("x", domain, Letters(fingerprint="other"), tmp_path).fingerprint != fingerprint
     halved = replace(domain, splits={"train": 0.5, "validation": 0.2, "test": 0.3})
-    assert prepare("x", halved, Letters(), tmp_path).fingerprint != fingerprint
+    assert prepare_domain("x", halved, Letters(), tmp_path).fingerprint != fingerprint
     (tmp_path / "text" / "00.txt").write_text("document 0 of another", encoding="utf-8")
-    assert prepare("x", domain, Letters(), tmp_path).fingerprint != fingerprint
+    assert prepare_domain("x", domain, Letters(), tmp_path).fingerprint != fingerprint
 
 
 def test_a_failure_half_way_leaves_nothing(domain: Domain, tmp_path: Path) -> None:
@@ -124,23 +124,23 @@ def test_a_failure_half_way_leaves_nothing(domain: Domain, tmp_path: Path) -> No
             return super().encode(texts)
 
     with pytest.raises(RuntimeError, match="half-way"):
-        prepare("x", domain, Failing(), tmp_path)
+        prepare_domain("x", domain, Failing(), tmp_path)
     assert entries(tmp_path) == []
-    assert len(prepare("x", domain, Letters(), tmp_path).split("train").tokens) > 0
+    assert len(prepare_domain("x", domain, Letters(), tmp_path).split("train").tokens) > 0
 
 
 def test_another_process_that_finishes_first_is_tolerated(
     domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    genuine = pack.write
+    genuine = pack.write_packed
 
     def overtaken(folder: Path, *arguments: Any) -> None:
         genuine(folder, *arguments)
-        monkeypatch.setattr(pack, "write", genuine)
-        prepare("x", domain, Letters(), tmp_path)
+        monkeypatch.setattr(pack, "write_packed", genuine)
+        prepare_domain("x", domain, Letters(), tmp_path)
 
-    monkeypatch.setattr(pack, "write", overtaken)
-    packed = prepare("x", domain, Letters(), tmp_path)
+    monkeypatch.setattr(pack, "write_packed", overtaken)
+    packed = prepare_domain("x", domain, Letters(), tmp_path)
     assert entries(tmp_path) == [packed.folder.name]
     assert len(packed.split("test").tokens) > 0
 
@@ -153,7 +153,7 @@ def test_a_disk_error_is_not_mistaken_for_another_process(
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space"):
-        prepare("x", domain, Letters(), tmp_path)
+        prepare_domain("x", domain, Letters(), tmp_path)
     assert entries(tmp_path) == []
 
 
@@ -162,18 +162,18 @@ def test_an_empty_split_is_refused(domain: Domain, tmp_path: Path) -> None:
     (tmp_path / "one" / "a.txt").write_text("the only document", encoding="utf-8")
     lonely = replace(domain, sources=(FilesSource(kind="files", paths=(str(tmp_path / "one"),)),))
     with pytest.raises(ConfigError, match=r"domain x: no document fell into the \w+ split"):
-        prepare("x", lonely, Letters(), tmp_path)
+        prepare_domain("x", lonely, Letters(), tmp_path)
     assert entries(tmp_path) == []
 
 
 def test_a_split_that_a_domain_lacks_is_refused_with_those_it_has(domain: Domain, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="domain x has no pretrain split; it has test, validation, train"):
-        prepare("x", domain, Letters(), tmp_path).split("pretrain")
+        prepare_domain("x", domain, Letters(), tmp_path).split("pretrain")
 
 
 def test_dropped_duplicates_are_counted_in_the_description(domain: Domain, tmp_path: Path) -> None:
     (tmp_path / "text" / "twin.txt").write_text("document 0 of 0ü", encoding="utf-8")
-    packed = prepare("x", domain, Letters(), tmp_path)
+    packed = prepare_domain("x", domain, Letters(), tmp_path)
     assert packed.meta["exact_duplicates_dropped"] == 1
     assert packed.meta["near_duplicates_dropped"] == 0
 

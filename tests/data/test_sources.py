@@ -19,7 +19,7 @@ from pyarrow import parquet
 from mode.config.data import Domain, FilesSource, GeneratorSource, HubSource, StdlibSource, WheelSource
 from mode.core import wheels
 from mode.core.errors import ConfigError
-from mode.data.sources import read_documents, read_source, source_state
+from mode.data.sources import describe_source, read_documents, read_source
 
 PROSE = "The quick brown fox jumps over the lazy dog while the sun goes down behind the old mill. "
 
@@ -73,7 +73,7 @@ def test_a_missing_file_is_named_in_one_line(tmp_path: Path) -> None:
     assert f"{tmp_path}/none.txt: no such file" in refusal(files(tmp_path / "none.txt"))
     assert f"{tmp_path}/*.txt: no such file" in refusal(files(tmp_path / "*.txt"))
     with pytest.raises(ConfigError, match="no such file"):
-        source_state(files(tmp_path / "none.txt"))
+        describe_source(files(tmp_path / "none.txt"))
 
 
 def test_broken_json_is_told_with_its_line(tmp_path: Path) -> None:
@@ -133,12 +133,12 @@ def test_a_domain_without_a_document_is_refused(tmp_path: Path) -> None:
 def test_the_state_of_files_changes_with_content_and_suffix_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text('{"text": "one"}\n', encoding="utf-8")
-    before = source_state(files(path))
-    assert source_state(files(path)) == before
+    before = describe_source(files(path))
+    assert describe_source(files(path)) == before
     path.rename(tmp_path / "a.jsonl")
-    assert source_state(files(tmp_path / "a.jsonl")) != before
+    assert describe_source(files(tmp_path / "a.jsonl")) != before
     path.write_text('{"text": "two"}\n', encoding="utf-8")
-    assert source_state(files(path)) != before
+    assert describe_source(files(path)) != before
 
 
 # --- hub
@@ -178,10 +178,10 @@ def test_hub_state_changes_with_a_local_file_also_under_the_home_folder(
 ) -> None:
     monkeypatch.setenv("HOME", str(Path(rows).parent))
     source = hub(files=("~/rows.jsonl",))
-    before = source_state(source)
+    before = describe_source(source)
     assert read(source)[0] == "row 0"
     Path(rows).write_text('{"text": "other", "n": 1}\n', encoding="utf-8")
-    assert source_state(source) != before
+    assert describe_source(source) != before
 
 
 def test_hub_mistakes_take_one_line(rows: str, tmp_path: Path) -> None:
@@ -224,11 +224,11 @@ def test_stdlib_documents_are_modules_without_excluded_folders_and_installed_pac
         "pack/deep/m.py", "pack/tests/u.py", "test/t.py"))]  # fmt: skip
     source = StdlibSource(kind="stdlib", exclude=("test", "tests"))
     assert read(source) == ["# a.py\n", "# b.py\n", "# pack/deep/m.py\n"]
-    before = source_state(source)
+    before = describe_source(source)
     (stdlib / "test" / "t.py").write_text("# other\n", encoding="utf-8")
-    assert source_state(source) == before
+    assert describe_source(source) == before
     (stdlib / "a.py").write_text("# other\n", encoding="utf-8")
-    assert source_state(source) != before
+    assert describe_source(source) != before
 
 
 @pytest.mark.slow

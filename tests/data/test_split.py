@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mode.config.data import SPLITS, Split
-from mode.data.split import SHINGLE, divide, near_duplicates, signature, split_of
+from mode.data.split import SHINGLE, choose_split, compute_signature, find_near_duplicates, split_documents
 
 SHARES: dict[Split, float] = {"train": 0.5, "validation": 0.1, "test": 0.15, "pretrain": 0.25}
 
@@ -25,7 +25,7 @@ def texts(count: int, start: int = 0) -> list[str]:
 
 def in_split(name: Split, text: str) -> str:
     """Change a text by trailing words, few enough to stay a near duplicate, until its hash puts it in a split."""
-    return next(changed for number in range(1000) if split_of(changed := f"{text} end{number}", SHARES) == name)
+    return next(changed for number in range(1000) if choose_split(changed := f"{text} end{number}", SHARES) == name)
 
 
 def where(documents: dict[Split, list[str]]) -> dict[str, Split]:
@@ -34,24 +34,24 @@ def where(documents: dict[Split, list[str]]) -> dict[str, Split]:
 
 def test_a_documents_split_depends_on_its_text_alone() -> None:
     some, more = texts(150), texts(100, start=1000)
-    before = where(divide(some, SHARES).documents)
+    before = where(split_documents(some, SHARES).documents)
     shuffled = random.Random(0).sample([*some, *more], 250)
-    after = where(divide(shuffled, SHARES).documents)
+    after = where(split_documents(shuffled, SHARES).documents)
     assert len(before) == 150
     assert len(after) == 250
     assert {text: after[text] for text in some} == before
-    assert where(divide(some[50:], SHARES).documents) == {text: before[text] for text in some[50:]}
+    assert where(split_documents(some[50:], SHARES).documents) == {text: before[text] for text in some[50:]}
 
 
 def test_documents_keep_their_given_order_within_a_split() -> None:
     given = random.Random(3).sample(texts(100), 100)
-    for members in divide(given, SHARES).documents.values():
+    for members in split_documents(given, SHARES).documents.values():
         assert members == [text for text in given if text in set(members)]
 
 
 def test_shares_are_met_but_for_chance() -> None:
     count = 20000
-    found = Counter(split_of(f"document {number}", SHARES) for number in range(count))
+    found = Counter(choose_split(f"document {number}", SHARES) for number in range(count))
     for name, share in SHARES.items():
         deviation = (count * share * (1 - share)) ** 0.5
         assert abs(found[name] - count * share) < 5 * deviation
@@ -60,18 +60,18 @@ def test_shares_are_met_but_for_chance() -> None:
 def test_a_larger_test_share_only_takes_documents_and_gives_none_back() -> None:
     wider: dict[Split, float] = {"train": 0.4, "validation": 0.1, "test": 0.25, "pretrain": 0.25}
     for number in range(500):
-        if split_of(f"document {number}", SHARES) == "test":
-            assert split_of(f"document {number}", wider) == "test"
+        if choose_split(f"document {number}", SHARES) == "test":
+            assert choose_split(f"document {number}", wider) == "test"
 
 
 def test_a_split_without_a_share_does_not_exist() -> None:
-    divided = divide(texts(50), {"train": 0.6, "validation": 0.2, "test": 0.2, "pretrain": 0.0})
+    divided = split_documents(texts(50), {"train": 0.6, "validation": 0.2, "test": 0.2, "pretrain": 0.0})
     assert set(divided.documents) == {"train", "validation", "test"}
 
 
 def test_exact_duplicates_are_dropped_and_counted() -> None:
     some = texts(40)
-    divided = divide([*some, *some[:7], some[0]], SHARES)
+    divided = split_documents([*some, *some[:7], some[0]], SHARES)
     assert divided.exact_dropped == 8
     assert sorted(where(divided.documents)) == sorted(some)
     assert sum(map(len, divided.documents.values())) == 40
@@ -85,7 +85,7 @@ def test_of_near_duplicates_in_two_splits_the_more_protected_stays(protected: Sp
     text = texts(1)[0]
     kept, dropped = in_split(protected, text), in_split(other, text)
     for given in ([kept, dropped], [dropped, kept]):
-        divided = divide(given, SHARES)
+        divided = split_documents(given, SHARES)
         assert divided.near_dropped == 1
         assert where(divided.documents) == {kept: protected}
 
@@ -93,7 +93,7 @@ def test_of_near_duplicates_in_two_splits_the_more_protected_stays(protected: Sp
 def test_the_order_of_protection_is_test_validation_train_pretrain() -> None:
     assert SPLITS == ("test", "validation", "train", "pretrain")
     text = texts(1)[0]
-    divided = divide([in_split(name, text) for name in reversed(SPLITS)], SHARES)
+    divided = split_documents([in_split(name, text) for name in reversed(SPLITS)], SHARES)
     assert divided.near_dropped == 3
     assert {name: len(members) for name, members in divided.documents.items()} == {
         "test": 1, "validation": 0, "train": 0, "pretrain": 0}  # fmt: skip
@@ -102,22 +102,22 @@ def test_the_order_of_protection_is_test_validation_train_pretrain() -> None:
 def test_near_duplicates_within_a_split_are_kept() -> None:
     text = texts(1)[0]
     pair = [in_split("train", text), in_split("train", text + " and")]
-    divided = divide(pair, SHARES)
+    divided = split_documents(pair, SHARES)
     assert divided.near_dropped == 0
     assert divided.documents["train"] == pair
 
 
 def test_unrelated_documents_and_documents_alike_only_in_part_are_kept() -> None:
     half = [" ".join([*words(0, 40), *words(seed, 40)]) for seed in range(1, 60)]
-    divided = divide([*texts(300, start=500), *half], SHARES)
+    divided = split_documents([*texts(300, start=500), *half], SHARES)
     assert divided.near_dropped == 0
     assert len(where(divided.documents)) == 359
 
 
 def test_short_documents_are_compared_as_a_whole() -> None:
     groups: list[Split] = ["test", "train", "train"]
-    assert near_duplicates(["a b", "a b", "a c"], groups) == {1}
-    assert near_duplicates([], []) == set()
+    assert find_near_duplicates(["a b", "a b", "a c"], groups) == {1}
+    assert find_near_duplicates([], []) == set()
 
 
 def shingles(text: str) -> set[tuple[str, ...]]:
@@ -132,12 +132,12 @@ def test_minhash_estimates_the_jaccard_similarity(shared: int) -> None:
         one = " ".join(words(seed, 400))
         other = " ".join([*words(seed, 400)[:shared], *words(seed + 100, 400 - shared)])
         exact = len(shingles(one) & shingles(other)) / len(shingles(one) | shingles(other))
-        estimate = float(np.mean(signature(one) == signature(other)))
-        deviation = (exact * (1 - exact) / len(signature(one))) ** 0.5
+        estimate = float(np.mean(compute_signature(one) == compute_signature(other)))
+        deviation = (exact * (1 - exact) / len(compute_signature(one))) ** 0.5
         assert abs(estimate - exact) <= 5 * deviation + 1e-9
         errors.append(estimate - exact)
     assert abs(np.mean(errors)) < 0.03  # unbiased
 
 
 def test_a_signature_does_not_depend_on_spaces_and_line_breaks() -> None:
-    assert np.array_equal(signature("a b c d e f"), signature("a  b\nc\td e f\n"))
+    assert np.array_equal(compute_signature("a b c d e f"), compute_signature("a  b\nc\td e f\n"))

@@ -19,7 +19,7 @@ from mode.config.check import replace_settings
 from mode.config.compose import compose
 from mode.core import processes
 from mode.core.errors import ConfigError
-from mode.distributed.choose import check
+from mode.distributed.choose import check_processes
 from mode.records.record import read_records
 from mode.runs.execute import execute
 from mode.train.checkpoint import read_counters
@@ -143,12 +143,12 @@ def test_a_run_goes_on_with_other_processes_under_other_layouts(shared_world: Wo
 def test_a_weight_that_is_a_number_alone_has_no_shards() -> None:
     from torch import nn
 
-    from mode.distributed.fsdp import Shards
+    from mode.distributed.fsdp import FSDP
 
     model = nn.Linear(2, 2)
     model.temperature = nn.Parameter(torch.ones(()))
     with pytest.raises(ConfigError, match=r"^train\.layout=fsdp: a number alone"):
-        Shards(model)
+        FSDP(model)
 
 
 def test_rows_that_do_not_divide_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,11 +156,11 @@ def test_rows_that_do_not_divide_are_refused(world: World, monkeypatch: pytest.M
     message = r"^train.batch_size=8 does not divide over 3 processes and train.accumulate=2$"
     settings = run_of(world, "method=sft", "train.batch_size=8", "train.accumulate=2").train
     with pytest.raises(ConfigError, match=message):
-        check(settings)
-    check(replace_settings(settings, batch_size=12))
-    check(replace_settings(settings, layout="tp"))
+        check_processes(settings)
+    check_processes(replace_settings(settings, batch_size=12))
+    check_processes(replace_settings(settings, layout="tp"))
     monkeypatch.setenv("RANK", "2")
-    assert processes.share(list(range(6))) == [4, 5]
+    assert processes.shard_rows(list(range(6))) == [4, 5]
 
 
 def words(world: World, *overrides: str) -> list[str]:

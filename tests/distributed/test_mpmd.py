@@ -20,13 +20,13 @@ from mode.backbone.load import load_model
 from mode.config.compose import compose
 from mode.core.errors import ConfigError
 from mode.core.tensors import load_tensors
-from mode.distributed.choose import spread_over
-from mode.distributed.mpmd import Branches
+from mode.distributed.choose import choose_layout
+from mode.distributed.mpmd import MPMD
 from mode.methods.base import Material
-from mode.modular.block import blocks_of
+from mode.modular.block import find_blocks
 from mode.runs.execute import WEIGHTS, execute
 from mode.runs.prepare import prepare_run
-from mode.train.loop import Job, accumulate
+from mode.train.loop import TrainJob, accumulate
 from mode.train.objective import Objective
 from mode.train.optimizer import make_optimizer
 from tests.conftest import World
@@ -167,7 +167,7 @@ def alone_of_two(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_step_has_the_collectives_of_the_formula(world: World, blocks: int, in_flight: int) -> None:
     run: Any = compose([*world.overrides, *FRESH, f"method.num_blocks={blocks}"], world.conf)
     model = noisy(run)
-    branches = Branches(model, CPU, in_flight)
+    branches = MPMD(model, CPU, in_flight)
     with branches(), Traffic() as seen:
         accumulate(Objective(model, run.train, None, branches.part), torch.randint(300, (8, 33)), 1, slots=2)
     reduced = {"all_reduce": 2 * (blocks - 1) * in_flight} if blocks > 1 else {}
@@ -190,16 +190,16 @@ def test_what_cannot_be_spread_is_refused(world: World, settings: list[str], hel
     run: Any = compose([*world.overrides, *settings, "train.layout=mpmd"], world.conf)
     model = run.method.build(run, Material(backbone=lambda: load_model(run.backbone)))
     with pytest.raises(ConfigError, match=message):
-        spread_over(model, held, run.train, CPU)
+        choose_layout(model, held, run.train, CPU)
 
 
 @pytest.mark.usefixtures("alone_of_two")
 def test_slots_have_as_even_work_as_can_be_or_what_is_asked(world: World) -> None:
     run: Any = compose([*world.overrides, *FRESH, "method.num_experts=4"], world.conf)
     model = noisy(run)
-    branches = Branches(model, CPU)
+    branches = MPMD(model, CPU)
     assert branches.owners == [0, 0, 1, 0, 1]  # experts, which train, before the backbone
-    asked = Branches(model, CPU, placement=[[1, 2, 3], [4, 0]])
+    asked = MPMD(model, CPU, placement=[[1, 2, 3], [4, 0]])
     assert asked.owners == [1, 0, 0, 0, 1]
     for wrong, told in (
         ([[0, 1], [2, 3]], "not each of the branches"),
@@ -209,7 +209,7 @@ def test_slots_have_as_even_work_as_can_be_or_what_is_asked(world: World) -> Non
         ([[0, 1, 2, 3, 4]], "2 processes do not divide over 1 slots"),
     ):
         with pytest.raises(ConfigError, match=told):
-            Branches(model, CPU, placement=wrong)
+            MPMD(model, CPU, placement=wrong)
 
 
 @pytest.mark.usefixtures("alone_of_two")
@@ -237,10 +237,10 @@ def test_a_step_leaves_what_is_other_slots_in_other_slots(world: World) -> None:
     run: Any = compose([*world.overrides, *FRESH, "method.num_experts=2", "train.layout=mpmd"], world.conf)
     model = noisy(run)
     whole = sum(each.numel() for each in model.parameters())
-    parts = [*blocks_of(model)[0].experts, blocks_of(model)[0].backbone]
+    parts = [*find_blocks(model)[0].experts, find_blocks(model)[0].backbone]
     own = [sum(each.numel() for each in part.parameters()) for part in parts]
-    branches = Branches(model, CPU, placement=[[0, 2], [1]])
-    job = Job(settings=run.train, steps=1, lr=1e-3, folder=world.root, validate=dict)
+    branches = MPMD(model, CPU, placement=[[0, 2], [1]])
+    job = TrainJob(settings=run.train, steps=1, lr=1e-3, folder=world.root, validate=dict)
     made = Objective(model, run.train, None, branches.part)
     objective, optimizer = branches.wrap(
         made, partial(make_optimizer, lr=job.lr, scales=job.lr_scales, settings=job.settings)
@@ -288,7 +288,7 @@ def test_text_side_by_side_is_that_of_one_process_though_none_has_the_others_wei
 def test_a_process_forgets_the_branches_of_others(world: World) -> None:
     run = compose([*world.overrides, *FRESH, "method.num_experts=2"], world.conf)
     model = noisy(run)
-    branches = Branches(model, CPU, placement=[[0, 2], [1]])
+    branches = MPMD(model, CPU, placement=[[0, 2], [1]])
     branches.part_for_good()
     for block in branches.blocks:
         sizes = [sum(each.numel() for each in part.parameters()) for part in (block.backbone, *block.experts)]

@@ -13,8 +13,8 @@ import torch
 from mode.backbone.load import load_model
 from mode.config.compose import compose
 from mode.core.errors import ConfigError
-from mode.distributed.choose import spread_over
-from mode.distributed.tensor_parallel import Slices
+from mode.distributed.choose import choose_layout
+from mode.distributed.tensor_parallel import TensorParallel
 from mode.methods.base import Material
 from mode.modular.build import insert_blocks
 from mode.runs.execute import execute
@@ -96,15 +96,15 @@ def test_what_has_no_slices_is_refused(
     model = run.method.build(run, Material(backbone=lambda: load_model(run.backbone)))
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     with pytest.raises(ConfigError, match=f"^train.layout=tp: .*{message}"):
-        Slices(model)
+        TensorParallel(model)
 
 
 def test_a_family_without_a_plan_and_one_process_are_refused(world: World) -> None:
     with pytest.raises(ConfigError, match="transformers has no plan for gpt2; fsdp goes with every family"):
-        Slices(make_model("gpt2"))
+        TensorParallel(make_model("gpt2"))
     run: Any = compose([*world.overrides, "method=sft", "train.layout=tp"], world.conf)
     with pytest.raises(ConfigError, match=r"train\.layout=tp needs several processes"):
-        spread_over(make_model("llama"), False, run.train, torch.device("cpu"))
+        choose_layout(make_model("llama"), False, run.train, torch.device("cpu"))
 
 
 @pytest.mark.slow

@@ -23,11 +23,11 @@ from mode.config.check import replace_settings
 from mode.config.groups import list_members, read_group
 from mode.core.errors import ConfigError
 from mode.data.pack import PackedSplit
-from mode.downstream.programs import complete, score_programs
-from mode.downstream.results import SCHEMA, SHEET, Result, render
-from mode.downstream.run import plan_registered, told
+from mode.downstream.programs import complete_prompt, score_programs
+from mode.downstream.results import SCHEMA, SHEET, Result, render_results
+from mode.downstream.run import plan_registered, summarise_score
 from mode.downstream.sandbox import check_isolation
-from mode.downstream.task import DEFAULT, Scored, Task, cut, load_task, read_questions, render_prompt
+from mode.downstream.task import DEFAULT, Scored, Task, cut_at_stops, load_task, read_questions, render_prompt
 from mode.evaluation.generate import Sampling, generate
 from mode.evaluation.next_token import evaluate
 from tests.cli.test_cli import call
@@ -169,16 +169,16 @@ def test_a_prompt_is_rendered_from_the_question_as_it_is() -> None:
 
 
 def test_an_answer_ends_where_the_first_of_the_stops_begins() -> None:
-    assert cut("a\nclass b\ndef c", ["\ndef", "\nclass"]) == "a"
-    assert cut("a", ["b"]) == "a"
+    assert cut_at_stops("a\nclass b\ndef c", ["\ndef", "\nclass"]) == "a"
+    assert cut_at_stops("a", ["b"]) == "a"
 
 
 def test_a_completion_is_the_greedy_text_up_to_the_stop(world: World) -> None:
     model, tokenizer = load_model(pico(world)).eval(), load_tokenizer(pico(world))
     whole = "".join(piece.text for piece in generate(model, tokenizer, "def f", Sampling(20)))
-    assert complete(model, tokenizer, "def f", 20, []) == whole
+    assert complete_prompt(model, tokenizer, "def f", 20, []) == whole
     stop = whole[3:5]
-    assert complete(model, tokenizer, "def f", 20, ["never", stop]) == whole[: whole.index(stop)]
+    assert complete_prompt(model, tokenizer, "def f", 20, ["never", stop]) == whole[: whole.index(stop)]
 
 
 def program_task(world: World, **changes: Any) -> Task:
@@ -310,11 +310,11 @@ def result_of(**changes: Any) -> Result:
         example="Q: 1",
     )
     data = {"description": "Sums", "requirement": PIN, "licence": "CC0-1.0", "sha256": "0" * 64}
-    return Result(SCHEMA, "id", known | changes, told("exact_match", scored, 1.0), {"data": data})
+    return Result(SCHEMA, "id", known | changes, summarise_score("exact_match", scored, 1.0), {"data": data})
 
 
 def test_the_page_shows_score_error_unparsed_version_and_prompt() -> None:
-    texts = render([result_of(), result_of(run="ba9876543210", version=2, chance=0.25)])
+    texts = render_results([result_of(), result_of(run="ba9876543210", version=2, chance=0.25)])
     (first, second) = [line for line in texts["md"].splitlines() if line.startswith("| tiny")]
     cells = [cell.strip() for cell in first.split("|")[1:-1]]
     run = "sft-code-s0-0123456789ab"
@@ -332,7 +332,7 @@ def test_the_page_shows_score_error_unparsed_version_and_prompt() -> None:
 def test_a_metric_that_was_not_measured_is_refused() -> None:
     scored = Scored(asked=1, of=1, values=[], metrics={"acc": (1.0, None)}, unparsed=None, truncated=0, example="")
     with pytest.raises(ConfigError, match="metric: acc_nrom: not one of acc; did you mean acc"):
-        told("acc_nrom", scored, 1.0)
+        summarise_score("acc_nrom", scored, 1.0)
 
 
 def test_the_report_renders_results_and_check_notices_what_does_not_follow(asked: World) -> None:
@@ -376,9 +376,9 @@ def test_without_the_harness_its_tasks_say_how_to_install_it(asked: World, monke
 
 
 def harnessed(world: World, name: str, rows: list[dict[str, Any]]) -> Any:
-    from mode.downstream.harness import own_task
+    from mode.downstream.harness import convert_task
 
-    return own_task(name, load_task(name, world.conf), rows)
+    return convert_task(name, load_task(name, world.conf), rows)
 
 
 INSIDES = "{{ ''.__class__.__mro__[1].__subclasses__() | length }}"

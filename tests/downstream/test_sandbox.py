@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from mode.core.errors import ConfigError
-from mode.downstream.confine import ALLOW, ALLOWED, AUDIT_ARCH, KILL, REFUSE, calls, instructions
-from mode.downstream.sandbox import Limits, Verdict, check_isolation, execute, understand
+from mode.downstream.confine import ALLOW, ALLOWED, AUDIT_ARCH, KILL, REFUSE, allowed_calls, build_filter
+from mode.downstream.sandbox import Limits, Verdict, check_isolation, parse_verdict, run_program
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +78,7 @@ def harmful(name: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("name", HARM)
 def test_a_program_that_does_harm_is_refused(name: str, tmp_path: Path) -> None:
-    verdict = execute(harmful(name, tmp_path), TEST, QUICK)
+    verdict = run_program(harmful(name, tmp_path), TEST, QUICK)
     assert verdict.outcome == "failed"
     assert verdict.detail in ("PermissionError", "RuntimeError", "ValueError", "OSError", "gaierror")
     assert (tmp_path / "secret").read_text("utf-8") == "secret"
@@ -109,7 +109,7 @@ def test_the_same_program_does_its_harm_where_nothing_confines_it(name: str, tmp
 )
 def test_a_program_that_takes_too_much_is_stopped(program: str, expected: Verdict) -> None:
     begin = time.monotonic()
-    assert execute(f"{program}\n{ADD}", TEST, QUICK) == expected
+    assert run_program(f"{program}\n{ADD}", TEST, QUICK) == expected
     assert time.monotonic() - begin < 30
 
 
@@ -133,7 +133,7 @@ def test_a_program_that_takes_too_much_is_stopped(program: str, expected: Verdic
     ],
 )
 def test_a_program_passes_only_if_its_test_ends(program: str, outcome: str) -> None:
-    assert execute(program, TEST, QUICK).outcome == outcome
+    assert run_program(program, TEST, QUICK).outcome == outcome
 
 
 @pytest.mark.parametrize(
@@ -147,17 +147,17 @@ def test_a_program_passes_only_if_its_test_ends(program: str, outcome: str) -> N
     ],
 )
 def test_a_right_program_passes(program: str) -> None:
-    assert execute(program, TEST, QUICK) == Verdict("passed")
+    assert run_program(program, TEST, QUICK) == Verdict("passed")
 
 
 def test_a_program_sees_an_empty_folder_and_no_environment() -> None:
     program = "import os\nassert os.listdir('.') == []\nassert not set(os.environ) - {'PYTHONHASHSEED', 'LC_CTYPE'}\n"
-    assert execute(program + ADD, TEST, QUICK) == Verdict("passed")
+    assert run_program(program + ADD, TEST, QUICK) == Verdict("passed")
 
 
 def test_the_order_of_a_set_is_the_same_every_time() -> None:
     order = "def add(a, b): return 3\n" + f"assert hash('word') == {hash_of('word')}"
-    assert {execute(order, TEST, QUICK).outcome for _ in range(3)} == {"passed"}
+    assert {run_program(order, TEST, QUICK).outcome for _ in range(3)} == {"passed"}
 
 
 def hash_of(word: str) -> int:
@@ -168,18 +168,20 @@ def hash_of(word: str) -> int:
 
 
 def test_only_what_follows_the_word_is_a_verdict() -> None:
-    assert understand("passed\n", "word", "") == Verdict("ended")
-    assert understand("wordy passed\nword failed AssertionError\n", "word", "") == Verdict("failed", "AssertionError")
-    assert understand("word failed not a name\n", "word", "") == Verdict("failed")
-    assert understand("", "word", "time") == Verdict("stopped", "time")
+    assert parse_verdict("passed\n", "word", "") == Verdict("ended")
+    assert parse_verdict("wordy passed\nword failed AssertionError\n", "word", "") == Verdict(
+        "failed", "AssertionError"
+    )
+    assert parse_verdict("word failed not a name\n", "word", "") == Verdict("failed")
+    assert parse_verdict("", "word", "time") == Verdict("stopped", "time")
     with pytest.raises(ConfigError, match="cannot confine a program: Landlock: Function not implemented"):
-        understand("word unconfined Landlock: Function not implemented\n", "word", "")
+        parse_verdict("word unconfined Landlock: Function not implemented\n", "word", "")
 
 
 @pytest.mark.parametrize("processor", ALLOWED)
 def test_the_filter_lets_through_what_is_listed_and_nothing_else(processor: str) -> None:
-    program, numbers = instructions(processor, calls(processor)), set(calls(processor))
-    assert len(numbers) == len(calls(processor))
+    program, numbers = build_filter(processor, allowed_calls(processor)), set(allowed_calls(processor))
+    assert len(numbers) == len(allowed_calls(processor))
     assert all(struct.pack("=HBBI", *each) for each in program)
     for number in range(600):
         assert simulate(program, AUDIT_ARCH[processor], number) == (ALLOW if number in numbers else REFUSE)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from mode.artefacts.find import Recalled, branches, recall, recall_run
+from mode.artefacts.find import FoundModel, find_model, find_run, list_branches
 from mode.config.compose import compose
 from mode.core.errors import ConfigError
-from mode.evaluation.generate import Piece, Sampling, choose, generate
-from mode.gating.meter import token_gates
-from mode.modular.block import blocks_of
+from mode.evaluation.generate import Piece, Sampling, choose_token, generate
+from mode.gating.meter import read_token_gates
+from mode.modular.block import find_blocks
 from mode.report.generated_text import Section, to_html
 from mode.runs.execute import execute
 from mode.runs.prepare import prepare_run
@@ -29,9 +29,9 @@ METHODS = {
 }
 
 
-def trained(world: World, name: str) -> tuple[str, Recalled]:
+def trained(world: World, name: str) -> tuple[str, FoundModel]:
     record = execute(compose([*world.overrides, *METHODS[name]], world.conf))
-    return record.id, recall(record.id, world.root / "runs")
+    return record.id, find_model(record.id, world.root / "runs")
 
 
 @pytest.mark.slow
@@ -53,15 +53,15 @@ def test_greedy_text_is_the_argmax_of_full_forwards(world: World, name: str) -> 
 @pytest.mark.slow
 def test_gates_of_the_pieces_are_those_that_predicted_them(world: World) -> None:
     _, recalled = trained(world, "mode")
-    assert branches(recalled) == ("backbone", "py", "sums")
+    assert list_branches(recalled) == ("backbone", "py", "sums")
     with torch.no_grad():
-        for block in blocks_of(recalled.model):
+        for block in find_blocks(recalled.model):
             block.gate.weight.normal_(generator=torch.Generator().manual_seed(0))
     prompt = "def f1(x):"
     made = list(generate(recalled.model, recalled.tokenizer, prompt, Sampling(max_tokens=5)))
     ids = recalled.tokenizer.encode([prompt])[0]
     continued = recalled.model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False, eos_token_id=None)
-    weights = token_gates(recalled.model, continued[0].tolist())
+    weights = read_token_gates(recalled.model, continued[0].tolist())
     assert weights.shape == (len(ids) + 4, 6, 3)
     for piece, expected in zip(made, weights[-5:], strict=True):
         torch.testing.assert_close(torch.tensor(piece.gates), expected)
@@ -72,12 +72,12 @@ def test_records_tell_the_mean_gates_of_every_domain(world: World) -> None:
     record = execute(compose([*world.overrides, "method=mode"], world.conf))
     gates = record.happened["gates"]
     assert list(gates) == ["sums", "py", "prose"]
-    recalled = recall(record.id, world.root / "runs")
-    split = prepare_run(recall_run(record.id, world.root / "runs")).packed["py"].split("test")
+    recalled = find_model(record.id, world.root / "runs")
+    split = prepare_run(find_run(record.id, world.root / "runs")).packed["py"].split("test")
     length, sums, count = 32, torch.zeros(6, 3, dtype=torch.float64), 0
     for start in range(0, len(split.tokens) - 1, length):  # every row by itself, its tokens alone
         row = [int(token) for token in split.tokens[start : start + length + 1]]
-        sums += token_gates(recalled.model, row).double().sum(0)
+        sums += read_token_gates(recalled.model, row).double().sum(0)
         count += len(row) - 1
     assert count == record.happened["scores"]["py"]["tokens"]
     torch.testing.assert_close(torch.tensor(gates["py"]["mean"], dtype=torch.float64), sums / count, atol=2e-6, rtol=0)
@@ -92,7 +92,7 @@ def test_sampling_is_a_function_of_its_seed_and_top_p_narrows_it() -> None:
 
     def draws(**settings: Any) -> list[int]:
         random = torch.Generator().manual_seed(0)
-        return [choose(logits, Sampling(temperature=1.0, **settings), random) for _ in range(300)]
+        return [choose_token(logits, Sampling(temperature=1.0, **settings), random) for _ in range(300)]
 
     assert draws() == draws()
     assert set(draws()) == {0, 1, 2, 3}
@@ -146,4 +146,4 @@ def test_mistakes_are_told_in_one_line(world: World) -> None:
         (line,) = result.stderr.splitlines()
         assert expected in line
     with pytest.raises(ConfigError, match="no run of that id"):
-        recall_run("zzz", world.root / "runs")
+        find_run("zzz", world.root / "runs")

@@ -15,8 +15,17 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from mode.data.pack import PackedSplit
-from mode.evaluation.next_token import Score, evaluate, headline, summarise
-from mode.ops.loss import CHUNK, PART, ChunkedLoss, head, hidden_states, hits, next_token_loss, token_scores
+from mode.evaluation.next_token import Score, evaluate, flatten_scores, summarise
+from mode.ops.loss import (
+    CHUNK,
+    PART,
+    ChunkedLoss,
+    compute_hidden_states,
+    compute_next_token_loss,
+    find_hits,
+    output_head,
+    score_states,
+)
 
 VOCABULARY, HIDDEN, LENGTH = 23, 8, 6
 
@@ -49,7 +58,7 @@ class Tiny(nn.Module):
         return self.output
 
     def logits(self, input_ids: Tensor) -> Tensor:
-        return self.output(hidden_states(self, input_ids))
+        return self.output(compute_hidden_states(self, input_ids))
 
 
 def packed(*lengths: int, seed: int = 0, num_bytes: int = 1000) -> PackedSplit:
@@ -205,7 +214,7 @@ def test_bits_per_byte_is_the_total_in_bits_over_the_bytes() -> None:
 
 def test_a_headline_names_split_domain_and_measure() -> None:
     score = of([[1, 0], [1, 1]])
-    assert headline({"py": score}) == {"validation/py/accuracy": 0.75, "validation/py/loss": 1.0}
+    assert flatten_scores({"py": score}) == {"validation/py/accuracy": 0.75, "validation/py/loss": 1.0}
 
 
 # --- chunked loss against full logits
@@ -218,7 +227,7 @@ def test_token_scores_equal_full_logits(chunk: int) -> None:
     targets = torch.randint(VOCABULARY, (3, 4))
     logits = states @ weight.T
     targets[0] = logits[0].argmax(-1)
-    scores = token_scores(states, weight, targets, chunk)
+    scores = score_states(states, weight, targets, chunk)
     expected = functional.cross_entropy(logits.view(-1, VOCABULARY), targets.view(-1), reduction="none")
     torch.testing.assert_close(scores.nll, expected)
     assert torch.equal(scores.hit, (logits.argmax(-1) == targets).view(-1))
@@ -236,7 +245,7 @@ def test_the_loss_and_its_gradients_equal_cross_entropy_of_full_logits(trainable
         states = start.clone().requires_grad_()
         weight = matrix.clone().requires_grad_(trainable)
         if chunked:
-            loss = next_token_loss(states, weight, targets)
+            loss = compute_next_token_loss(states, weight, targets)
         else:
             loss = functional.cross_entropy((states @ weight.T).view(-1, VOCABULARY), targets.view(-1))
         (3 * loss).backward()
@@ -255,7 +264,7 @@ def test_the_loss_is_computed_in_fp32_from_bf16_states() -> None:
     torch.manual_seed(0)
     states, weight = torch.randn(2, 9, HIDDEN).bfloat16(), torch.randn(VOCABULARY, HIDDEN)
     targets = torch.randint(VOCABULARY, (2, 9))
-    loss = next_token_loss(states, weight, targets)
+    loss = compute_next_token_loss(states, weight, targets)
     assert loss.dtype == torch.float32
     expected = functional.cross_entropy((states.float() @ weight.T).view(-1, VOCABULARY), targets.view(-1))
     torch.testing.assert_close(loss, expected)
@@ -268,7 +277,7 @@ def test_hits_are_those_of_the_first_of_the_most_likely(kinds: int) -> None:
     logits[0] = -torch.inf
     expected = logits.argmax(-1) == labels
     assert 0 < expected.sum() < 300
-    assert torch.equal(hits(logits.clone(), labels), expected)
+    assert torch.equal(find_hits(logits.clone(), labels), expected)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
@@ -302,7 +311,7 @@ def test_the_loss_in_bf16_is_close_to_that_in_fp32_and_sums_in_fp32(trains: bool
     found = {}
     for precision in ("fp32", "bf16"):
         states.grad = weight.grad = None
-        loss = next_token_loss(states, weight, targets, precision=precision)
+        loss = compute_next_token_loss(states, weight, targets, precision=precision)
         (3.0 * loss).backward()  # type: ignore[no-untyped-call]
         assert loss.dtype == torch.float32
         assert (weight.grad is not None) is trains
@@ -320,4 +329,6 @@ def test_states_times_head_are_the_logits_of_a_real_model(shared_world: Any) -> 
     model = load_model(Backbone(name="pico", path=str(Path(shared_world.root) / "pico")))
     rows = torch.randint(200, (2, 11))
     with torch.no_grad():
-        torch.testing.assert_close(hidden_states(model, rows) @ head(model).T, model(input_ids=rows).logits)
+        torch.testing.assert_close(
+            compute_hidden_states(model, rows) @ output_head(model).T, model(input_ids=rows).logits
+        )

@@ -10,15 +10,15 @@ import torch
 
 from mode.config.method import GateSettings
 from mode.core.errors import ConfigError
-from mode.evaluation.likelihood import Text, log_likelihoods
+from mode.evaluation.likelihood import Text, compute_log_likelihoods
 from mode.gating.gate import Gate
-from mode.gating.select import choose, load_balance
+from mode.gating.select import choose_branches, compute_load_balance
 from mode.modular.artefact import load_experts
-from mode.modular.block import blocks_of
+from mode.modular.block import find_blocks
 from mode.modular.edit import swap_expert
-from mode.modular.experts import expert_state
+from mode.modular.experts import extract_expert_state
 from mode.modular.model import MoDEForCausalLM, make_modular
-from mode.ops.loss import auxiliary_loss, hidden_states
+from mode.ops.loss import compute_auxiliary_loss, compute_hidden_states
 from tests.support.families import VOCABULARY, check_generation, make_model
 
 IDS = torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
@@ -45,7 +45,7 @@ def modular(**settings: Any) -> MoDEForCausalLM:
         gate=GateSettings(**settings),
     )
     with torch.no_grad():
-        for block in blocks_of(model):
+        for block in find_blocks(model):
             block.gate.weight.normal_(0, 0.5)
     return model.eval()
 
@@ -77,7 +77,7 @@ def test_top_k_of_every_branch_is_the_papers_gate() -> None:
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 1.0])
 def test_top_p_keeps_the_smallest_set_of_largest_branches_that_holds_the_share(share: float) -> None:
     full = gate()(STATES).flatten(0, 1)
-    kept = choose(full, GateSettings(top_p=share))
+    kept = choose_branches(full, GateSettings(top_p=share))
     assert kept is not None
     for weights, mask in zip(full.tolist(), kept.tolist(), strict=True):
         chosen = sorted((w for w, keep in zip(weights, mask, strict=True) if keep), reverse=True)
@@ -111,26 +111,28 @@ def test_prefix_gate_leaves_padding_out() -> None:
 
 def test_load_balance_is_one_where_the_load_is_even_and_the_number_of_branches_where_one_has_all() -> None:
     even = torch.full((2, 5, 4), 0.25)
-    assert load_balance(even, None).item() == pytest.approx(1.0)
+    assert compute_load_balance(even, None).item() == pytest.approx(1.0)
     one = torch.zeros(2, 5, 4)
     one[..., 2] = 1.0
-    assert load_balance(one, None).item() == pytest.approx(4.0)
+    assert compute_load_balance(one, None).item() == pytest.approx(4.0)
     rows = torch.arange(4).repeat(6).view(4, 6)
     spread = torch.nn.functional.one_hot(rows, 4).bool() | torch.nn.functional.one_hot((rows + 1) % 4, 4).bool()
-    assert load_balance(torch.full((4, 6, 4), 0.25), spread).item() == pytest.approx(1.0)  # two branches per token
+    assert compute_load_balance(torch.full((4, 6, 4), 0.25), spread).item() == pytest.approx(
+        1.0
+    )  # two branches per token
 
 
 def test_balance_reaches_the_loop_in_training_alone() -> None:
     model = modular(top_k=1, balance=0.1)
-    hidden_states(model, IDS)
-    assert auxiliary_loss(model) is None
-    hidden_states(model.train(), IDS)
-    extra = auxiliary_loss(model)
+    compute_hidden_states(model, IDS)
+    assert compute_auxiliary_loss(model) is None
+    compute_hidden_states(model.train(), IDS)
+    extra = compute_auxiliary_loss(model)
     assert extra is not None
     assert 0.29 < extra.item() < 0.3 * 3  # three gates, between even and all on one branch
     extra.backward()
-    assert all(block.gate.weight.grad.abs().sum() > 0 for block in blocks_of(model))
-    assert auxiliary_loss(modular().train()) is None
+    assert all(block.gate.weight.grad.abs().sum() > 0 for block in find_blocks(model))
+    assert compute_auxiliary_loss(modular().train()) is None
 
 
 @pytest.mark.parametrize("settings", [{"scope": "prefix"}, {"top_k": 1}, {"top_p": 0.5, "renormalize": False}])
@@ -164,8 +166,8 @@ def test_a_hidden_layer_is_one_more_linear_map_and_begins_with_the_bias_alone() 
 
 def test_experts_of_gates_with_a_hidden_layer_neither_come_nor_go(tmp_path: Path) -> None:
     model, plain = modular(hidden=4), modular()
-    state = expert_state(plain, 0)
-    for act in (lambda: expert_state(model, 0), lambda: swap_expert(model, "a", "c", state)):
+    state = extract_expert_state(plain, 0)
+    for act in (lambda: extract_expert_state(model, 0), lambda: swap_expert(model, "a", "c", state)):
         with pytest.raises(ConfigError, match=r"gate\.hidden"):
             act()
     model.save_pretrained(tmp_path)
@@ -179,7 +181,7 @@ def test_gates_of_the_prefix_see_one_text_alone() -> None:
     """Packed with others, a text would be mixed by the mean of what came before it in its row."""
     model = modular(scope="prefix")
     texts = [Text(tokens) for tokens in (IDS[0].tolist(), IDS[1, :7].tolist())]
-    for text, found in zip(texts, log_likelihoods(model, texts, row=64, batch_size=2), strict=True):
+    for text, found in zip(texts, compute_log_likelihoods(model, texts, row=64, batch_size=2), strict=True):
         ids = torch.tensor([text.tokens])
         expected = model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None]).sum()
         assert found.total == pytest.approx(expected.item(), rel=1e-5)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mode.records.record import Record
-from mode.report.frames import routing_frame
-from mode.tables.compile import Compiled, Line, routing
+from mode.report.frames import make_routing_frame
+from mode.tables.compile import RowResult, TableData, read_routing
 from mode.tables.table import Row, Table
 
 
@@ -21,16 +21,16 @@ def record(**told: Any) -> Record:
 def test_routing_is_the_mean_over_layers_and_seeds_of_experts_in_use_and_evenness() -> None:
     even = record(mean=[[0.5, 0.5], [1.0, 0.0]], entropy=[math.log(2), 0.0], active=[2.0, 1.0])
     other = record(mean=[[0.5, 0.5], [0.5, 0.5]], entropy=[math.log(2), math.log(2)], active=[2.0, 2.0])
-    assert routing([even]) == {"code": (1.5, pytest.approx(0.5))}
-    assert routing([even, other]) == {"code": (1.75, pytest.approx(0.75))}
+    assert read_routing([even]) == {"code": (1.5, pytest.approx(0.5))}
+    assert read_routing([even, other]) == {"code": (1.75, pytest.approx(0.75))}
     old = record(mean=[[0.5, 0.5]], entropy=[math.log(2)])  # records of before do not say how many were in use
-    assert routing([even, old]) == routing([]) == {}
+    assert read_routing([even, old]) == read_routing([]) == {}
 
 
 def test_rows_without_routers_are_not_in_the_table_of_routers() -> None:
     table = Table(title="t", rows=(Row(name="a", label="A", overrides=()),))
-    plain = Line(name="a", label="A", quality={}, resampled={}, documents={}, cost={})
-    routed = Line(
+    plain = RowResult(name="a", label="A", quality={}, resampled={}, documents={}, cost={})
+    routed = RowResult(
         name="b",
         label="B",
         quality={},
@@ -40,15 +40,15 @@ def test_rows_without_routers_are_not_in_the_table_of_routers() -> None:
         branches=("x", "y"),
         routing={"code": (1.5, 0.5)},
     )
-    compiled = Compiled(
+    compiled = TableData(
         table=table, lines=(plain, routed), domains=("code",), targets=("code",), split="test", left_out=0, overlap=()
     )
-    frame = routing_frame(compiled)
+    frame = make_routing_frame(compiled)
     assert frame is not None
     assert frame.to_dict("records") == [{"Routers": "B", "Of": "2", "Code: in use": "1.50", "Code: evenness": "0.50"}]
     assert (
-        routing_frame(
-            Compiled(table=table, lines=(plain,), domains=(), targets=(), split="test", left_out=0, overlap=())
+        make_routing_frame(
+            TableData(table=table, lines=(plain,), domains=(), targets=(), split="test", left_out=0, overlap=())
         )
         is None
     )

@@ -15,8 +15,8 @@ from mode.config import identity
 from mode.config.check import check_run, flatten
 from mode.config.compose import compose, compose_plain
 from mode.config.groups import GROUPS, read_group
-from mode.planning.machine import Device, Link, read
-from mode.tables.table import load_table, row_run
+from mode.planning.machine import Device, Link, read_machine
+from mode.tables.table import compose_row, load_table
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("cli", "mode", "baselines")
@@ -83,7 +83,7 @@ OTHERS = {"device", "domain", "downstream", "launcher", "link", "table"}
 @pytest.mark.parametrize(("group", "kind"), [("device", Device), ("link", Link)])
 def test_every_device_and_link_checks(group: str, kind: type[Any]) -> None:
     for name in members(group):
-        assert isinstance(read(kind, group, name), kind)
+        assert isinstance(read_machine(kind, group, name), kind)
 
 
 def test_conf_holds_data_only() -> None:
@@ -150,8 +150,8 @@ def test_every_experiment_changes_what_it_says(name: str) -> None:
 def test_every_row_of_every_table_is_a_run_of_its_own(name: str) -> None:
     table = load_table(name)
     for overrides in [variant for variant in table.variants if not any(text.startswith("budget=") for text in variant)]:
-        runs = [row_run(table, row, table.seeds[0], overrides) for row in table.rows]
-        asked = [str(identity.asked(run)) for run in runs]
+        runs = [compose_row(table, row, table.seeds[0], overrides) for row in table.rows]
+        asked = [str(identity.describe_run(run)) for run in runs]
         assert len(set(asked)) == len(asked), "two rows ask for the same run"
     published = table.published.rows if table.published else {}
     assert published.keys() <= {row.name for row in table.rows}

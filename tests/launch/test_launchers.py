@@ -12,7 +12,7 @@ import pytest
 
 from mode.config.groups import list_members, read_group
 from mode.core.errors import ConfigError
-from mode.launch.launchers import Launcher, read, starter
+from mode.launch.launchers import Launcher, make_starter, read_launcher
 from mode.launch.schedule import run_all, table_runs
 from mode.records.record import read_records
 from mode.runs.execute import execute
@@ -73,7 +73,7 @@ def test_a_job_that_dies_goes_on_from_its_checkpoint_and_one_that_fails_does_not
     wrong, sft = table_runs(f"jobs-{kind}", [0], long, world.conf)
     watch = Killing()
     nproc = 2 if kind == "submitit" else 1  # of submitit, a job is itself several processes
-    start = starter(launcher_of(kind, nproc=nproc), tmp_path / "jobs")
+    start = make_starter(launcher_of(kind, nproc=nproc), tmp_path / "jobs")
     outcome = run_all([wrong, sft], jobs=2, display=watch, start=start, retries=1)
     assert watch.killed
     (told,) = outcome.failed.values()
@@ -94,7 +94,7 @@ def test_every_launcher_that_ships_can_be_read() -> None:
     for name in list_members("launcher"):
         kind = read_group("launcher", name)["kind"]
         if kind == "local" or find_spec(kind):
-            assert read(name).kind == kind
+            assert read_launcher(name).kind == kind
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_launcher_that_is_wrong_says_where(tmp_path: Path, text: str, told: st
     (tmp_path / "launcher").mkdir()
     (tmp_path / "launcher" / "mine.yaml").write_text(text)
     with pytest.raises(ConfigError, match=told):
-        read("mine", tmp_path)
+        read_launcher("mine", tmp_path)
 
 
 def test_a_launcher_that_is_not_there_is_told_with_the_nearest(world: World) -> None:
@@ -121,4 +121,4 @@ def test_a_launcher_that_is_not_there_is_told_with_the_nearest(world: World) -> 
 def test_a_library_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mode.launch.launchers.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="--launcher ray needs ray: `pip install ray` once"):
-        read("ray")
+        read_launcher("ray")

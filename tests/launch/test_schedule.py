@@ -21,13 +21,13 @@ import yaml
 from mode.config.compose import compose
 from mode.config.run import Run
 from mode.core.errors import ConfigError
-from mode.core.files import only_one
+from mode.core.files import lock_folder
 from mode.launch import schedule
-from mode.launch.schedule import Node, describe, plan, prepare_data, ready, run_all, table_runs
+from mode.launch.schedule import Node, list_ready, name_run, plan_runs, prepare_data, run_all, table_runs
 from mode.records.record import read_records
 from mode.runs.execute import WEIGHTS, execute
 from mode.runs.prepare import prepare_run
-from mode.tables.table import load_table, rows_under
+from mode.tables.table import list_rows_under, load_table
 from tests.cli.test_cli import call
 from tests.conftest import World
 
@@ -85,7 +85,7 @@ def runs_of(own: World, table: str = "tiny", seeds: tuple[int, ...] | None = Non
 @pytest.mark.slow
 def test_a_row_with_a_budget_of_its_own_is_no_row_under_another() -> None:
     names = {
-        policy: [row.name for row in rows_under(load_table("table1"), [f"budget={policy}"])] for policy in POLICIES
+        policy: [row.name for row in list_rows_under(load_table("table1"), [f"budget={policy}"])] for policy in POLICIES
     }
     assert "mode-2x-data" in names["paper"]
     others = [name for name in names["paper"] if name != "mode-2x-data"]
@@ -96,14 +96,14 @@ def test_a_row_with_a_budget_of_its_own_is_no_row_under_another() -> None:
 def test_a_tables_runs_come_seed_by_seed(own: World) -> None:
     write_table(own.conf, "two", {"sft": ["method=sft"], "best": ["method=lora", "method.rank=2"]}, seeds=[3])
     runs = runs_of(own, "two", (1, 2))
-    assert [describe(run) for run in runs] == ["sft s1", "best s1", "sft s2", "best s2"]
-    assert [describe(run) for run in runs_of(own, "two")] == ["sft s3", "best s3"]
+    assert [name_run(run) for run in runs] == ["sft s1", "best s1", "sft s2", "best s2"]
+    assert [name_run(run) for run in runs_of(own, "two")] == ["sft s3", "best s3"]
     assert {run.track.group for run in runs} == {"two"}
 
 
 def test_a_plan_has_every_stage_once_and_knows_who_waits_for_it(own: World) -> None:
     runs = runs_of(own)
-    nodes, done = plan(runs)
+    nodes, done = plan_runs(runs)
     assert done == 0
     sft, lora, both, frozen = (prepare_run(run).id for run in runs)
     stages = [prepare_run(stage).id for stage in runs[2].method.needs(runs[2])]  # type: ignore[attr-defined]
@@ -111,10 +111,10 @@ def test_a_plan_has_every_stage_once_and_knows_who_waits_for_it(own: World) -> N
     assert nodes[both].waits == nodes[frozen].waits == set(stages)
     assert {run_id: node.dependents for run_id, node in nodes.items()} == {
         sft: 0, lora: 0, both: 0, frozen: 0, stages[0]: 2, stages[1]: 2}  # fmt: skip
-    assert ready(nodes)[:2] == stages
-    assert set(ready(nodes)) == {sft, lora, *stages}
-    assert describe(nodes[stages[0]].prepared.run) == "MoDE expert py s0"
-    assert plan([*runs, *runs])[0].keys() == nodes.keys()
+    assert list_ready(nodes)[:2] == stages
+    assert set(list_ready(nodes)) == {sft, lora, *stages}
+    assert name_run(nodes[stages[0]].prepared.run) == "MoDE expert py s0"
+    assert plan_runs([*runs, *runs])[0].keys() == nodes.keys()
 
 
 @pytest.mark.slow
@@ -124,13 +124,13 @@ def test_a_plan_leaves_out_what_is_done_and_trains_a_stage_anew_only_for_those_t
     sft, _, both, frozen = runs_of(own)
     execute(sft)
     execute(both)
-    nodes, done = plan(runs_of(own))
+    nodes, done = plan_runs(runs_of(own))
     assert done == 2 + 2  # the rows sft and mode-2x, and two stages
     assert {node.prepared.run.track.name for node in nodes.values()} == {"lora", "mode-2x-frozen"}
     stages = [prepare_run(stage) for stage in both.method.needs(both)]  # type: ignore[attr-defined]
     (stages[0].folder / WEIGHTS).unlink()
-    assert plan([both]) == ({}, 3)
-    nodes, done = plan([frozen])
+    assert plan_runs([both]) == ({}, 3)
+    nodes, done = plan_runs([frozen])
     assert list(nodes) == [stages[0].id, prepare_run(frozen).id]
     assert nodes[prepare_run(frozen).id].waits == {stages[0].id}
     assert done == 1
@@ -212,7 +212,7 @@ def pretend(
     for needs in waits.values():
         for run_id in needs:
             nodes[run_id].dependents += 1
-    monkeypatch.setattr(schedule, "plan", lambda runs: (nodes, 1))
+    monkeypatch.setattr(schedule, "plan_runs", lambda runs: (nodes, 1))
     monkeypatch.setattr(schedule, "wait", lambda sentinels, timeout: None)
     scripted, watch = Scripted(scripts), Watch()
     monkeypatch.setattr(schedule, "multiprocessing", scripted)
@@ -290,7 +290,7 @@ def test_a_child_tells_a_mistake_in_one_line_and_keeps_the_traceback_of_anything
         raise ZeroDivisionError("division by zero")
 
     monkeypatch.setattr("mode.launch.worker.execute", broken)
-    schedule.child(run, "run1", sent)
+    schedule.execute_in_child(run, "run1", sent)
     run_id, kind, message = sent.get_nowait()
     log = Path(run.paths.runs) / "run1" / "error.log"
     assert (run_id, kind) == ("run1", "error")
@@ -301,10 +301,10 @@ def test_a_child_tells_a_mistake_in_one_line_and_keeps_the_traceback_of_anything
 def test_runs_that_stand_on_the_same_finished_stage_do_not_meet_at_its_lock(own: World) -> None:
     write_table(own.conf, "one", {"sft": ["method=sft"]})
     run = runs_of(own, "one")[0]
-    with only_one(prepare_run(run).folder), pytest.raises(ConfigError, match="another process is training this run"):
+    with lock_folder(prepare_run(run).folder), pytest.raises(ConfigError, match="another process is training this run"):
         execute(run)
     record = execute(run)
-    with only_one(prepare_run(run).folder):
+    with lock_folder(prepare_run(run).folder):
         assert execute(run, weights=True) == record
 
 
@@ -383,7 +383,7 @@ def test_a_table_that_is_terminated_takes_its_runs_with_it(own: World) -> None:
     (curve,) = (own.root / "runs").rglob("curve.jsonl")
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        with suppress(ConfigError), only_one(curve.parent):  # nobody trains there any more
+        with suppress(ConfigError), lock_folder(curve.parent):  # nobody trains there any more
             return
         time.sleep(0.1)
     pytest.fail("a run goes on without its table")

@@ -21,15 +21,15 @@ from mode.config.run import Run
 from mode.core.errors import ConfigError
 from mode.data.batches import Batches, Stream
 from mode.methods.anchored import Adaptation
-from mode.modular.block import blocks_of
+from mode.modular.block import find_blocks
 from mode.modular.model import make_modular
-from mode.ops.loss import CHUNK, divergence, head, hidden_states, next_token_loss
+from mode.ops.loss import CHUNK, compute_divergence, compute_hidden_states, compute_next_token_loss, output_head
 from mode.runs.execute import execute
 from mode.runs.forecast import forecast
 from mode.runs.prepare import prepare_run
-from mode.train.anchor_rows import sample, sampled
+from mode.train.anchor_rows import load_or_sample_rows, sample_rows
 from mode.train.loop import accumulate
-from mode.train.objective import Hold, Objective
+from mode.train.objective import AnchorTerm, Objective
 from tests.conftest import World
 
 IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64], [7, 7, 30, 256, 1, 90, 12, 13, 250]])
@@ -76,11 +76,11 @@ def test_a_divergence_is_that_of_whole_distributions(cap: float | None, tokens: 
     model = bounded(states @ weight.T).log_softmax(-1)
     expected = (chances * (chances.log() - model)).sum(-1).mean()
     wanted = torch.autograd.grad(expected, (states, weight))
-    found = divergence(states, weight, known, known_weight, cap)
+    found = compute_divergence(states, weight, known, known_weight, cap)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     for mine, right in zip(torch.autograd.grad(found, (states, weight)), wanted, strict=True):
         assert torch.allclose(mine, right, atol=1e-6)
-    assert divergence(known, known_weight, known, known_weight, cap).item() == pytest.approx(0.0, abs=1e-6)
+    assert compute_divergence(known, known_weight, known, known_weight, cap).item() == pytest.approx(0.0, abs=1e-6)
 
 
 # --- the loss
@@ -95,7 +95,9 @@ def test_the_loss_is_the_mean_over_rows_of_cross_entropy_or_weighted_divergence(
     model, frozen = noisy(load_model(run.backbone).requires_grad_(True)), load_model(run.backbone)
     rows = torch.cat([IDS, IDS.flip(1)])
     mask = torch.tensor(held, dtype=torch.bool)
-    hold = Hold(3.0, lambda step: mask.numpy(), lambda _, ids: (hidden_states(frozen, ids), head(frozen)))
+    hold = AnchorTerm(
+        3.0, lambda step: mask.numpy(), lambda _, ids: (compute_hidden_states(frozen, ids), output_head(frozen))
+    )
     loss, _ = accumulate(Objective(model, run.train, hold), rows, run.train.accumulate, mask)
     expected = torch.zeros(())
     for row, is_held in zip(rows, held, strict=True):
@@ -129,7 +131,7 @@ def test_the_reference_is_the_backbone_whatever_was_trained(world: World, name: 
     assert not states.requires_grad
     assert torch.equal(states @ weight.T, bare(IDS).logits)
     assert not torch.allclose(model(IDS).logits, bare(IDS).logits)
-    loss = next_token_loss(hidden_states(model, IDS[:, :-1]), head(model), IDS[:, 1:])
+    loss = compute_next_token_loss(compute_hidden_states(model, IDS[:, :-1]), output_head(model), IDS[:, 1:])
     loss.backward()  # experts are back in their places
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
@@ -144,7 +146,7 @@ def test_a_gate_reads_what_the_backbone_makes_of_its_block(world: World) -> None
     noisy(model).eval()
     read: list[torch.Tensor] = []
     made: list[torch.Tensor] = []
-    for block in blocks_of(model):
+    for block in find_blocks(model):
         block.gate.register_forward_pre_hook(lambda module, args: read.append(args[0]))
         block.backbone[-1].register_forward_hook(lambda module, args, output: made.append(output))
     model(IDS)
@@ -168,8 +170,8 @@ def test_rows_are_sampled_from_the_backbone(world: World) -> None:
     run = compose(world)
     model = load_model(run.backbone).eval()
     anchor = Anchor(source="self", rows=70, temperature=0.7)
-    stream = sample(model, anchor, 12, 0)
-    assert np.array_equal(stream, sample(model, anchor, 12, 0))
+    stream = sample_rows(model, anchor, 12, 0)
+    assert np.array_equal(stream, sample_rows(model, anchor, 12, 0))
     rows = torch.from_numpy(stream.reshape(70, 12).astype(np.int64))
     assert (rows[:, 0] == 0).all()
     # The chance of what was sampled is what a model gives to its own samples: minus the entropy, within its spread.
@@ -178,20 +180,22 @@ def test_rows_are_sampled_from_the_backbone(world: World) -> None:
     entropy = -(known.exp() * known).sum(-1)
     spread = float((logs + entropy).std()) / logs.numel() ** 0.5
     assert abs(float((logs + entropy).mean())) < 4 * spread
-    firsts = sample(model, Anchor(source="self", rows=70, prompt="token"), 3, 0).reshape(70, 3)[:, 0]
+    firsts = sample_rows(model, Anchor(source="self", rows=70, prompt="token"), 3, 0).reshape(70, 3)[:, 0]
     assert len(set(firsts.tolist())) > 30
 
 
 def test_rows_are_sampled_once_for_each_way_to_sample(world: World, tmp_path: Path) -> None:
     run, device = compose(world), torch.device("cpu")
     anchor = Anchor(source="self", rows=4)
-    first = sampled(anchor, run.backbone, "weights", 16, tmp_path, device)
+    first = load_or_sample_rows(anchor, run.backbone, "weights", 16, tmp_path, device)
     assert first.shape == (64,)
     nowhere = Backbone(**{**asdict(run.backbone), "path": "nowhere"})
-    assert np.array_equal(sampled(anchor, nowhere, "weights", 16, tmp_path, device), first)  # nothing is loaded
+    assert np.array_equal(
+        load_or_sample_rows(anchor, nowhere, "weights", 16, tmp_path, device), first
+    )  # nothing is loaded
     for other in (Anchor(source="self", rows=5), Anchor(source="self", rows=4, temperature=0.5)):
-        sampled(other, run.backbone, "weights", 16, tmp_path, device)
-    sampled(anchor, run.backbone, "others", 16, tmp_path, device)
+        load_or_sample_rows(other, run.backbone, "weights", 16, tmp_path, device)
+    load_or_sample_rows(anchor, run.backbone, "others", 16, tmp_path, device)
     assert len(list((tmp_path / "sampled").iterdir())) == 4
 
 
@@ -242,10 +246,15 @@ def test_an_anchor_that_cannot_be_is_refused(world: World, overrides: tuple[str,
 
 
 def test_what_has_no_effect_makes_no_other_run(world: World) -> None:
-    plain = identity.asked(compose(world, "method=sft"))
-    assert identity.asked(compose(world, "method=sft", "method.anchor.weight=9", "method.anchor.rows=3")) == plain
-    held = identity.asked(compose(world, "method=sft", "method.anchor.source=prose"))
-    assert identity.asked(compose(world, "method=sft", "method.anchor.source=prose", "method.anchor.rows=3")) == held
+    plain = identity.describe_run(compose(world, "method=sft"))
+    assert (
+        identity.describe_run(compose(world, "method=sft", "method.anchor.weight=9", "method.anchor.rows=3")) == plain
+    )
+    held = identity.describe_run(compose(world, "method=sft", "method.anchor.source=prose"))
+    assert (
+        identity.describe_run(compose(world, "method=sft", "method.anchor.source=prose", "method.anchor.rows=3"))
+        == held
+    )
     assert held != plain
     assert "anchor" not in plain["method"]
 
@@ -288,7 +297,14 @@ def test_an_anchor_keeps_what_the_backbone_said(world: World, name: str) -> None
         bare = load_model(run.backbone).eval()
         ids = torch.from_numpy(np.asarray(prepare_run(run).packed["prose"].split("test").tokens[:256], np.int64))[None]
         with torch.no_grad():
-            return float(divergence(hidden_states(model, ids), head(model), hidden_states(bare, ids), head(bare)))
+            return float(
+                compute_divergence(
+                    compute_hidden_states(model, ids),
+                    output_head(model),
+                    compute_hidden_states(bare, ids),
+                    output_head(bare),
+                )
+            )
 
     free = apart()
     assert apart("method.anchor.source=prose", "method.anchor.share=0.5", "method.anchor.weight=10") < 0.7 * free

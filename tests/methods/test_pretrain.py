@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mode.backbone.load import fingerprint, load_model, locate, num_parameters, weights_fingerprint
+from mode.backbone.load import count_parameters, fingerprint_model, fingerprint_weights, load_model, locate
 from mode.backbone.tokenizer import load_tokenizer
 from mode.config.backbone import Backbone
 from mode.config.compose import compose
@@ -88,20 +88,20 @@ def test_pretraining_never_sees_what_adaptation_trains_on(world: World) -> None:
 def test_loading_counts_and_fingerprints_without_loading(world: World) -> None:
     backbone = Backbone(name="pico", path=str(world.conf.parent / "pico"))
     model = load_model(backbone)
-    assert num_parameters(backbone) == sum(parameter.numel() for parameter in model.parameters())
+    assert count_parameters(backbone) == sum(parameter.numel() for parameter in model.parameters())
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    assert fingerprint(model) == fingerprint(load_model(backbone))
-    assert weights_fingerprint(backbone) == weights_fingerprint(backbone)
+    assert fingerprint_model(model) == fingerprint_model(load_model(backbone))
+    assert fingerprint_weights(backbone) == fingerprint_weights(backbone)
 
 
 def test_fingerprint_changes_with_a_single_weight(world: World, tmp_path: Path) -> None:
     make_backbone(tmp_path / "twin")
     twin = Backbone(name="twin", path=str(tmp_path / "twin"))
-    assert weights_fingerprint(twin) == weights_fingerprint(Backbone(name="pico", path=str(world.conf.parent / "pico")))
+    assert fingerprint_weights(twin) == fingerprint_weights(Backbone(name="pico", path=str(world.conf.parent / "pico")))
     model = load_model(twin)
     model.model.norm.weight.data[0] += 1e-3
     model.save_pretrained(tmp_path / "twin")
-    assert weights_fingerprint(twin) != weights_fingerprint(Backbone(name="pico", path=str(world.conf.parent / "pico")))
+    assert fingerprint_weights(twin) != fingerprint_weights(Backbone(name="pico", path=str(world.conf.parent / "pico")))
 
 
 def test_tokenizer_round_trip_and_end_of_sequence(world: World) -> None:
@@ -126,7 +126,7 @@ def test_other_formats_and_architectures_are_refused(world: World, tmp_path: Pat
         load_model(Backbone(name="b", path=str(tmp_path / "b")))
     (tmp_path / "b" / "model.safetensors").rename(tmp_path / "b" / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"no \.safetensors weights there"):
-        weights_fingerprint(Backbone(name="b", path=str(tmp_path / "b")))
+        fingerprint_weights(Backbone(name="b", path=str(tmp_path / "b")))
 
 
 def test_truncated_weights_are_told_in_one_line(world: World, tmp_path: Path) -> None:

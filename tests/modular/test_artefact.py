@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from mode.config.compose import compose
 from mode.core.errors import ConfigError
 from mode.core.tensors import load_tensors, save_tensors
-from mode.modular.artefact import describe, load_experts, save_expert
-from mode.modular.experts import expert_state
+from mode.modular.artefact import load_experts, read_descriptions, save_expert
+from mode.modular.experts import extract_expert_state
 from mode.records.record import Record
 from mode.runs.execute import execute
 from tests.cli.test_cli import assert_nothing_ran, call, records
@@ -62,7 +62,7 @@ def test_an_expert_comes_back_as_it_was_saved(world: World, tmp_path: Path) -> N
     expert = load_experts(tmp_path / "expert")["py"]
     assert {key: expert.about[key] for key in ABOUT} == ABOUT
     assert expert.about["parameters"] == sum(value.numel() for value in expert.tensors.values())
-    for name, value in expert_state(model, 0).items():
+    for name, value in extract_expert_state(model, 0).items():
         assert torch.equal(expert.tensors[name], value)
     card = (tmp_path / "expert" / "README.md").read_text("utf-8")
     assert "# MoDE expert: py" in card
@@ -137,7 +137,7 @@ def test_composing_from_a_folder_equals_composing_from_the_run(world: World, han
     assert composed.exit_code == 0, composed.output
     made = {record.id: record for record in records(world)}
     (from_folder,) = [record for record in made.values() if "artefacts" in record.asked]
-    assert from_folder.asked["artefacts"] == {"py": describe(handed)["py"]["weights"]}
+    assert from_folder.asked["artefacts"] == {"py": read_descriptions(handed)["py"]["weights"]}
     assert str(handed) not in json.dumps(from_folder.asked)
     assert len(made) == 2  # the expert for sums, and the composition
     from_run = execute(compose([*world.overrides, "method=mode"], world.conf))

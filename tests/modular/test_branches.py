@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from mode.backbone.load import load_model
-from mode.backbone.structure import decoder_layers
+from mode.backbone.structure import find_decoder_layers
 from mode.config.check import replace_settings
 from mode.config.compose import compose
 from mode.config.run import Run
 from mode.core.errors import ConfigError
-from mode.core.tensors import trainable
+from mode.core.tensors import trainable_parameters
 from mode.methods.base import Material
 from mode.modular.build import insert_blocks
-from mode.ops.attention import unmasked
+from mode.ops.attention import find_unmasked_configs
 from mode.runs.execute import execute
-from mode.train.cuda_graph import recorded
-from mode.train.loop import Job, accumulate, train
+from mode.train.cuda_graph import record_passes
+from mode.train.loop import TrainJob, accumulate, train
 from mode.train.objective import Objective
-from mode.train.step_options import UNMASKED, Layers
+from mode.train.step_options import UNMASKED, StepOptions
 from tests.conftest import World
 from tests.support.families import FAMILIES, make_model
 
@@ -46,7 +46,7 @@ def build(run: Run, device: torch.device = DEVICE) -> nn.Module:
     """Build a run's model with experts and gates that differ."""
     torch.manual_seed(0)
     model = run.method.build(run, Material(backbone=lambda: load_model(run.backbone)))
-    for name, parameter in trainable(model).items():
+    for name, parameter in trainable_parameters(model).items():
         if ".gate." in name or ".experts." in name:
             nn.init.normal_(parameter, std=0.1)
     return model.to(device)
@@ -56,10 +56,10 @@ def passes(run: Run, model: nn.Module, times: int = 1) -> tuple[Tensor, dict[str
     """Run a step's passes, and return loss and gradients of the last time."""
     model.train()
     device = next(model.parameters()).device
-    learns = trainable(model)
-    go = recorded(accumulate, list(learns.values()), run.train, held=False)
+    learns = trainable_parameters(model)
+    go = record_passes(accumulate, list(learns.values()), run.train, held=False)
     objective = Objective(model, run.train, None)
-    layers = Layers(model, run.train, half=objective.precision == "bf16")
+    layers = StepOptions(model, run.train, half=objective.precision == "bf16")
     for number in range(times):
         torch.manual_seed(number)
         rows = torch.randint(64, (4, run.train.sequence_length + 1)).to(device)
@@ -95,7 +95,7 @@ def test_experts_of_every_family_can_be_batched_or_say_that_they_cannot(world: W
     run = compose([*world.overrides, *FRESH], world.conf)
     model = make_model(family)
     model.mode_blocks = insert_blocks(model, num_experts=2, num_blocks=2, expert_layers=2)
-    for name, parameter in trainable(model).items():
+    for name, parameter in trainable_parameters(model).items():
         if "gate" not in name:
             nn.init.normal_(parameter, std=0.1)
     for module in model.modules():
@@ -137,7 +137,7 @@ def test_attention_is_unmasked_within_a_step_alone(world: World) -> None:
     run = compose([*world.overrides, *FRESH], world.conf)
     model = build(run, torch.device("cpu"))
     seen = []
-    (layer, *_), configs = decoder_layers(model), unmasked(model, 32)
+    (layer, *_), configs = find_decoder_layers(model), find_unmasked_configs(model, 32)
 
     def look(module: nn.Module, args: Any, options: dict[str, Any]) -> None:
         seen.append(({each._attn_implementation for each in configs}, options["attention_mask"]))
@@ -208,7 +208,7 @@ def test_steps_of_these_methods_do_not_wait_for_a_gpu(world: World, method: list
 
     asked = [f"train.{name}" for name in ("log_every=8", "checkpoint_every=8", "validate_every=0")]
     run = compose([*world.overrides, *method, *asked, f"train.precision={precision}"], world.conf)
-    job = Job(settings=run.train, steps=8, lr=1e-3, folder=world.root / "run", validate=dict)
+    job = TrainJob(settings=run.train, steps=8, lr=1e-3, folder=world.root / "run", validate=dict)
     try:
         done = train(build(run), Watched(), job)  # type: ignore[arg-type]  # all that the loop asks of batches
     finally:
@@ -238,7 +238,7 @@ def test_documents_apart_have_the_loss_of_documents_alone(world: World, family: 
     one[-1] = end
     alone = [Objective(model, run.train, None)(document[None]) for document in (one, two)]
     objective = Objective(model, run.train, None, end=end)
-    with Layers(model, run.train):
+    with StepOptions(model, run.train):
         _, _, states = objective(torch.cat([one, two])[None])
     expected = torch.cat([found[2][0] for found in alone])
     places = [*range(11), *range(12, 23)]  # what follows the token that closes a document is nobody's
@@ -264,9 +264,11 @@ def test_flex_attention_keeps_documents_apart_as_masks_do(
     found = []
     for attention in ("sdpa", "flex"):
         settings = replace_settings(run.train, attention=attention)
-        with Layers(model, settings), torch.set_grad_enabled(CUDA):
+        with StepOptions(model, settings), torch.set_grad_enabled(CUDA):
             loss, _, states = Objective(model, settings, None, end=end)(rows)
-        found.append([loss, states, *(torch.autograd.grad(loss, list(trainable(model).values())) if CUDA else ())])
+        found.append(
+            [loss, states, *(torch.autograd.grad(loss, list(trainable_parameters(model).values())) if CUDA else ())]
+        )
     for value, expected in zip(found[1], found[0], strict=True):
         assert (value - expected).norm() < 1e-4 * expected.norm()
     assert not torch.equal(found[0][1], found[1][1])
@@ -280,7 +282,7 @@ def test_flex_attention_is_refused_where_it_does_not_train(world: World, monkeyp
     monkeypatch.setattr("mode.ops.attention.FLEXIBLE", ("cpu",))
     run = compose(asked, world.conf)
     with pytest.raises(ConfigError, match="transformers has no FlexAttention for gpt2; sdpa goes with all"):
-        Layers(make_model("gpt2"), run.train)
+        StepOptions(make_model("gpt2"), run.train)
 
 
 @pytest.mark.slow

@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mode.artefacts.edit import check_mergeable, joined, only
-from mode.artefacts.find import Recalled, recall
-from mode.backbone.load import fingerprint, load_model, weights_fingerprint
+from mode.artefacts.edit import check_mergeable, join_experts, keep_experts
+from mode.artefacts.find import FoundModel, find_model
+from mode.backbone.load import fingerprint_model, fingerprint_weights, load_model
 from mode.config.backbone import Backbone
 from mode.config.method import GateSettings
 from mode.core.errors import ConfigError
 from mode.modular.artefact import load_experts
-from mode.modular.block import blocks_of, without_experts
-from mode.modular.edit import backbone_of, swap_expert
-from mode.modular.experts import compose_experts, expert_state
+from mode.modular.block import bypass_experts, find_blocks
+from mode.modular.edit import extract_backbone, swap_expert
+from mode.modular.experts import compose_experts, extract_expert_state
 from mode.modular.head import SCALE, ModularHead, insert_head
 from mode.modular.model import MoDEForCausalLM
-from mode.ops.loss import head, hidden_states, next_token_loss
+from mode.ops.loss import compute_hidden_states, compute_next_token_loss, output_head
 from mode.runs.execute import execute
 from tests.artefacts.test_write import composed
 from tests.conftest import World
@@ -52,7 +52,7 @@ def test_the_logits_are_those_of_the_formula(world: World) -> None:
             states @ expert.down.weight.T @ expert.up.weight.T
         )
     assert torch.allclose(logits(model), expected, atol=1e-5)
-    loss = next_token_loss(hidden_states(model, IDS[:, :-1]), head(model), IDS[:, 1:])
+    loss = compute_next_token_loss(compute_hidden_states(model, IDS[:, :-1]), output_head(model), IDS[:, 1:])
     whole = functional.cross_entropy(expected[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
     assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
     loss.backward()
@@ -63,28 +63,28 @@ def test_the_logits_are_those_of_the_formula(world: World) -> None:
 
 def test_without_its_experts_a_model_is_its_backbone(world: World) -> None:
     model, bare = changed(world), pico(world).eval()
-    with without_experts(model):
-        assert torch.equal(hidden_states(model, IDS) @ head(model).T, logits(bare))
+    with bypass_experts(model):
+        assert torch.equal(compute_hidden_states(model, IDS) @ output_head(model).T, logits(bare))
     assert not torch.allclose(logits(model), logits(bare))
     force(model, 0)
     assert torch.allclose(logits(model), logits(bare), atol=1e-6)
-    before = fingerprint(pico(world))
-    restored = backbone_of(model)
-    assert fingerprint(restored) == before
+    before = fingerprint_model(pico(world))
+    restored = extract_backbone(model)
+    assert fingerprint_model(restored) == before
     assert torch.equal(logits(restored), logits(bare))
 
 
 def test_masking_all_experts_but_one_gives_its_stage_one_model(world: World) -> None:
     alone = [changed(world, num_experts=1, seed=seed) for seed in (1, 2)]
     both = modular(world, head_rank=4)
-    compose_experts(both, [expert_state(model, 0) for model in alone], "odds")
+    compose_experts(both, [extract_expert_state(model, 0) for model in alone], "odds")
     for index, model in enumerate(alone):
         with torch.no_grad():
-            kept = [block.gate.bias.clone() for block in blocks_of(both)]
-            for block in blocks_of(both):
+            kept = [block.gate.bias.clone() for block in find_blocks(both)]
+            for block in find_blocks(both):
                 block.gate.bias[2 - index] = -1e4
             assert torch.allclose(logits(both), logits(model), atol=1e-5)
-            for block, bias in zip(blocks_of(both), kept, strict=True):
+            for block, bias in zip(find_blocks(both), kept, strict=True):
                 block.gate.bias.copy_(bias)
 
 
@@ -92,13 +92,13 @@ def test_masking_all_experts_but_one_gives_its_stage_one_model(world: World) -> 
 def test_a_saved_model_is_the_same(world: World, tmp_path: Path, embed: bool) -> None:
     model = changed(world)
     source: dict[str, Any] = {"name": "pico", "path": str(world.conf.parent / "pico"), "revision": None}
-    model.config.backbone = source | {"fingerprint": weights_fingerprint(Backbone(**source))}
+    model.config.backbone = source | {"fingerprint": fingerprint_weights(Backbone(**source))}
     model.save_pretrained(tmp_path / "model", embed=embed)
     again = MoDEForCausalLM.from_pretrained(tmp_path / "model").eval()
     assert torch.equal(logits(again), logits(model))
     tied = pico(world).config.tie_word_embeddings
     assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == tied
-    state = expert_state(model, 1)
+    state = extract_expert_state(model, 1)
     found = load_experts(tmp_path / "model")["e1"].tensors
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], state[name]) for name in state)
@@ -112,7 +112,7 @@ def test_experts_leave_join_and_take_a_place(world: World) -> None:
     _, other = stage_one(world, "sums", *RANK)
     record, recalled = composed(world, *RANK, "train.steps=0", f"method.experts=['{folder}', '{other}']")
     before = logits(recalled.model)
-    again = joined(Recalled(only(recalled, ["py"]), recalled.tokenizer, recalled.place, None), other)
+    again = join_experts(FoundModel(keep_experts(recalled, ["py"]), recalled.tokenizer, recalled.place, None), other)
     assert (logits(again) - before).abs().max() < 1e-5
     assert sum(parameter.numel() for parameter in again.parameters()) == record.happened["parameters"]["total"]
     swap_expert(again, "sums", "new", load_experts(other)["sums"].tensors)
@@ -130,7 +130,7 @@ def test_a_run_keeps_trains_and_scores_the_changes_of_the_head(world: World) -> 
     run = compose([*world.overrides, "method=mode", *RANK, "budget=data", "train.steps=6"], world.conf)
     record = execute(run, weights=True)
     assert record.happened["forecast"]["flops"] == pytest.approx(record.happened["flops"], rel=0.01)
-    model: Any = recall(record.id, world.root / "runs").model
+    model: Any = find_model(record.id, world.root / "runs").model
     assert all(expert.up.weight.abs().max() > 0 for expert in model.head.experts)
     blocks = record.happened["gates"]["py"]["mean"]
     assert len(blocks) == run.method.num_blocks + 1  # type: ignore[attr-defined]

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from mode.backbone.load import fingerprint, load_model
+from mode.backbone.load import fingerprint_model, load_model
 from mode.config.backbone import Backbone
 from mode.core.errors import ConfigError
-from mode.modular.block import Block, blocks_of
-from mode.modular.experts import compose_experts, expert_state
+from mode.modular.block import Block, find_blocks
+from mode.modular.experts import compose_experts, extract_expert_state
 from mode.modular.model import make_modular
-from mode.ops.loss import head, hidden_states, next_token_loss
+from mode.ops.loss import compute_hidden_states, compute_next_token_loss, output_head
 from tests.conftest import World
 from tests.support.reference import mode_logits
 
@@ -31,7 +31,7 @@ def modular(world: World, *, seed: int = 1, num_experts: int = 2, **changes: Any
     settings = {"num_blocks": 3, "expert_layers": 1, "init": "random", "backbone_bias": 0.0, **changes}
     model = make_modular(pico(world), experts=[f"e{number}" for number in range(num_experts)], **settings)
     with torch.no_grad():
-        for block in blocks_of(model):
+        for block in find_blocks(model):
             block.gate.weight.normal_(0, 0.5)
             block.gate.bias.normal_(0, 0.5)
     return model.eval()
@@ -39,7 +39,7 @@ def modular(world: World, *, seed: int = 1, num_experts: int = 2, **changes: Any
 
 def force(model: Any, branch: int) -> None:
     """Make every gate choose one branch alone."""
-    for block in blocks_of(model):
+    for block in find_blocks(model):
         with torch.no_grad():
             block.gate.weight.zero_()
             block.gate.bias.fill_(-1e4)
@@ -78,7 +78,7 @@ def test_gate_on_an_expert_gives_a_network_of_its_layers_alone(world: World) -> 
     model = modular(world)
     force(model, 2)
     alone = pico(world)
-    alone.model.layers = torch.nn.ModuleList(copy.deepcopy(block.experts[1][0]) for block in blocks_of(model))
+    alone.model.layers = torch.nn.ModuleList(copy.deepcopy(block.experts[1][0]) for block in find_blocks(model))
     alone.config.num_hidden_layers = 3
     for index, layer in enumerate(alone.model.layers):
         layer.self_attn.layer_idx = index
@@ -104,10 +104,10 @@ def test_added_parameters_follow_the_closed_form(world: World) -> None:
 def test_composed_gates_keep_each_experts_odds(world: World) -> None:
     stage_one = [modular(world, seed=seed, num_experts=1) for seed in (3, 4)]
     composed = modular(world, seed=5)
-    compose_experts(composed, [expert_state(model, 0) for model in stage_one], "odds")
+    compose_experts(composed, [extract_expert_state(model, 0) for model in stage_one], "odds")
     for index, model in enumerate(stage_one):
         alone = copy.deepcopy(composed)
-        for block in blocks_of(alone):
+        for block in find_blocks(alone):
             with torch.no_grad():
                 block.gate.weight[2 - index].zero_()
                 block.gate.bias[2 - index] = -1e4
@@ -116,8 +116,8 @@ def test_composed_gates_keep_each_experts_odds(world: World) -> None:
 
 def test_fresh_handover_leaves_gates_as_built(world: World) -> None:
     model = make_modular(pico(world), experts=["e0"], num_blocks=3, expert_layers=1, init="copy", backbone_bias=2.0)
-    compose_experts(model, [expert_state(modular(world, num_experts=1), 0)], "fresh")
-    for block in blocks_of(model):
+    compose_experts(model, [extract_expert_state(modular(world, num_experts=1), 0)], "fresh")
+    for block in find_blocks(model):
         assert torch.equal(block.gate.weight, torch.zeros_like(block.gate.weight))
         assert block.gate.bias.tolist() == [2.0, 0.0]
 
@@ -127,7 +127,7 @@ def test_backbone_stays_bit_identical_and_only_experts_and_gates_move(world: Wor
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
-        loss = next_token_loss(hidden_states(model, IDS[:, :-1]), head(model), IDS[:, 1:])
+        loss = compute_next_token_loss(compute_hidden_states(model, IDS[:, :-1]), output_head(model), IDS[:, 1:])
         loss.backward()
         optimizer.step()
     for name, value in model.state_dict().items():
@@ -140,9 +140,9 @@ def test_backbone_stays_bit_identical_and_only_experts_and_gates_move(world: Wor
 def test_first_blocks_backbone_needs_no_backward(world: World) -> None:
     model = modular(world).train()
     seen: list[bool] = []
-    for block in blocks_of(model):
+    for block in find_blocks(model):
         block.backbone[-1].register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
-    hidden_states(model, IDS)
+    compute_hidden_states(model, IDS)
     assert seen == [False, True, True]
 
 
@@ -177,22 +177,22 @@ def test_greedy_generation_equals_argmax_of_full_forwards(world: World) -> None:
 
 def test_random_experts_are_drawn_like_the_backbone_and_copied_ones_are_equal(world: World) -> None:
     fresh = modular(world, seed=1)
-    weight = torch.cat([block.experts[0][0].mlp.up_proj.weight.flatten() for block in blocks_of(fresh)])
+    weight = torch.cat([block.experts[0][0].mlp.up_proj.weight.flatten() for block in find_blocks(fresh)])
     assert weight.std().item() == pytest.approx(fresh.config.decoder.initializer_range, rel=0.1)
-    assert torch.equal(blocks_of(fresh)[0].experts[0][0].input_layernorm.weight, torch.ones(16))
+    assert torch.equal(find_blocks(fresh)[0].experts[0][0].input_layernorm.weight, torch.ones(16))
     copied = modular(world, init="copy")
-    for block in blocks_of(copied):
+    for block in find_blocks(copied):
         for name, value in block.experts[0][0].state_dict().items():
             assert torch.equal(value, block.backbone[0].state_dict()[name])
 
 
 def test_same_seed_gives_the_same_experts_and_another_does_not(world: World) -> None:
-    assert fingerprint(modular(world, seed=1)) == fingerprint(modular(world, seed=1))
-    assert fingerprint(modular(world, seed=1)) != fingerprint(modular(world, seed=2))
+    assert fingerprint_model(modular(world, seed=1)) == fingerprint_model(modular(world, seed=1))
+    assert fingerprint_model(modular(world, seed=1)) != fingerprint_model(modular(world, seed=2))
 
 
 def test_gate_weights_sum_to_one_and_depend_on_the_token(world: World) -> None:
-    block = blocks_of(modular(world))[0]
+    block = find_blocks(modular(world))[0]
     assert isinstance(block, Block)
     weights = block.gate(torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)))
     assert torch.allclose(weights.sum(-1), torch.ones(2, 5))

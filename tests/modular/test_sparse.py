@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from mode.backbone.shape import WHOLE_LAYERS, layer_shape
+from mode.backbone.shape import WHOLE_LAYERS, read_layer_shape
 from mode.config.compose import compose
 from mode.config.method import GateSettings
-from mode.modular.block import blocks_of
+from mode.modular.block import find_blocks
 from mode.modular.model import make_modular
 from mode.modular.sparse import can_skip, run_some
-from mode.ops.loss import hidden_states
+from mode.ops.loss import compute_hidden_states
 from mode.runs.forecast import Counter
 from tests.support.families import FAMILIES, VOCABULARY, make_model
 
@@ -35,7 +35,7 @@ def modular(family: str = "llama", experts: int = 5, layers: int = 1, **settings
         expert_layers=layers,
         gate=GateSettings(**settings),
     )
-    for block in blocks_of(model):
+    for block in find_blocks(model):
         torch.nn.init.normal_(block.gate.weight, std=3.0)
     return model
 
@@ -44,7 +44,7 @@ def passed(model: Any, **options: Any) -> tuple[torch.Tensor, dict[str, torch.Te
     """Return what comes out of a decoder, the gradients of its weights, and the operations of both passes."""
     model.zero_grad(set_to_none=True)
     with Counter() as counter:
-        states = hidden_states(model, IDS.to(model.device), **options)
+        states = compute_hidden_states(model, IDS.to(model.device), **options)
         states.backward(torch.randn(states.shape, generator=torch.Generator().manual_seed(2)).to(model.device))
     grads = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
     return states.detach(), grads, counter.total
@@ -107,7 +107,7 @@ def test_a_mask_for_all_rows_and_rows_that_do_not_keep_a_branch_at_all(monkeypat
     model = modular(top_k=1)
     causal = torch.ones(1, 1, IDS.shape[1], IDS.shape[1], dtype=torch.bool).tril()
     both(model, monkeypatch, attention_mask=causal)
-    for number, block in enumerate(blocks_of(model)):  # every row is of a domain of its own
+    for number, block in enumerate(find_blocks(model)):  # every row is of a domain of its own
         chosen = torch.nn.functional.one_hot(torch.arange(len(IDS)) + number, 6).float()[:, None]
         block.gate.register_forward_hook(lambda _, __, weights, chosen=chosen: weights * 0 + chosen)
     (_, _, flops), (_, _, most) = both(model, monkeypatch)
@@ -129,23 +129,23 @@ def test_what_is_no_number_stays_so() -> None:
     model = modular(top_k=1)
     with torch.no_grad():
         model.get_input_embeddings().weight[IDS[0, 3]] = torch.nan
-        assert hidden_states(model, IDS)[0, 3:].isnan().any()
+        assert compute_hidden_states(model, IDS)[0, 3:].isnan().any()
 
 
 def test_what_nobody_keeps_has_gradients_of_zero_and_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     model = modular(experts=2, top_k=1)
-    for block in blocks_of(model):
+    for block in find_blocks(model):
         with torch.no_grad():
             block.gate.bias[2] = -1e4
     _, grads, _ = passed(model)
     unused = [grad for name, grad in grads.items() if ".experts.1." in name]
-    assert len(unused) == sum(len(list(block.experts[1].parameters())) for block in blocks_of(model))
+    assert len(unused) == sum(len(list(block.experts[1].parameters())) for block in find_blocks(model))
     assert all(not grad.any() for grad in unused)
-    for block in blocks_of(model):
+    for block in find_blocks(model):
         monkeypatch.setattr(block.experts[1][0], "forward", None)
-    alone = blocks_of(model)[0]
+    alone = find_blocks(model)[0]
     with torch.no_grad():
-        hidden_states(model, IDS)
+        compute_hidden_states(model, IDS)
         states = torch.randn(*IDS.shape, alone.gate.in_features)
         call = call_of(make_model("llama"), states)
         mixed = alone.mix(states, [call], some=[2])  # as a process does that has no other branch
@@ -188,7 +188,7 @@ def test_the_closed_form_is_what_torch_counts(family: str, train: bool, upstream
         forward = counter.total
         if output.requires_grad:
             output.backward(torch.randn_like(output))
-    shape = layer_shape(layer, about)
+    shape = read_layer_shape(layer, about)
     found = shape.flops_of_some(IDS.shape[1], count / IDS.shape[1], trains=train, upstream=upstream)
     assert forward / IDS.numel() == found.forward
     assert counter.total / IDS.numel() == found.total
@@ -208,7 +208,7 @@ def run_of(*overrides: str) -> Any:
 
 def test_compiled_layers_run_on_as_many_rows_as_they_are_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = modular(top_k=1), []
-    for block in blocks_of(model):
+    for block in find_blocks(model):
         chosen = torch.nn.functional.one_hot(torch.arange(len(IDS)), 6).float()[:, None]
         block.gate.register_forward_hook(lambda _, __, weights, chosen=chosen: weights * 0 + chosen)
         for layer in (layer for expert in block.experts for layer in expert):
@@ -217,5 +217,5 @@ def test_compiled_layers_run_on_as_many_rows_as_they_are_compiled_for(monkeypatc
                 layer, "_compiled_call_impl", lambda x, code=code, **kw: seen.append(len(x)) or code(x, **kw)
             )
     with torch.no_grad():
-        hidden_states(model, IDS)
+        compute_hidden_states(model, IDS)
     assert set(seen) == {len(IDS)}

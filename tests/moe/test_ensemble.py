@@ -11,11 +11,11 @@ import torch
 from mode.config.compose import compose
 from mode.config.method import Choice
 from mode.core.errors import ConfigError
-from mode.evaluation.likelihood import Text, log_likelihoods
+from mode.evaluation.likelihood import Text, compute_log_likelihoods
 from mode.gating.router import Posterior
-from mode.moe.clusters import Nearness, find_clusters, rows_of
-from mode.moe.ensemble import Ensemble, earlier, mixed
-from mode.ops.loss import head, hidden_states, score_tokens, token_scores
+from mode.moe.clusters import ClusterWeights, cut_rows, find_clusters
+from mode.moe.ensemble import Ensemble, mix_probabilities, shift_prefix_sums
+from mode.ops.loss import compute_hidden_states, output_head, score_states, score_tokens
 from mode.runs.execute import execute
 from mode.runs.prepare import prepare_run
 from tests.conftest import World
@@ -64,7 +64,7 @@ def test_equal_weights_are_the_mean_of_probabilities_and_not_of_logits() -> None
     torch.testing.assert_close(probabilities(Ensemble(made, None)), mean, rtol=1e-5, atol=1e-8)
     one, other = torch.tensor([0.9, 0.05, 0.05]), torch.tensor([0.001, 0.5, 0.499])
     logs = torch.stack([one, other]).log()
-    assert mixed(logs, torch.tensor([0.5, 0.5])).argmax() == 0
+    assert mix_probabilities(logs, torch.tensor([0.5, 0.5])).argmax() == 0
     assert logs.mean(0).argmax() == 1
 
 
@@ -80,8 +80,10 @@ def test_alike_members_are_that_model_and_one_member_too(settings: dict[str, Any
 def test_a_mixture_is_at_least_as_likely_as_the_weighted_mean_says() -> None:
     model = ensemble()
     found = -model.token_scores(IDS, TARGETS).nll
-    each = torch.stack([-token_scores(hidden_states(one, IDS), head(one), TARGETS).nll for one in model.members], -1)
-    weights = model.weigh(earlier(each.view(2, 12, 3).double())).flatten(0, 1)
+    each = torch.stack(
+        [-score_states(compute_hidden_states(one, IDS), output_head(one), TARGETS).nll for one in model.members], -1
+    )
+    weights = model.weigh(shift_prefix_sums(each.view(2, 12, 3).double())).flatten(0, 1)
     assert (found >= (weights * each).sum(-1) - 1e-5).all()
     assert (found <= each.max(-1).values + 1e-5).all()
 
@@ -120,9 +122,9 @@ def test_generation_with_padding_and_beams_is_that_without_a_cache() -> None:
 def test_a_packed_text_does_not_know_what_is_beside_it() -> None:
     model = ensemble()
     texts = [Text(row.tolist()) for row in IDS]
-    together = log_likelihoods(model, texts, row=64, batch_size=2)
+    together = compute_log_likelihoods(model, texts, row=64, batch_size=2)
     for text, found in zip(texts, together, strict=True):
-        (alone,) = log_likelihoods(model, [text], row=1, batch_size=1)
+        (alone,) = compute_log_likelihoods(model, [text], row=1, batch_size=1)
         assert found.total == pytest.approx(alone.total, rel=1e-5)
 
 
@@ -145,7 +147,7 @@ def test_rows_are_clustered_by_their_tokens_into_clusters_of_one_size() -> None:
 
 def near(**settings: Any) -> Ensemble:
     torch.manual_seed(9)
-    judge = Nearness(torch.randn(VOCABULARY, 6), torch.randn(3, 6), 0.3, Choice(**settings))
+    judge = ClusterWeights(torch.randn(VOCABULARY, 6), torch.randn(3, 6), 0.3, Choice(**settings))
     return Ensemble(members(3), judge).eval()
 
 
@@ -180,7 +182,7 @@ def test_branches_of_clusters_train_on_rows_of_their_own(world: World) -> None:
     assert [stage.targets for stage in stages] == [("py", "sums")] * 2
     prepared = [prepare_run(stage) for stage in stages]
     streams = [one.method.stream(one.run, one.packed, "") for one in prepared]
-    whole = rows_of([one.split("train").tokens for one in (prepared[0].packed["py"], prepared[0].packed["sums"])], 32)
+    whole = cut_rows([one.split("train").tokens for one in (prepared[0].packed["py"], prepared[0].packed["sums"])], 32)
     together = np.concatenate([stream.reshape(-1, 32) for stream in streams])
     assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, whole.tolist()))
     assert abs(len(streams[0]) - len(streams[1])) <= 32

@@ -15,12 +15,12 @@ from mode.config.compose import compose
 from mode.config.method import RouterSettings
 from mode.core.errors import ConfigError
 from mode.core.files import WEIGHTS
-from mode.core.tensors import load_tensors, mean
+from mode.core.tensors import average_weights, load_tensors
 from mode.gating.router import Router
 from mode.methods.base import Material
 from mode.moe.attention import insert_attention_banks
 from mode.moe.feed_forward import GATED, FeedForwardBank, LowRankFeedForward, insert_feed_forward_banks
-from mode.ops.loss import auxiliary_loss
+from mode.ops.loss import compute_auxiliary_loss
 from mode.runs.execute import execute
 from mode.runs.prepare import prepare_run
 from tests.conftest import World
@@ -124,7 +124,7 @@ def test_the_balance_loss_is_its_weight_in_every_layer_where_the_load_is_even(wo
         if isinstance(module, Router):
             nn.init.zeros_(module.weight)
     model(input_ids=IDS)
-    found = auxiliary_loss(model)
+    found = compute_auxiliary_loss(model)
     assert found is not None
     assert found.item() == pytest.approx(0.01 * len(model.model.layers), rel=1e-5)
 
@@ -162,7 +162,7 @@ def test_btx_has_the_branches_feed_forward_parts_and_the_mean_of_all_else(mixed:
         for name, value in state.items():
             if ".mlp." in name:
                 assert torch.equal(found[name.replace(".mlp.", f".mlp.experts.{index}.")], value)
-    for name, value in mean(states).items():
+    for name, value in average_weights(states).items():
         if ".mlp." not in name:
             torch.testing.assert_close(found[name], sum(state[name] for state in states) / 3)
             assert torch.equal(found[name], value)
@@ -257,7 +257,7 @@ def test_bam_mixes_attention_of_branches_and_may_share_their_keys(world: World) 
         execute(stage, weights=True)
     needs = [prepare_run(stage).folder for stage in run.method.needs(run)]
     states = [dict(load_model(run.backbone).named_parameters()), *(load_tensors(path / WEIGHTS)[0] for path in needs)]
-    average, key = mean(states), "model.layers.1.self_attn.k_proj.weight"
+    average, key = average_weights(states), "model.layers.1.self_attn.k_proj.weight"
     model = built(run, needs)
     check(run, model)
     attention = model.model.layers[1].self_attn

@@ -15,12 +15,12 @@ from mode.config.check import build_method
 from mode.config.compose import compose
 from mode.config.method import RouterSettings
 from mode.core.errors import ConfigError
-from mode.gating.router import LocalizedRouter, Router, localized_balance
+from mode.gating.router import LocalizedRouter, Router, compute_localized_balance
 from mode.methods.base import Material, Method
-from mode.moe.low_rank import Ledger, LowRankBank, OutputGatedBank, VectorBank, replace_linears
+from mode.moe.low_rank import BalanceLoss, LowRankBank, OutputGatedBank, VectorBank, replace_linears
 from mode.runs.execute import execute, restore
 from mode.runs.prepare import prepare_run
-from mode.train.objective import tell_kinds
+from mode.train.objective import set_row_kinds
 from tests.conftest import World
 from tests.cost.test_cost import check
 
@@ -64,24 +64,24 @@ def test_top_p_keeps_the_fewest_experts_that_hold_the_share() -> None:
 def test_localized_balance_is_of_proportions_and_nothing_where_scaled_loads_are_even() -> None:
     torch.manual_seed(0)
     weights, kinds = torch.rand(5, 7, 6), torch.tensor([0, 1, 1, 0, 1])
-    loss = localized_balance(weights, kinds, 0.3)
-    torch.testing.assert_close(localized_balance(weights * 8, kinds, 0.3), loss)
+    loss = compute_localized_balance(weights, kinds, 0.3)
+    torch.testing.assert_close(compute_localized_balance(weights * 8, kinds, 0.3), loss)
     own = torch.tensor([0, 0, 0, 1, 1, 1])
     factors = torch.where(own[None] == kinds[:, None], 1.3, 0.7)
     loads = weights.sum(1) * factors
     torch.testing.assert_close(loss, ((loads - loads.mean()) ** 2).mean() / loads.mean() ** 2)
     even = (1 / factors)[:, None].expand(5, 7, 6)  # more of a row for the experts of the other kind
-    assert localized_balance(even, kinds, 0.3) < 1e-10
-    assert localized_balance(even, 1 - kinds, 0.3) > 0.1
+    assert compute_localized_balance(even, kinds, 0.3) < 1e-10
+    assert compute_localized_balance(even, 1 - kinds, 0.3) > 0.1
 
 
 def test_a_localized_router_has_a_loss_only_where_it_knows_the_kinds_of_rows() -> None:
     made = LocalizedRouter(8, 4, balance=0.5, spread=0.1)
     made(states())
     assert made.auxiliary is None
-    tell_kinds(nn.ModuleList([made]), torch.tensor([0, 1, 1]))
+    set_row_kinds(nn.ModuleList([made]), torch.tensor([0, 1, 1]))
     weights = made(states())
-    torch.testing.assert_close(made.auxiliary, 0.5 * localized_balance(weights, torch.tensor([0, 1, 1]), 0.1))
+    torch.testing.assert_close(made.auxiliary, 0.5 * compute_localized_balance(weights, torch.tensor([0, 1, 1]), 0.1))
     assert made.eval()(states()).shape == (3, 5, 4)
     assert made.auxiliary is None
 
@@ -231,7 +231,7 @@ def test_a_bank_works_on_layers_that_keep_their_weight_the_other_way_round() -> 
 
 def test_the_balance_of_a_ledger_is_over_all_layers_and_least_where_all_experts_weigh_the_same() -> None:
     torch.manual_seed(0)
-    ledger = Ledger(0.5)
+    ledger = BalanceLoss(0.5)
     banks = [OutputGatedBank(nn.Linear(8, 6), torch.randn(3, 2, 8), torch.randn(3, 6, 2), 1.0, ledger) for _ in "ab"]
     for made in banks:
         made(states())

@@ -12,14 +12,14 @@ from torch.nn import functional
 from mode.backbone.load import load_model
 from mode.config.compose import compose
 from mode.core.errors import ConfigError
-from mode.gating.meter import gates_of
+from mode.gating.meter import find_gates
 from mode.methods.base import Material
 from mode.moe.low_rank import LowRankBank
 from mode.moe.task_router import TaskRouter, Tasks
-from mode.ops.loss import auxiliary_loss
+from mode.ops.loss import compute_auxiliary_loss
 from mode.runs.execute import execute, restore
 from mode.runs.prepare import prepare_run
-from mode.train.objective import UNKNOWN, tell_kinds
+from mode.train.objective import UNKNOWN, set_row_kinds
 from tests.conftest import World
 from tests.support.families import check_generation
 
@@ -41,7 +41,7 @@ def built(world: World, *overrides: str) -> Any:
 @torch.no_grad()
 def logits(model: Any, kind: int | None = None) -> torch.Tensor:
     if kind is not None:
-        tell_kinds(model, torch.tensor([kind]))
+        set_row_kinds(model, torch.tensor([kind]))
     return model(input_ids=IDS).logits
 
 
@@ -66,7 +66,7 @@ def test_a_text_of_no_task_weighs_all_tasks_alike(world: World) -> None:
     model = built(world)
     unknown = logits(model, UNKNOWN)
     assert (unknown - logits(model, 0)).abs().max() > 1e-3
-    tell_kinds(model, None)  # type: ignore[arg-type]  # as in a model that is used without a word of tasks
+    set_row_kinds(model, None)  # type: ignore[arg-type]  # as in a model that is used without a word of tasks
     assert torch.equal(logits(model), unknown)
     logits(model, UNKNOWN)
     mean = torch.stack([model.tasks.embedding[None, kind] for kind in (0, 1)])
@@ -85,7 +85,7 @@ def test_a_guess_learns_the_task_from_the_prefix_and_its_loss_is_a_cross_entropy
     words = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
     kinds = torch.tensor([0, 1, 1, 0])
     rows = words[kinds][:, None] + 0.5 * torch.randn(4, 10, 8, generator=torch.Generator().manual_seed(1))
-    tell_kinds(tasks, kinds)
+    set_row_kinds(tasks, kinds)
     optimizer = torch.optim.AdamW(tasks.parameters(), lr=0.1)
     losses = []
     for _ in range(50):
@@ -98,7 +98,7 @@ def test_a_guess_learns_the_task_from_the_prefix_and_its_loss_is_a_cross_entropy
         optimizer.zero_grad()
     assert losses[0] == pytest.approx(torch.log(torch.tensor(2.0)).item(), rel=1e-5)
     assert losses[-1] < 0.1
-    tell_kinds(tasks.eval(), 1 - kinds)  # what is told is not believed after training
+    set_row_kinds(tasks.eval(), 1 - kinds)  # what is told is not believed after training
     tasks.look(rows, None, None)
     assert tasks.weights is not None
     assert torch.equal(tasks.weights[:, -1].argmax(-1), kinds)
@@ -107,16 +107,16 @@ def test_a_guess_learns_the_task_from_the_prefix_and_its_loss_is_a_cross_entropy
 
 def test_the_guess_has_a_loss_in_training_alone(world: World) -> None:
     model = built(world, "method.task=guessed").train()
-    tell_kinds(model, torch.tensor([0, 1]))
+    set_row_kinds(model, torch.tensor([0, 1]))
     model(input_ids=IDS)
-    assert auxiliary_loss(model) is not None
+    assert compute_auxiliary_loss(model) is not None
     model.eval()(input_ids=IDS)
-    assert auxiliary_loss(model) is None
+    assert compute_auxiliary_loss(model) is None
 
 
 def test_what_is_told_of_routers_is_that_of_experts_alone(world: World) -> None:
     model = built(world, "method.task=guessed")
-    routers = list(gates_of(model).values())
+    routers = list(find_gates(model).values())
     assert routers
     assert all(isinstance(router, TaskRouter) for router in routers)
 
@@ -129,13 +129,13 @@ def test_generation_with_padding_and_beams_is_that_without_a_cache(world: World)
 
 @pytest.mark.slow
 def test_domains_are_scored_as_their_tasks_and_the_rest_as_none(world: World) -> None:
-    from mode.runs.fit import score
+    from mode.runs.fit import score_domains
 
     run = compose([*world.overrides, "method=moelora", "train.steps=6", "method.lr=0.1"], world.conf)
     record, prepared = execute(run, weights=True), prepare_run(run)
     model: Any = restore(prepared)
     for domain, kind in {"py": 0, "sums": 1, "prose": UNKNOWN}.items():
-        found = score(prepared, model, "test", (domain,))[domain]
+        found = score_domains(prepared, model, "test", (domain,))[domain]
         assert found.loss == record.happened["scores"][domain]["loss"]
         assert model.tasks.row_kinds.tolist() == [kind]
 

@@ -10,15 +10,15 @@ from torch import nn
 from torch.nn import functional
 
 from mode.backbone.load import load_model
-from mode.backbone.structure import decoder_layers, frozen_matrices
-from mode.bench.run import measure
+from mode.backbone.structure import find_decoder_layers, find_frozen_matrices
+from mode.bench.run import run_suite
 from mode.config.compose import compose
 from mode.core.errors import ConfigError
 from mode.methods.base import Material
-from mode.ops.loss import hidden_states
-from mode.ops.quantize import KINDS, QuantizedLinear, quantize_frozen, restored
+from mode.ops.loss import compute_hidden_states
+from mode.ops.quantize import KINDS, QuantizedLinear, dequantize, quantize_frozen
 from mode.runs.execute import execute
-from mode.train.step_options import Layers
+from mode.train.step_options import StepOptions
 from tests.conftest import World
 from tests.support.families import FAMILIES, make_model
 from tests.train.test_loop import curve_of, run_of
@@ -35,7 +35,7 @@ def test_numbers_are_the_nearest_that_a_row_has(choice: str, most: float) -> Non
         base.weight[9] = 0
     made = QuantizedLinear(base, KINDS[choice])
     values = made.values if choice == "int8" else made.values.view(torch.float8_e4m3fn)
-    back = restored(values, made.scale, torch.float32)
+    back = dequantize(values, made.scale, torch.float32)
     largest = base.weight.abs().amax(dim=1, keepdim=True)
     # Steps of int8 are even; fp8 has three bits after the first, of each number or of the smallest that is normal.
     bound = most * (largest if choice == "int8" else torch.maximum(base.weight.abs(), largest * 2.0**-6 / 448))
@@ -61,7 +61,7 @@ def test_gradients_pass_and_nothing_in_full_is_kept_for_them(choice: str, autoca
     assert {each.element_size() for each in kept if each.shape == made.values.shape} == {1}
     out.float().square().sum().backward()
     values = made.values if choice == "int8" else made.values.view(torch.float8_e4m3fn)
-    back = restored(values, made.scale, torch.float32)
+    back = dequantize(values, made.scale, torch.float32)
     expected = 2 * functional.linear(x.detach(), back) @ back
     assert x.grad is not None
     torch.testing.assert_close(x.grad, expected, rtol=1e-2 if autocast else 1e-5, atol=2e-2 if autocast else 1e-5)
@@ -72,7 +72,7 @@ def test_frozen_matrices_alone_are_quantized_each_once_and_take_a_quarter(world:
 
     model = run.method.build(run, Material(backbone=lambda: load_model(run.backbone)))
     learning = {id(each) for each in model.parameters() if each.requires_grad}
-    matrices = frozen_matrices(decoder_layers(model))
+    matrices = find_frozen_matrices(find_decoder_layers(model))
     before, gone = sum(each.nbytes for each in matrices), {id(each) for each in matrices}
     assert len(matrices) == 6 * 7
     quantize_frozen(model, "int8")
@@ -81,13 +81,13 @@ def test_frozen_matrices_alone_are_quantized_each_once_and_take_a_quarter(world:
     held = {module for module in model.modules() if isinstance(module, QuantizedLinear)}
     assert len(held) == len(matrices)
     assert sum(each.values.nbytes + each.scale.nbytes for each in held) < 0.5 * before  # rows of 16 numbers
-    assert not Layers(model, run.train, half=True).held
+    assert not StepOptions(model, run.train, half=True).held
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_matrices_that_are_quantized(family: str) -> None:
     model, plain = (make_model(family).eval().requires_grad_(False) for _ in range(2))
-    layer = decoder_layers(model)[0]
+    layer = find_decoder_layers(model)[0]
     matrices = [each for each in layer.parameters() if each.ndim == 2]
     quantize_frozen(model, "int8")
     assert sum(isinstance(each, QuantizedLinear) for each in layer.modules()) == len(matrices)
@@ -110,18 +110,21 @@ def test_the_backbone_alone_is_scored_in_eight_bits(world: World, choice: str) -
 def test_what_a_model_is_held_to_is_the_backbone_in_eight_bits(world: World, method: str) -> None:
     held = ["method.anchor.source=prose", "method.anchor.share=0.5", "train.frozen_weights=fp8", "train.steps=1"]
     asked = [*(FRESH if method == "mode" else [f"method={method}"]), *held, "train.lr=1e-9", "train.log_every=1"]
-    from mode.runs.fit import hold
+    from mode.runs.fit import make_anchor_term
 
     seen: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mode.runs.fit.hold", lambda *given: seen.append((given[1], hold(*given))) or seen[-1][1])
+        patch.setattr(
+            "mode.runs.fit.make_anchor_term",
+            lambda *given: seen.append((given[1], make_anchor_term(*given))) or seen[-1][1],
+        )
         execute(run_of(world, *asked))
     ((model, holding),) = seen
     rows = torch.arange(2, 18)[None]
     states, _ = holding.reference(model, rows)
     plain = load_model(run_of(world).backbone).eval().requires_grad_(False)
     quantize_frozen(plain, "fp8")
-    torch.testing.assert_close(states, hidden_states(plain, rows))
+    torch.testing.assert_close(states, compute_hidden_states(plain, rows))
 
 
 @pytest.mark.slow
@@ -172,7 +175,7 @@ def test_what_has_nothing_frozen_is_told(world: World) -> None:
 
 def test_a_benchmark_is_not_asked_for_eight_bits(world: World) -> None:
     with pytest.raises(ConfigError, match=r"^train\.frozen_weights=int8 is of no suite's asking"):
-        measure("scale", run_of(world, *FRESH, "train.frozen_weights=int8"), 1)
+        run_suite("scale", run_of(world, *FRESH, "train.frozen_weights=int8"), 1)
 
 
 @pytest.mark.parametrize("setting", ["train.layout=fsdp", "train.branches=batched"])

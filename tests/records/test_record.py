@@ -18,7 +18,7 @@ from mode.config.compose import compose
 from mode.config.groups import list_members
 from mode.config.run import MethodSettings, Run
 from mode.core.errors import ConfigError
-from mode.records.provenance import provenance
+from mode.records.provenance import describe_provenance
 from mode.records.record import SCHEMA, Record, find_record, read_record, read_records
 from mode.runs.prepare import prepare_run
 from tests.conftest import World
@@ -129,7 +129,9 @@ def test_only_data_backbone_and_precision_make_the_sky() -> None:
 
 
 def test_provenance_says_where_a_run_was_made(run: Run) -> None:
-    found = provenance(run, data={"py": "f"}, backbone="b", pretraining={}, needs=["n"], device="cpu", precision="fp32")
+    found = describe_provenance(
+        run, data={"py": "f"}, backbone="b", pretraining={}, needs=["n"], device="cpu", precision="fp32"
+    )
     assert (found["data"], found["backbone"], found["needs"]) == ({"py": "f"}, "b", ["n"])
     assert found["versions"]["torch"]
     assert found["machine"]["device"] == "cpu"
@@ -185,9 +187,9 @@ def test_an_id_changes_with_what_is_asked(run: Run, changes: dict[str, Any]) -> 
 def test_an_id_changes_with_the_data_and_the_weights_but_not_with_a_domains_words(run: Run) -> None:
     this = prepare_run(run)
     fingerprints = this.fingerprints | {"backbone": this.backbone}
-    assert identity.digest(this.asked, fingerprints) == this.id
+    assert identity.digest_run(this.asked, fingerprints) == this.id
     for name in fingerprints:
-        assert identity.digest(this.asked, {**fingerprints, name: "other"}) != this.id
+        assert identity.digest_run(this.asked, {**fingerprints, name: "other"}) != this.id
     assert "licence" not in json.dumps(this.asked)
     assert run.paths.cache not in json.dumps(this.asked)
 
@@ -209,7 +211,7 @@ class After(Before):
 
 def test_a_setting_added_later_and_left_at_its_default_changes_no_id(run: Run) -> None:
     def asked(method: MethodSettings) -> dict[str, Any]:
-        plain = identity.asked(replace_settings(run, method=method))
+        plain = identity.describe_run(replace_settings(run, method=method))
         plain["method"].pop("_target_")
         return plain
 
@@ -219,7 +221,7 @@ def test_a_setting_added_later_and_left_at_its_default_changes_no_id(run: Run) -
 
 
 def test_a_setting_without_a_default_always_counts(run: Run) -> None:
-    plain = identity.asked(run)
+    plain = identity.describe_run(run)
     assert plain["train"]["lr"] is None
     assert plain["method"]["rank"] == 16
     assert "rank_stabilized" not in plain["method"]
@@ -227,7 +229,7 @@ def test_a_setting_without_a_default_always_counts(run: Run) -> None:
 
 def test_what_was_asked_is_equal_after_the_disk(run: Run, world: World) -> None:
     composed = compose([*world.overrides, "method=mode"], world.conf)
-    for plain in map(identity.asked, (run, composed, composed.method.needs(composed)[0])):  # type: ignore[attr-defined]
+    for plain in map(identity.describe_run, (run, composed, composed.method.needs(composed)[0])):  # type: ignore[attr-defined]
         assert json.loads(json.dumps(plain)) == plain
 
 
@@ -250,7 +252,7 @@ def test_the_id_of_every_committed_record_follows_from_its_content() -> None:
     for path in COMMITTED:
         found = read_record(path)
         data = {**found.provenance["data"], "backbone": found.provenance["backbone"]}
-        assert identity.digest(found.asked, data) == found.id, path
+        assert identity.digest_run(found.asked, data) == found.id, path
         assert found.filename == path.name
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mode.report.text import escape
+from mode.report.text import escape_latex
 
 ROOT = Path(__file__).parents[2]
 TABLES = sorted((ROOT / "results").glob("*.tex"))
@@ -48,6 +48,6 @@ def test_a_published_table_compiles(path: Path, tmp_path: Path) -> None:
 @needs_latex
 @pytest.mark.slow
 def test_any_label_compiles(tmp_path: Path) -> None:
-    table = pd.DataFrame({"Method": [escape(ODD)], escape("sums_1"): ["1.00"]})
+    table = pd.DataFrame({"Method": [escape_latex(ODD)], escape_latex("sums_1"): ["1.00"]})
     log = printed(str(table.to_latex(index=False)), tmp_path)
     assert not re.search(r"Missing character|undefined", log)

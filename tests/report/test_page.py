@@ -20,13 +20,13 @@ from typer.testing import CliRunner
 
 from cli.app import app
 from mode.core.errors import ConfigError
-from mode.records.command import commands
+from mode.records.command import write_commands
 from mode.records.record import Record, read_records
-from mode.report.frames import frame
+from mode.report.frames import make_frame
 from mode.report.page import ASSETS, PAGE, write_page
 from mode.report.svg import COLOURS, draw_tradeoff
-from mode.tables.compile import Compiled, compile_table
-from mode.tables.pareto import tradeoff
+from mode.tables.compile import TableData, compile_table
+from mode.tables.pareto import compute_tradeoff
 from mode.tables.table import load_table
 from tests.conftest import World
 from tests.report.test_report import ROWS, SCORES, made, stage
@@ -103,7 +103,7 @@ def results(conf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compiled(conf: Path, results: Path) -> Compiled:
+def compiled(conf: Path, results: Path) -> TableData:
     return compile_table(load_table("tiny", conf), read_records(results), [], conf)
 
 
@@ -121,9 +121,9 @@ def read(text: str) -> Read:
 # --- what is on it
 
 
-def test_every_number_leads_to_the_runs_that_it_was_made_from(compiled: Compiled, read: Read) -> None:
+def test_every_number_leads_to_the_runs_that_it_was_made_from(compiled: TableData, read: Read) -> None:
     cells = [given["href"] for tag, given in read.elements if tag == "a" and given.get("tabindex") == "-1"]
-    table = frame(compiled)
+    table = make_frame(compiled)
     lines = zip([f"tiny--{line.name}" for line in compiled.lines], table.itertuples(index=False), strict=False)
     for anchor, (_, *texts) in lines:
         shown = sum(text not in ("", "–") for text in texts)
@@ -162,7 +162,7 @@ def test_a_page_of_one_table_has_its_runs_and_their_stages_alone(results: Path, 
 
 
 def test_a_run_says_what_it_was_asked_and_where_its_record_is(
-    conf: Path, results: Path, tmp_path: Path, compiled: Compiled
+    conf: Path, results: Path, tmp_path: Path, compiled: TableData
 ) -> None:
     page = write_page([("tiny", [])], results, tmp_path / "deep" / "er", conf)
     told = Read(page.read_text("utf-8"))
@@ -220,8 +220,8 @@ def test_the_command_line_writes_the_page_and_prints_where_it_is(conf: Path, res
 # --- the figure of accuracy, retention and cost
 
 
-def test_the_front_is_what_no_other_row_beats(compiled: Compiled) -> None:
-    seen = tradeoff(compiled)
+def test_the_front_is_what_no_other_row_beats(compiled: TableData) -> None:
+    seen = compute_tradeoff(compiled)
     means = {
         place.line.name: (place.retention.mean, place.target.mean, place.line.cost["seconds"]) for place in seen.places
     }
@@ -243,12 +243,12 @@ def test_the_front_is_what_no_other_row_beats(compiled: Compiled) -> None:
 
 def test_cost_is_in_operations_where_every_row_counts_them(conf: Path) -> None:
     rows = [made(conf, "tiny", row, 0, SCORES[row, 0], flops=flops) for row, flops in (("backbone", 0), ("sft", 4e12))]
-    seen = tradeoff(compile_table(load_table("tiny", conf), rows, [], conf))
+    seen = compute_tradeoff(compile_table(load_table("tiny", conf), rows, [], conf))
     assert (seen.measure, [place.cost for place in seen.places]) == ("flops", [0.0, 4.0])
 
 
-def test_rows_adapted_to_different_domains_are_no_rivals(compiled: Compiled) -> None:
-    seen = tradeoff(dataclasses.replace(compiled, targets=()))
+def test_rows_adapted_to_different_domains_are_no_rivals(compiled: TableData) -> None:
+    seen = compute_tradeoff(dataclasses.replace(compiled, targets=()))
     assert (seen.front, {place.best for place in seen.places}) == ([], {True})
     assert "different domains" in seen.legend
     assert 'class="front"' not in draw_tradeoff(dataclasses.replace(compiled, targets=()))
@@ -309,7 +309,7 @@ def test_the_command_of_a_record_asks_for_the_same_run(world: World) -> None:
         done = CliRunner().invoke(app, [*words, *given, "--conf", str(world.conf)])
         assert done.exit_code == 0, done.stderr
     records = read_records(world.root / "results")
-    told = commands(records, world.conf)
+    told = write_commands(records, world.conf)
     assert len(records) == 5  # two experts are stages of the last one
     for record in records:
         command, runs = told[record.id]
@@ -322,13 +322,13 @@ def test_what_cannot_be_asked_for_again_says_why(conf: Path) -> None:
     record = made(conf, "tiny", "sft", 0, SCORES["sft", 0])
     artefacts = Record(1, "a", {**record.asked, "artefacts": {"py": "digest"}}, record.happened, record.provenance)
     earlier = Record(1, "b", {**record.asked, "method": {**record.asked["method"], "old": 1}}, {}, record.provenance)
-    told = commands([artefacts, earlier], conf)
+    told = write_commands([artefacts, earlier], conf)
     assert told["a"] == ("composed of experts from folders that the record does not name", False)
     assert told["b"][1] is False
 
 
 def test_every_published_run_has_a_command() -> None:
-    told = commands(read_records(RESULTS))
+    told = write_commands(read_records(RESULTS))
     assert [text for text, runs in told.values() if not runs] == []
     assert len({text for text, _ in told.values()}) == len(told)
 

@@ -18,11 +18,11 @@ import yaml
 from mode.config import identity
 from mode.core.errors import ConfigError
 from mode.records.record import SCHEMA, Record, read_record
-from mode.report.frames import frame
-from mode.report.render import check_tables, render, report
-from mode.report.text import latex, markdown
-from mode.tables.compile import Compiled, compile_table
-from mode.tables.table import load_table, row_run
+from mode.report.frames import make_frame
+from mode.report.render import check_tables, render_table, report
+from mode.report.text import render_latex, render_markdown
+from mode.tables.compile import TableData, compile_table
+from mode.tables.table import compose_row, load_table
 from tests.cli.test_cli import call
 from tests.conftest import World
 
@@ -94,8 +94,8 @@ def made(conf: Path, table: str, row: str, seed: int, scores: tuple[float, ...],
     """Return the record that a run of a table's row would leave."""
     loaded = load_table(table, conf)
     chosen = next(item for item in loaded.rows if item.name == row)
-    run = row_run(loaded, chosen, seed, [], conf)
-    asked = identity.asked(run) | {"backbone": {"name": run.backbone.name}}
+    run = compose_row(loaded, chosen, seed, [], conf)
+    asked = identity.describe_run(run) | {"backbone": {"name": run.backbone.name}}
     sky = {"data": {name: f"data of {name}" for name in run.domains}, "backbone": changes.pop("backbone", "weights")}
     trains = row != "backbone"
     happened = {
@@ -110,7 +110,7 @@ def made(conf: Path, table: str, row: str, seed: int, scores: tuple[float, ...],
     needs = list(changes.pop("needs", ()))
     return Record(
         schema=SCHEMA,
-        id=identity.digest(asked, {**sky["data"], "backbone": sky["backbone"]}),
+        id=identity.digest_run(asked, {**sky["data"], "backbone": sky["backbone"]}),
         asked=json.loads(json.dumps(asked)),
         happened=happened | changes,
         provenance={**sky, "precision": "fp32", "needs": needs},
@@ -134,7 +134,7 @@ def records(conf: Path) -> list[Record]:
 
 
 @pytest.fixture(scope="module")
-def compiled(conf: Path, records: list[Record]) -> Compiled:
+def compiled(conf: Path, records: list[Record]) -> TableData:
     return compile_table(load_table("tiny", conf), records, [], conf)
 
 
@@ -148,7 +148,7 @@ def of(row: str, place: int) -> list[float]:
 @pytest.mark.parametrize(("column", "place"), [("sums", 0), ("py", 1), ("prose", 2)])
 @pytest.mark.parametrize("row", ["backbone", "sft", "lora", "mode-2x"])
 def test_a_cell_is_the_mean_and_sample_deviation_over_seeds(
-    compiled: Compiled, row: str, column: str, place: int
+    compiled: TableData, row: str, column: str, place: int
 ) -> None:
     cell, values = compiled.line(row).cell(column), of(row, place)
     assert cell is not None
@@ -157,7 +157,7 @@ def test_a_cell_is_the_mean_and_sample_deviation_over_seeds(
     assert len(values) == 1 or cell.std == pytest.approx(statistics.stdev(values))
 
 
-def test_average_and_retention_are_worked_out_per_seed(compiled: Compiled) -> None:
+def test_average_and_retention_are_worked_out_per_seed(compiled: TableData) -> None:
     average, retention = compiled.line("sft").cell("average"), compiled.line("sft").cell("retention")
     assert average is not None
     assert retention is not None
@@ -177,7 +177,7 @@ def test_without_a_backbone_record_there_is_no_retention(conf: Path, records: li
     assert compiled.line("sft").cell("average") is not None
 
 
-def test_differences_are_paired_over_the_seeds_that_both_have(compiled: Compiled) -> None:
+def test_differences_are_paired_over_the_seeds_that_both_have(compiled: TableData) -> None:
     gap = compiled.line("mode-2x").minus(compiled.line("lora"), "prose")
     pairs = [58.0 - 55.0, 58.5 - 59.0]
     assert gap is not None
@@ -186,7 +186,7 @@ def test_differences_are_paired_over_the_seeds_that_both_have(compiled: Compiled
     assert compiled.line("mode-2x-frozen").minus(compiled.line("sft"), "prose") is None
 
 
-def test_cost_counts_every_stage_once(compiled: Compiled, conf: Path, records: list[Record]) -> None:
+def test_cost_counts_every_stage_once(compiled: TableData, conf: Path, records: list[Record]) -> None:
     cost = compiled.line("mode-2x").cost
     assert cost["steps"] == 4 + 4 + 6
     assert cost["tokens"] == pytest.approx(2.0)
@@ -216,7 +216,7 @@ def test_only_records_under_one_sky_are_compared(conf: Path, records: list[Recor
     compiled = compile_table(load_table("tiny", conf), [*strangers, *records], [], conf)
     assert sorted(compiled.line("sft").quality) == [0, 1, 2]
     assert compiled.left_out == 2
-    assert "2 matching records on other data or another backbone are left out." in markdown(compiled)
+    assert "2 matching records on other data or another backbone are left out." in render_markdown(compiled)
 
 
 def test_a_record_of_another_configuration_is_no_part_of_the_table(conf: Path, records: list[Record]) -> None:
@@ -240,8 +240,8 @@ def parsed(text: str) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(heads, row, strict=True)) for row in map(cells, lines[2:])}
 
 
-def test_markdown_shows_every_cell(compiled: Compiled) -> None:
-    table = parsed(markdown(compiled))
+def test_markdown_shows_every_cell(compiled: TableData) -> None:
+    table = parsed(render_markdown(compiled))
     assert list(table) == [
         *(row["label"] for row in ROWS),
         "MoDE 2x − SFT",
@@ -263,8 +263,8 @@ def test_markdown_shows_every_cell(compiled: Compiled) -> None:
     assert table["MoDE 2x − LoRA & 100%_x"]["n"] == "2"
 
 
-def test_what_else_rows_cost_stands_in_a_table_of_its_own(conf: Path, compiled: Compiled) -> None:
-    block = markdown(compiled).partition("does not say.")[2].strip()
+def test_what_else_rows_cost_stands_in_a_table_of_its_own(conf: Path, compiled: TableData) -> None:
+    block = render_markdown(compiled).partition("does not say.")[2].strip()
     table = parsed(f"\n\n{block}")
     assert list(table["SFT"]) == ["Cost", "Added M", "Tokens/s"]  # what no record says has no column
     assert table["SFT"]["Tokens/s"] == f"{1e6 / 11:,.0f}"
@@ -275,7 +275,7 @@ def test_what_else_rows_cost_stands_in_a_table_of_its_own(conf: Path, compiled: 
     assert (line.cost["active"], line.cost["flops"]) == (4.0, 3.0)
     assert (line.cost["memory"], line.cost["domain"], line.astray) == (2.5, 1.5, False)
     astray = dataclasses.replace(more, happened={**more.happened, "flops": 3.1e12})
-    text = markdown(compile_table(load_table("tiny", conf), [astray], [], conf))
+    text = render_markdown(compile_table(load_table("tiny", conf), [astray], [], conf))
     assert "Tokens or operations more than 1 % off the forecast: sft." in text
 
 
@@ -288,7 +288,7 @@ def test_contamination_is_that_of_any_record_of_the_same_data_and_split(conf: Pa
     validation = dataclasses.replace(told, happened={**told.happened, "split": "validation"})
 
     def text(*records: Record) -> str:
-        return markdown(compile_table(load_table("tiny", conf), records, [], conf))
+        return render_markdown(compile_table(load_table("tiny", conf), records, [], conf))
 
     assert "Contamination" not in text(without, validation)
     table = parsed("\n\n" + text(without, validation, told).partition("pretrained on.")[2].strip())
@@ -298,8 +298,8 @@ def test_contamination_is_that_of_any_record_of_the_same_data_and_split(conf: Pa
     assert cells["Prose"] == ["0.00", "0.00", "0.00", "0.00"]
 
 
-def test_a_missing_row_is_a_dash_and_a_note(compiled: Compiled) -> None:
-    text = markdown(compiled)
+def test_a_missing_row_is_a_dash_and_a_note(compiled: TableData) -> None:
+    text = render_markdown(compiled)
     row = parsed(text)["MoDE frozen"]
     assert {row[name] for name in row if name not in ("Method", "n")} == {"–"}
     assert {parsed(text)["MoDE frozen − SFT"][name] for name in ("Sums", "Average", "Retention")} == {"–"}
@@ -311,7 +311,7 @@ def test_what_has_to_be_said_of_rows_stands_under_the_table_once(conf: Path, rec
     said = {"lora": "A port.", "mode-2x": "Our own.", "mode-2x-frozen": "Our own."}
     rows = tuple(dataclasses.replace(row, note=said.get(row.name, "")) for row in table.rows)
     compiled = compile_table(dataclasses.replace(table, rows=rows), records, [], conf)
-    text = markdown(compiled)
+    text = render_markdown(compiled)
     assert {"LoRA & 100%_x †", "MoDE 2x ‡", "MoDE frozen ‡", "SFT", "MoDE 2x ‡ − SFT"} <= parsed(text).keys()
     assert text.count("† A port.") == text.count("‡ Our own.") == 1
     several = tuple(dataclasses.replace(row, note=f"{number}.") for number, row in enumerate(rows))
@@ -322,7 +322,7 @@ def test_what_has_to_be_said_of_rows_stands_under_the_table_once(conf: Path, rec
 def test_a_cell_of_one_seed_keeps_its_digits_and_its_sign(conf: Path) -> None:
     one = [made(conf, "tiny", row, 0, (0.5, 0.615, 0.7 if row == "sft" else 0.6)) for row in ("backbone", "sft", "lora",
            "mode-2x", "mode-2x-frozen")]  # fmt: skip
-    table = parsed(markdown(compile_table(load_table("tiny", conf), one, [], conf)))
+    table = parsed(render_markdown(compile_table(load_table("tiny", conf), one, [], conf)))
     assert table["SFT"]["Sums"] == "50.00"  # all rows are equal there
     assert table["SFT"]["Retention"] == "**+10.00**"
     assert table["LoRA & 100%_x"]["Prose"] == "60.00"
@@ -335,16 +335,19 @@ def test_a_cell_of_one_seed_keeps_its_digits_and_its_sign(conf: Path) -> None:
 def test_a_column_of_nothing_but_numbers_keeps_its_digits_and_signs(conf: Path) -> None:
     table = load_table("tiny", conf)
     alone = dataclasses.replace(table, rows=table.rows[:1], differences=(), published=None)
-    row = parsed(markdown(compile_table(alone, [made(conf, "tiny", "backbone", 0, (0.1, 0.2, 0.6))], [], conf)))[
+    row = parsed(render_markdown(compile_table(alone, [made(conf, "tiny", "backbone", 0, (0.1, 0.2, 0.6))], [], conf)))[
         "Backbone"
     ]
     assert (row["Retention"], row["Total M"], row["Tokens M"]) == ("+0.00", "5.000", "0.00")
 
 
-def test_what_is_beyond_noise_is_bold_and_nothing_else(compiled: Compiled) -> None:
+def test_what_is_beyond_noise_is_bold_and_nothing_else(compiled: TableData) -> None:
     # LoRA has the best mean in most columns for its seed 3 alone, and is worse on the seeds that others have too.
     bold = {
-        (label, name) for label, row in parsed(markdown(compiled)).items() for name, text in row.items() if "**" in text
+        (label, name)
+        for label, row in parsed(render_markdown(compiled)).items()
+        for name, text in row.items()
+        if "**" in text
     }
     assert bold == {
         ("MoDE 2x", "Py"),
@@ -357,14 +360,14 @@ def test_the_backbone_is_bold_where_it_is_best_but_never_for_its_own_retention(
     conf: Path, records: list[Record]
 ) -> None:
     worse = [record for record in records if record.asked["seed"] != 3]
-    table = parsed(markdown(compile_table(load_table("tiny", conf), worse, [], conf)))
+    table = parsed(render_markdown(compile_table(load_table("tiny", conf), worse, [], conf)))
     assert table["Backbone"]["Prose"] == "**60.00**"
     assert table["Backbone"]["Retention"] == "+0.00"
     assert table["MoDE 2x"]["Retention"] == "-1.50 ± 0.50"  # against LoRA it changes its sign with the seed
 
 
-def test_published_values_stand_beside_with_average_and_differences(compiled: Compiled) -> None:
-    block = markdown(compiled).partition("Published: Somebody et al.")[2]
+def test_published_values_stand_beside_with_average_and_differences(compiled: TableData) -> None:
+    block = render_markdown(compiled).partition("Published: Somebody et al.")[2]
     rows = {row[0]: row[1:] for row in map(cells, block.splitlines()) if len(row) == 5}
     assert rows["Method"] == ["Sums", "Py", "Prose", "Average"]
     assert rows["SFT"] == ["77.18", "67.90", "47.95", "64.34"]
@@ -372,8 +375,8 @@ def test_published_values_stand_beside_with_average_and_differences(compiled: Co
     assert block.rstrip().endswith("A note.")
 
 
-def test_latex_is_a_whole_table_with_special_characters_escaped(compiled: Compiled) -> None:
-    text = latex(compiled)
+def test_latex_is_a_whole_table_with_special_characters_escaped(compiled: TableData) -> None:
+    text = render_latex(compiled)
     assert text.startswith("\\begin{tabular}{lrrrrrrrrrrr}")
     assert text.rstrip().endswith("\\end{tabular}")
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
@@ -386,8 +389,8 @@ def test_latex_is_a_whole_table_with_special_characters_escaped(compiled: Compil
     assert not set("±−–") & set(text)
 
 
-def test_csv_has_the_mean_deviation_and_n_of_every_cell(compiled: Compiled) -> None:
-    rows = list(csv.DictReader(io.StringIO(render(compiled)["csv"])))
+def test_csv_has_the_mean_deviation_and_n_of_every_cell(compiled: TableData) -> None:
+    rows = list(csv.DictReader(io.StringIO(render_table(compiled)["csv"])))
     found = {(row["row"], row["column"]): row for row in rows}
     assert len(found) == len(rows)
     prose = found["sft", "prose"]
@@ -402,13 +405,13 @@ def test_csv_has_the_mean_deviation_and_n_of_every_cell(compiled: Compiled) -> N
 
 
 def test_rendering_does_not_depend_on_the_order_of_the_records(
-    conf: Path, compiled: Compiled, records: list[Record]
+    conf: Path, compiled: TableData, records: list[Record]
 ) -> None:
-    assert render(compile_table(load_table("tiny", conf), records[::-1], [], conf)) == render(compiled)
+    assert render_table(compile_table(load_table("tiny", conf), records[::-1], [], conf)) == render_table(compiled)
 
 
-def test_the_frame_has_one_row_per_line_and_difference(compiled: Compiled) -> None:
-    table = frame(compiled)
+def test_the_frame_has_one_row_per_line_and_difference(compiled: TableData) -> None:
+    table = make_frame(compiled)
     assert len(table) == len(ROWS) + 3
     assert not table.map(lambda text: "**" in text).any(axis=None)
 
@@ -425,18 +428,18 @@ def test_a_choice_is_made_by_the_average_over_all_domains(conf: Path) -> None:
         ("lora", "0.01"): (0.40, 0.42, 0.99),
     }
     records = [made(conf, "choices", f"{m}@lr{lr}", 0, scores) for (m, lr), scores in accuracy.items()]
-    text = markdown(compile_table(load_table("choices", conf), records, [], conf))
+    text = render_markdown(compile_table(load_table("choices", conf), records, [], conf))
     assert "Chosen by the average over all domains: sft lr0.001 (63.33); lora lr0.01 (60.33)." in text
     assert "on the whole validation split" in text
     assert "Missing (–): lora@lr0.1." in text
 
 
-def test_the_split_named_is_the_one_the_records_were_scored_on(conf: Path, compiled: Compiled) -> None:
-    assert "on the whole test split" in markdown(compiled)
-    assert "Chosen by" not in markdown(compiled)
+def test_the_split_named_is_the_one_the_records_were_scored_on(conf: Path, compiled: TableData) -> None:
+    assert "on the whole test split" in render_markdown(compiled)
+    assert "Chosen by" not in render_markdown(compiled)
     tuned = made(conf, "choices", "sft@lr0.1", 0, (0.5, 0.5, 0.5))
     table = dataclasses.replace(load_table("choices", conf), choose=False)
-    assert "on the whole validation split" in markdown(compile_table(table, [tuned], [], conf))
+    assert "on the whole validation split" in render_markdown(compile_table(table, [tuned], [], conf))
 
 
 # --- files
@@ -450,11 +453,11 @@ def results(tmp_path: Path, records: list[Record]) -> Path:
 
 
 @pytest.mark.slow
-def test_a_report_writes_the_table_in_three_forms_and_a_figure(conf: Path, results: Path, compiled: Compiled) -> None:
+def test_a_report_writes_the_table_in_three_forms_and_a_figure(conf: Path, results: Path, compiled: TableData) -> None:
     text, path = report("tiny", results, extra=conf)
     assert path == results / "tiny.md"
-    assert path.read_text("utf-8") == text == markdown(compiled)
-    for suffix, expected in render(compiled).items():
+    assert path.read_text("utf-8") == text == render_markdown(compiled)
+    for suffix, expected in render_table(compiled).items():
         assert (results / f"tiny.{suffix}").read_text("utf-8") == expected
     figure = (results / "tiny.png").read_bytes()
     assert figure.startswith(b"\x89PNG\r\n\x1a\n")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from cli.app import app
 from mode.core.errors import ConfigError
-from mode.runs.tracking import sync, unsynced
+from mode.runs.tracking import list_unsynced, sync
 from tests.conftest import World
 from tests.runs.test_tracking import read_back
 
@@ -102,9 +102,9 @@ def test_a_log_that_was_pushed_is_not_pushed_again(own: World) -> None:
     runs = own.root / "runs"
     assert "nothing to push" in call(own, "sync").stdout
     first, second = offline_log(runs, "20260102_000000"), offline_log(runs, "20260101_000000")
-    assert unsynced(runs) == [second.parent, first.parent]
+    assert list_unsynced(runs) == [second.parent, first.parent]
     second.with_name("run-abc.wandb.synced").touch()
-    assert unsynced(runs) == [first.parent]
+    assert list_unsynced(runs) == [first.parent]
 
 
 def test_without_a_network_offline_runs_stay(own: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,10 +124,10 @@ def test_a_refused_key_is_told_and_offline_runs_stay(
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert call(own, "train", "baseline", "lora", *own.overrides, "track=wandb").exit_code == 0
-    (log,) = unsynced(own.root / "runs")
+    (log,) = list_unsynced(own.root / "runs")
     result = call(own, "sync")
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1].startswith("mode: Weights & Biases: No API key configured")
-    assert unsynced(own.root / "runs") == [log]
+    assert list_unsynced(own.root / "runs") == [log]
     with pytest.raises(ConfigError, match="No API key"):
         sync([log])

@@ -11,10 +11,10 @@ import yaml
 
 from mode.core.errors import ConfigError
 from mode.report.figures import draw_curves
-from mode.report.text import markdown
-from mode.tables.compile import Compiled, Line
-from mode.tables.findings import crossings, findings
-from mode.tables.table import Claim, Curves, Row, Table, load_table, only
+from mode.report.text import render_markdown
+from mode.tables.compile import RowResult, TableData
+from mode.tables.findings import find_crossings, list_findings
+from mode.tables.table import Claim, Curves, Row, Table, load_table, select_rows
 from tests.report.test_report import parsed
 from tests.tables.test_statistics import line
 
@@ -24,19 +24,19 @@ LINES = {"MoDE": tuple(f"mode@n{x}" for x in X), "LoRA": tuple(f"lora@n{x}" for 
 CLAIM = Claim(text="MoDE is ahead.", ours="mode@n1000", theirs="lora@n1000", column="code")
 
 
-def row(name: str, qualities: list[float], spread: float = 0.0, **cost: float) -> Line:
+def row(name: str, qualities: list[float], spread: float = 0.0, **cost: float) -> RowResult:
     return dataclasses.replace(line(qualities, spread), name=name, label=name.upper(), cost={"n": 3, **cost})
 
 
-def compiled(lines: list[Line], **settings: Any) -> Compiled:
+def compiled(lines: list[RowResult], **settings: Any) -> TableData:
     rows = tuple(Row(name=each.name, label=each.label, overrides=()) for each in lines)
     table = Table(title="T", rows=rows, **settings)
-    return Compiled(
+    return TableData(
         table=table, lines=tuple(lines), domains=("code",), targets=("code",), split="test", left_out=0, overlap=()
     )
 
 
-def curves(spread: float = 0.0) -> Compiled:
+def curves(spread: float = 0.0) -> TableData:
     lines = [row(f"lora@n{x}", [50.0, 50.1, 49.9], examples=x) for x in X]
     lines += [
         row(f"mode@n{x}", [50.0 + gap, 50.1 + gap, 49.9 + gap], spread, examples=x)
@@ -47,7 +47,7 @@ def curves(spread: float = 0.0) -> Compiled:
 
 
 def test_curves_are_compared_point_by_point_and_cross_where_the_sign_changes() -> None:
-    claim, crossing = findings(curves())
+    claim, crossing = list_findings(curves())
     assert crossing.startswith("Rows: MoDE − LoRA on Code: -2.00 at 10, +2.00 at 100, +4.00 at 1000; ")
     assert crossing.endswith("they cross at about 31.6.")
     assert claim == (
@@ -56,26 +56,26 @@ def test_curves_are_compared_point_by_point_and_cross_where_the_sign_changes() -
 
 
 def test_noise_is_called_noise() -> None:
-    claim, crossing = findings(curves(spread=3.0))
+    claim, crossing = list_findings(curves(spread=3.0))
     assert "-2.00 at 10 (noise), +2.00 at 100 (noise), +4.00 at 1000; no crossing is beyond noise." in crossing
     assert "it holds here" in claim
-    assert "not told from noise" in findings(curves(spread=9.0))[0]
+    assert "not told from noise" in list_findings(curves(spread=9.0))[0]
 
 
 def test_the_opposite_is_told() -> None:
     given = curves()
     table = dataclasses.replace(given.table, claims=(dataclasses.replace(CLAIM, ours=CLAIM.theirs, theirs=CLAIM.ours),))
-    assert "the opposite holds here" in findings(dataclasses.replace(given, table=table))[0]
+    assert "the opposite holds here" in list_findings(dataclasses.replace(given, table=table))[0]
 
 
 def test_rows_without_records_are_passed_over() -> None:
     given = curves()
     empty = [dataclasses.replace(each, quality={}, resampled={}, cost={"n": 0}) for each in given.lines]
-    assert findings(dataclasses.replace(given, lines=tuple(empty))) == []
+    assert list_findings(dataclasses.replace(given, lines=tuple(empty))) == []
     some = [
         each if "10" not in each.name.split("@n")[1:] else gone for each, gone in zip(given.lines, empty, strict=True)
     ]
-    assert len(findings(dataclasses.replace(given, lines=tuple(some)))) == 2
+    assert len(list_findings(dataclasses.replace(given, lines=tuple(some)))) == 2
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_rows_without_records_are_passed_over() -> None:
     ],
 )
 def test_crossings_lie_between_neighbours(gaps: list[tuple[float, float]], expected: list[float]) -> None:
-    assert crossings(gaps) == pytest.approx(expected)
+    assert find_crossings(gaps) == pytest.approx(expected)
 
 
 @pytest.mark.slow
@@ -100,8 +100,8 @@ def test_the_sentences_stand_in_the_table_and_the_panels_are_drawn(tmp_path: Pat
     given = dataclasses.replace(
         given, table=dataclasses.replace(given.table, rows=rows, curves=(*given.table.curves, level))
     )
-    text = markdown(given)
-    assert all(f"- {sentence}" in text for sentence in findings(given))
+    text = render_markdown(given)
+    assert all(f"- {sentence}" in text for sentence in list_findings(given))
     draw_curves(given, tmp_path / "curves.png")
     first = (tmp_path / "curves.png").read_bytes()
     draw_curves(given, tmp_path / "curves.png")
@@ -110,7 +110,7 @@ def test_the_sentences_stand_in_the_table_and_the_panels_are_drawn(tmp_path: Pat
 
 def test_relative_cells_are_differences_to_the_backbone() -> None:
     lines = [row("backbone", [40.0, 40.0, 40.0]), row("sft", [50.0, 50.1, 49.9]), row("lora", [40.0, 40.1, 39.9], 3.0)]
-    text = markdown(compiled(lines, relative=True))
+    text = render_markdown(compiled(lines, relative=True))
     cells = {label: row["Code"] for label, row in parsed(text).items()}
     assert cells["BACKBONE"] == "40.00 ± 0.00"
     assert cells["SFT"] == "**+10.00 ± 0.10**"
@@ -120,7 +120,7 @@ def test_relative_cells_are_differences_to_the_backbone() -> None:
 
 def test_a_table_with_some_of_its_rows_keeps_what_is_about_those() -> None:
     table = curves().table
-    shorter = only(table, [name for name in (each.name for each in table.rows) if name != "mode@n1000"])
+    shorter = select_rows(table, [name for name in (each.name for each in table.rows) if name != "mode@n1000"])
     assert shorter.claims == ()
     assert shorter.curves[0].lines == {"MoDE": LINES["MoDE"][:2], "LoRA": LINES["LoRA"]}
 

@@ -8,8 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mode.tables.compile import Line
-from mode.tables.statistics import RESAMPLES, draws, effective, over_documents, over_seeds, resampled
+from mode.tables.compile import RowResult
+from mode.tables.statistics import (
+    RESAMPLES,
+    draw_resamples,
+    effective_size,
+    interval_over_documents,
+    interval_over_seeds,
+    resample,
+)
 from tests.evaluation.test_next_token import of
 
 
@@ -25,18 +32,18 @@ def documents(seed: int, count: int = 400) -> tuple[list[int], list[int]]:
 
 
 def test_a_resample_draws_as_many_documents_and_the_same_for_every_row() -> None:
-    chosen = draws("code", 7)
+    chosen = draw_resamples("code", 7)
     assert chosen.shape == (RESAMPLES, 7)
     assert set(chosen.sum(1)) == {7.0}
-    assert draws("code", 7) is chosen
-    assert not np.array_equal(draws("math", 7), chosen)
+    assert draw_resamples("code", 7) is chosen
+    assert not np.array_equal(draw_resamples("math", 7), chosen)
     assert chosen.mean(0) == pytest.approx(np.ones(7), abs=0.1)
 
 
 def test_the_bootstraps_spread_is_the_standard_error_clustered_by_document() -> None:
     tokens, hits = documents(0)
     told = of([[1] * right + [0] * (count - right) for count, right in zip(tokens, hits, strict=True)])
-    found = resampled({"code": score(tokens, hits)})["code"]
+    found = resample({"code": score(tokens, hits)})["code"]
     assert told.stderr is not None
     assert float(found.std()) == pytest.approx(told.stderr, rel=0.1)
     assert float(found.mean()) == pytest.approx(told.accuracy, abs=told.stderr / 5)
@@ -45,8 +52,8 @@ def test_the_bootstraps_spread_is_the_standard_error_clustered_by_document() -> 
 def test_pairing_takes_away_what_documents_have_in_common() -> None:
     tokens, hits = documents(1)
     better = [min(count, right + 2) for count, right in zip(tokens, hits, strict=True)]
-    ours, theirs = (resampled({"code": score(tokens, each)})["code"] for each in (better, hits))
-    paired = over_documents(float((ours - theirs).mean()), [ours - theirs], effective(tokens))
+    ours, theirs = (resample({"code": score(tokens, each)})["code"] for each in (better, hits))
+    paired = interval_over_documents(float((ours - theirs).mean()), [ours - theirs], effective_size(tokens))
     assert paired.excludes_zero
     assert paired.low > 0.0
     # Unpaired, the difference is far below the spread of either.
@@ -55,8 +62,8 @@ def test_pairing_takes_away_what_documents_have_in_common() -> None:
 
 def test_equal_rows_have_no_difference() -> None:
     tokens, hits = documents(2)
-    same = resampled({"code": score(tokens, hits)})["code"]
-    interval = over_documents(0.0, [same - same], effective(tokens))
+    same = resample({"code": score(tokens, hits)})["code"]
+    interval = interval_over_documents(0.0, [same - same], effective_size(tokens))
     assert (interval.low, interval.high, interval.excludes_zero) == (0.0, 0.0, False)
 
 
@@ -73,20 +80,20 @@ def test_about_five_of_a_hundred_intervals_miss_the_truth(sizes: tuple[int, ...]
         random = np.random.default_rng(seed)
         hits = [tokens * np.clip(0.5 + 0.05 * random.standard_normal(len(tokens)), 0, 1) for _ in range(2)]
         pair = [score(list(sizes), each.round().astype(int).tolist()) for each in hits]
-        ours, theirs = (resampled({"code": each})["code"] for each in pair)
+        ours, theirs = (resample({"code": each})["code"] for each in pair)
         gap = pair[0]["accuracy"] - pair[1]["accuracy"]
-        wrong += over_documents(gap, [ours - theirs], effective(sizes)).excludes_zero
+        wrong += interval_over_documents(gap, [ours - theirs], effective_size(sizes)).excludes_zero
     assert 8 <= wrong <= 32  # 20 are meant; three standard errors are 13
 
 
 def test_a_domain_of_one_document_has_no_spread() -> None:
-    assert set(resampled({"code": score([10], [4])})["code"]) == {0.4}
+    assert set(resample({"code": score([10], [4])})["code"]) == {0.4}
 
 
 @pytest.mark.parametrize(("count", "critical"), [(2, 12.706), (3, 4.303), (5, 2.776), (40, 2.023)])
 def test_intervals_over_seeds_are_students(count: int, critical: float) -> None:
     values = [float(number % 2) for number in range(count)]
-    interval = over_seeds(values)
+    interval = interval_over_seeds(values)
     assert interval is not None
     mean = sum(values) / count
     error = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
@@ -94,10 +101,10 @@ def test_intervals_over_seeds_are_students(count: int, critical: float) -> None:
     assert mean - interval.low == pytest.approx(critical * error, rel=2e-3)
 
 
-def line(qualities: list[float], spread: float = 0.0) -> Line:
+def line(qualities: list[float], spread: float = 0.0) -> RowResult:
     """Return a row with one column, whose resamples differ by as much."""
     waves = spread * np.linspace(-1, 1, RESAMPLES)
-    return Line(
+    return RowResult(
         name="row",
         label="Row",
         quality={seed: {"code": value} for seed, value in enumerate(qualities)},

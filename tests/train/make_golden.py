@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mode.config.compose import compose
-from mode.records.provenance import processor
+from mode.records.provenance import read_processor_name
 from mode.runs.execute import execute
 from tests.conftest import make_world
 from tests.train.test_loop import GOLDEN, GOLDEN_SETTINGS, LOSSES
@@ -20,7 +20,7 @@ from tests.train.test_loop import GOLDEN, GOLDEN_SETTINGS, LOSSES
 
 def main() -> None:
     """Train every golden run in a temporary world and keep its losses in full."""
-    golden: dict[str, list[str]] = {"sky": [processor(), torch.__version__]}
+    golden: dict[str, list[str]] = {"sky": [read_processor_name(), torch.__version__]}
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(Path(folder))
         for name, overrides in LOSSES.items():

@@ -20,14 +20,14 @@ from mode.backbone.load import load_model
 from mode.config.check import replace_settings
 from mode.config.compose import compose
 from mode.core.errors import ConfigError
-from mode.core.files import checkpoints
-from mode.core.tensors import load_tensors, trainable
-from mode.ops.loss import hidden_states
-from mode.records.provenance import processor
+from mode.core.files import list_checkpoints
+from mode.core.tensors import load_tensors, trainable_parameters
+from mode.ops.loss import compute_hidden_states
+from mode.records.provenance import read_processor_name
 from mode.records.record import Record
 from mode.runs.execute import WEIGHTS, execute
 from mode.runs.prepare import Prepared, prepare_run
-from mode.train.checkpoint import Saver, load_checkpoint, names_in, read_counters
+from mode.train.checkpoint import Saver, list_names, load_checkpoint, read_counters
 from tests.conftest import World
 
 GOLDEN = Path(__file__).parent / "golden.json"
@@ -57,7 +57,7 @@ def test_losses_are_golden(world: World, name: str) -> None:
     record = execute(run_of(world, *LOSSES[name], *GOLDEN_SETTINGS))
     losses = [point["loss"] for point in record.happened["curve"]]
     golden = json.loads(GOLDEN.read_text())
-    same_sky = golden["sky"] == [processor(), torch.__version__]
+    same_sky = golden["sky"] == [read_processor_name(), torch.__version__]
     expected = [float.fromhex(value) for value in golden[name]]
     # Full precision where the golden values were made; other processors and versions may sum in another order.
     assert losses == (expected if same_sky else pytest.approx(expected, rel=1e-4))
@@ -174,7 +174,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path
     (tmp_path / "file").write_text("no folder")
     layer = torch.nn.Linear(2, 2)
     with pytest.raises(ConfigError, match=r"checkpoint-1: cannot be written \(.*file"), Saver() as saver:
-        saver.save(tmp_path / "file", trainable(layer), torch.optim.AdamW(layer.parameters()), 1, 0.5)
+        saver.save(tmp_path / "file", trainable_parameters(layer), torch.optim.AdamW(layer.parameters()), 1, 0.5)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -182,10 +182,10 @@ def test_a_checkpoint_is_of_its_own_step_whatever_the_next_ones_do(tmp_path: Pat
     layer = torch.nn.Linear(2048, 2048)
     before = layer.weight.detach().clone()
     with Saver() as saver, torch.no_grad():
-        saver.save(tmp_path, trainable(layer), torch.optim.AdamW(layer.parameters()), 1, 0.125)
+        saver.save(tmp_path, trainable_parameters(layer), torch.optim.AdamW(layer.parameters()), 1, 0.125)
         layer.weight.zero_()
-    (checkpoint,) = checkpoints(tmp_path)
-    load_checkpoint(checkpoint, trainable(layer))
+    (checkpoint,) = list_checkpoints(tmp_path)
+    load_checkpoint(checkpoint, trainable_parameters(layer))
     assert torch.equal(layer.weight, before)
     assert read_counters(checkpoint) == (1, 0.125)
 
@@ -200,7 +200,7 @@ def test_a_damaged_checkpoint_is_told_in_one_line(world: World) -> None:
 
     with pytest.raises(CrashError):
         execute(run, observe=crash)
-    (checkpoint,) = checkpoints(prepare_run(run).folder)
+    (checkpoint,) = list_checkpoints(prepare_run(run).folder)
     (part,) = checkpoint.iterdir()
     left = checkpoint.with_name(".checkpoint-9.partial")  # of processes that were killed as they wrote
     left.mkdir()
@@ -222,14 +222,14 @@ def test_a_checkpoint_without_one_of_its_files_is_not_gone_on_from(tmp_path: Pat
         tensors = {"parameter.bias": torch.ones(1)} | ({"counters": torch.ones(2)} if start == 0 else {})
         told = {CUSTOM_METADATA_KEY: json.dumps({name: offsets[name] for name in tensors})}
         save_file(tensors, tmp_path / f"{start}.safetensors", metadata=told)
-    assert names_in(tmp_path) == {"parameter.bias", "counters"}
+    assert list_names(tmp_path) == {"parameter.bias", "counters"}
     (tmp_path / "1.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"a part of parameter\.bias is missing"):
-        names_in(tmp_path)
+        list_names(tmp_path)
     (tmp_path / "0.safetensors").unlink()
     (tmp_path / "2.safetensors").unlink()
     with pytest.raises(ConfigError, match="no file has its counters"):
-        names_in(tmp_path)
+        list_names(tmp_path)
 
 
 def test_a_diverging_run_stops_with_the_step_and_the_learning_rate(world: World) -> None:
@@ -240,7 +240,7 @@ def test_a_diverging_run_stops_with_the_step_and_the_learning_rate(world: World)
 def test_finished_runs_keep_no_optimizer_state_and_only_what_trains(world: World) -> None:
     record = execute(run_of(world, "method=lora"))
     folder = prepare_run(run_of(world, "method=lora")).folder
-    assert not checkpoints(folder)
+    assert not list_checkpoints(folder)
     tensors, metadata = load_tensors(folder / WEIGHTS)
     assert metadata == {"run": record.id}
     assert all("lora_" in name for name in tensors)
@@ -301,7 +301,7 @@ def test_frozen_weights_held_in_bf16_change_no_bit(world: World, method: str, mo
         here = world.at(world.root / place)
         asked = [*here.overrides, f"method={method}", *settings, "train.log_every=1", "train.precision=bf16"]
         records.append(execute(compose(asked, world.conf)))
-        monkeypatch.setattr("mode.train.step_options.frozen_matrices", lambda layers: [])
+        monkeypatch.setattr("mode.train.step_options.find_frozen_matrices", lambda layers: [])
     held, cast = records
     assert len(curve_of(held)) == 4
     assert curve_of(held) == curve_of(cast)
@@ -309,20 +309,20 @@ def test_frozen_weights_held_in_bf16_change_no_bit(world: World, method: str, mo
 
 
 def test_what_is_frozen_is_in_bf16_within_a_step_alone(world: World) -> None:
-    from mode.backbone.structure import frozen_matrices
-    from mode.train.step_options import Layers
+    from mode.backbone.structure import find_frozen_matrices
+    from mode.train.step_options import StepOptions
 
     run = compose([*world.overrides, "method=sft"], world.conf)
     model = load_model(run.backbone).requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    layers = Layers(model, run.train, half=True)
+    layers = StepOptions(model, run.train, half=True)
     with layers:
         kinds = {name: value.dtype for name, value in model.named_parameters()}
     halved = {name for name, kind in kinds.items() if kind == torch.bfloat16}
     assert halved == {name for name in kinds if name.endswith("_proj.weight")}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert len(halved) == len(layers.held)
-    assert not frozen_matrices(list(load_model(run.backbone).model.layers))
+    assert not find_frozen_matrices(list(load_model(run.backbone).model.layers))
 
 
 @pytest.mark.parametrize(
@@ -338,10 +338,10 @@ def test_what_is_frozen_is_in_bf16_within_a_step_alone(world: World) -> None:
 def test_a_processor_trains_in_bf16_where_it_pays(
     asked: str, tiles: bool, hidden: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mode.train.precision import resolved
+    from mode.train.precision import resolve_precision
 
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": tiles, "avx512_bf16": True})
-    assert resolved(asked, torch.device("cpu"), hidden) == expected
+    assert resolve_precision(asked, torch.device("cpu"), hidden) == expected
 
 
 def test_where_bf16_pays_a_run_is_in_bf16_and_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,16 +360,16 @@ def test_where_bf16_pays_a_run_is_in_bf16_and_says_so(world: World, monkeypatch:
     ("setting", "flops", "expected"), [("auto", 1e13, False), ("auto", 3e13, True), (True, 1.0, True)]
 )
 def test_layers_are_compiled_where_a_stage_is_long(world: World, setting: Any, flops: float, expected: bool) -> None:
-    from mode.train.step_options import compiles
+    from mode.train.step_options import should_compile
 
     settings = replace_settings(run_of(world, "method=sft").train, compile=setting)
-    assert compiles(settings, torch.device("cpu"), flops) is expected
+    assert should_compile(settings, torch.device("cpu"), flops) is expected
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_layers_of_many_kinds_are_all_compiled(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mode.train.step_options import Layers
+    from mode.train.step_options import StepOptions
 
     def quickly(layer: Any, **options: Any) -> None:
         layer._compiled_call_impl = torch.compile(layer._call_impl, backend="eager", **options)
@@ -379,27 +379,27 @@ def test_layers_of_many_kinds_are_all_compiled(world: World, monkeypatch: pytest
     model = load_model(run.backbone).train()
     with (
         torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
-        Layers(model, replace_settings(run.train, compile=True)),
+        StepOptions(model, replace_settings(run.train, compile=True)),
     ):
         for size in range(1, 12):
-            hidden_states(model, torch.arange(12).expand(size, -1))
+            compute_hidden_states(model, torch.arange(12).expand(size, -1))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_compiled_layers_train_as_plain_ones_and_are_plain_again_afterwards(world: World) -> None:
-    from mode.backbone.structure import decoder_layers
-    from mode.train.step_options import Layers
+    from mode.backbone.structure import find_decoder_layers
+    from mode.train.step_options import StepOptions
 
     run = compose([*world.overrides, "method=sft"], world.conf)
     ids = torch.arange(24).view(2, 12)
     model = load_model(run.backbone).train()
-    layers = Layers(model, replace_settings(run.train, compile=True))
+    layers = StepOptions(model, replace_settings(run.train, compile=True))
     plain = model(input_ids=ids).logits
     with layers:
         compiled = model(input_ids=ids).logits
-        assert all(layer._compiled_call_impl is not None for layer in decoder_layers(model))
-    assert all(layer._compiled_call_impl is None for layer in decoder_layers(model))
+        assert all(layer._compiled_call_impl is not None for layer in find_decoder_layers(model))
+    assert all(layer._compiled_call_impl is None for layer in find_decoder_layers(model))
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
     slopes = []
     for logits in (plain, compiled):

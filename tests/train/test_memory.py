@@ -9,7 +9,7 @@ import pytest
 from mode.config.check import replace_settings
 from mode.config.compose import compose
 from mode.core.errors import ConfigError
-from mode.core.tensors import digest
+from mode.core.tensors import digest_tensors
 from mode.runs.execute import execute
 from mode.train.memory import CHOICES
 from tests.conftest import World
@@ -36,7 +36,9 @@ def test_the_fastest_choice_that_fits_is_taken_and_changes_no_bit(
 
     seen: list[str] = []
     genuine = mode.train.memory.affordable
-    monkeypatch.setattr("mode.train.memory.affordable", lambda *given: seen.append(genuine(*given)) or seen[-1])
+    monkeypatch.setattr(
+        "mode.train.memory.choose_checkpointing", lambda *given: seen.append(genuine(*given)) or seen[-1]
+    )
     smallest = least(world)
     curves = []
     for place, memory in (("much", 10.0), ("little", smallest * 1.01)):
@@ -54,21 +56,23 @@ def test_what_is_chosen_takes_less(world: World) -> None:
     import torch
 
     from mode.backbone.load import load_model
-    from mode.core.device import allocated
+    from mode.core.device import measure_allocated
     from mode.methods.base import Material
-    from mode.train.memory import step
+    from mode.train.memory import make_step
 
     run = run_of(world, *FRESH)
     model = run.method.build(run, Material(backbone=partial(load_model, run.backbone))).train()
-    before = digest(model.state_dict())
+    before = digest_tensors(model.state_dict())
     rows = torch.randint(64, (2, 129))
     sizes = []
     for choice in CHOICES:
         chosen = replace_settings(run.train, activation_checkpointing=choice)
-        sizes.append(allocated(step(model, chosen, None, None, lambda: (rows, None, None)), torch.device("cpu")))
+        sizes.append(
+            measure_allocated(make_step(model, chosen, None, None, lambda: (rows, None, None)), torch.device("cpu"))
+        )
         model.zero_grad(set_to_none=True)
     assert sizes[0] < sizes[1] < sizes[2]
-    assert digest(model.state_dict()) == before
+    assert digest_tensors(model.state_dict()) == before
 
 
 @pytest.mark.parametrize("settings", [[AUTO], ["train.memory=4"]])
@@ -82,11 +86,11 @@ def test_memory_and_auto_go_together(world: World, settings: list[str]) -> None:
 def test_what_is_left_for_the_loss_keeps_no_activations(world: World, method: str) -> None:
     import torch
 
-    from mode.core.device import allocated
-    from mode.ops.loss import with_auxiliary
+    from mode.core.device import measure_allocated
+    from mode.ops.loss import find_auxiliary_modules
     from mode.runs.execute import build
     from mode.runs.prepare import prepare_run
-    from mode.train.memory import step
+    from mode.train.memory import make_step
 
     run = run_of(world, f"method={method}", "train.sequence_length=128", "train.steps=1")
     stages = run.method.needs(run)
@@ -97,7 +101,9 @@ def test_what_is_left_for_the_loss_keeps_no_activations(world: World, method: st
     sizes = []
     for choice in ("none", "all"):
         chosen = replace_settings(run.train, activation_checkpointing=choice)
-        sizes.append(allocated(step(model, chosen, None, None, lambda: (rows, None, None)), torch.device("cpu")))
+        sizes.append(
+            measure_allocated(make_step(model, chosen, None, None, lambda: (rows, None, None)), torch.device("cpu"))
+        )
         model.zero_grad(set_to_none=True)
     assert sizes[1] < 0.45 * sizes[0]
-    assert all(module.auxiliary is None for module in with_auxiliary(model))  # all have been formed again
+    assert all(module.auxiliary is None for module in find_auxiliary_modules(model))  # all have been formed again

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mode.backbone.shape import shape_of
-from mode.bench.suites.trainers import hushed
+from mode.backbone.shape import read_shape
+from mode.bench.suites.trainers import silence_libraries
 from mode.bench.timing import Case
 from mode.data.batches import Batches, Stream
 
@@ -36,7 +36,7 @@ def batches(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
 
     size, length = run.train.batch_size, run.train.sequence_length
     rows = TOGETHER * size + 2
-    vocabulary = shape_of(run.backbone).vocabulary
+    vocabulary = read_shape(run.backbone).vocabulary
     kind = np.uint16 if vocabulary <= 2**16 else np.uint32
     stream = np.random.default_rng(0).integers(vocabulary, size=rows * length + 1, dtype=kind)
     np.save(folder / "stream.npy", stream)
@@ -47,7 +47,7 @@ def batches(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
         sequence_length=length,
     )
     folded = stream[: TOGETHER * size * length].reshape(-1, length).astype(np.int64)
-    with hushed():
+    with silence_libraries():
         Dataset.from_dict({"input_ids": folded.tolist()}).save_to_disk(folder / "dataset")
     dataset = Dataset.load_from_disk(str(folder / "dataset"))
 
@@ -57,16 +57,16 @@ def batches(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
 
     tokens = TOGETHER * size * length
     ways = {
-        "datasets, collator": loader(dataset, size, device),
-        "datasets as tensors, collator": loader(dataset.with_format("torch"), size, device),
+        "datasets, collator": make_loader(dataset, size, device),
+        "datasets as tensors, collator": make_loader(dataset.with_format("torch"), size, device),
         "mode": packed,
     }
     cases = [Case("batches", name, way, tokens=tokens) for name, way in ways.items()]
     weighed = {"datasets": folder / "dataset", "mode": folder / "stream.npy"}
-    return cases, {name: size_of(place) for name, place in weighed.items()}
+    return cases, {name: measure_size(place) for name, place in weighed.items()}
 
 
-def loader(dataset: Any, size: int, device: torch.device) -> Callable[[], None]:
+def make_loader(dataset: Any, size: int, device: torch.device) -> Callable[[], None]:
     """Return an action that takes batches from a data set as `Trainer` does, its rows in a random order."""
     from torch.utils.data import DataLoader
     from transformers import default_data_collator
@@ -80,7 +80,7 @@ def loader(dataset: Any, size: int, device: torch.device) -> Callable[[], None]:
     return action
 
 
-def size_of(place: Path) -> int:
+def measure_size(place: Path) -> int:
     """Return the bytes of a file, or of all in a folder."""
     files = place.rglob("*") if place.is_dir() else [place]
     return sum(file.stat().st_size for file in files if file.is_file())

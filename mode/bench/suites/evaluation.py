@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from mode.backbone.load import load_model
-from mode.backbone.shape import shape_of
+from mode.backbone.shape import read_shape
 from mode.bench.timing import Case
 from mode.core.errors import ConfigError
-from mode.cost.flops import untouched
+from mode.cost.flops import untouched_cost
 from mode.data.pack import PackedSplit
-from mode.downstream.harness import is_installed, quiet
-from mode.evaluation.likelihood import Text, log_likelihoods
+from mode.downstream.harness import is_installed, silence_harness
+from mode.evaluation.likelihood import Text, compute_log_likelihoods
 from mode.evaluation.next_token import evaluate
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def evaluation(run: Run, method: MoDE, device: torch.device, folder: Path) -> tu
         folder: Not used.
     """
     model = load_model(run.backbone).to(device).eval()
-    shape, random = shape_of(run.backbone), np.random.default_rng(0)
+    shape, random = read_shape(run.backbone), np.random.default_rng(0)
     lengths = np.linspace(SHORTEST, LONGEST, TEXTS).astype(int)
     texts = [random.integers(shape.vocabulary, size=length).tolist() for length in random.permutation(lengths)]
     count, row = run.evaluate.batch_size, run.train.sequence_length
@@ -50,24 +50,24 @@ def evaluation(run: Run, method: MoDE, device: torch.device, folder: Path) -> tu
     windows = [stream[start : start + row + 1].tolist() for start in range(0, len(stream) - 1, row)]
     split = PackedSplit(stream, np.asarray([0, len(stream)]), len(stream))
     jobs: dict[str, tuple[list[list[int]], Callable[[], float]]] = {
-        "short texts": (texts, partial(short, model, texts, row, count)),
-        "whole rows": (windows, partial(whole, model, split, run)),
+        "short texts": (texts, partial(score_short, model, texts, row, count)),
+        "whole rows": (windows, partial(score_whole, model, split, run)),
     }
     cases = []
     for job, (tokens, ours) in jobs.items():
         scored = sum(len(each) - 1 for each in tokens)
-        flops = scored * untouched(shape, row).flops.forward
+        flops = scored * untouched_cost(shape, row).flops.forward
         ways = {"mode": ours}
         if is_installed():
-            ways = {"lm-evaluation-harness": other(model, tokens, count), "mode": ours}
+            ways = {"lm-evaluation-harness": make_harness_action(model, tokens, count), "mode": ours}
             first, second = (way() for way in ways.values())
             if abs(first / second - 1) > TOLERANCE:
                 raise ConfigError(f"{job}: sums of log-likelihoods differ, {first} and {second}: nothing to compare")
-        cases += [Case(job, name, silent(way), scored, flops=flops, counted=True) for name, way in ways.items()]
+        cases += [Case(job, name, drop_result(way), scored, flops=flops, counted=True) for name, way in ways.items()]
     return cases, {}
 
 
-def silent(action: Callable[[], float]) -> Callable[[], None]:
+def drop_result(action: Callable[[], float]) -> Callable[[], None]:
     """Return an action whose result is not taken for seconds."""
 
     def act() -> None:
@@ -76,13 +76,13 @@ def silent(action: Callable[[], float]) -> Callable[[], None]:
     return act
 
 
-def short(model: Any, texts: Sequence[Sequence[int]], row: int, rows: int) -> float:
+def score_short(model: Any, texts: Sequence[Sequence[int]], row: int, rows: int) -> float:
     """Return the sum of the log-likelihoods of texts."""
-    found = log_likelihoods(model, [Text(tokens) for tokens in texts], row=row, batch_size=rows)
+    found = compute_log_likelihoods(model, [Text(tokens) for tokens in texts], row=row, batch_size=rows)
     return sum(each.total for each in found)
 
 
-def whole(model: Any, split: PackedSplit, run: Run) -> float:
+def score_whole(model: Any, split: PackedSplit, run: Run) -> float:
     """Return the sum of the log-likelihoods of a stream."""
     score = evaluate(
         model,
@@ -94,13 +94,19 @@ def whole(model: Any, split: PackedSplit, run: Run) -> float:
     return -score.loss * score.tokens
 
 
-def other(model: Any, texts: Sequence[Sequence[int]], rows: int) -> Callable[[], float]:
+def make_harness_action(model: Any, texts: Sequence[Sequence[int]], rows: int) -> Callable[[], float]:
     """Return an action that sums the log-likelihoods of texts by lm-evaluation-harness."""
-    with quiet():
+    with silence_harness():
         from lm_eval.models.huggingface import HFLM
 
-        from mode.bench.suites.trainers import one_word
+        from mode.bench.suites.trainers import make_one_word_tokenizer
 
-        reader = HFLM(pretrained=model, tokenizer=one_word(), batch_size=rows, backend="causal", add_bos_token=False)
+        reader = HFLM(
+            pretrained=model,
+            tokenizer=make_one_word_tokenizer(),
+            batch_size=rows,
+            backend="causal",
+            add_bos_token=False,
+        )
     asked = [(("", ""), list(tokens[:1]), list(tokens[1:])) for tokens in texts]
     return lambda: sum(total for total, _ in reader._loglikelihood_tokens(asked, disable_tqdm=True))

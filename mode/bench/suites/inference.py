@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from mode.artefacts.find import load_folder
 from mode.artefacts.write import write_model
-from mode.backbone.load import load_model, locate, weights_fingerprint
+from mode.backbone.load import fingerprint_weights, load_model, locate
 from mode.bench.timing import Case
-from mode.modular.artefact import load_experts, made_for, save_expert
+from mode.modular.artefact import describe_fit, load_experts, save_expert
 from mode.modular.edit import swap_expert
 from mode.modular.model import MoDEForCausalLM, make_modular
 
@@ -41,25 +41,25 @@ def edge(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[li
     places = {name: folder / str(number) for name, number in names.items()}
     for name, number in names.items():
         experts = ["one", "two"][:number]
-        model = modular(run, method, experts) if experts else load_model(run.backbone)
+        model = build_modular(run, method, experts) if experts else load_model(run.backbone)
         write_model(model, locate(run.backbone), places[name], embed=True)
     for name in ("two", "three"):
-        save_expert(modular(run, method, [name]), folder / name, about(run, method, name))
+        save_expert(build_modular(run, method, [name]), folder / name, describe_expert(run, method, name))
     live = {name: load_folder(place).to(device) for name, place in places.items()}
-    cases = [Case("load", name, partial(start, place, device)) for name, place in places.items()]
-    for job, use, tokens in (("read", read, LONG), ("generate", write, NEW)):
+    cases = [Case("load", name, partial(load_and_use, place, device)) for name, place in places.items()]
+    for job, use, tokens in (("read", read_prompt, LONG), ("generate", write_tokens, NEW)):
         cases += [Case(job, name, partial(use, model), tokens) for name, model in live.items()]
     whole = places["backbone"]
     cases += [
-        Case("exchange", "fine-tuned model, loaded anew", partial(start, whole, device)),
+        Case("exchange", "fine-tuned model, loaded anew", partial(load_and_use, whole, device)),
         Case("exchange", "fine-tuned model, read over the live one", partial(overwrite, live["backbone"], whole)),
-        Case("exchange", "one expert for another in the live model", swap(live["backbone + 2 experts"], folder)),
+        Case("exchange", "one expert for another in the live model", make_swap(live["backbone + 2 experts"], folder)),
     ]
-    sizes = {name: weight_bytes(place) for name, place in places.items()}
-    return cases, {**sizes, "one expert": weight_bytes(folder / "two")}
+    sizes = {name: measure_weight_bytes(place) for name, place in places.items()}
+    return cases, {**sizes, "one expert": measure_weight_bytes(folder / "two")}
 
 
-def modular(run: Run, method: MoDE, experts: list[str]) -> MoDEForCausalLM:
+def build_modular(run: Run, method: MoDE, experts: list[str]) -> MoDEForCausalLM:
     """Build a model with fresh experts."""
     return make_modular(
         load_model(run.backbone),
@@ -72,37 +72,37 @@ def modular(run: Run, method: MoDE, experts: list[str]) -> MoDEForCausalLM:
     )
 
 
-def about(run: Run, method: MoDE, name: str) -> dict[str, Any]:
+def describe_expert(run: Run, method: MoDE, name: str) -> dict[str, Any]:
     """Describe a fresh expert as a trained one is described."""
     return {
         "domain": name,
         "backbone": run.backbone.name,
-        "backbone_fingerprint": weights_fingerprint(run.backbone),
-        **made_for(method, method.gate),
+        "backbone_fingerprint": fingerprint_weights(run.backbone),
+        **describe_fit(method, method.gate),
         **dict.fromkeys(("steps", "tokens", "seed"), 0),
     }
 
 
-def start(place: Path, device: torch.device) -> None:
+def load_and_use(place: Path, device: torch.device) -> None:
     """Load a model from its folder to a device and use it once: weights that are mapped are read when they are used."""
-    read(load_folder(place).to(device), 1)
+    read_prompt(load_folder(place).to(device), 1)
 
 
-def ids(model: Any, count: int) -> torch.Tensor:
+def make_ids(model: Any, count: int) -> torch.Tensor:
     """Return as many tokens, (1, count); the same every time."""
     vocabulary: int = model.config.get_text_config().vocab_size
     return torch.arange(count, device=model.device)[None] * 7919 % vocabulary
 
 
 @torch.no_grad()
-def read(model: Any, count: int = LONG) -> None:
+def read_prompt(model: Any, count: int = LONG) -> None:
     """Read a text at once, for the token after it."""
-    model(input_ids=ids(model, count), logits_to_keep=1)
+    model(input_ids=make_ids(model, count), logits_to_keep=1)
 
 
-def write(model: Any) -> None:
+def write_tokens(model: Any) -> None:
     """Continue a prompt greedily by as many tokens as asked, whatever they are."""
-    prompt = ids(model, PROMPT)
+    prompt = make_ids(model, PROMPT)
     model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
     )
@@ -112,21 +112,21 @@ def overwrite(model: Any, place: Path) -> None:
     """Read a folder's weights over those of a model of the same shape, and use it once."""
     for path in place.glob("*.safetensors"):
         model.load_state_dict(load_file(path), strict=False)  # a tied head is not in the file
-    read(model, 1)
+    read_prompt(model, 1)
 
 
-def swap(model: MoDEForCausalLM, folder: Path) -> Callable[[], None]:
+def make_swap(model: MoDEForCausalLM, folder: Path) -> Callable[[], None]:
     """Return an action that reads and checks an expert, puts it in another's place, and uses it once."""
 
     def action() -> None:
         leaves, comes = ("two", "three") if "two" in model.config.experts else ("three", "two")
         swap_expert(model, leaves, comes, load_experts(folder / comes)[comes].tensors)
-        read(model, 1)
+        read_prompt(model, 1)
 
     return action
 
 
-def weight_bytes(folder: Path) -> int:
+def measure_weight_bytes(folder: Path) -> int:
     """Return the size of a folder's weights."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
@@ -147,10 +147,10 @@ def generation(run: Run, method: MoDE, device: torch.device, folder: Path) -> tu
     live = {"backbone": load_model(run.backbone)}
     for number in NUMBERS:
         names = [f"expert-{index + 1}" for index in range(number)]
-        live[f"{number} expert{'s' * (number > 1)}"] = modular(run, method, names)
+        live[f"{number} expert{'s' * (number > 1)}"] = build_modular(run, method, names)
     live = {name: model.to(device).eval() for name, model in live.items()}
     cases = []
-    for job, use, tokens in (("read", read, LONG), ("generate", write, NEW)):
+    for job, use, tokens in (("read", read_prompt, LONG), ("generate", write_tokens, NEW)):
         for name, model in live.items():
             cases.append(Case(job, name, partial(use, model), tokens=tokens, counted=True))
     return cases, {name: sum(part.nbytes for part in model.parameters()) for name, model in live.items()}

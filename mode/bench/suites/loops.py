@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from mode.backbone.load import load_model
-from mode.backbone.shape import layers_per_block, shape_of
-from mode.bench.suites.setup import STEPS, Bench, known, weight_bytes
+from mode.backbone.shape import divide_layers, read_shape
+from mode.bench.suites.setup import STEPS, Bench, count_weight_bytes, load_method
 from mode.bench.suites.trainers import OTHERS, OtherLoop, knows_liger
-from mode.bench.timing import Case, wait
+from mode.bench.timing import Case, synchronize
 from mode.config.check import replace_settings
 from mode.methods.anchored import Adaptation
 from mode.methods.base import Material
-from mode.train.cuda_graph import WARM_UP, check_device
-from mode.train.loop import Job, train
+from mode.train.cuda_graph import WARM_UP, check_cuda
+from mode.train.loop import TrainJob, train
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +37,7 @@ SILENT = {"log_every": 1000, "checkpoint_every": 1000, "validate_every": 0}
 """No points of the curve, validations or checkpoints in the steps that are timed."""
 
 
-def peers(run: Run, methods: Mapping[str, Adaptation], device: torch.device, folder: Path) -> list[Case]:
+def list_peers(run: Run, methods: Mapping[str, Adaptation], device: torch.device, folder: Path) -> list[Case]:
     """Return the loops to time: other trainers that are installed, first in a job, and this project's.
 
     Args:
@@ -56,7 +56,7 @@ def peers(run: Run, methods: Mapping[str, Adaptation], device: torch.device, fol
             cases.append(at.case(job, "mode", OwnLoop(at)))
             if precision == "fp32":
                 cases.append(at.case(job, "mode, compiled layers", OwnLoop(at, compiled=True)))
-            if precision == "fp32" and can_bf16(device):
+            if precision == "fp32" and supports_bf16(device):
                 half = replace(at, precision="bf16")
                 cases.append(half.case(job, "mode, bf16", OwnLoop(half)))
                 cases.append(half.case(job, "mode, bf16, compiled layers", OwnLoop(half, compiled=True)))
@@ -80,18 +80,18 @@ def loops(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[I
         ConfigError: A graph is asked for where there can be none.
     """
     if run.train.graph:
-        check_device(device)
+        check_cuda(device)
     bench = partial(Bench, run, device=device, folder=folder, precision=run.train.precision)
 
     def groups() -> Iterator[list[Case]]:
         for name in ("sft", "lora"):
-            yield beside_trainers(bench(known(name)), "full fine-tuning" if name == "sft" else "LoRA")
-        yield beside_full_fine_tuning(bench, run, method)
+            yield compare_trainers(bench(load_method(name)), "full fine-tuning" if name == "sft" else "LoRA")
+        yield compare_full_fine_tuning(bench, run, method)
 
     return groups(), {}
 
 
-def beside_trainers(at: Bench, name: str) -> list[Case]:
+def compare_trainers(at: Bench, name: str) -> list[Case]:
     """Return what to time of a method: other trainers, and this project's loop."""
     job = f"{name}, loops"
     ways: dict[str, dict[str, bool]] = {other: {} for other, package in OTHERS.items() if find_spec(package)}
@@ -103,27 +103,27 @@ def beside_trainers(at: Bench, name: str) -> list[Case]:
         at.case(job, way, OtherLoop(way.partition(",")[0], at, **options), counted=True)
         for way, options in ways.items()
     ]
-    return cases + [at.case(job, f"mode{way}", loop, counted=True) for way, loop in own_loops(at).items()]
+    return cases + [at.case(job, f"mode{way}", loop, counted=True) for way, loop in list_own_loops(at).items()]
 
 
-def beside_full_fine_tuning(bench: Callable[[Adaptation], Bench], run: Run, method: MoDE) -> list[Case]:
+def compare_full_fine_tuning(bench: Callable[[Adaptation], Bench], run: Run, method: MoDE) -> list[Case]:
     """Return what to time of MoDE: one expert, of some depths, and two."""
     fresh = partial(replace_settings, method, start="fresh", experts=(), num_experts=1)
-    half = layers_per_block(len(shape_of(run.backbone).layers), method.num_blocks) // 2
-    models: dict[str, Adaptation] = {"full fine-tuning": known("sft"), "one expert": fresh()}
+    half = divide_layers(len(read_shape(run.backbone).layers), method.num_blocks) // 2
+    models: dict[str, Adaptation] = {"full fine-tuning": load_method("sft"), "one expert": fresh()}
     if half > method.expert_layers:
         models["one expert of half a block"] = fresh(expert_layers=half)
     models["two experts"] = fresh(num_experts=2)
     cases: dict[str, list[Case]] = {}
     for name, each in models.items():
         at = bench(each)
-        for way, loop in own_loops(at).items():
+        for way, loop in list_own_loops(at).items():
             job = f"MoDE beside full fine-tuning{way}"
             cases.setdefault(way, []).append(at.case(job, name, loop, counted=True))
     return [case for some in cases.values() for case in some]
 
 
-def own_loops(at: Bench) -> dict[str, OwnLoop]:
+def list_own_loops(at: Bench) -> dict[str, OwnLoop]:
     """Return this project's loop over one model, as it is and in the ways that the settings ask for, by name."""
     plain, asked = OwnLoop(at), at.run.train
     ways = {"": plain}
@@ -136,7 +136,7 @@ def own_loops(at: Bench) -> dict[str, OwnLoop]:
     return ways
 
 
-def can_bf16(device: torch.device) -> bool:
+def supports_bf16(device: torch.device) -> bool:
     """Say whether a device has instructions for bf16."""
     return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
 
@@ -164,7 +164,7 @@ class Rows:
         """Return the rows of a step, (B, S + 1)."""
         last = self.first + STEPS - 1
         if step in (self.first, last):
-            wait()
+            synchronize()
         if step == self.first:
             self.begin = time.perf_counter()
         if step == last:
@@ -200,13 +200,13 @@ class OwnLoop:
 
     def resident(self) -> int:
         """Return the bytes of weights, which stay from one time to the next."""
-        return weight_bytes(self.model)
+        return count_weight_bytes(self.model)
 
     def __call__(self) -> float:
         """Train."""
         rows = Rows(self.at.run, self.model.get_output_embeddings().weight.shape[0], self.first)  # type: ignore[operator]
         with tempfile.TemporaryDirectory(dir=self.at.folder) as place:
-            job = Job(settings=self.settings, steps=self.first + STEPS, lr=1e-6, folder=Path(place), validate=dict)
+            job = TrainJob(settings=self.settings, steps=self.first + STEPS, lr=1e-6, folder=Path(place), validate=dict)
             with suppress(EnoughError):
                 train(self.model, rows, job)  # type: ignore[arg-type]  # all that the loop asks of batches
         self.model.zero_grad(set_to_none=True)

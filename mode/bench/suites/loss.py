@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mode.backbone.shape import shape_of
+from mode.backbone.shape import read_shape
 from mode.bench.timing import Case
-from mode.ops.loss import NATIVE, ChunkedLoss, next_token_loss, token_scores
+from mode.ops.loss import NATIVE, ChunkedLoss, compute_next_token_loss, score_states
 
 if TYPE_CHECKING:
     from mode.config.run import Run
@@ -36,17 +36,17 @@ def losses(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[
         device: Where to compute.
         folder: Not used.
     """
-    shape, tokens = shape_of(run.backbone), run.train.batch_size * run.train.sequence_length
+    shape, tokens = read_shape(run.backbone), run.train.batch_size * run.train.sequence_length
     states = torch.randn(tokens, shape.hidden, device=device, requires_grad=True)
     targets = torch.randint(shape.vocabulary, (tokens,), device=device)
     forms: dict[str, Loss] = {
-        "full logits": full_logits,
-        **({"chunks as torch chooses them": partial(fused, chunk=None)} if NATIVE else {}),
-        **{f"chunks of {size}": partial(fused, chunk=size) for size in SIZES if size < tokens and NATIVE},
-        "mode": own,
-        "full logits, bf16": partial(full_logits, kind=torch.bfloat16),
-        **{f"chunks of {size}, bf16": partial(chunked, chunk=size) for size in SIZES if size < tokens},
-        "mode, bf16": partial(own, precision="bf16"),
+        "full logits": compute_full_logits_loss,
+        **({"chunks as torch chooses them": partial(make_fused, chunk=None)} if NATIVE else {}),
+        **{f"chunks of {size}": partial(make_fused, chunk=size) for size in SIZES if size < tokens and NATIVE},
+        "mode": compute_own_loss,
+        "full logits, bf16": partial(compute_full_logits_loss, kind=torch.bfloat16),
+        **{f"chunks of {size}, bf16": partial(make_chunked, chunk=size) for size in SIZES if size < tokens},
+        "mode, bf16": partial(compute_own_loss, precision="bf16"),
     }
     cases = []
     for trains in (False, True):
@@ -54,10 +54,13 @@ def losses(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[
         flops = tokens * shape.head(trains=trains).total
         job = f"loss, head {'trains' if trains else 'frozen'}"
         for name, form in forms.items():
-            action = partial(forward_and_backward, form, states, weight, targets)
+            action = partial(run_both_passes, form, states, weight, targets)
             precision = "bf16" if "bf16" in name else "fp32"
             cases.append(Case(job, name, action, tokens, flops=flops, precision=precision, counted=True))
-    scorers: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {"full logits": full_scores, "mode": token_scores}
+    scorers: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
+        "full logits": score_full_logits,
+        "mode": score_states,
+    }
     for name, scorer in scorers.items():
         flops = tokens * shape.head(trains=False).forward
         score = partial(scorer, states.detach(), weight.detach(), targets)
@@ -65,29 +68,31 @@ def losses(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[
     return cases, {"full logits": 4 * tokens * shape.vocabulary}
 
 
-def forward_and_backward(form: Loss, states: Tensor, weight: Tensor, targets: Tensor) -> None:
+def run_both_passes(form: Loss, states: Tensor, weight: Tensor, targets: Tensor) -> None:
     """Form a loss and its gradients, and drop them."""
     torch.autograd.backward(form(states, weight, targets))
     states.grad = weight.grad = None
 
 
-def own(states: Tensor, weight: Tensor, targets: Tensor, *, precision: str = "fp32") -> Tensor:
+def compute_own_loss(states: Tensor, weight: Tensor, targets: Tensor, *, precision: str = "fp32") -> Tensor:
     """Return the loss that the loop trains on."""
-    return next_token_loss(states[None], weight, targets[None], precision=precision)
+    return compute_next_token_loss(states[None], weight, targets[None], precision=precision)
 
 
-def full_logits(states: Tensor, weight: Tensor, targets: Tensor, *, kind: torch.dtype = torch.float32) -> Tensor:
+def compute_full_logits_loss(
+    states: Tensor, weight: Tensor, targets: Tensor, *, kind: torch.dtype = torch.float32
+) -> Tensor:
     """Return the loss from logits of all tokens, as `transformers` forms it."""
     return functional.cross_entropy((states.to(kind) @ weight.T.to(kind)).float(), targets)
 
 
-def chunked(states: Tensor, weight: Tensor, targets: Tensor, *, chunk: int) -> Tensor:
+def make_chunked(states: Tensor, weight: Tensor, targets: Tensor, *, chunk: int) -> Tensor:
     """Return the project's own loss in bf16, with chunks of so many tokens."""
     loss: Tensor = ChunkedLoss.apply(states, weight, targets, torch.bfloat16, chunk)  # type: ignore[no-untyped-call]
     return loss
 
 
-def fused(states: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None) -> Tensor:
+def make_fused(states: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None) -> Tensor:
     """Return the loss by torch's function, with chunks of so many tokens or of its own choice."""
     options = nn.LinearCrossEntropyOptions()
     if chunk is not None:
@@ -96,7 +101,7 @@ def fused(states: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None)
 
 
 @torch.no_grad()
-def full_scores(states: Tensor, weight: Tensor, targets: Tensor) -> None:
+def score_full_logits(states: Tensor, weight: Tensor, targets: Tensor) -> None:
     """Score all tokens from logits of all of them."""
     logits = states @ weight.T
     functional.cross_entropy(logits, targets, reduction="none")

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mode.bench.suites.step import FOUR, FULL, LORA, ONE, PLAIN, Step, chosen
+from mode.bench.suites.step import FOUR, FULL, LORA, ONE, PLAIN, Step, choose_methods
 from mode.bench.timing import Case
 from mode.config.check import replace_settings
 from mode.config.method import Anchor
-from mode.core.files import checkpoint_of
-from mode.core.tensors import trainable
+from mode.core.files import checkpoint_folder
+from mode.core.tensors import trainable_parameters
 from mode.train.checkpoint import Saver
 from mode.train.cuda_graph import WARM_UP
 
@@ -45,14 +45,14 @@ def options(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
     }
     if device.type == "cuda":  # to compile takes long there, and nobody trains in fp32
         variants.pop("compiled layers")
-    methods = chosen(run, method)
+    methods = choose_methods(run, method)
     cases = []
     for name in OPTIONAL:
         for variant, changes in variants.items():
             changed = replace_settings(run, train=replace_settings(run.train, **PLAIN | changes))
             if name != FULL or "frozen" not in variant:  # nothing is there
                 cases.append(Step(changed, methods[name], Anchor(), device).case(f"options, {name}", variant))
-    return cases, checkpoint_bytes(Step(run, methods[ONE], Anchor(), device), folder)
+    return cases, measure_checkpoint(Step(run, methods[ONE], Anchor(), device), folder)
 
 
 def branches(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
@@ -64,7 +64,7 @@ def branches(run: Run, method: MoDE, device: torch.device, folder: Path) -> tupl
         device: Where the models train.
         folder: Not used.
     """
-    methods, plain = chosen(run, method), PLAIN | {"precision": run.train.precision}
+    methods, plain = choose_methods(run, method), PLAIN | {"precision": run.train.precision}
     ways: dict[str, dict[str, Any]] = {"in a loop": {}, "batched": {"branches": "batched"}}
     if device.type == "cuda":
         ways |= {f"{name}, one graph": {**changes, "graph": True} for name, changes in ways.items()}
@@ -88,10 +88,10 @@ def branches(run: Run, method: MoDE, device: torch.device, folder: Path) -> tupl
     return cases, {}
 
 
-def checkpoint_bytes(step: Step, folder: Path) -> dict[str, int]:
+def measure_checkpoint(step: Step, folder: Path) -> dict[str, int]:
     """Return the bytes of the weights that train with both moments of AdamW, and of a checkpoint of them."""
     step()
     with Saver() as saver:
-        saver.save(folder, trainable(step.model), step.optimizer, 1, 0.0)
-    size = sum(file.stat().st_size for file in checkpoint_of(folder, 1).iterdir())
+        saver.save(folder, trainable_parameters(step.model), step.optimizer, 1, 0.0)
+    size = sum(file.stat().st_size for file in checkpoint_folder(folder, 1).iterdir())
     return {"weights that train, and their moments": 3 * step.bytes, "checkpoint": size}

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from mode.backbone.load import load_model
-from mode.backbone.shape import shape_of
-from mode.backbone.structure import stack
+from mode.backbone.shape import read_shape
+from mode.backbone.structure import find_layer_stack
 from mode.bench.suites.step import Step
 from mode.bench.timing import Case
 from mode.config.check import replace_settings
 from mode.config.method import Anchor
 from mode.methods.anchored import Adaptation
-from mode.modular.block import blocks_of
-from mode.ops.loss import hidden_states
+from mode.modular.block import find_blocks
+from mode.ops.loss import compute_hidden_states
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,7 +42,7 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
         device: Where the models train.
         folder: Not used.
     """
-    count, size, length = len(shape_of(run.backbone).layers), run.train.batch_size, run.train.sequence_length
+    count, size, length = len(read_shape(run.backbone).layers), run.train.batch_size, run.train.sequence_length
     fresh = partial(replace_settings, method, start="fresh", experts=(), num_experts=1)
     two = replace_settings(method.gate, top_k=2)
     divisors = [number for number in range(1, count + 1) if count % number == 0]
@@ -60,18 +60,18 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
         },
     }
     if run.backbone.random is not None:
-        sizes = [shape_of(run.backbone).vocabulary * part // 4 for part in (1, 2, 4, 8, 16)]
+        sizes = [read_shape(run.backbone).vocabulary * part // 4 for part in (1, 2, 4, 8, 16)]
         jobs["vocabulary"] = {f"V = {number}": (fresh(), {}) for number in sizes}
     cases = []
     for job, variants in jobs.items():
         for name, (each, changes) in variants.items():
             changed = replace_settings(run, train=replace_settings(run.train, **changes))
             if job == "vocabulary":
-                changed = with_vocabulary(changed, int(name.removeprefix("V = ")))
-            change = even_gates if STAY in name else lambda model: None
+                changed = replace_vocabulary(changed, int(name.removeprefix("V = ")))
+            change = force_even_gates if STAY in name else lambda model: None
             cases.append(Step(changed, each, Anchor(), device, change).case(job, name))
     step = Step(run, fresh(), Anchor(), device)
-    shared, states = first_block(run, method, step.rows)
+    shared, states = make_first_block(run, method, step.rows)
     cases += [step.case("what runs on the same rows can share", "MoDE, one expert")]
     cases += [
         replace(cases[-1], variant="first block of the backbone, forward", action=shared, flops=0.0, counted=False)
@@ -79,7 +79,7 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
     return cases, {"weights of an expert": step.bytes, "states after the first block, a step": states}
 
 
-def with_vocabulary(run: Run, number: int) -> Run:
+def replace_vocabulary(run: Run, number: int) -> Run:
     """Return a run whose backbone, of random weights, has a vocabulary of another size."""
     assert run.backbone.random is not None
     shape = {**run.backbone.random.config, "vocab_size": number}
@@ -88,25 +88,25 @@ def with_vocabulary(run: Run, number: int) -> Run:
     return changed
 
 
-def even_gates(model: nn.Module) -> None:
+def force_even_gates(model: nn.Module) -> None:
     """Have branches kept by as many tokens each, as their operations are counted; fresh gates choose alike for all."""
-    for block in blocks_of(model):
+    for block in find_blocks(model):
         block.even = True
 
 
-def first_block(run: Run, method: MoDE, rows: torch.Tensor) -> tuple[Callable[[], None], int]:
+def make_first_block(run: Run, method: MoDE, rows: torch.Tensor) -> tuple[Callable[[], None], int]:
     """Return an action that runs the backbone's first block alone, and the bytes of what comes out of it.
 
     It is the one part of a step that no expert changes: all that train on the same rows could share it.
     """
     model = load_model(run.backbone).to(rows.device).eval()
-    trunk, name = stack(model)
+    trunk, name = find_layer_stack(model)
     layers = getattr(trunk, name)
     setattr(trunk, name, layers[: len(layers) // method.num_blocks])
     model.config.num_hidden_layers = len(getattr(trunk, name))
 
     @torch.no_grad()
     def action() -> None:
-        hidden_states(model, rows[:, :-1])
+        compute_hidden_states(model, rows[:, :-1])
 
-    return action, 4 * rows[:, :-1].numel() * shape_of(run.backbone).hidden
+    return action, 4 * rows[:, :-1].numel() * read_shape(run.backbone).hidden

@@ -32,7 +32,7 @@ class Loop(Protocol):
         """Train."""
 
 
-def known(name: str) -> Any:
+def load_method(name: str) -> Any:
     """Return a method of the project as its YAML describes it."""
     return build_method(read_group("method", name))
 
@@ -85,6 +85,6 @@ STEPS = 4
 """Optimizer steps that a loop makes each time. The first, in which an optimizer's states are made, is not timed."""
 
 
-def weight_bytes(model: nn.Module) -> int:
+def count_weight_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's weights."""
     return sum(part.nbytes for part in (*model.parameters(), *model.buffers()))

@@ -22,22 +22,22 @@ import yaml
 from torch import distributed, nn
 
 from mode.backbone.load import load_model
-from mode.backbone.shape import layers_per_block, shape_of
+from mode.backbone.shape import divide_layers, read_shape
 from mode.bench.timing import Case
 from mode.config.check import check_run, replace_settings, to_yaml
 from mode.core import processes
 from mode.core.errors import ConfigError
 from mode.core.files import write_atomic
-from mode.distributed.choose import spread_over
-from mode.distributed.layout import Copies
+from mode.distributed.choose import choose_layout
+from mode.distributed.layout import DDP
 from mode.methods.base import Material
-from mode.planning.layouts import Slots, ddp, fsdp, mpmd
+from mode.planning.layouts import Slots, estimate_ddp, estimate_fsdp, estimate_mpmd
 from mode.planning.machine import Device, Link
-from mode.planning.work import WHOLE, Work, work_of
-from mode.train.loop import Job, accumulate
+from mode.planning.work import WHOLE, Work, describe_work
+from mode.train.loop import TrainJob, accumulate
 from mode.train.objective import Objective
 from mode.train.optimizer import make_optimizer
-from mode.train.step_options import Layers
+from mode.train.step_options import StepOptions
 
 if TYPE_CHECKING:
     from mode.config.run import Run
@@ -102,8 +102,8 @@ def sharding(run: Run, method: MoDE, device: torch.device, folder: Path) -> tupl
             "suite `sharding` goes with method.head_rank=0 and method.gate.reads=input, as layout mpmd does"
         )
     team = Team(folder)
-    jobs = {name: team.settle(each) for name, each in variants(run, method).items()}
-    shape = {name: replace(work_of(each), half=WHOLE) for name, each in variants(run, method).items()}
+    jobs = {name: team.settle(each) for name, each in list_variants(run, method).items()}
+    shape = {name: replace(describe_work(each), half=WHOLE) for name, each in list_variants(run, method).items()}
     latest = Latest(team, jobs, shape)
     cases = []
     for name, file in jobs.items():
@@ -134,17 +134,17 @@ class Latest:
     def planned(self, layout: str, name: str) -> float:
         """Return the predicted seconds of a step."""
         if self.known is None or time.monotonic() - self.when > DRIFT:
-            self.known = measured_machine(self.team, self.jobs, self.shape, 3), measured_link(self.team, 3)
+            self.known = measure_machine(self.team, self.jobs, self.shape, 3), measure_link(self.team, 3)
             self.when = time.monotonic()
         work, (machine, link) = self.shape[name], self.known
         if layout == "copies":
-            return ddp(work, PROCESSES, machine, link).seconds
+            return estimate_ddp(work, PROCESSES, machine, link).seconds
         if layout == "in shards":
-            return fsdp(work, PROCESSES, machine, link).seconds
-        return mpmd(work, APART, LAYOUTS[layout].get("in_flight", 1), machine, link).seconds
+            return estimate_fsdp(work, PROCESSES, machine, link).seconds
+        return estimate_mpmd(work, APART, LAYOUTS[layout].get("in_flight", 1), machine, link).seconds
 
 
-def calibrated(run: Run, method: MoDE, conf: Path, name: str) -> list[Path]:
+def calibrate(run: Run, method: MoDE, conf: Path, name: str) -> list[Path]:
     """Measure what a process of this machine does and what connects two, and write both for `mode plan`.
 
     Args:
@@ -156,8 +156,8 @@ def calibrated(run: Run, method: MoDE, conf: Path, name: str) -> list[Path]:
     Returns:
         Their paths.
     """
-    each = {job: one for job, one in variants(run, method).items() if job.startswith("width 1,")}
-    shape = {job: replace(work_of(one), half=WHOLE) for job, one in each.items()}
+    each = {job: one for job, one in list_variants(run, method).items() if job.startswith("width 1,")}
+    shape = {job: replace(describe_work(one), half=WHOLE) for job, one in each.items()}
     paths = [conf / group / f"{name}.yaml" for group in ("device", "link")]
     for path in paths:
         path.parent.mkdir(
@@ -166,8 +166,8 @@ def calibrated(run: Run, method: MoDE, conf: Path, name: str) -> list[Path]:
     with tempfile.TemporaryDirectory() as folder:
         team = Team(Path(folder))
         machine, link = (
-            measured_machine(team, {job: team.settle(one) for job, one in each.items()}, shape, 5),
-            measured_link(team, 5),
+            measure_machine(team, {job: team.settle(one) for job, one in each.items()}, shape, 5),
+            measure_link(team, 5),
         )
         team.end()
     machine = replace(machine, memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / PROCESSES))
@@ -177,7 +177,7 @@ def calibrated(run: Run, method: MoDE, conf: Path, name: str) -> list[Path]:
     return paths
 
 
-def measured_machine(team: Team, jobs: Mapping[str, str], shape: Mapping[str, Work], times: int) -> Device:
+def measure_machine(team: Team, jobs: Mapping[str, str], shape: Mapping[str, Work], times: int) -> Device:
     """Return what a process does while the other does the same, from steps with the most and the fewest tokens."""
     names = list(jobs)
     most, least = names[0], names[len(ROWS) - 1]
@@ -187,7 +187,7 @@ def measured_machine(team: Team, jobs: Mapping[str, str], shape: Mapping[str, Wo
     return Device(flops=rate, memory=1e12, layer=max(0.0, (spent[1] - totals[1] / rate) / shape[least].whole.layers))
 
 
-def measured_link(team: Team, times: int) -> Link:
+def measure_link(team: Team, times: int) -> Link:
     """Return what summing, gathering and scattering over the processes shows of their link."""
 
     def median(kind: str, count: int) -> float:
@@ -203,9 +203,9 @@ def measured_link(team: Team, times: int) -> Link:
     return Link(bandwidth=sent / large, gathering=gathering, latency=latency, overlap=0.0)
 
 
-def variants(run: Run, method: MoDE) -> dict[str, Run]:
+def list_variants(run: Run, method: MoDE) -> dict[str, Run]:
     """Return the runs whose steps are timed, by job."""
-    per_block = layers_per_block(len(shape_of(run.backbone).layers), method.num_blocks)
+    per_block = divide_layers(len(read_shape(run.backbone).layers), method.num_blocks)
     half = max(1, per_block // 2)
     one = replace_settings(method, start="fresh", num_experts=1, experts=(), expert_layers=half, train_experts=True)
     found = {}
@@ -279,16 +279,16 @@ class Team:
         return self.ask("step", file, layout)
 
 
-def member() -> None:
+def serve_member() -> None:
     """Do what is asked on standard input, as one of the processes."""
     torch.set_num_threads(1)
-    processes.meet()
+    processes.ensure_initialized()
     steps: dict[tuple[str, str], Callable[[], None]] = {}
     action: Callable[[], object]
     for line in sys.stdin:
         kind, *words = json.loads(line)
         if kind != "step":
-            action = collective(kind, words[0])
+            action = make_collective(kind, words[0])
         else:
             file, layout = words
             action = steps[file, layout] = steps.get((file, layout)) or make_step(Path(file), layout)
@@ -299,7 +299,7 @@ def member() -> None:
         print(time.perf_counter() - begin, flush=True)
 
 
-def collective(kind: str, count: int) -> Callable[[], object]:
+def make_collective(kind: str, count: int) -> Callable[[], object]:
     """Return what sums, gathers or scatters so many numbers over the processes."""
     whole, part = torch.ones(count), torch.ones(count // PROCESSES)
     return {
@@ -309,7 +309,7 @@ def collective(kind: str, count: int) -> Callable[[], object]:
     }[kind]
 
 
-class Alone(Copies):
+class Alone(DDP):
     """A model of one of several processes, which has nothing to do with the others."""
 
     def rows(self, values: Any) -> Any:
@@ -329,13 +329,13 @@ def make_step(file: Path, layout: str) -> Callable[[], None]:
     method: Any = run.method
     model: nn.Module = method.build(run, Material(backbone=partial(load_model, run.backbone))).train()
     train = replace_settings(run.train, **LAYOUTS.get(layout, {}))
-    spread = Alone(model) if layout in (ALONE, EACH) else spread_over(model, False, train, torch.device("cpu"))
-    job = Job(settings=train, steps=1, lr=1e-6, folder=Path(), validate=dict)
+    spread = Alone(model) if layout in (ALONE, EACH) else choose_layout(model, False, train, torch.device("cpu"))
+    job = TrainJob(settings=train, steps=1, lr=1e-6, folder=Path(), validate=dict)
     made = Objective(model, train, None, spread.part)
     objective, optimizer = spread.wrap(
         made, partial(make_optimizer, lr=job.lr, scales=job.lr_scales, settings=job.settings)
     )
-    layers = Layers(spread.model, train)
+    layers = StepOptions(spread.model, train)
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     shape = (train.batch_size, train.sequence_length + 1)
     rows = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
@@ -351,4 +351,4 @@ def make_step(file: Path, layout: str) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    member()
+    serve_member()

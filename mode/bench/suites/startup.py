@@ -46,31 +46,31 @@ def startup(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
     here = [f"paths.runs={folder / 'runs'}", f"paths.results={folder / 'results'}", *given]
     short = ["train.steps=2", "train.sequence_length=32", "train.batch_size=2", "evaluate.split=validation"]
     table = ["reproduce", "table1", "seeds=[0]", *short, *here]
-    command(table)()  # prepares data too, which later calls find
+    make_command_action(table)()  # prepares data too, which later calls find
     return [
-        Case("start", "python", script("")),
-        Case("start", "python with torch and transformers", script("import torch, transformers")),
-        Case("start", "mode --help", command(["--help"])),
+        Case("start", "python", make_script_action("")),
+        Case("start", "python with torch and transformers", make_script_action("import torch, transformers")),
+        Case("start", "mode --help", make_command_action(["--help"])),
         Case(
             "start",
             "first step of a run",
-            first_step(["train", "baseline", "sft", "train.log_every=1", *given], folder),
+            make_first_step(["train", "baseline", "sft", "train.log_every=1", *given], folder),
         ),
-        Case("start", "Table 1, all of whose runs are done", command(table)),
+        Case("start", "Table 1, all of whose runs are done", make_command_action(table)),
     ], {}
 
 
-def script(text: str) -> Callable[[], None]:
+def make_script_action(text: str) -> Callable[[], None]:
     """Return an action that runs a script in a fresh interpreter."""
-    return lambda: execute([sys.executable, "-c", text])
+    return lambda: run_silently([sys.executable, "-c", text])
 
 
-def command(words: Sequence[str]) -> Callable[[], None]:
+def make_command_action(words: Sequence[str]) -> Callable[[], None]:
     """Return an action that runs a command of `mode` in a fresh interpreter."""
-    return lambda: execute([sys.executable, "-c", MAIN, *words])
+    return lambda: run_silently([sys.executable, "-c", MAIN, *words])
 
 
-def first_step(words: Sequence[str], folder: Path) -> Callable[[], float]:
+def make_first_step(words: Sequence[str], folder: Path) -> Callable[[], float]:
     """Return an action that starts a run in a fresh interpreter and stops it when its first step is done."""
 
     def action() -> float:
@@ -91,7 +91,7 @@ def first_step(words: Sequence[str], folder: Path) -> Callable[[], float]:
     return action
 
 
-def execute(words: Sequence[str]) -> None:
+def run_silently(words: Sequence[str]) -> None:
     """Run a program silently.
 
     Raises:

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from mode.backbone.load import load_model
-from mode.backbone.shape import layers_per_block, shape_of
-from mode.bench.suites.loops import peers
-from mode.bench.suites.setup import known
+from mode.backbone.shape import divide_layers, read_shape
+from mode.bench.suites.loops import list_peers
+from mode.bench.suites.setup import load_method
 from mode.bench.timing import Case
 from mode.config.check import replace_settings
 from mode.config.method import SELF, Anchor
-from mode.core.tensors import trainable
+from mode.core.tensors import trainable_parameters
 from mode.methods.anchored import Adaptation
 from mode.methods.base import Material
 from mode.ops.quantize import quantize_frozen
-from mode.train.cuda_graph import recorded
-from mode.train.loop import Job, accumulate
-from mode.train.objective import Hold, Objective
+from mode.train.cuda_graph import record_passes
+from mode.train.loop import TrainJob, accumulate
+from mode.train.objective import AnchorTerm, Objective
 from mode.train.optimizer import make_optimizer
-from mode.train.step_options import Layers
+from mode.train.step_options import StepOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,25 +66,28 @@ def steps(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
         device: Where the models train.
         folder: For what other trainers write.
     """
-    methods = chosen(run, method)
+    methods = choose_methods(run, method)
     plain = {name: Step(run, each, Anchor(), device) for name, each in methods.items()}
     cases = [step.case("step", name) for name, step in plain.items()]
     if HALF in methods:
         again = replace_settings(run, train=replace_settings(run.train, activation_checkpointing="frozen"))
         cases.append(Step(again, methods[HALF], Anchor(), device).case("step", f"{HALF}, frozen layers formed again"))
-    cases += [step.case("frozen weights, MoDE, one expert", name) for name, step in wasteful(run, methods[ONE], device)]
+    cases += [
+        step.case("frozen weights, MoDE, one expert", name)
+        for name, step in compare_wasteful(run, methods[ONE], device)
+    ]
     for name in HELD:
         held = Step(run, methods[name], Anchor(source=SELF), device)
         cases += [plain[name].case(f"anchor, {name}", "none"), held.case(f"anchor, {name}", "held")]
-    cases += peers(run, {name: methods[name] for name in (FULL, LORA)}, device, folder)
+    cases += list_peers(run, {name: methods[name] for name in (FULL, LORA)}, device, folder)
     return cases, {name: step.bytes for name, step in plain.items()}
 
 
-def chosen(run: Run, method: MoDE) -> dict[str, Adaptation]:
+def choose_methods(run: Run, method: MoDE) -> dict[str, Adaptation]:
     """Return the methods to measure, by name: of MoDE, experts of other depths and in other numbers too."""
-    per_block = layers_per_block(len(shape_of(run.backbone).layers), method.num_blocks)
+    per_block = divide_layers(len(read_shape(run.backbone).layers), method.num_blocks)
     fresh = partial(replace_settings, method, start="fresh", experts=())
-    methods: dict[str, Adaptation] = {FULL: known("sft"), LORA: known("lora"), ONE: fresh(num_experts=1)}
+    methods: dict[str, Adaptation] = {FULL: load_method("sft"), LORA: load_method("lora"), ONE: fresh(num_experts=1)}
     for part, name in ((2, HALF), (4, f"{ONE} of a quarter of a block")):
         if per_block >= part:
             methods[name] = fresh(num_experts=1, expert_layers=per_block // part)
@@ -92,7 +95,7 @@ def chosen(run: Run, method: MoDE) -> dict[str, Adaptation]:
     return methods | {name: fresh(num_experts=number) for name, number in numbers.items()}
 
 
-def wasteful(run: Run, method: Adaptation, device: torch.device) -> list[tuple[str, Step]]:
+def compare_wasteful(run: Run, method: Adaptation, device: torch.device) -> list[tuple[str, Step]]:
     """Return a step of one expert as it is, and as it is where frozen weights get gradients, which nobody reads."""
 
     def gradients_everywhere(model: nn.Module) -> None:
@@ -143,18 +146,18 @@ class Step:
         self.held = torch.arange(size) >= size - max(1, round(size * anchor.share))
         hold = None
         if anchor.source != "none":
-            hold = Hold(anchor.weight, lambda step: self.held.numpy(), method.reference(load, device))
-        self.job = Job(settings=run.train, steps=1, lr=1e-6, folder=Path(), validate=dict, hold=hold)
+            hold = AnchorTerm(anchor.weight, lambda step: self.held.numpy(), method.reference(load, device))
+        self.job = TrainJob(settings=run.train, steps=1, lr=1e-6, folder=Path(), validate=dict, hold=hold)
         self.objective = Objective(self.model, run.train, hold)
         self.optimizer, self.device = (
             make_optimizer(self.model, self.job.lr, self.job.lr_scales, self.job.settings),
             device,
         )
         self.precision = self.objective.precision
-        self.layers = Layers(self.model, run.train, half=self.precision == "bf16")
-        learns = list(trainable(self.model).values())
-        self.passes = recorded(accumulate, learns, run.train, held=hold is not None)
-        self.bytes = sum(parameter.nbytes for parameter in trainable(self.model).values())
+        self.layers = StepOptions(self.model, run.train, half=self.precision == "bf16")
+        learns = list(trainable_parameters(self.model).values())
+        self.passes = record_passes(accumulate, learns, run.train, held=hold is not None)
+        self.bytes = sum(parameter.nbytes for parameter in trainable_parameters(self.model).values())
         change(self.model)
         cost = method.cost(asked)
         self.flops = size * length * cost.flops.total if cost and not hold else 0.0

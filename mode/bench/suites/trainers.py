@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mode.backbone.load import load_model, locate
-from mode.bench.suites.setup import STEPS, weight_bytes
-from mode.bench.timing import wait
+from mode.bench.suites.setup import STEPS, count_weight_bytes
+from mode.bench.timing import synchronize
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,31 +54,31 @@ class OtherLoop:
 
             def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 if state.global_step == 1:
-                    wait()
+                    synchronize()
                     self.begin = time.perf_counter()
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 if state.global_step == STEPS:
-                    wait()
+                    synchronize()
                     self.end = time.perf_counter()
 
         self.clock = Clock()
-        arguments = settings(at.run, at.precision, at.device, at.folder) | {"use_liger_kernel": liger}
+        arguments = make_arguments(at.run, at.precision, at.device, at.folder) | {"use_liger_kernel": liger}
         if compiled:
             model.compile()  # not by the trainer's `torch_compile`: accelerate would compile for all trainers there are
         self.kernels = Kernels(model)
-        with hushed(), self.kernels:
+        with silence_libraries(), self.kernels:
             self.trainer = make_trainer(other, model, at.lora, rows, arguments, self.clock)
             self.trainer.remove_callback(PrinterCallback)
 
     def resident(self) -> int:
         """Return the bytes of weights and of the optimizer's states, which stay from one time to the next."""
         states = (value for state in self.trainer.optimizer.state.values() for value in state.values())
-        return weight_bytes(self.trainer.model) + sum(int(each.nbytes) for each in states)
+        return count_weight_bytes(self.trainer.model) + sum(int(each.nbytes) for each in states)
 
     def __call__(self) -> float:
         """Train."""
-        with hushed(), self.kernels:
+        with silence_libraries(), self.kernels:
             self.trainer.train()
         self.trainer.args.use_liger_kernel = False  # once: or Liger's forward pass replaces the one made to autocast
         return float(self.clock.end - self.clock.begin)
@@ -119,7 +119,7 @@ def knows_liger(run: Run) -> bool:
     return AutoConfig.from_pretrained(locate(run.backbone)).model_type in known
 
 
-def settings(run: Run, precision: str, device: torch.device, folder: Path) -> dict[str, Any]:
+def make_arguments(run: Run, precision: str, device: torch.device, folder: Path) -> dict[str, Any]:
     """Return the arguments that any of the trainers takes: its defaults, but for what has to be equal."""
     return {
         "output_dir": str(folder),
@@ -160,13 +160,13 @@ def make_sft_trainer(model: Any, lora: Any, rows: list[list[int]], arguments: Ma
         model,
         args=SFTConfig(**arguments, max_length=len(rows[0])),
         train_dataset=Dataset.from_dict({"input_ids": rows}),
-        processing_class=one_word(),
+        processing_class=make_one_word_tokenizer(),
         peft_config=lora,
         callbacks=[clock],
     )
 
 
-def one_word() -> Any:
+def make_one_word_tokenizer() -> Any:
     """Return a tokenizer for those who want one, though what they are given are tokens already."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -176,7 +176,7 @@ def one_word() -> Any:
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def silence_libraries() -> Iterator[None]:
     """Keep what other libraries have to say to themselves."""
     from datasets.utils import logging as bars
     from transformers.utils import logging
