@@ -137,7 +137,7 @@ def rescore(run: Run) -> None:
 
 
 def print_retention(records: Sequence[Record], zero: Record) -> None:
-    """Print target and retention accuracy of every record under the sky of the bare backbone's."""
+    """Print target and retention accuracy of every record under the conditions of the bare backbone's."""
     from mode.tables.compile import compute_qualities
 
     same = [record for record in records if record.id != zero.id and comparable(record, zero)]
@@ -174,9 +174,9 @@ def distinctions(records: Sequence[Record]) -> dict[str, str]:
 
 
 def comparable(record: Record, zero: Record) -> bool:
-    """Say whether two records score the same tokens of the same domains with the same context, under one sky."""
+    """Say whether two records score the same tokens, with the same context, data, backbone and precision."""
     return (
-        record.sky == zero.sky
+        record.conditions == zero.conditions
         and list(record.happened["scores"]) == list(zero.happened["scores"])
         and record.happened["split"] == zero.happened["split"]
         and record.asked["train"]["sequence_length"] == zero.asked["train"]["sequence_length"]

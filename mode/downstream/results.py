@@ -1,7 +1,7 @@
 """Results of downstream tasks, and the sheet that follows from them.
 
 A result is a JSON in `downstream/` of a folder of results: what was asked (run, task, version, prompt), what happened
-and under what sky. `downstream.md` and `downstream.csv` follow from them alone.
+and under what conditions. `downstream.md` and `downstream.csv` follow from them alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Result(Measurement):
     `asked` has the run, the task with its version, prompt, worked examples, metric and limits, and how many questions;
     `happened` the number of questions `n`, score, standard error, every metric, the score's value on every question,
     how many answers were unparsed, of how many prompts the beginning was cut off, and seconds; `provenance` the data
-    with its digest, and the sky.
+    with its digest, and the conditions.
     """
 
     @property

@@ -250,11 +250,11 @@ def score_tasks(
         if before is not None and before.id == identity:
             yield before, True
             continue
-        sky = describe_provenance(prepared, each, subject)
+        conditions = describe_provenance(prepared, each, subject)
         begin = time.monotonic()
         scored = each.score(subject, asked["limit"], partial(done, each.name))
         happened = summarise_score(asked["metric"], scored, time.monotonic() - begin)
-        result = Result(SCHEMA, identity, asked, happened, sky)
+        result = Result(SCHEMA, identity, asked, happened, conditions)
         result.write(folder)
         yield result, False
 
@@ -298,7 +298,7 @@ def summarise_score(metric: str, scored: Scored, seconds: float) -> dict[str, An
 
 
 def describe_provenance(prepared: Prepared, each: Planned, subject: Subject) -> dict[str, Any]:
-    """Describe the sky a result is made under."""
+    """Describe the conditions that a result is made under."""
     from mode.core.device import describe_device
 
     seen = describe_environment(describe_device(subject.model.device), prepared.run.train.threads)

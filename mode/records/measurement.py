@@ -1,4 +1,4 @@
-"""What something measured leaves as one JSON file: what was asked, what happened, and under what sky."""
+"""What something measured leaves as one JSON file: what was asked, what happened, and under what conditions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Measurement:
         id: Identity: what was asked.
         asked: What was to be measured.
         happened: What was measured.
-        provenance: Under what sky: fingerprints, commit, versions, machine, date.
+        provenance: Under what conditions: fingerprints, commit, versions, machine, date.
     """
 
     schema: int

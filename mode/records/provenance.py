@@ -28,7 +28,7 @@ def describe_provenance(
     device: str,
     precision: str,
 ) -> dict[str, Any]:
-    """Describe the sky a run is made under; asked for at its start, since the code may change before its end."""
+    """Describe the conditions of a run. Called at its start, since the code may change before its end."""
     return {
         "data": dict(data),
         "backbone": backbone,

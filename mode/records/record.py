@@ -1,4 +1,4 @@
-"""A run's record: what was asked, what happened, and under what sky. Tables and plots follow from records."""
+"""A run's record: what was asked, what happened, and under what conditions. Tables and plots follow from records."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Record(Measurement):
         return int(self.asked["seed"])
 
     @property
-    def sky(self) -> str:
-        """Data, backbone and precision that scores depend on; only records under one sky can be compared."""
+    def conditions(self) -> str:
+        """Data, backbone and precision. Only records with the same conditions can be compared."""
         shown = {name: self.provenance[name] for name in ("backbone", "precision", "data")}
         return json.dumps(shown, sort_keys=True)
 

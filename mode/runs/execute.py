@@ -115,7 +115,7 @@ def train_and_record(prepared: Prepared, needs: list[Prepared], observe: Observe
     sizes = count_model_parameters(prepared, model)
     quantize_frozen(model, run.train.frozen_weights)  # here, so that a device need not hold more
     model = model.to(device)
-    sky = describe_provenance(
+    conditions = describe_provenance(
         run,
         data=prepared.fingerprints,
         backbone=prepared.backbone,
@@ -146,7 +146,7 @@ def train_and_record(prepared: Prepared, needs: list[Prepared], observe: Observe
         **scoring,
     }
     if processes.is_main():
-        keep_weights(prepared, model, Record(SCHEMA, prepared.id, prepared.asked, happened, sky), again=again)
+        keep_weights(prepared, model, Record(SCHEMA, prepared.id, prepared.asked, happened, conditions), again=again)
     processes.wait()
     return list_standing(prepared)
 

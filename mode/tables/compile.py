@@ -178,10 +178,10 @@ class RowResult:
 
 
 def find_contamination(first: Record, records: Sequence[Record]) -> dict[str, dict[str, float | None]]:
-    """Return what any record under the sky of a table's says of its split; earlier records did not say it."""
+    """Return what any record under the conditions of a table's says of its split; earlier records did not say it."""
     for record in records:
         found = record.happened.get("contamination")
-        if found and record.sky == first.sky and record.happened["split"] == first.happened["split"]:
+        if found and record.conditions == first.conditions and record.happened["split"] == first.happened["split"]:
             return {name: dict(found[name]) for name in first.happened["scores"]}
     return {}
 

@@ -12,10 +12,10 @@ from mode.records.record import Record
 
 
 def select(runs: Mapping[str, Run], records: Sequence[Record]) -> tuple[dict[str, list[Record]], int]:
-    """Find the records of every row, one per seed, all under one sky.
+    """Find the records of every row, one per seed, all under the same conditions.
 
-    Where records were made under several skies (other data or another backbone), the sky with the most records is
-    taken, since scores under different skies cannot be compared.
+    Scores under different conditions (other data, another backbone) cannot be compared. Where there are several, those
+    with the most records are taken.
 
     Args:
         runs: The run of every row with some seed, by row name.
@@ -28,13 +28,13 @@ def select(runs: Mapping[str, Run], records: Sequence[Record]) -> tuple[dict[str
     for name, run in runs.items():
         wanted = remove_seed(identity.describe_run(run) | {"backbone": {"name": run.backbone.name}})
         matching[name] = [record for record in records if remove_seed(record.asked) == wanted]
-    skies = [record.sky for found in matching.values() for record in found]
-    chosen = max(sorted(set(skies)), key=skies.count) if skies else ""
+    conditions = [record.conditions for found in matching.values() for record in found]
+    chosen = max(sorted(set(conditions)), key=conditions.count) if conditions else ""
     kept = {
-        name: sorted((record for record in found if record.sky == chosen), key=lambda record: record.seed)
+        name: sorted((record for record in found if record.conditions == chosen), key=lambda record: record.seed)
         for name, found in matching.items()
     }
-    return kept, len(skies) - sum(len(found) for found in kept.values())
+    return kept, len(conditions) - sum(len(found) for found in kept.values())
 
 
 def remove_seed(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -120,12 +120,12 @@ def test_a_record_is_found_by_its_id_alone(tmp_path: Path) -> None:
     assert find_record(tmp_path / "none", "bbb") is None
 
 
-def test_only_data_backbone_and_precision_make_the_sky() -> None:
+def test_only_data_backbone_and_precision_make_the_conditions() -> None:
     other = dataclasses.replace(record("other", 9), happened={"scores": {}})
-    assert other.sky == record().sky
+    assert other.conditions == record().conditions
     for part in ({"backbone": "g"}, {"data": {"code": "other"}}, {"precision": "bf16"}):
         changed = dataclasses.replace(record(), provenance={**record().provenance, **part})
-        assert changed.sky != record().sky
+        assert changed.conditions != record().conditions
 
 
 def test_provenance_says_where_a_run_was_made(run: Run) -> None:

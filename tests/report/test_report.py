@@ -96,7 +96,10 @@ def made(conf: Path, table: str, row: str, seed: int, scores: tuple[float, ...],
     chosen = next(item for item in loaded.rows if item.name == row)
     run = compose_row(loaded, chosen, seed, [], conf)
     asked = identity.describe_run(run) | {"backbone": {"name": run.backbone.name}}
-    sky = {"data": {name: f"data of {name}" for name in run.domains}, "backbone": changes.pop("backbone", "weights")}
+    conditions = {
+        "data": {name: f"data of {name}" for name in run.domains},
+        "backbone": changes.pop("backbone", "weights"),
+    }
     trains = row != "backbone"
     happened = {
         "steps": run.train.steps * trains,
@@ -110,10 +113,10 @@ def made(conf: Path, table: str, row: str, seed: int, scores: tuple[float, ...],
     needs = list(changes.pop("needs", ()))
     return Record(
         schema=SCHEMA,
-        id=identity.digest_run(asked, {**sky["data"], "backbone": sky["backbone"]}),
+        id=identity.digest_run(asked, {**conditions["data"], "backbone": conditions["backbone"]}),
         asked=json.loads(json.dumps(asked)),
         happened=happened | changes,
-        provenance={**sky, "precision": "fp32", "needs": needs},
+        provenance={**conditions, "precision": "fp32", "needs": needs},
     )
 
 
