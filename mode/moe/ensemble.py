@@ -148,7 +148,7 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
         return torch.stack(found)
 
     @torch.no_grad()
-    def token_scores(self, input_ids: Tensor, targets: Tensor, chunk: int = CHUNK, **options: Any) -> TokenScores:
+    def score_tokens(self, input_ids: Tensor, targets: Tensor, chunk: int = CHUNK, **options: Any) -> TokenScores:
         """Score every token of a batch, holding the logits of `chunk` tokens at a time.
 
         Args:
