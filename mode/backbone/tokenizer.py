@@ -69,9 +69,7 @@ def load_tokenizer(backbone: Backbone) -> BackboneTokenizer:
         auto = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"backbone {backbone.name}: cannot load a tokenizer from {backbone.path}: {reason}"
-        ) from error
+        raise ConfigError(f"backbone {backbone.name}: no tokenizer at {backbone.path}: {reason}") from error
     return BackboneTokenizer(auto.backend_tokenizer, auto.eos_token_id)
 
 

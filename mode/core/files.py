@@ -77,7 +77,7 @@ def make_folder(folder: Path, marker: str, write: Callable[[Path], None]) -> Non
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as work:
-        temporary = Path(work) / "made"
+        temporary = Path(work) / "new"
         write(temporary)
         try:
             os.replace(temporary, folder)

@@ -19,6 +19,11 @@ from mode.core.errors import ConfigError
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
     """Write tensors and JSON metadata to a safetensors file, atomically.
 
+    Args:
+        path: Path of the file. Missing parent folders are created.
+        tensors: Tensors by name.
+        metadata: Values that JSON can store, by name.
+
     Raises:
         ConfigError: The file cannot be written.
     """

@@ -93,7 +93,13 @@ def decode_addition(tokenizer: BackboneTokenizer, ids: Sequence[int], shown: str
 
 
 def score_text(model: PreTrainedModel, tokenizer: BackboneTokenizer, ids: Sequence[int]) -> list[Piece]:
-    """Return the tokens of a text with the gate weights of their predictions. The first token has no weights."""
+    """Return the tokens of a text with the gate weights of their predictions. The first token has no weights.
+
+    Args:
+        model: A model with gates.
+        tokenizer: Tokenizer of the model.
+        ids: Tokens of the text.
+    """
     pieces, shown = [], ""
     gates = [(), *read_token_gates(model, list(ids)).tolist()]
     for number, weights in enumerate(gates):
@@ -110,7 +116,12 @@ def count_context(model: PreTrainedModel) -> int:
 
 
 def choose_token(logits: torch.Tensor, sampling: Sampling, random: torch.Generator) -> int:
-    """Choose the next token from its logits, (V,).
+    """Choose the next token.
+
+    Args:
+        logits: Logits of the next token, (V,).
+        sampling: Settings of sampling.
+        random: Generator of the random choice.
 
     >>> choose_token(torch.tensor([0.0, 2.0, 1.0]), Sampling(), torch.Generator())
     1

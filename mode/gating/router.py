@@ -104,7 +104,14 @@ class LocalizedRouter(Router):
     """
 
     def __init__(self, inputs: int, num_experts: int, balance: float, spread: float) -> None:
-        """Initialise the weights like those of a linear layer."""
+        """Initialise the weights like those of a linear layer.
+
+        Args:
+            inputs: d.
+            num_experts: N.
+            balance: Weight of the loss.
+            spread: delta.
+        """
         super().__init__(inputs, num_experts)
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         self.balance, self.spread = balance, spread

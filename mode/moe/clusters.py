@@ -51,7 +51,14 @@ class ClusterWeights(nn.Module):
     centres: Tensor
 
     def __init__(self, vectors: Tensor, centres: Tensor, temperature: float, settings: Choice) -> None:
-        """Store the result of `find_clusters`, the temperature and the choice."""
+        """Store the result of `find_clusters`, the temperature and the choice.
+
+        Args:
+            vectors: Vectors of the tokens, (V, c).
+            centres: Centres of the clusters, (K, c).
+            temperature: T.
+            settings: Choice of the clusters that keep a weight.
+        """
         super().__init__()
         self.settings, self.temperature = settings, temperature
         self.register_buffer("vectors", vectors, persistent=False)

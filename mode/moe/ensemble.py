@@ -38,7 +38,12 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
     _supports_attention_backend = True
 
     def __init__(self, members: Sequence[PreTrainedModel], judge: Posterior | ClusterWeights | None) -> None:
-        """Store the members and size the key-value cache."""
+        """Store the members and size the key-value cache.
+
+        Args:
+            members: Models with the same configuration.
+            judge: Computes the members' weights; None for equal weights.
+        """
         first = members[0].config
         config = copy.deepcopy(first)
         config.num_hidden_layers = len(members) * first.num_hidden_layers + 1

@@ -30,7 +30,15 @@ class LowRankBank(nn.Module):
     """
 
     def __init__(self, base: nn.Module, num_experts: int, rank: int, scale: float, router: nn.Module) -> None:
-        """Add experts to a layer. The initial experts do not change its output."""
+        """Add experts to a layer. The initial experts do not change its output.
+
+        Args:
+            base: The layer.
+            num_experts: N.
+            rank: r.
+            scale: s.
+            router: Maps x, (..., d), to weights of the experts, (..., N).
+        """
         super().__init__()
         inputs, outputs = read_linear_size(base)
         self.base = base
@@ -116,7 +124,15 @@ class OutputGatedBank(nn.Module):
     """
 
     def __init__(self, base: nn.Module, down: Tensor, up: Tensor, scale: float, balance_loss: BalanceLoss) -> None:
-        """Add trained experts to a layer, and the bank to the balance loss."""
+        """Add trained experts to a layer, and the bank to the balance loss.
+
+        Args:
+            base: The layer.
+            down: A of the trained experts, (N, r, d); copied.
+            up: B of the trained experts, (N, o, r); copied.
+            scale: s.
+            balance_loss: Loss over all banks of the model.
+        """
         super().__init__()
         count = len(down)
         self.base, self.scale = base, scale
@@ -133,8 +149,8 @@ class OutputGatedBank(nn.Module):
         return self.balance_loss.compute() if self is self.balance_loss.banks[-1] else None
 
     @auxiliary.setter
-    def auxiliary(self, nothing: None) -> None:
-        self.mean = nothing
+    def auxiliary(self, value: None) -> None:
+        self.mean = value
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d) to (..., o)."""
@@ -159,7 +175,14 @@ class VectorBank(nn.Module):
     """
 
     def __init__(self, base: nn.Module, num_experts: int, router: Router, *, before: bool) -> None:
-        """Add experts to a layer. The initial experts do not change its output."""
+        """Add experts to a layer. The initial experts do not change its output.
+
+        Args:
+            base: The layer.
+            num_experts: N.
+            router: Maps h to weights of the experts, (..., N).
+            before: Whether h is the layer's input; otherwise h is its output.
+        """
         super().__init__()
         self.base = base
         self.scales = nn.Parameter(torch.ones(num_experts, read_linear_size(base)[not before]))

@@ -103,12 +103,12 @@ def quantize_frozen(model: nn.Module, choice: str) -> None:
         return
     from transformers.pytorch_utils import Conv1D
 
-    made: dict[nn.Module, QuantizedLinear] = {}
+    replacements: dict[nn.Module, QuantizedLinear] = {}
     for layer in find_decoder_layers(model):
         for path, module in list(layer.named_modules()):
             if type(module) in (nn.Linear, Conv1D) and not module.weight.requires_grad:
-                if module not in made:
-                    made[module] = QuantizedLinear(module, KINDS[choice])
-                layer.set_submodule(path, made[module])
-    if not made:
+                if module not in replacements:
+                    replacements[module] = QuantizedLinear(module, KINDS[choice])
+                layer.set_submodule(path, replacements[module])
+    if not replacements:
         raise ConfigError(f"train.frozen_weights={choice}: this model has no frozen linear layer; use full")
