@@ -84,12 +84,12 @@ class MoLE(ParameterMatched):
         model: nn.Module = material.backbone()
         model.requires_grad_(False)
         experts = [factors(load_tensors(folder / WEIGHTS)[0]) for folder in material.needs]
-        ledger = BalanceLoss(self.balance)
+        balance_loss = BalanceLoss(self.balance)
         scale = self.sized(run).expert.scale
 
         def make(path: str, base: nn.Module) -> nn.Module:
             down, up = (torch.stack([expert[path][part] for expert in experts]) for part in (0, 1))
-            return OutputGatedBank(base, down, up, scale, ledger)
+            return OutputGatedBank(base, down, up, scale, balance_loss)
 
         replace_linears(model, sorted({in_layer(path) for path in experts[0]}), make)
         return model

@@ -167,7 +167,7 @@ def test_an_empty_split_is_refused(domain: Domain, tmp_path: Path) -> None:
 
 
 def test_a_split_that_a_domain_lacks_is_refused_with_those_it_has(domain: Domain, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="domain x has no pretrain split; it has test, validation, train"):
+    with pytest.raises(ConfigError, match="domain x: no pretrain split; available: test, validation, train"):
         prepare_domain("x", domain, Letters(), tmp_path).split("pretrain")
 
 
@@ -311,5 +311,5 @@ def test_later_epochs_of_few_examples_have_new_orders() -> None:
 
 
 def test_fewer_examples_than_a_cycle_of_the_mix_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"train\.examples=1: a cycle of this mix has 2 rows"):
+    with pytest.raises(ConfigError, match=r"train\.examples=1: below the 2 rows of a cycle"):
         Batches(list(two()), seed=3, batch_size=4, sequence_length=LENGTH, examples=1)

@@ -125,7 +125,7 @@ def test_other_formats_and_architectures_are_refused(world: World, tmp_path: Pat
     with pytest.raises(ConfigError, match="architecture bert is not supported; supported: llama"):
         load_model(Backbone(name="b", path=str(tmp_path / "b")))
     (tmp_path / "b" / "model.safetensors").rename(tmp_path / "b" / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"no \.safetensors weights there"):
+    with pytest.raises(ConfigError, match=r"no \.safetensors weights"):
         fingerprint_weights(Backbone(name="b", path=str(tmp_path / "b")))
 
 

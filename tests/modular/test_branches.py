@@ -281,7 +281,7 @@ def test_flex_attention_is_refused_where_it_does_not_train(world: World, monkeyp
         execute(compose(asked, world.conf))
     monkeypatch.setattr("mode.ops.attention.FLEXIBLE", ("cpu",))
     run = compose(asked, world.conf)
-    with pytest.raises(ConfigError, match="transformers has no FlexAttention for gpt2; sdpa goes with all"):
+    with pytest.raises(ConfigError, match="transformers has no FlexAttention for gpt2; use sdpa"):
         StepOptions(make_model("gpt2"), run.train)
 
 

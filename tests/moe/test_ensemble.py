@@ -79,7 +79,7 @@ def test_alike_members_are_that_model_and_one_member_too(settings: dict[str, Any
 
 def test_a_mixture_is_at_least_as_likely_as_the_weighted_mean_says() -> None:
     model = ensemble()
-    found = -model.token_scores(IDS, TARGETS).nll
+    found = -model.score_tokens(IDS, TARGETS).nll
     each = torch.stack(
         [-score_states(compute_hidden_states(one, IDS), output_head(one), TARGETS).nll for one in model.members], -1
     )

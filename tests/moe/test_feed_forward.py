@@ -224,7 +224,7 @@ def test_sharing_what_the_frozen_matrices_make_is_as_if_every_expert_were_whole(
 
 
 def test_a_part_that_is_not_gated_is_refused_in_one_line() -> None:
-    with pytest.raises(ConfigError, match="GPT2MLP: no gate_proj in it"):
+    with pytest.raises(ConfigError, match="GPT2MLP: not a gated feed-forward part, it has no gate_proj"):
         LowRankFeedForward(make_model("gpt2").transformer.h[0].mlp, 2, 2, 1.0, Router(16, 2))
 
 

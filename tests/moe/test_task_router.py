@@ -89,7 +89,7 @@ def test_a_guess_learns_the_task_from_the_prefix_and_its_loss_is_a_cross_entropy
     optimizer = torch.optim.AdamW(tasks.parameters(), lr=0.1)
     losses = []
     for _ in range(50):
-        tasks.look(rows, None, None)
+        tasks.weigh(rows, None, None)
         assert tasks.auxiliary is not None
         assert torch.equal(tasks.weights, functional.one_hot(kinds, 2).float()[:, None])  # type: ignore[arg-type]
         losses.append(tasks.auxiliary.item())
@@ -99,7 +99,7 @@ def test_a_guess_learns_the_task_from_the_prefix_and_its_loss_is_a_cross_entropy
     assert losses[0] == pytest.approx(torch.log(torch.tensor(2.0)).item(), rel=1e-5)
     assert losses[-1] < 0.1
     set_row_kinds(tasks.eval(), 1 - kinds)  # what is told is not believed after training
-    tasks.look(rows, None, None)
+    tasks.weigh(rows, None, None)
     assert tasks.weights is not None
     assert torch.equal(tasks.weights[:, -1].argmax(-1), kinds)
     assert tasks.auxiliary is None

@@ -167,9 +167,7 @@ def test_a_run_in_eight_bits_goes_on_where_it_stopped_and_is_scored_again_as_it_
 
 
 def test_what_has_nothing_frozen_is_told(world: World) -> None:
-    with pytest.raises(
-        ConfigError, match=r"^train\.frozen_weights=int8: no linear map of this model's layers is frozen"
-    ):
+    with pytest.raises(ConfigError, match=r"^train\.frozen_weights=int8: this model has no frozen linear layer"):
         execute(run_of(world, "method=sft", "train.frozen_weights=int8"))
 
 
