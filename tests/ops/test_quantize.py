@@ -81,7 +81,7 @@ def test_frozen_matrices_alone_are_quantized_each_once_and_take_a_quarter(world:
     held = {module for module in model.modules() if isinstance(module, QuantizedLinear)}
     assert len(held) == len(matrices)
     assert sum(each.values.nbytes + each.scale.nbytes for each in held) < 0.5 * before  # rows of 16 numbers
-    assert not StepOptions(model, run.train, half=True).held
+    assert not StepOptions(model, run.train, half=True).bf16_weights
 
 
 @pytest.mark.parametrize("family", FAMILIES)
