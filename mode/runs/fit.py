@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mode.evaluation.next_token import Score
     from mode.runs.tracking import Tracker
     from mode.train.curve import Point
-    from mode.train.loop import TrainJob, Trained
+    from mode.train.loop import Trained, TrainJob
     from mode.train.objective import AnchorTerm
     from mode.train.step_batch import StepBatch
 
@@ -49,7 +49,7 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
         token_flops: Floating-point operations of training, per token.
     """
     from mode.evaluation.next_token import flatten_scores
-    from mode.train.loop import TrainJob, Trained, train
+    from mode.train.loop import Trained, TrainJob, train
     from mode.train.step_options import should_compile
 
     run, method = prepared.run, prepared.method
