@@ -56,23 +56,16 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
     steps = method.steps(run)
     if steps == 0:
         return Trained(steps=0, tokens=0, seconds=0.0, curve=())
-    mixture = method.mixture(run)
     device = next(model.parameters()).device
-    batches = Batches(
-        [Stream(name, open_tokens(prepared, name, device), count) for name, count in mixture.items()],
-        seed=run.seed,
-        batch_size=run.train.batch_size,
-        sequence_length=run.train.sequence_length,
-        order=method.order(run),
-        examples=run.train.examples,
-    )
+    batches = make_batches(prepared, device)
 
     def report(point: Point) -> None:
         if processes.is_main():
             observe(prepared, point)
         tracker.log({name: value for name, value in point.items() if name != "step"}, step=point["step"])
 
-    row_kinds, trained_on = method.row_kinds(run), tuple(name for name in mixture if name in prepared.packed)
+    row_kinds = method.row_kinds(run)
+    trained_on = tuple(name for name in method.mixture(run) if name in prepared.packed)
     split = next(iter(prepared.packed.values())).split(method.split)
     flops = token_flops * steps * run.train.batch_size * run.train.sequence_length
     job = TrainJob(
@@ -90,6 +83,24 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
         row_kinds=(lambda step: np.array([row_kinds[name] for name in batches.domains(step)])) if row_kinds else None,
     )
     return train(model, batches, fit_memory(model, batches, job))
+
+
+def make_batches(prepared: Prepared, device: torch.device) -> Batches:
+    """Return the batches of a run's own stage.
+
+    Args:
+        prepared: The run.
+        device: Device to sample rows from the backbone on, for an anchor on sampled rows.
+    """
+    run, method = prepared.run, prepared.method
+    return Batches(
+        [Stream(name, open_tokens(prepared, name, device), count) for name, count in method.mixture(run).items()],
+        seed=run.seed,
+        batch_size=run.train.batch_size,
+        sequence_length=run.train.sequence_length,
+        order=method.order(run),
+        examples=run.train.examples,
+    )
 
 
 def fit_memory(model: nn.Module, batches: Batches, job: TrainJob) -> TrainJob:
