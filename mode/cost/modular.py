@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mode.backbone.shape import Flops, Layer, Shape, divide_layers
-from mode.cost.flops import add_flops
+from mode.config.train import Train
+from mode.cost.flops import Cost, add_flops
 
 WORTH = 0.75
 """Share of tokens up to which it takes less time to leave the others out of a layer (measured on a processor)."""
@@ -51,3 +52,83 @@ def compute_branch_flops(layers: Sequence[Layer], length: int, share: float, *, 
         layer.flops_of_some(length, each, trains=trains, upstream=upstream or (trains and number > 0))
         for number, (layer, each) in enumerate(zip(layers, shares, strict=True))
     )
+
+
+def modular_cost(
+    shape: Shape,
+    length: int,
+    *,
+    num_experts: int,
+    num_blocks: int,
+    expert_layers: int,
+    head_rank: int = 0,
+    gate_hidden: int = 0,
+    top_k: int | None = None,
+    shares: tuple[float, float] = (1.0, 1.0),
+    experts_train: bool = True,
+) -> Cost:
+    """Return what it costs to train experts and gates beside a frozen decoder.
+
+    In block 1 no gradient passes through frozen layers.
+
+    Args:
+        shape: Of the decoder.
+        length: Tokens of a row, S.
+        num_experts: N.
+        num_blocks: B.
+        expert_layers: l.
+        head_rank: r, rank of every expert's change of the head; 0 for none.
+        gate_hidden: Width of a gate's hidden layer; 0 for none.
+        top_k: Branches that a token keeps; None for all.
+        shares: Shares of tokens that the last layers of the backbone's and of an expert's branch run on.
+        experts_train: Whether the experts train, or the gates alone.
+
+    Raises:
+        ConfigError: B does not divide L.
+    """
+    changed = num_experts * head_rank
+    shared, chosen = shares
+    gate = 2.0 * count_gate_weights(shape.hidden, num_experts, gate_hidden)
+    parts, idle = [shape.head(trains=bool(changed) and experts_train, extra=changed)], 0
+    if changed:
+        down = 2.0 * shape.hidden * changed
+        parts += [Flops(down, down * (1 + experts_train)), Flops(gate, 2.0 * gate)]
+    for number, (block, expert) in enumerate(block_layers(shape, num_blocks, expert_layers)):
+        later = number > 0
+        parts.append(compute_branch_flops(block, length, shared, trains=False, upstream=later))
+        parts += [compute_branch_flops(expert, length, chosen, trains=experts_train, upstream=later)] * num_experts
+        parts.append(Flops(gate, gate * (1 + later)))
+        sizes = [sum(layer.parameters for layer in layers) for layers in (block, *[expert] * num_experts)]
+        idle += sum(sorted(sizes)[:-top_k]) if top_k else 0
+    experts, gates = count_added(shape, num_experts, num_blocks, expert_layers, head_rank, gate_hidden)
+    total = shape.parameters + experts + gates
+    return Cost(
+        flops=add_flops(parts),
+        total=total,
+        trainable=gates + (experts if experts_train else 0),
+        added=experts + gates,
+        active=total - idle,
+    )
+
+
+def estimate_kept_shares(
+    train: Train, *, num_branches: int, top_k: int | None, reads_output: bool, experts_train: bool
+) -> tuple[float, float]:
+    """Return the shares of tokens that the last layers of the backbone's and of an expert's branch run on.
+
+    The load is taken to be even. Both shares are 1 where the settings of the loop run every branch whole.
+
+    Args:
+        train: Settings of the loop.
+        num_branches: N + 1.
+        top_k: Branches that a token keeps; None for all.
+        reads_output: Whether the gates read the output of the backbone's branch, which then runs whole.
+        experts_train: Whether the experts train.
+    """
+    share = min(top_k or num_branches, num_branches) / num_branches
+    recomputed = train.activation_checkpointing
+    if share > WORTH or train.graph or train.branches != "loop" or train.layout in ("fsdp", "tp"):
+        return 1.0, 1.0
+    if train.attention == "flex" or recomputed in ("all", "auto") or (recomputed == "frozen" and not experts_train):
+        return 1.0, 1.0
+    return 1.0 if recomputed == "frozen" or reads_output else share, share

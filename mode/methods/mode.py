@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.shape import Flops, read_shape
+from mode.backbone.shape import read_shape
 from mode.config.base import STRICT
 from mode.config.check import replace_settings
 from mode.config.method import Anchor, GateSettings
 from mode.config.run import Run
 from mode.core.errors import ConfigError
-from mode.cost.flops import Cost, add_flops
-from mode.cost.modular import WORTH, block_layers, compute_branch_flops, count_added, count_gate_weights
+from mode.cost.flops import Cost
+from mode.cost.modular import estimate_kept_shares, modular_cost
 from mode.methods.anchored import Adaptation
 from mode.methods.base import Material, Reference
 from mode.methods.stages import stages_by_domain
@@ -115,47 +115,29 @@ class MoDE(Adaptation):
         return stages_by_domain(run, stage, self.missing(run))
 
     def cost(self, run: Run) -> Cost:
-        """Return what this stage takes; in block 1 no gradient goes through what is frozen.
-
-        Of branches that `top_k` leaves out, with an even load, the last layers run on the tokens that keep them.
-        """
-        shape, count, length = read_shape(run.backbone), self.count(run), run.train.sequence_length
-        changed = count * self.head_rank
-        shared, chosen = self.kept_shares(run)
-        gate = 2.0 * count_gate_weights(shape.hidden, count, self.gate.hidden)
-        parts, idle = [shape.head(trains=bool(changed) and self.train_experts, extra=changed)], 0
-        if changed:
-            down = 2.0 * shape.hidden * changed
-            parts += [Flops(down, down * (1 + self.train_experts)), Flops(gate, 2.0 * gate)]
-        for number, (block, expert) in enumerate(block_layers(shape, self.num_blocks, self.expert_layers)):
-            later = number > 0
-            parts.append(compute_branch_flops(block, length, shared, trains=False, upstream=later))
-            parts += [compute_branch_flops(expert, length, chosen, trains=self.train_experts, upstream=later)] * count
-            parts.append(Flops(gate, gate * (1 + later)))
-            sizes = [sum(layer.parameters for layer in stack) for stack in (block, *[expert] * count)]
-            idle += sum(sorted(sizes)[: -self.gate.top_k]) if self.gate.top_k else 0
-        experts, gates = count_added(
-            shape, count, self.num_blocks, self.expert_layers, self.head_rank, self.gate.hidden
-        )
-        total = shape.parameters + experts + gates
-        return Cost(
-            flops=add_flops(parts),
-            total=total,
-            trainable=gates + (experts if self.train_experts else 0),
-            added=experts + gates,
-            active=total - idle,
+        """Return what this stage takes by closed form (`mode.cost.modular`)."""
+        return modular_cost(
+            read_shape(run.backbone),
+            run.train.sequence_length,
+            num_experts=self.count(run),
+            num_blocks=self.num_blocks,
+            expert_layers=self.expert_layers,
+            head_rank=self.head_rank,
+            gate_hidden=self.gate.hidden,
+            top_k=self.gate.top_k,
+            shares=self.kept_shares(run),
+            experts_train=self.train_experts,
         )
 
     def kept_shares(self, run: Run) -> tuple[float, float]:
-        """Return the shares of tokens that the backbone's and an expert's last layers run on, when the load is even."""
-        train, branches = run.train, self.count(run) + 1
-        share = min(self.gate.top_k or branches, branches) / branches
-        again = train.activation_checkpointing
-        if share > WORTH or train.graph or train.branches != "loop" or train.layout in ("fsdp", "tp"):
-            return 1.0, 1.0
-        if train.attention == "flex" or again in ("all", "auto") or (again == "frozen" and not self.train_experts):
-            return 1.0, 1.0
-        return 1.0 if again == "frozen" or self.gate.reads == "output" else share, share
+        """Return the shares of tokens that the last layers of the backbone's and of an expert's branch run on."""
+        return estimate_kept_shares(
+            run.train,
+            num_branches=self.count(run) + 1,
+            top_k=self.gate.top_k,
+            reads_output=self.gate.reads == "output",
+            experts_train=self.train_experts,
+        )
 
     def count(self, run: Run) -> int:
         """Return N, the experts of this stage's model."""
