@@ -18,7 +18,7 @@ from mode.methods.base import Material
 from mode.ops.loss import compute_hidden_states
 from mode.ops.quantize import KINDS, QuantizedLinear, dequantize, quantize_frozen
 from mode.runs.execute import execute
-from mode.train.loop import TrainJob, Trained, train
+from mode.train.loop import Trained, TrainJob, train
 from mode.train.step_options import StepOptions
 from tests.conftest import World
 from tests.support.families import FAMILIES, make_model
