@@ -1,7 +1,7 @@
-"""Where the runs of a table are executed: as jobs of submitit, and so of Slurm, or of Ray, beside the local processes.
+"""Launchers of a table's runs: local processes, jobs of submitit, and so of Slurm, or tasks of Ray.
 
-A job that is there looks to the table like a process: alive or not, with an exit code. What it learns on the way is
-read from its training curve, so runs and records have to be in folders that all machines share.
+A remote job has the interface of a process: alive or not, with an exit code. Its progress is read from its training
+curve, so runs and records must be in folders that all machines share.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mode.launch.worker import execute_yaml
 from mode.train.curve import compute_throughput, read_curve
 
 DIED = 1
-"""Exit code of a job that is gone without a word."""
+"""Exit code of a job that ended without a result."""
 
 
 GROUP = "launcher"
@@ -34,16 +34,17 @@ GROUP = "launcher"
 
 @settings(frozen=True, kw_only=True, config=STRICT)
 class Launcher:
-    """How jobs are started.
+    """Settings of a launcher.
 
     Attributes:
         kind: `local`: processes of this machine; `submitit` or `ray`.
-        retries: Times that a run whose job dies is started again, from its checkpoint. One that fails is not.
-        nproc: Processes of a job, which share the rows of every step (`mode launch`).
-        cluster: Of submitit: `local`, `slurm`, or null for what there is.
-        address: Of Ray: a cluster's address; null starts one on this machine.
-        parameters: Of submitit: what its executor is told, such as timeout_min or slurm_partition; of Ray: what a task
-            is told, such as num_cpus.
+        retries: Times that a run is started again, from its checkpoint, after its job died. A run that fails with an
+            error is not.
+        nproc: Processes of a job, which share the run (`mode launch`).
+        cluster: For submitit: `local`, `slurm`, or null for the one that is available.
+        address: For Ray: address of a cluster; null starts one on this machine.
+        parameters: For submitit: parameters of its executor, such as timeout_min or slurm_partition; for Ray: options
+            of a task, such as num_cpus.
     """
 
     kind: Literal["local", "submitit", "ray"]
@@ -62,7 +63,7 @@ def read_launcher(name: str, extra: Path | None = None) -> Launcher:
     """Read a launcher from its YAML.
 
     Raises:
-        ConfigError: There is none of that name, it does not say what it should, or its library is not installed.
+        ConfigError: There is no such launcher, its settings are wrong, or its library is not installed.
     """
     known = list_members(GROUP, extra)
     if name not in known:
@@ -79,33 +80,33 @@ def read_launcher(name: str, extra: Path | None = None) -> Launcher:
 
 
 class RemoteJob:
-    """A run at work elsewhere, with what the table asks of a process."""
+    """A run in a remote job, with the interface of a process that `run_all` needs."""
 
     def __init__(self, run: Run, run_id: str, messages: Any) -> None:
-        """Begin to follow its curve."""
+        """Start to follow the run's curve."""
         self.run_id, self.messages = run_id, messages
         self.curve = Path(run.paths.runs).expanduser() / run_id / CURVE
         self.seen, self.train = len(read_curve(self.curve)), run.train
         self.exitcode: int | None = None
 
     def over(self) -> bool:
-        """Say whether it has ended."""
+        """Say whether the job has ended."""
         raise NotImplementedError
 
     def result(self) -> str | None:
-        """Return the mistake that it made, if it made one.
+        """Return the error of the run in one line, if any.
 
         Raises:
-            RuntimeError: It is gone without a word.
+            RuntimeError: The job died without a result.
         """
         raise NotImplementedError
 
     def terminate(self) -> None:
-        """End it."""
+        """End the job."""
         raise NotImplementedError
 
     def is_alive(self) -> bool:
-        """Pass on what is new in its curve, and at its end its mistake, and say whether it goes on."""
+        """Send new points of the curve and, at the end, the run's error; say whether the job still runs."""
         if self.exitcode is not None:
             return False
         over = self.over()
@@ -119,58 +120,58 @@ class RemoteJob:
         return not over
 
     def end(self) -> None:
-        """Note how it ended."""
+        """Set the exit code, and send the run's error, if any."""
         try:
-            mistake = self.result()
+            error_line = self.result()
         except RuntimeError:
             self.exitcode = DIED
             return
         self.exitcode = 0
-        if mistake is not None:
-            self.messages.put((self.run_id, "error", mistake))
+        if error_line is not None:
+            self.messages.put((self.run_id, "error", error_line))
 
     def join(self) -> None:
-        """Return at once: it has ended."""
+        """Return at once: the job has ended."""
 
 
 class SubmititJob(RemoteJob):
     """A job of submitit."""
 
     def __init__(self, executor: Any, nproc: int, run: Run, run_id: str, messages: Any) -> None:
-        """Submit it.
+        """Submit the job.
 
         Raises:
-            ConfigError: It is refused.
+            ConfigError: The cluster refuses it.
         """
         super().__init__(run, run_id, messages)
         try:
             self.job = executor.submit(execute_yaml, to_yaml(run), run_id, nproc)
-        except Exception as error:  # submitit has no class of its own for all that a cluster refuses
+        except Exception as error:  # submitit has no error class of its own for a refused job
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"launcher of submitit: {reason}") from error
 
     def over(self) -> bool:
-        """Say whether it has ended."""
+        """Say whether the job has ended."""
         return bool(self.job.done())
 
     def result(self) -> str | None:
-        """Return the mistake that it made, if it made one.
+        """Return the error of the run in one line, if any.
 
         Raises:
-            RuntimeError: It is gone without a word.
+            RuntimeError: The job died without a result.
         """
         from submitit.core.utils import FailedJobError, UncompletedJobError
 
         try:
-            mistake: str | None = self.job.result()
-        except FailedJobError as error:  # a kind of the other
+            error_line: str | None = self.job.result()
+        except FailedJobError as error:  # a subclass of UncompletedJobError
             return str(error).strip().splitlines()[-1]
         except UncompletedJobError as error:
             raise RuntimeError(str(error)) from error
-        return mistake
+        return error_line
 
     def terminate(self) -> None:
-        """Cancel it."""
+        """Cancel the job."""
         self.job.cancel()
 
 
@@ -178,58 +179,58 @@ class RayJob(RemoteJob):
     """A task of Ray."""
 
     def __init__(self, task: Any, nproc: int, run: Run, run_id: str, messages: Any) -> None:
-        """Submit it."""
+        """Submit the task."""
         super().__init__(run, run_id, messages)
         self.reference = task.remote(to_yaml(run), run_id, nproc)
 
     def over(self) -> bool:
-        """Say whether it has ended."""
+        """Say whether the job has ended."""
         import ray
 
         return bool(ray.wait([self.reference], timeout=0)[0])
 
     def result(self) -> str | None:
-        """Return the mistake that it made, if it made one.
+        """Return the error of the run in one line, if any.
 
         Raises:
-            RuntimeError: It is gone without a word.
+            RuntimeError: The job died without a result.
         """
         import ray
 
         try:
-            mistake: str | None = ray.get(self.reference)
+            error_line: str | None = ray.get(self.reference)
         except ray.exceptions.RayTaskError as error:
             return str(error).strip().splitlines()[-1]
         except ray.exceptions.RayError as error:
             raise RuntimeError(str(error)) from error
-        return mistake
+        return error_line
 
     def terminate(self) -> None:
-        """Cancel it."""
+        """Cancel the job."""
         import ray
 
         ray.cancel(self.reference, force=True)
 
 
 def make_starter(launcher: Launcher, folder: Path) -> Callable[[Run, str, Any], RemoteJob]:
-    """Return what starts a run as a job.
+    """Return a function that starts a run as a job.
 
     Args:
-        launcher: How.
-        folder: For what submitit writes of its jobs.
+        launcher: Settings of the launcher.
+        folder: Folder of submitit's logs.
 
     Raises:
-        ConfigError: There is no such cluster here, or its library does not know a parameter.
+        ConfigError: There is no such cluster, or the library does not know a parameter.
     """
     try:
         return choose_start(launcher, folder)
-    except Exception as error:  # the libraries have no class of their own for a mistake in what they are told
+    except Exception as error:  # the libraries have no error class of their own for wrong parameters
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"launcher of {launcher.kind}: {reason}") from error
 
 
 def choose_start(launcher: Launcher, folder: Path) -> Callable[[Run, str, Any], RemoteJob]:
-    """Return what starts a run as a job, or raise what the library raises."""
+    """Return a function that starts a run as a job, or raise the library's error."""
     if launcher.kind == "submitit":
         import submitit
 

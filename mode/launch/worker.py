@@ -1,4 +1,4 @@
-"""Execute one run wherever a launcher has brought it: in a process, or in several that share it."""
+"""Execute one run, in the process or the processes that a launcher has started."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mode.runs.prepare import prepare_run
 def try_execute(
     run: Run, run_id: str, observe: Callable[[Any, Any], None] = lambda prepared, point: None
 ) -> str | None:
-    """Execute a run, and return its mistake in one line if there was one; what is no user's is kept in `error.log`."""
+    """Execute a run, and return its error in one line, if any; the traceback of a bug goes to `error.log`."""
     try:
         execute(run, weights=True, observe=observe)
     except ConfigError as error:
@@ -36,9 +36,9 @@ def try_execute(
 
 
 def execute_yaml(text: str, run_id: str, nproc: int) -> str | None:
-    """Execute a run that is written as YAML by so many processes, and return its mistake if there was one.
+    """Execute a run, given as YAML, in `nproc` processes, and return its error in one line, if any.
 
-    Where one of several processes dies, this one ends too.
+    If one of several processes dies, this process exits too.
     """
     if nproc == 1:
         return try_execute(from_yaml(text), run_id)
@@ -46,22 +46,22 @@ def execute_yaml(text: str, run_id: str, nproc: int) -> str | None:
         path = Path(folder) / "run.yaml"
         path.write_text(text, encoding="utf-8")
         code = launch_processes([str(path)], nproc, module=__name__)
-        told = path.with_suffix(".mistake")
-        if told.exists():
-            return told.read_text("utf-8")
+        report = path.with_suffix(".error")
+        if report.exists():
+            return report.read_text("utf-8")
     if code:
-        os._exit(1)  # a process of it died: so does the job, for the launcher to start it again
+        os._exit(1)  # a process died: the job fails too, so that the launcher starts it again
     return None
 
 
 def main() -> None:
-    """Execute the run whose file is named, as one of several processes."""
+    """Execute the run of a YAML file, as one of several processes."""
     run = from_yaml(Path(sys.argv[1]).read_text("utf-8"))
-    mistake = try_execute(run, prepare_run(run).id)
-    if mistake is not None:
+    error = try_execute(run, prepare_run(run).id)
+    if error is not None:
         if processes.is_main():
-            Path(sys.argv[1]).with_suffix(".mistake").write_text(mistake, encoding="utf-8")
-        sys.exit(f"mode: {mistake}")
+            Path(sys.argv[1]).with_suffix(".error").write_text(error, encoding="utf-8")
+        sys.exit(f"mode: {error}")
 
 
 if __name__ == "__main__":

@@ -48,15 +48,15 @@ class MoDE(Adaptation):
         init: Initialisation of fresh experts: `random`, or `copy` of the block's first layers.
         backbone_bias: Initial logit of the backbone in fresh gates, against 0 for every expert.
         gate_noise: Standard deviation of the first weights of gates whose experts begin as copies of the same layers:
-            without it these would have the same gradients and stay the same. All other gates begin at zero.
+            without it they would have equal gradients and stay equal. All other gates are initialised to zero.
         handover: Gates of stage 2: `odds` keeps every expert's odds against the backbone; `fresh` starts anew.
         gate_lr_scale: Learning rate of gates as a factor on that of experts.
         train_experts: Whether stage 2 trains the experts too, or gates alone.
-        gate: How gates choose; the paper's way by default.
-        head_rank: r, rank of the change that every expert makes of the head; 0, the paper's way, for none.
-        anchor_experts: Whether an anchor holds in stage 1 too, and not in stage 2 alone.
-        experts: Folders of experts that are at hand, or of saved models whose experts are; the other targets' experts
-            are stage-1 runs.
+        gate: How gates choose; as in the paper by default.
+        head_rank: r, rank of every expert's update of the head; 0, as in the paper, for none.
+        anchor_experts: Whether the anchor applies to stage 1 too; else to stage 2 alone.
+        experts: Folders of trained experts, or of saved models with experts; the other targets' experts are stage-1
+            runs.
     """
 
     recorded_as: ClassVar[str] = "mode.modular_method.MoDE"
@@ -90,7 +90,7 @@ class MoDE(Adaptation):
 
     @property
     def alike(self) -> bool:
-        """Whether several experts begin as copies of the same layers."""
+        """Whether several experts are initialised as copies of the same layers."""
         return self.start == "fresh" and self.init == "copy" and self.num_experts > 1
 
     def peak_lr(self) -> float:
@@ -100,7 +100,7 @@ class MoDE(Adaptation):
         return self.compose_lr if self.train_experts else self.gates_lr
 
     def unused(self) -> tuple[str, ...]:
-        """Stage 1 has no use for what belongs to stage 2, and stage 2 counts its experts by its targets."""
+        """Return the settings without effect: those of stage 2 in stage 1, and the number of experts in stage 2."""
         if self.start == "fresh":
             same = () if self.alike else ("gate_noise",)
             return ("compose_lr", "gates_lr", "handover", "experts", "anchor_experts", *same)
@@ -109,7 +109,7 @@ class MoDE(Adaptation):
         return ("num_experts", "gate_noise", lr, "experts", *alone)  # experts count by their digest
 
     def needs(self, run: Run) -> tuple[Run, ...]:
-        """Return one stage-1 run per target when experts are to be composed that are not at hand."""
+        """Return one stage-1 run per target whose expert is not given by `experts`."""
         anchor = self.anchor if self.anchor_experts else Anchor()
         stage = replace_settings(self, start="fresh", num_experts=1, train_experts=True, experts=(), anchor=anchor)
         return stages_by_domain(run, stage, self.missing(run))
@@ -144,10 +144,10 @@ class MoDE(Adaptation):
         return self.num_experts if self.start == "fresh" else len(run.targets)
 
     def at_hand(self) -> dict[str, Path]:
-        """Return the folders of the experts that are at hand, by domain.
+        """Return the folders of the given experts, by domain.
 
         Raises:
-            ConfigError: A folder holds no expert, or two are for one domain.
+            ConfigError: A folder has no expert, or two have experts for the same domain.
         """
         if not self.experts:
             return {}
@@ -167,7 +167,7 @@ class MoDE(Adaptation):
         return () if self.start == "fresh" else tuple(name for name in run.targets if name not in found)
 
     def artefacts(self, run: Run) -> dict[str, str]:
-        """Return the weights' digests of the experts that are at hand, checked against the run's backbone and blocks.
+        """Return the weight digests of the given experts, checked against the run's backbone and blocks.
 
         Raises:
             ConfigError: An expert is damaged, made for another model, or for no target.
@@ -193,7 +193,7 @@ class MoDE(Adaptation):
         return found
 
     def lr_scales(self) -> Mapping[str, float]:
-        """Scale the learning rate of gates when experts train beside them."""
+        """Scale the learning rate of gates where experts train too."""
         return {".gate.": self.gate_lr_scale} if self.train_experts else {}
 
     def inspect(self, model: nn.Module) -> dict[str, float]:
@@ -208,7 +208,7 @@ class MoDE(Adaptation):
         return ("backbone", *(run.targets if self.start == "experts" else numbers))
 
     def reference(self, backbone: Callable[[], PreTrainedModel], device: torch.device) -> Reference:
-        """Return what gives the backbone's states and head: frozen layers are in the model, so nothing is loaded."""
+        """Return a function to the backbone's states and head, computed by the model itself without its experts."""
         from mode.modular.block import bypass_experts
         from mode.ops.loss import compute_hidden_states, output_head
 
@@ -253,20 +253,20 @@ class MoDE(Adaptation):
         return model
 
     def names(self, run: Run) -> tuple[str, ...]:
-        """Return the experts' names: the domain of each, or numbers where all train on the same mix."""
+        """Return the experts' names: their domains, or numbered names where all train on the same mix."""
         if self.start == "experts" or (self.num_experts == 1 and len(run.targets) == 1):
             return run.targets
         return tuple(f"mix-{number + 1}" for number in range(self.num_experts))
 
     def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
-        """Write a single-domain run's expert as an artefact of its own, if its gates come apart into experts' own."""
+        """Write a single-domain run's expert as an artefact, unless its gates have a hidden layer."""
         if not self.gate.hidden and self.start == "fresh" and self.num_experts == 1 and len(run.targets) == 1:
             from mode.modular.artefact import describe_fit, save_expert
 
             save_expert(model, folder / "expert", {"domain": run.targets[0], **describe_fit(self, self.gate), **about})
 
     def kept(self, folder: Path) -> Path:
-        """Return the expert's weights where there is one for a single domain."""
+        """Return the expert's weights, if the run has trained one for a single domain."""
         from mode.modular.artefact import TENSORS
 
         expert = folder / "expert" / TENSORS

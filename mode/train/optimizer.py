@@ -1,4 +1,4 @@
-"""The optimizer and its learning rates."""
+"""AdamW and its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mode.core.tensors import trainable_parameters
 
 
 def make_optimizer(model: nn.Module, lr: float, scales: Mapping[str, float], settings: Train) -> torch.optim.AdamW:
-    """Build AdamW over what trains: matrices with weight decay, vectors without, learning rates scaled by name.
+    """Build AdamW over the trainable parameters: weight decay for matrices alone, learning rates scaled by name.
 
     Args:
-        model: Its parameters that require a gradient train.
+        model: A model; those of its parameters that require a gradient train.
         lr: Peak learning rate.
         scales: Factor on the learning rate for parameters whose name contains the key.
-        settings: The loop's: weight decay and decay rates.
+        settings: Settings of the loop, for weight decay and decay rates.
 
     Raises:
-        ConfigError: Nothing trains.
+        ConfigError: No parameter requires a gradient.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable_parameters(model).items():
@@ -40,7 +40,7 @@ def make_optimizer(model: nn.Module, lr: float, scales: Mapping[str, float], set
     )
 
 
-def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
+def set_learning_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
     """Set the learning rate of every group to a share of its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share

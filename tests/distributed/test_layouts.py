@@ -60,11 +60,11 @@ METHODS: dict[str, tuple[str, ...]] = {
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from mode import config
+from mode.config.compose import compose
 from mode.runs.execute import execute
 asked, conf = json.loads(sys.argv[1]), Path(sys.argv[2])
 for overrides in asked:
-    execute(config.compose(overrides, conf))
+    execute(compose(overrides, conf))
 """
 
 
@@ -108,13 +108,13 @@ def check_pair(name: str, both: Any, alone: Any) -> None:
 STOPPED = """
 import json, sys
 from pathlib import Path
-from mode import config
+from mode.config.compose import compose
 from mode.runs.execute import execute
 def stop(prepared, point):
     if point["step"] == int(sys.argv[3]):
         raise KeyboardInterrupt
 try:
-    execute(config.compose(json.loads(sys.argv[1]), Path(sys.argv[2])), observe=stop)
+    execute(compose(json.loads(sys.argv[1]), Path(sys.argv[2])), observe=stop)
 except (KeyboardInterrupt, RuntimeError):  # the second process's, when the first is gone
     sys.exit()
 """
@@ -147,7 +147,7 @@ def test_a_weight_that_is_a_number_alone_has_no_shards() -> None:
 
     model = nn.Linear(2, 2)
     model.temperature = nn.Parameter(torch.ones(()))
-    with pytest.raises(ConfigError, match=r"^train\.layout=fsdp: a number alone"):
+    with pytest.raises(ConfigError, match=r"^train\.layout=fsdp: a scalar parameter"):
         FSDP(model)
 
 

@@ -24,11 +24,13 @@ from mode.distributed.choose import choose_layout
 from mode.distributed.mpmd import MPMD
 from mode.methods.base import Material
 from mode.modular.block import find_blocks
+from mode.modular.execution import Execution
 from mode.runs.execute import WEIGHTS, execute
 from mode.runs.prepare import prepare_run
-from mode.train.loop import TrainJob, accumulate
+from mode.train.loop import TrainJob, forward_backward
 from mode.train.objective import Objective
 from mode.train.optimizer import make_optimizer
+from mode.train.step_batch import StepBatch
 from tests.conftest import World
 from tests.distributed.test_layouts import EVERY, SCRIPT
 from tests.support.processes import together
@@ -41,31 +43,34 @@ import json, sys
 from functools import partial
 from pathlib import Path
 import torch
-from mode import config
-from mode.core.tensors import trainable
-from mode.distributed.mpmd import Branches
+from mode.config.compose import compose
+from mode.core.tensors import trainable_parameters
+from mode.distributed.mpmd import MPMD
 from mode.train.objective import Objective
-from mode.train.loop import accumulate
+from mode.train.loop import forward_backward
+from mode.train.step_batch import StepBatch
 from tests.distributed.test_mpmd import noisy
 for settings in json.loads(sys.argv[1]):
-    run = config.compose(settings, Path(sys.argv[2]))
-    alone, spread = noisy(run), noisy(run)
+    run = compose(settings, Path(sys.argv[2]))
+    alone, placed = noisy(run), noisy(run)
     rows = torch.randint(300, (8, 33), generator=torch.Generator().manual_seed(1))
     most = 0.01  # gradients are clipped
     rows[:, 5::9] = 0  # documents end
     end = 0 if run.train.documents == "apart" else None
-    accumulate(Objective(alone, run.train, None, end=end), rows, run.train.accumulate * run.train.in_flight)
-    torch.nn.utils.clip_grad_norm_(trainable(alone).values(), most)
-    branches = Branches(spread, torch.device("cpu"), run.train.in_flight, run.train.placement)
-    with branches():
-        objective = Objective(spread, run.train, None, branches.part, end)
-        accumulate(objective, branches.rows(rows), run.train.accumulate, slots=branches.slots)
-    branches.clip(most)
-    found = {name: parameter.grad for name, parameter in trainable(spread).items() if parameter.grad is not None}
-    own = [f".experts.{index - 1}." for index in branches.mine if index]
+    objective = Objective(alone, run.train, None, document_end=end)
+    forward_backward(objective, StepBatch(rows), run.train.accumulate * run.train.in_flight)
+    torch.nn.utils.clip_grad_norm_(trainable_parameters(alone).values(), most)
+    layout = MPMD(placed, torch.device("cpu"), run.train.in_flight, run.train.placement)
+    with layout.enter_step():
+        objective = Objective(placed, run.train, None, layout.select_loss_rows, end)
+        forward_backward(objective, StepBatch(layout.select_rows(rows)), run.train.accumulate, slots=layout.slots)
+    layout.clip_gradients(most)
+    parameters = trainable_parameters(placed)
+    found = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    own = [f".experts.{index - 1}." for index in layout.local if index]
     expected = {
         name: parameter.grad
-        for name, parameter in trainable(alone).items()
+        for name, parameter in trainable_parameters(alone).items()
         if ".experts." not in name or any(part in name for part in own)
     }
     assert found.keys() == expected.keys()
@@ -168,29 +173,32 @@ def test_a_step_has_the_collectives_of_the_formula(world: World, blocks: int, in
     run: Any = compose([*world.overrides, *FRESH, f"method.num_blocks={blocks}"], world.conf)
     model = noisy(run)
     branches = MPMD(model, CPU, in_flight)
-    with branches(), Traffic() as seen:
-        accumulate(Objective(model, run.train, None, branches.part), torch.randint(300, (8, 33)), 1, slots=2)
+    objective = Objective(model, run.train, None, branches.select_loss_rows)
+    with branches.enter_step(), Traffic() as seen:
+        forward_backward(objective, StepBatch(torch.randint(300, (8, 33))), 1, slots=2)
     reduced = {"all_reduce": 2 * (blocks - 1) * in_flight} if blocks > 1 else {}
     assert seen.counts == reduced | {"reduce_scatter": in_flight, "all_gather": in_flight}
-    assert {size for _, size in seen.found} == {8 * 32 * 16 * 4 // in_flight}  # rows, tokens, numbers a token, bytes
-    assert all(block.spread is None for block in branches.blocks)
+    assert {size for _, size in seen.found} == {
+        8 * 32 * 16 * 4 // in_flight
+    }  # rows, tokens, elements of a hidden state, bytes
+    assert all(block.execution == Execution() for block in branches.blocks)
 
 
 @pytest.mark.usefixtures("alone_of_two")
 @pytest.mark.parametrize(
-    ("settings", "held", "message"),
+    ("settings", "anchored", "message"),
     [
-        (["method=sft"], False, "MoDE alone has branches to spread"),
+        (["method=sft"], False, "MoDE alone has branches to place"),
         ([*FRESH, "method.gate.reads=output"], False, "goes with method.head_rank=0 and method.gate.reads=input"),
         ([*FRESH, "method.head_rank=2"], False, "goes with method.head_rank=0"),
         ([*FRESH], True, "an anchored model needs its backbone everywhere"),
     ],
 )
-def test_what_cannot_be_spread_is_refused(world: World, settings: list[str], held: bool, message: str) -> None:
+def test_what_cannot_be_spread_is_refused(world: World, settings: list[str], anchored: bool, message: str) -> None:
     run: Any = compose([*world.overrides, *settings, "train.layout=mpmd"], world.conf)
     model = run.method.build(run, Material(backbone=lambda: load_model(run.backbone)))
     with pytest.raises(ConfigError, match=message):
-        choose_layout(model, held, run.train, CPU)
+        choose_layout(model, run.train, CPU, anchored=anchored)
 
 
 @pytest.mark.usefixtures("alone_of_two")
@@ -241,20 +249,20 @@ def test_a_step_leaves_what_is_other_slots_in_other_slots(world: World) -> None:
     own = [sum(each.numel() for each in part.parameters()) for part in parts]
     branches = MPMD(model, CPU, placement=[[0, 2], [1]])
     job = TrainJob(settings=run.train, steps=1, lr=1e-3, folder=world.root, validate=dict)
-    made = Objective(model, run.train, None, branches.part)
+    made = Objective(model, run.train, None, branches.select_loss_rows)
     objective, optimizer = branches.wrap(
         made, partial(make_optimizer, lr=job.lr, scales=job.lr_scales, settings=job.settings)
     )
-    with branches():
-        accumulate(objective, torch.randint(300, (8, 33)), 1, slots=2)
+    with branches.enter_step():
+        forward_backward(objective, StepBatch(torch.randint(300, (8, 33))), 1, slots=2)
     optimizer.step()
     left = sum(each.numel() for each in model.parameters())
     assert whole - left == own[0] * len(branches.blocks)
     assert not {id(each) for each in optimizer.state} & {id(each) for each in parts[0].parameters()}
-    assert {id(each) for each in branches.trained().values()} == {id(each) for each in optimizer.state}
-    branches.collect(False)
+    assert {id(each) for each in branches.find_local_parameters().values()} == {id(each) for each in optimizer.state}
+    branches.gather_weights(False)
     assert sum(each.numel() for each in model.parameters()) == left
-    branches.collect(True)
+    branches.gather_weights(True)
     assert sum(each.numel() for each in model.parameters()) == whole
 
 
@@ -289,7 +297,7 @@ def test_a_process_forgets_the_branches_of_others(world: World) -> None:
     run = compose([*world.overrides, *FRESH, "method.num_experts=2"], world.conf)
     model = noisy(run)
     branches = MPMD(model, CPU, placement=[[0, 2], [1]])
-    branches.part_for_good()
+    branches.distribute_for_generation()
     for block in branches.blocks:
         sizes = [sum(each.numel() for each in part.parameters()) for part in (block.backbone, *block.experts)]
         assert [size > 0 for size in sizes] == [True, False, True]

@@ -29,39 +29,40 @@ import json, sys
 from functools import partial
 from pathlib import Path
 import torch
-from mode import config
-from mode.core.tensors import trainable
+from mode.config.compose import compose
+from mode.core.tensors import trainable_parameters
+from mode.distributed.tensor_parallel import TensorParallel
+from mode.train.loop import forward_backward
 from mode.train.objective import Objective
-from mode.distributed.tensor_parallel import Slices
-from mode.train.loop import Job, accumulate
 from mode.train.optimizer import make_optimizer
+from mode.train.step_batch import StepBatch
 from tests.distributed.test_tensor_parallel import PLANNED, made
-run = config.compose(json.loads(sys.argv[1]), Path(sys.argv[2]))
-job = Job(settings=run.train, steps=1, lr=1e-2, folder=Path(), validate=dict)
+run = compose(json.loads(sys.argv[1]), Path(sys.argv[2]))
+make = partial(make_optimizer, lr=1e-2, scales={}, settings=run.train)
 rows = torch.randint(2, 128, (2, 17), generator=torch.Generator().manual_seed(1))
 for family in PLANNED:
     for modular in (False, True) if family == "llama" else (False,):
-        alone, sliced = made(family, modular), made(family, modular)
-        plain = make_optimizer(alone, job.lr, job.lr_scales, job.settings)
-        spread = Slices(sliced)
-        make = partial(make_optimizer, lr=job.lr, scales=job.lr_scales, settings=job.settings)
-        objective, optimizer = spread.wrap(Objective(sliced, run.train, None), make)
+        alone, split = made(family, modular), made(family, modular)
+        plain = make(alone)
+        layout = TensorParallel(split)
+        objective, optimizer = layout.wrap(Objective(split, run.train, None), make)
         for step in range(2):
-            expected, _ = accumulate(Objective(alone, run.train, None), rows, 1)
-            torch.nn.utils.clip_grad_norm_(trainable(alone).values(), 0.1)
-            with spread():
-                found, _ = accumulate(objective, spread.rows(rows), 1)
-            spread.clip(0.1)
+            expected, _ = forward_backward(Objective(alone, run.train, None), StepBatch(rows), 1)
+            torch.nn.utils.clip_grad_norm_(trainable_parameters(alone).values(), 0.1)
+            with layout.enter_step():
+                found, _ = forward_backward(objective, StepBatch(layout.select_rows(rows)), 1)
+            layout.clip_gradients(0.1)
             assert abs(found - expected) < 1e-4, (family, modular, step)
-            for (name, one), other in zip(trainable(alone).items(), spread.learning, strict=True):
+            for (name, one), other in zip(trainable_parameters(alone).items(), layout.trained, strict=True):
                 grad = getattr(other.grad, "full_tensor", lambda: other.grad)()
                 differs = (grad - one.grad).norm() / one.grad.norm()
                 assert differs < 1e-3, (family, modular, name, step, differs)
             for each in (plain, optimizer):
                 each.step()
                 each.zero_grad(set_to_none=True)
-        spread.collect(True)
-        for (name, one), other in zip(trainable(alone).items(), trainable(sliced).values(), strict=True):
+        layout.gather_weights(True)
+        found = trainable_parameters(split).values()
+        for (name, one), other in zip(trainable_parameters(alone).items(), found, strict=True):
             assert other.shape == one.shape
             assert torch.allclose(other, one, rtol=1e-2, atol=1e-3), (family, modular, name)
 """
@@ -104,7 +105,7 @@ def test_a_family_without_a_plan_and_one_process_are_refused(world: World) -> No
         TensorParallel(make_model("gpt2"))
     run: Any = compose([*world.overrides, "method=sft", "train.layout=tp"], world.conf)
     with pytest.raises(ConfigError, match=r"train\.layout=tp needs several processes"):
-        choose_layout(make_model("llama"), False, run.train, torch.device("cpu"))
+        choose_layout(make_model("llama"), run.train, torch.device("cpu"), anchored=False)
 
 
 @pytest.mark.slow

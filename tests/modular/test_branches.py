@@ -1,4 +1,4 @@
-"""Ways to run the branches of a block, and a step's passes: each gives what the plain way gives."""
+"""Ways to execute the branches of a block and a training step: each gives what the plain way gives."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from mode.methods.base import Material
 from mode.modular.build import insert_blocks
 from mode.ops.attention import find_unmasked_configs
 from mode.runs.execute import execute
-from mode.train.cuda_graph import record_passes
-from mode.train.loop import TrainJob, accumulate, train
+from mode.train.cuda_graph import capture_step
+from mode.train.loop import TrainJob, forward_backward, train
 from mode.train.objective import Objective
+from mode.train.step_batch import StepBatch
 from mode.train.step_options import UNMASKED, StepOptions
 from tests.conftest import World
 from tests.support.families import FAMILIES, make_model
@@ -52,12 +53,12 @@ def build(run: Run, device: torch.device = DEVICE) -> nn.Module:
     return model.to(device)
 
 
-def passes(run: Run, model: nn.Module, times: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run a step's passes, and return loss and gradients of the last time."""
+def run_step(run: Run, model: nn.Module, times: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run forward and backward of a step, and return loss and gradients of the last time."""
     model.train()
     device = next(model.parameters()).device
     learns = trainable_parameters(model)
-    go = record_passes(accumulate, list(learns.values()), run.train, held=False)
+    captured = capture_step(forward_backward, list(learns.values()), run.train, anchored=False)
     objective = Objective(model, run.train, None)
     layers = StepOptions(model, run.train, half=objective.precision == "bf16")
     for number in range(times):
@@ -65,7 +66,7 @@ def passes(run: Run, model: nn.Module, times: int = 1) -> tuple[Tensor, dict[str
         rows = torch.randint(64, (4, run.train.sequence_length + 1)).to(device)
         model.zero_grad(set_to_none=True)
         with layers:
-            loss, _ = go(objective, rows, 2)
+            loss, _ = captured(objective, StepBatch(rows), 2)
     return loss.clone(), {name: value.grad.clone() for name, value in learns.items() if value.grad is not None}
 
 
@@ -83,8 +84,8 @@ def test_every_way_gives_the_loss_and_the_gradients_of_the_plain_one(world: Worl
     asked = [*world.overrides, *FRESH, "method.num_experts=3", f"train.precision={precision}"]
     run = compose(asked, world.conf)
     model = build(run)
-    loss, slopes = passes(run, model, 4)
-    other, others = passes(replace_settings(run, train=replace_settings(run.train, **changes_of(way))), model, 4)
+    loss, slopes = run_step(run, model, 4)
+    other, others = run_step(replace_settings(run, train=replace_settings(run.train, **changes_of(way))), model, 4)
     near = {"rtol": 1e-5, "atol": 1e-6} if precision == "fp32" else {"rtol": 2e-2, "atol": 2e-3}
     torch.testing.assert_close(other, loss, **near)
     check_slopes(others, slopes, 1e-4 if precision == "fp32" else 3e-2)
@@ -102,13 +103,13 @@ def test_experts_of_every_family_can_be_batched_or_say_that_they_cannot(world: W
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     model.to(DEVICE)
-    loss, slopes = passes(run, model)
+    loss, slopes = run_step(run, model)
     batched = replace_settings(run, train=replace_settings(run.train, branches="batched"))
     if "sliding_window" in FAMILIES[family]:
         with pytest.raises(ConfigError, match="loop goes with all"):
-            passes(batched, model)
+            run_step(batched, model)
         return
-    other, others = passes(batched, model)
+    other, others = run_step(batched, model)
     torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-6)
     check_slopes(others, slopes, 1e-4)
 
@@ -128,7 +129,7 @@ def test_batched_experts_take_fewer_products(world: World) -> None:
     model, found = build(run), {}
     for way in ("loop", "batched"):
         with Count() as count:
-            passes(replace_settings(run, train=replace_settings(run.train, branches=way)), model)
+            run_step(replace_settings(run, train=replace_settings(run.train, branches=way)), model)
         found[way] = count.calls
     assert found["batched"] < 0.6 * found["loop"]
 
@@ -143,7 +144,7 @@ def test_attention_is_unmasked_within_a_step_alone(world: World) -> None:
         seen.append(({each._attn_implementation for each in configs}, options["attention_mask"]))
 
     layer.register_forward_pre_hook(look, with_kwargs=True)
-    passes(run, model)
+    run_step(run, model)
     assert seen == [({UNMASKED}, None)] * 2
     assert {each._attn_implementation for each in configs} == {"sdpa"}
 
@@ -222,7 +223,7 @@ def test_a_gpu_trains_as_a_processor_does(world: World, method: list[str]) -> No
     found = []
     for device in ("cpu", "cuda"):
         run = compose([*world.overrides, *method, "train.precision=fp32"], world.conf)
-        found.append(passes(run, build(run, torch.device(device))))
+        found.append(run_step(run, build(run, torch.device(device))))
     (loss, slopes), (other, others) = found
     assert float(other) == pytest.approx(float(loss), rel=1e-4)
     check_slopes({name: slope.cpu() for name, slope in others.items()}, slopes, 1e-3)
@@ -236,14 +237,14 @@ def test_documents_apart_have_the_loss_of_documents_alone(world: World, family: 
     torch.manual_seed(0)
     one, two = torch.randint(10, 64, (2, 12))
     one[-1] = end
-    alone = [Objective(model, run.train, None)(document[None]) for document in (one, two)]
-    objective = Objective(model, run.train, None, end=end)
+    alone = [Objective(model, run.train, None)(StepBatch(document[None])) for document in (one, two)]
+    objective = Objective(model, run.train, None, document_end=end)
     with StepOptions(model, run.train):
-        _, _, states = objective(torch.cat([one, two])[None])
+        _, _, states = objective(StepBatch(torch.cat([one, two])[None]))
     expected = torch.cat([found[2][0] for found in alone])
     places = [*range(11), *range(12, 23)]  # what follows the token that closes a document is nobody's
     torch.testing.assert_close(states[0, places], expected, rtol=1e-4, atol=1e-5)
-    _, _, other = Objective(model, run.train, None)(torch.cat([one, two])[None])
+    _, _, other = Objective(model, run.train, None)(StepBatch(torch.cat([one, two])[None]))
     assert (other[0, places] - expected).abs().max() > 1e-3
 
 
@@ -265,7 +266,7 @@ def test_flex_attention_keeps_documents_apart_as_masks_do(
     for attention in ("sdpa", "flex"):
         settings = replace_settings(run.train, attention=attention)
         with StepOptions(model, settings), torch.set_grad_enabled(CUDA):
-            loss, _, states = Objective(model, settings, None, end=end)(rows)
+            loss, _, states = Objective(model, settings, None, document_end=end)(StepBatch(rows))
         found.append(
             [loss, states, *(torch.autograd.grad(loss, list(trainable_parameters(model).values())) if CUDA else ())]
         )

@@ -18,6 +18,7 @@ from mode.methods.base import Material
 from mode.ops.loss import compute_hidden_states
 from mode.ops.quantize import KINDS, QuantizedLinear, dequantize, quantize_frozen
 from mode.runs.execute import execute
+from mode.train.loop import Trained, TrainJob, train
 from mode.train.step_options import StepOptions
 from tests.conftest import World
 from tests.support.families import FAMILIES, make_model
@@ -81,7 +82,7 @@ def test_frozen_matrices_alone_are_quantized_each_once_and_take_a_quarter(world:
     held = {module for module in model.modules() if isinstance(module, QuantizedLinear)}
     assert len(held) == len(matrices)
     assert sum(each.values.nbytes + each.scale.nbytes for each in held) < 0.5 * before  # rows of 16 numbers
-    assert not StepOptions(model, run.train, half=True).held
+    assert not StepOptions(model, run.train, half=True).bf16_weights
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,21 +108,21 @@ def test_the_backbone_alone_is_scored_in_eight_bits(world: World, choice: str) -
 
 
 @pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "mode"])
-def test_what_a_model_is_held_to_is_the_backbone_in_eight_bits(world: World, method: str) -> None:
-    held = ["method.anchor.source=prose", "method.anchor.share=0.5", "train.frozen_weights=fp8", "train.steps=1"]
-    asked = [*(FRESH if method == "mode" else [f"method={method}"]), *held, "train.lr=1e-9", "train.log_every=1"]
-    from mode.runs.fit import make_anchor_term
-
+def test_the_anchors_reference_is_the_backbone_in_eight_bits(world: World, method: str) -> None:
+    anchor = ["method.anchor.source=prose", "method.anchor.share=0.5", "train.frozen_weights=fp8", "train.steps=1"]
+    asked = [*(FRESH if method == "mode" else [f"method={method}"]), *anchor, "train.lr=1e-9", "train.log_every=1"]
     seen: list[Any] = []
+
+    def train_and_keep(model: Any, batches: Any, job: TrainJob) -> Trained:
+        seen.append((model, job.anchor))
+        return train(model, batches, job)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "mode.runs.fit.make_anchor_term",
-            lambda *given: seen.append((given[1], make_anchor_term(*given))) or seen[-1][1],
-        )
+        patch.setattr("mode.train.loop.train", train_and_keep)
         execute(run_of(world, *asked))
-    ((model, holding),) = seen
+    ((model, term),) = seen
     rows = torch.arange(2, 18)[None]
-    states, _ = holding.reference(model, rows)
+    states, _ = term.reference(model, rows)
     plain = load_model(run_of(world).backbone).eval().requires_grad_(False)
     quantize_frozen(plain, "fp8")
     torch.testing.assert_close(states, compute_hidden_states(plain, rows))

@@ -23,9 +23,10 @@ from mode.planning.layouts import estimate_ddp, estimate_fsdp, estimate_mpmd, li
 from mode.planning.machine import Device, Link, read_machine
 from mode.planning.plan import estimate_layouts, summarise_estimates
 from mode.planning.work import Branch, Work, describe_work, scale_tokens
-from mode.train.loop import TrainJob, accumulate
+from mode.train.loop import forward_backward
 from mode.train.objective import Objective
 from mode.train.optimizer import make_optimizer
+from mode.train.step_batch import StepBatch
 from tests.cli.test_cli import call
 from tests.conftest import World
 from tests.support.traffic import Traffic
@@ -114,11 +115,10 @@ def test_what_is_sent_in_shards_is_what_torch_sends(
     monkeypatch.setenv("RANK", "0")
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     try:
-        spread, job = FSDP(model), TrainJob(settings=run.train, steps=1, lr=1.0, folder=world.root, validate=dict)
-        make = partial(make_optimizer, lr=job.lr, scales=job.lr_scales, settings=job.settings)
-        objective, _ = spread.wrap(Objective(model, run.train, None), make)
-        with Traffic() as seen, spread():
-            accumulate(objective, torch.zeros(1, 33, dtype=torch.long), 1)
+        layout, make = FSDP(model), partial(make_optimizer, lr=1.0, scales={}, settings=run.train)
+        objective, _ = layout.wrap(Objective(model, run.train, None), make)
+        with Traffic() as seen, layout.enter_step():
+            forward_backward(objective, StepBatch(torch.zeros(1, 33, dtype=torch.long)), 1)
     finally:
         distributed.destroy_process_group()
     assert estimate_fsdp(replace(describe_work(run), half=4), 4, H100, FREE).traffic == seen.bytes * 3 / 4

@@ -128,14 +128,21 @@ def test_only_data_backbone_and_precision_make_the_conditions() -> None:
         assert changed.conditions != record().conditions
 
 
-def test_provenance_says_where_a_run_was_made(run: Run) -> None:
+def test_provenance_says_where_a_run_was_made() -> None:
     found = describe_provenance(
-        run, data={"py": "f"}, backbone="b", pretraining={}, needs=["n"], device="cpu", precision="fp32"
+        data={"py": "f"},
+        backbone="b",
+        pretraining={},
+        needs=["n"],
+        device="cpu",
+        precision="fp32",
+        threads=3,
+        layout="ddp",
     )
     assert (found["data"], found["backbone"], found["needs"]) == ({"py": "f"}, "b", ["n"])
     assert found["versions"]["torch"]
     assert found["machine"]["device"] == "cpu"
-    assert found["threads"] == run.train.threads
+    assert found["threads"] == 3
     assert json.loads(json.dumps(found)) == found
 
 

@@ -321,7 +321,7 @@ def test_what_is_frozen_is_in_bf16_within_a_step_alone(world: World) -> None:
     halved = {name for name, kind in kinds.items() if kind == torch.bfloat16}
     assert halved == {name for name in kinds if name.endswith("_proj.weight")}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert len(halved) == len(layers.held)
+    assert len(halved) == len(layers.bf16_weights)
     assert not find_frozen_matrices(list(load_model(run.backbone).model.layers))
 
 

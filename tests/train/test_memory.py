@@ -12,6 +12,7 @@ from mode.core.errors import ConfigError
 from mode.core.tensors import digest_tensors
 from mode.runs.execute import execute
 from mode.train.memory import CHOICES
+from mode.train.step_batch import StepBatch
 from tests.conftest import World
 from tests.train.test_loop import curve_of, run_of
 
@@ -35,7 +36,7 @@ def test_the_fastest_choice_that_fits_is_taken_and_changes_no_bit(
     import mode.train.memory
 
     seen: list[str] = []
-    genuine = mode.train.memory.affordable
+    genuine = mode.train.memory.choose_checkpointing
     monkeypatch.setattr(
         "mode.train.memory.choose_checkpointing", lambda *given: seen.append(genuine(*given)) or seen[-1]
     )
@@ -68,7 +69,7 @@ def test_what_is_chosen_takes_less(world: World) -> None:
     for choice in CHOICES:
         chosen = replace_settings(run.train, activation_checkpointing=choice)
         sizes.append(
-            measure_allocated(make_step(model, chosen, None, None, lambda: (rows, None, None)), torch.device("cpu"))
+            measure_allocated(make_step(model, chosen, None, None, lambda: StepBatch(rows)), torch.device("cpu"))
         )
         model.zero_grad(set_to_none=True)
     assert sizes[0] < sizes[1] < sizes[2]
@@ -102,7 +103,7 @@ def test_what_is_left_for_the_loss_keeps_no_activations(world: World, method: st
     for choice in ("none", "all"):
         chosen = replace_settings(run.train, activation_checkpointing=choice)
         sizes.append(
-            measure_allocated(make_step(model, chosen, None, None, lambda: (rows, None, None)), torch.device("cpu"))
+            measure_allocated(make_step(model, chosen, None, None, lambda: StepBatch(rows)), torch.device("cpu"))
         )
         model.zero_grad(set_to_none=True)
     assert sizes[1] < 0.45 * sizes[0]

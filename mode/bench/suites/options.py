@@ -82,14 +82,14 @@ def branches(run: Run, method: MoDE, device: torch.device, folder: Path) -> tupl
         for variant, changes in variants.items():
             changed = replace_settings(run, train=replace_settings(run.train, **plain | changes))
             step = Step(changed, methods[name], Anchor(), device)
-            for _ in range(WARM_UP + 1 if step.job.settings.graph else 0):  # what is timed is replayed
+            for _ in range(WARM_UP + 1 if step.settings.graph else 0):  # replays alone are timed
                 step()
             cases.append(step.case(job, variant))
     return cases, {}
 
 
 def measure_checkpoint(step: Step, folder: Path) -> dict[str, int]:
-    """Return the bytes of the weights that train with both moments of AdamW, and of a checkpoint of them."""
+    """Return the bytes of the trainable weights with their optimizer state, and of a checkpoint of them."""
     step()
     with Saver() as saver:
         saver.save(folder, trainable_parameters(step.model), step.optimizer, 1, 0.0)

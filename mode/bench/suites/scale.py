@@ -71,7 +71,7 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
             change = force_even_gates if STAY in name else lambda model: None
             cases.append(Step(changed, each, Anchor(), device, change).case(job, name))
     step = Step(run, fresh(), Anchor(), device)
-    shared, states = make_first_block(run, method, step.rows)
+    shared, states = make_first_block(run, method, step.batch.tokens)
     cases += [step.case("what runs on the same rows can share", "MoDE, one expert")]
     cases += [
         replace(cases[-1], variant="first block of the backbone, forward", action=shared, flops=0.0, counted=False)
@@ -89,9 +89,9 @@ def replace_vocabulary(run: Run, number: int) -> Run:
 
 
 def force_even_gates(model: nn.Module) -> None:
-    """Have branches kept by as many tokens each, as their operations are counted; fresh gates choose alike for all."""
+    """Give every branch the same number of tokens, as the count of operations does; fresh gates choose alike."""
     for block in find_blocks(model):
-        block.even = True
+        block.execution = replace(block.execution, balanced=True)
 
 
 def make_first_block(run: Run, method: MoDE, rows: torch.Tensor) -> tuple[Callable[[], None], int]:

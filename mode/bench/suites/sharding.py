@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from mode.backbone.load import load_model
 from mode.backbone.shape import divide_layers, read_shape
@@ -34,9 +34,10 @@ from mode.methods.base import Material
 from mode.planning.layouts import Slots, estimate_ddp, estimate_fsdp, estimate_mpmd
 from mode.planning.machine import Device, Link
 from mode.planning.work import WHOLE, Work, describe_work
-from mode.train.loop import TrainJob, accumulate
+from mode.train.loop import forward_backward
 from mode.train.objective import Objective
 from mode.train.optimizer import make_optimizer
+from mode.train.step_batch import StepBatch
 from mode.train.step_options import StepOptions
 
 if TYPE_CHECKING:
@@ -310,15 +311,15 @@ def make_collective(kind: str, count: int) -> Callable[[], object]:
 
 
 class Alone(DDP):
-    """A model of one of several processes, which has nothing to do with the others."""
+    """The layout of one process among several that does not communicate with the others."""
 
-    def rows(self, values: Any) -> Any:
+    def select_rows(self, values: Tensor) -> Tensor:
         """Return all rows."""
         return values
 
-    def wrap(self, objective: nn.Module, make: Any) -> tuple[nn.Module, Any]:
+    def wrap(self, objective: nn.Module, make_optimizer: Any) -> tuple[nn.Module, Any]:
         """Return the objective as it is, and its optimizer."""
-        return objective, make(self.model)
+        return objective, make_optimizer(self.model)
 
 
 def make_step(file: Path, layout: str) -> Callable[[], None]:
@@ -329,21 +330,20 @@ def make_step(file: Path, layout: str) -> Callable[[], None]:
     method: Any = run.method
     model: nn.Module = method.build(run, Material(backbone=partial(load_model, run.backbone))).train()
     train = replace_settings(run.train, **LAYOUTS.get(layout, {}))
-    spread = Alone(model) if layout in (ALONE, EACH) else choose_layout(model, False, train, torch.device("cpu"))
-    job = TrainJob(settings=train, steps=1, lr=1e-6, folder=Path(), validate=dict)
-    made = Objective(model, train, None, spread.part)
-    objective, optimizer = spread.wrap(
-        made, partial(make_optimizer, lr=job.lr, scales=job.lr_scales, settings=job.settings)
-    )
-    layers = StepOptions(spread.model, train)
+    device = torch.device("cpu")
+    placed = Alone(model) if layout in (ALONE, EACH) else choose_layout(model, train, device, anchored=False)
+    plain = Objective(model, train, None, placed.select_loss_rows)
+    objective, optimizer = placed.wrap(plain, partial(make_optimizer, lr=1e-6, scales={}, settings=train))
+    options = StepOptions(placed.model, train)
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     shape = (train.batch_size, train.sequence_length + 1)
     rows = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    batch = StepBatch(placed.select_rows(rows))
 
     def step() -> None:
-        with layers, spread():
-            accumulate(objective, spread.rows(rows), 1, slots=spread.slots)
-        spread.clip(train.clip)
+        with options, placed.enter_step():
+            forward_backward(objective, batch, 1, slots=placed.slots)
+        placed.clip_gradients(train.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
