@@ -157,9 +157,9 @@ def summarise_case(case: Case, seconds: Sequence[float], device: torch.device) -
 
 def describe_benchmark(name: str, run: Run, method: MoDE) -> dict[str, Any]:
     """Return what a benchmark is asked to measure; options are told where they are not the plain ones."""
-    size = run.evaluate.batch_size if name == "eval" else run.train.batch_size
+    size = run.evaluate.batch_size if name == "eval" else run.train.batch.size
     told: dict[str, tuple[Any, object]] = {
-        "train.accumulate": (run.train.accumulate, 1),
+        "train.batch.gradient_accumulation_steps": (run.train.batch.gradient_accumulation_steps, 1),
         "method.head_rank": (method.head_rank, 0),
     }
     if name in STEPS:

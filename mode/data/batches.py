@@ -72,7 +72,7 @@ class Batches:
         self.cycle = [i for turn in range(rounds) for i, stream in enumerate(streams) if turn < stream.weight]
         self.examples = examples
         if examples is not None and examples < len(self.cycle):
-            raise ConfigError(f"train.examples={examples}: a cycle of this mix has {len(self.cycle)} rows")
+            raise ConfigError(f"train.batch.examples={examples}: a cycle of this mix has {len(self.cycle)} rows")
         self._orders: dict[int, tuple[int, NDArray[np.int64], int]] = {}
 
     def batch(self, step: int) -> NDArray[np.int64]:

@@ -23,13 +23,22 @@ def check_processes(settings: Train) -> None:
         ConfigError: A layout is for several, or rows do not divide over them.
     """
     size = processes.world_size()
-    if settings.layout != "ddp" and size == 1:
-        raise ConfigError(f"train.layout={settings.layout} needs several processes: `mode launch --nproc 2 train ...`")
-    rows, accumulate, in_flight = settings.batch_size, settings.accumulate, settings.in_flight
-    if settings.layout != "tp" and rows % (accumulate * in_flight * size):
-        parts = {"train.accumulate": accumulate, "train.in_flight": in_flight}
+    if settings.parallelism.strategy != "ddp" and size == 1:
+        raise ConfigError(
+            f"train.parallelism.strategy={settings.parallelism.strategy} needs several processes: `mode launch --nproc 2 train ...`"
+        )
+    rows, accumulate, in_flight = (
+        settings.batch.size,
+        settings.batch.gradient_accumulation_steps,
+        settings.parallelism.microbatches_in_flight,
+    )
+    if settings.parallelism.strategy != "tp" and rows % (accumulate * in_flight * size):
+        parts = {
+            "train.batch.gradient_accumulation_steps": accumulate,
+            "train.parallelism.microbatches_in_flight": in_flight,
+        }
         told = "".join(f" and {name}={count}" for name, count in parts.items() if count > 1)
-        raise ConfigError(f"train.batch_size={rows} does not divide over {size} processes{told}")
+        raise ConfigError(f"train.batch.size={rows} does not divide over {size} processes{told}")
 
 
 def choose_layout(model: nn.Module, held: bool, settings: Train, device: torch.device) -> DDP | MPMD:
@@ -44,15 +53,17 @@ def choose_layout(model: nn.Module, held: bool, settings: Train, device: torch.d
     Raises:
         ConfigError: The layout does not fit the model or the number of processes, or rows do not divide.
     """
-    layout = settings.layout
+    layout = settings.parallelism.strategy
     check_processes(settings)
     if layout == "mpmd" and held:
-        raise ConfigError("train.layout=mpmd: an anchored model needs its backbone everywhere; take ddp, fsdp or tp")
+        raise ConfigError(
+            "train.parallelism.strategy=mpmd: an anchored model needs its backbone everywhere; take ddp, fsdp or tp"
+        )
     made: DDP | MPMD
     if layout == "mpmd":
         from mode.distributed.mpmd import MPMD
 
-        made = MPMD(model, device, settings.in_flight, settings.placement)
+        made = MPMD(model, device, settings.parallelism.microbatches_in_flight, settings.parallelism.placement)
     elif layout == "fsdp":
         from mode.distributed.fsdp import FSDP
 

@@ -164,10 +164,19 @@ class MoDE(Adaptation):
         """Return the shares of tokens that the backbone's and an expert's last layers run on, when the load is even."""
         train, branches = run.train, self.count(run) + 1
         share = min(self.gate.top_k or branches, branches) / branches
-        again = train.activation_checkpointing
-        if share > WORTH or train.graph or train.branches != "loop" or train.layout in ("fsdp", "tp"):
+        again = train.memory.activation_checkpointing
+        if (
+            share > WORTH
+            or train.kernels.cuda_graph
+            or train.kernels.branch_execution != "loop"
+            or train.parallelism.strategy in ("fsdp", "tp")
+        ):
             return 1.0, 1.0
-        if train.attention == "flex" or again in ("all", "auto") or (again == "frozen" and not self.train_experts):
+        if (
+            train.kernels.attention == "flex"
+            or again in ("all", "auto")
+            or (again == "frozen" and not self.train_experts)
+        ):
             return 1.0, 1.0
         return 1.0 if again == "frozen" or self.gate.reads == "output" else share, share
 

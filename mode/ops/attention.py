@@ -87,10 +87,12 @@ def check_flex_attention(model: Any, kind: str) -> None:
         ConfigError: It is so.
     """
     if kind not in FLEXIBLE:
-        raise ConfigError("train.attention=flex needs a CUDA device: FlexAttention does not train on others")
+        raise ConfigError("train.kernels.attention=flex needs a CUDA device: FlexAttention does not train on others")
     if not model._supports_flex_attn:
         family = model.config.model_type
-        raise ConfigError(f"train.attention=flex: transformers has no FlexAttention for {family}; sdpa goes with all")
+        raise ConfigError(
+            f"train.kernels.attention=flex: transformers has no FlexAttention for {family}; sdpa goes with all"
+        )
 
 
 def sees_whole_rows(config: Any, length: int) -> bool:

@@ -103,4 +103,4 @@ def quantize_frozen(model: nn.Module, choice: str) -> None:
                     made[module] = QuantizedLinear(module, KINDS[choice])
                 layer.set_submodule(path, made[module])
     if not made:
-        raise ConfigError(f"train.frozen_weights={choice}: no linear map of this model's layers is frozen")
+        raise ConfigError(f"train.memory.frozen_weights={choice}: no linear map of this model's layers is frozen")

@@ -36,7 +36,7 @@ def describe_provenance(
         "needs": list(needs),
         "precision": precision,
         **describe_environment(device, run.train.threads),
-        **processes.describe_layout(run.train.layout),
+        **processes.describe_layout(run.train.parallelism.strategy),
     }
 
 

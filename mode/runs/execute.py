@@ -77,8 +77,8 @@ def check_spread(prepared: Prepared) -> None:
 
     settings, branches = prepared.run.train, prepared.method.branches(prepared.run)
     check_processes(settings)
-    if settings.placement is not None and branches:  # without branches a model is refused as such
-        mpmd.check_placement(settings.placement, len(branches))
+    if settings.parallelism.placement is not None and branches:  # without branches a model is refused as such
+        mpmd.check_placement(settings.parallelism.placement, len(branches))
 
 
 def list_standing(prepared: Prepared) -> Record:
@@ -113,7 +113,7 @@ def train_and_record(prepared: Prepared, needs: list[Prepared], observe: Observe
     model = build(prepared, needs)
     check_context(model, run)
     sizes = count_model_parameters(prepared, model)
-    quantize_frozen(model, run.train.frozen_weights)  # here, so that a device need not hold more
+    quantize_frozen(model, run.train.memory.frozen_weights)  # here, so that a device need not hold more
     model = model.to(device)
     conditions = describe_provenance(
         run,
@@ -135,7 +135,7 @@ def train_and_record(prepared: Prepared, needs: list[Prepared], observe: Observe
     except BaseException as error:  # an interrupt too: the tracker must not stay open for this process's next run
         tracker.abandon()
         if type(error).__name__ == "OutOfMemoryError":
-            raise ConfigError("out of memory: raise train.accumulate, or lower train.batch_size") from error
+            raise ConfigError("out of memory: raise train.batch.gradient_accumulation_steps, or lower train.batch.size") from error
         raise
     tracker.finish({f"{run.evaluate.split}/{name}/accuracy": value.accuracy for name, value in scores.items()})
     happened = summarise_training(prepared, trained, scores, fingerprint_self_sampled(prepared, device)) | {

@@ -47,10 +47,10 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
     batches = Batches(
         [Stream(name, open_tokens(prepared, name, device), count) for name, count in mixture.items()],
         seed=run.seed,
-        batch_size=run.train.batch_size,
+        batch_size=run.train.batch.size,
         sequence_length=run.train.sequence_length,
         order=method.order(run),
-        examples=run.train.examples,
+        examples=run.train.batch.examples,
     )
 
     def observed(point: Point) -> None:
@@ -59,9 +59,9 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
         tracker.log({name: value for name, value in point.items() if name != "step"}, step=point["step"])
 
     kinds, seen = method.row_kinds(run), tuple(name for name in mixture if name in prepared.packed)
-    total = flops * steps * run.train.batch_size * run.train.sequence_length
+    total = flops * steps * run.train.batch.size * run.train.sequence_length
     job = TrainJob(
-        settings=replace_settings(run.train, compile=should_compile(run.train, device, total)),
+        settings=replace_settings(run.train, **{"kernels.compile": should_compile(run.train, device, total)}),
         steps=steps,
         lr=run.lr,
         folder=prepared.folder,
@@ -71,7 +71,7 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
         lr_scales=method.lr_scales(),
         hold=make_anchor_term(prepared, model, batches),
         seed=run.seed,
-        end=closing_token(prepared) if run.train.documents == "apart" else None,
+        end=closing_token(prepared) if run.train.batch.intra_document_masking else None,
         kinds=(lambda step: np.array([kinds[name] for name in batches.domains(step)])) if kinds else None,
     )
     return train(model, batches, fit_memory(model, batches, job))
@@ -79,7 +79,7 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
 
 def fit_memory(model: nn.Module, batches: Batches, job: TrainJob) -> TrainJob:
     """Return a job whose choice of what forms activations again is made, if it was left to the memory that there is."""
-    if job.settings.activation_checkpointing != "auto":
+    if job.settings.memory.activation_checkpointing != "auto":
         return job
     from mode.train.memory import choose_checkpointing
     from mode.distributed.layout import DDP
@@ -89,7 +89,7 @@ def fit_memory(model: nn.Module, batches: Batches, job: TrainJob) -> TrainJob:
     given = partial(take_batch, batches, job, 0, DDP(model), device)
     choice = choose_checkpointing(model, job.settings, job.hold, job.end, given)
     return dataclasses.replace(
-        job, settings=replace_settings(job.settings, activation_checkpointing=choice, memory=None)
+        job, settings=replace_settings(job.settings, **{"memory.activation_checkpointing": choice, "memory.budget_gb": None})
     )
 
 
@@ -140,7 +140,7 @@ def make_anchor_term(prepared: Prepared, model: nn.Module, batches: Batches) -> 
 
     def backbone() -> PreTrainedModel:
         loaded = load_model(run.backbone).requires_grad_(False)
-        quantize_frozen(loaded, run.train.frozen_weights)  # as MoDE's, which is in the model
+        quantize_frozen(loaded, run.train.memory.frozen_weights)  # as MoDE's, which is in the model
         return loaded
 
     return AnchorTerm(
@@ -169,7 +169,7 @@ def score_domains(
             prepared.packed[name].split(split),
             sequence_length=run.train.sequence_length,
             batch_size=run.evaluate.batch_size,
-            chunk=run.evaluate.chunk,
+            chunk=run.evaluate.logit_chunk_size,
             probe=(lambda count: None) if probe is None else partial(probe.add, name),
         )
     return scores

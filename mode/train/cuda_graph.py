@@ -34,15 +34,15 @@ def record_passes(passes: Passes, weights: Sequence[nn.Parameter], settings: Tra
     Raises:
         ConfigError: A graph is asked for where there can be none.
     """
-    if not settings.graph:
+    if not settings.kernels.cuda_graph:
         return passes
     check_cuda(weights[0].device)
     if held:
         raise ConfigError(
-            "train.graph=true: which rows are held to the backbone differs from step to step; leave it off"
+            "train.kernels.cuda_graph=true: which rows are held to the backbone differs from step to step; leave it off"
         )
     if processes.world_size() > 1:
-        raise ConfigError("train.graph=true goes with one process; leave it off")
+        raise ConfigError("train.kernels.cuda_graph=true goes with one process; leave it off")
     return Graph(passes, weights)
 
 
@@ -53,7 +53,7 @@ def check_cuda(device: torch.device) -> None:
         ConfigError: It is not of CUDA.
     """
     if device.type != "cuda":
-        raise ConfigError("train.graph=true needs a CUDA device; leave it off here")
+        raise ConfigError("train.kernels.cuda_graph=true needs a CUDA device; leave it off here")
 
 
 class Graph:
@@ -129,7 +129,7 @@ class Graph:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"train.graph=true: this model's step cannot be recorded ({reason}); leave it off"
+                f"train.kernels.cuda_graph=true: this model's step cannot be recorded ({reason}); leave it off"
             ) from error
         self.gradients = [weight.grad for weight in self.weights]
         blocks = [module for module in objective.modules() if hasattr(module, "beside")]

@@ -123,8 +123,10 @@ def train(model: nn.Module, batches: Batches, job: TrainJob) -> Trained:
             rows, held, kinds = take_batch(batches, job, step, spread, device)
             torch.manual_seed(spread.seed((job.seed << 32) + step))
             with layers, spread():
-                loss, states = passes(objective, rows, settings.accumulate, held, kinds, spread.slots)
-            spread.clip(settings.clip)
+                loss, states = passes(
+                    objective, rows, settings.batch.gradient_accumulation_steps, held, kinds, spread.slots
+                )
+            spread.clip(settings.optim.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             total += loss
@@ -146,7 +148,7 @@ def train(model: nn.Module, batches: Batches, job: TrainJob) -> Trained:
 
 def finish(job: TrainJob, seconds: float, curve: Sequence[Point]) -> Trained:
     """Return what the loop did when it has made all steps."""
-    return Trained(job.steps, job.steps * job.settings.batch_size * job.settings.sequence_length, seconds, curve)
+    return Trained(job.steps, job.steps * job.settings.batch.size * job.settings.sequence_length, seconds, curve)
 
 
 def is_scored(step: int, job: TrainJob) -> bool:
@@ -221,9 +223,9 @@ def measure_point(
     """
     if not math.isfinite(loss):
         raise ConfigError(f"the loss is {loss} at step {step}; try a lower train.lr than {job.lr:g}")
-    targets = spread.part(rows.chunk(job.settings.accumulate)[-1])[:, 1:]
+    targets = spread.part(rows.chunk(job.settings.batch.gradient_accumulation_steps)[-1])[:, 1:]
     if held is not None:
-        free = ~held.chunk(job.settings.accumulate)[-1]
+        free = ~held.chunk(job.settings.batch.gradient_accumulation_steps)[-1]
         states, targets = (states[free], targets[free]) if free.any() else (states, targets)
     scores = score_states(states, output_head(model), targets, cap=logit_softcap(model))
     lr = job.lr * schedule(step - 1, job.steps, job.settings)

@@ -43,28 +43,33 @@ def choose_checkpointing(
     Raises:
         ConfigError: No choice takes so little, or the device has too little for any.
     """
-    assert settings.memory is not None
+    assert settings.memory.budget_gb is not None
     device = next(model.parameters()).device
     resident = sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
     resident += 2 * sum(part.nbytes for part in trainable_parameters(model).values())
     model.train()
     best, least = None, None
     for choice in CHOICES:
-        chosen, needed = replace_settings(settings, activation_checkpointing=choice, memory=None), None
+        chosen, needed = (
+            replace_settings(settings, **{"memory.activation_checkpointing": choice, "memory.budget_gb": None}),
+            None,
+        )
         with torch.random.fork_rng([device] if device.type == "cuda" else []), suppress(torch.OutOfMemoryError):
             needed = resident + measure_allocated(make_step(model, chosen, hold, end, given), device)
         model.zero_grad(set_to_none=True)
         least = least or needed
-        if needed is None or needed > 1e9 * settings.memory:  # the next would take more: it may be more than there is
+        if (
+            needed is None or needed > 1e9 * settings.memory.budget_gb
+        ):  # the next would take more: it may be more than there is
             break
         best = choice
     if best is not None:
         return best
     if least is None:
-        raise ConfigError("train.activation_checkpointing=auto: a step does not fit on this device at all")
+        raise ConfigError("train.memory.activation_checkpointing=auto: a step does not fit on this device at all")
     raise ConfigError(
-        f"train.memory={settings.memory:g}: a step takes {least / 1e9:.3g} GB at least; "
-        "more train.accumulate takes less"
+        f"train.memory.budget_gb={settings.memory.budget_gb:g}: a step takes {least / 1e9:.3g} GB at least; "
+        "more train.batch.gradient_accumulation_steps takes less"
     )
 
 
@@ -78,6 +83,6 @@ def make_step(
         layers = StepOptions(model, settings, half=objective.precision == "bf16")  # its copies count as well
         rows, held, kinds = given()
         with layers:
-            return accumulate(objective, rows, settings.accumulate, held, kinds)
+            return accumulate(objective, rows, settings.batch.gradient_accumulation_steps, held, kinds)
 
     return action

@@ -28,14 +28,14 @@ def make_optimizer(model: nn.Module, lr: float, scales: Mapping[str, float], set
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable_parameters(model).items():
         scale = next((value for part, value in scales.items() if part in name), 1.0)
-        decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+        decay = settings.optim.weight_decay if parameter.ndim >= 2 else 0.0
         groups.setdefault((scale, decay), []).append(parameter)
     if not groups:
         raise ConfigError("nothing to train: every parameter of this model is frozen")
     return torch.optim.AdamW(
         [{"params": members, "weight_decay": decay, "peak": lr * scale} for (scale, decay), members in groups.items()],
         lr=lr,
-        betas=settings.betas,
+        betas=settings.optim.betas,
         fused=True,
     )
 
@@ -53,8 +53,10 @@ def schedule(step: int, steps: int, settings: Train) -> float:
     >>> [round(schedule(step, 10, Settings(warmup=0.2, final_lr=0.1)), 3) for step in (0, 1, 2, 6, 9)]
     [0.5, 1.0, 1.0, 0.55, 0.134]
     """
-    warmup = math.ceil(settings.warmup * steps)
+    warmup = math.ceil(settings.optim.warmup_ratio * steps)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return settings.final_lr + (1.0 - settings.final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return settings.optim.min_lr_ratio + (1.0 - settings.optim.min_lr_ratio) * 0.5 * (
+        1.0 + math.cos(math.pi * progress)
+    )

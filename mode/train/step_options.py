@@ -30,9 +30,9 @@ more than torch allows, which is 8, it goes on with layers as they are, and says
 
 def should_compile(settings: Train, device: torch.device, flops: float) -> bool:
     """Say whether a stage's layers are to be compiled, by the operations that it takes where that decides."""
-    if settings.compile == "auto":
+    if settings.kernels.compile == "auto":
         return flops >= COMPILED_FROM[device.type]
-    return settings.compile
+    return settings.kernels.compile
 
 
 class StepOptions:
@@ -58,31 +58,36 @@ class StepOptions:
                 or batched experts whose attention is not torch's own over whole rows.
         """
         kind = next(model.parameters()).device.type
-        if settings.branches == "streams" and kind != "cuda":
-            raise ConfigError("train.branches=streams needs a CUDA device; loop and batched go without one")
-        self.blocks: list[Any] = [block for block in model.modules() if hasattr(block, "beside")]
-        self.branches, self.skips = settings.branches, not settings.graph  # to ask what to skip waits for the device
-        joined = settings.documents == "joined"
-        self.attending = find_unmasked_configs(model, settings.sequence_length) if joined else []
-        if settings.branches == "batched" and self.blocks and not self.attending:
+        if settings.kernels.branch_execution == "streams" and kind != "cuda":
             raise ConfigError(
-                "train.branches=batched: not with layers that see a part of the row alone; loop goes with all"
+                "train.kernels.branch_execution=streams needs a CUDA device; loop and batched go without one"
+            )
+        self.blocks: list[Any] = [block for block in model.modules() if hasattr(block, "beside")]
+        self.branches, self.skips = (
+            settings.kernels.branch_execution,
+            not settings.kernels.cuda_graph,
+        )  # to ask what to skip waits for the device
+        joined = not settings.batch.intra_document_masking
+        self.attending = find_unmasked_configs(model, settings.sequence_length) if joined else []
+        if settings.kernels.branch_execution == "batched" and self.blocks and not self.attending:
+            raise ConfigError(
+                "train.kernels.branch_execution=batched: not with layers that see a part of the row alone; loop goes with all"
             )
         self.attention = UNMASKED
-        if settings.attention == "flex":
+        if settings.kernels.attention == "flex":
             check_flex_attention(model, kind)
             self.attention, self.attending = "flex_attention", find_configs(model)
         self.before = [config._attn_implementation for config in self.attending]
-        plain = settings.compile is not True and settings.branches == "loop"
+        plain = settings.kernels.compile is not True and settings.kernels.branch_execution == "loop"
         self.exchange: AbstractContextManager[None] = Patch(model) if plain else nullcontext()
         layers = find_decoder_layers(model)
         self.held = [(weight, weight.data, weight.data.bfloat16()) for weight in find_frozen_matrices(layers) if half]
-        chosen = [layer for layer in layers if is_recomputed(layer, settings.activation_checkpointing)]
+        chosen = [layer for layer in layers if is_recomputed(layer, settings.memory.activation_checkpointing)]
         self.again = [(layer, partial(make_contexts, find_auxiliary_modules(layer))) for layer in chosen]
         self.compiled: list[tuple[Any, Any]] = []
-        if settings.compile is True:
+        if settings.kernels.compile is True:
             torch._dynamo.config.recompile_limit = max(KINDS, torch._dynamo.config.recompile_limit)
-        for layer in layers if settings.compile is True else ():
+        for layer in layers if settings.kernels.compile is True else ():
             layer.compile(dynamic=False)
             self.compiled.append((layer, layer._compiled_call_impl))
             layer._compiled_call_impl = None

@@ -25,7 +25,7 @@ DOMAINS = [f"+domain@domains.{name}={name}" for name in list_members("domain")]
         ["train.lr=1e-2", "method=lora", "method.rank=4", "method.target_modules=[q_proj,v_proj]"],
         ["experiment=table1_long", "train.steps=7", "budget=data"],
         ["+train.note='a, b: {c}'", "++seed=5", "~track.mode", "method=mode"],
-        ["targets=[]", "train.replay={english: 0.2}", "paths.runs='/tmp/${seed}'"],
+        ["targets=[]", "train.batch.replay={english: 0.2}", "paths.runs='/tmp/${seed}'"],
         ["domains.code.licence=mine", "+domains.code.more={a: [1, null]}"],
     ],
 )

@@ -91,14 +91,14 @@ def test_a_divergence_is_that_of_whole_distributions(cap: float | None, tokens: 
 def test_the_loss_is_the_mean_over_rows_of_cross_entropy_or_weighted_divergence(
     world: World, held: list[int], accumulate_: int
 ) -> None:
-    run = compose(world, "method=sft", "train.batch_size=4", f"train.accumulate={accumulate_}")
+    run = compose(world, "method=sft", "train.batch.size=4", f"train.batch.gradient_accumulation_steps={accumulate_}")
     model, frozen = noisy(load_model(run.backbone).requires_grad_(True)), load_model(run.backbone)
     rows = torch.cat([IDS, IDS.flip(1)])
     mask = torch.tensor(held, dtype=torch.bool)
     hold = AnchorTerm(
         3.0, lambda step: mask.numpy(), lambda _, ids: (compute_hidden_states(frozen, ids), output_head(frozen))
     )
-    loss, _ = accumulate(Objective(model, run.train, hold), rows, run.train.accumulate, mask)
+    loss, _ = accumulate(Objective(model, run.train, hold), rows, run.train.batch.gradient_accumulation_steps, mask)
     expected = torch.zeros(())
     for row, is_held in zip(rows, held, strict=True):
         logits, known = model(row[None, :-1]).logits[0], frozen(row[None, :-1]).logits[0].softmax(-1).detach()
@@ -204,7 +204,7 @@ def test_rows_are_sampled_once_for_each_way_to_sample(world: World, tmp_path: Pa
     [
         (("method.anchor.source=self",), {"py": 15, "sums": 15, "self": 2}),
         (("method.anchor.source=prose", "method.anchor.share=0.5"), {"py": 1, "sums": 1, "prose": 2}),
-        (("method.anchor.source=self", "train.replay={prose: 0.2}"), {"py": 6, "sums": 6, "prose": 3, "self": 1}),
+        (("method.anchor.source=self", "train.batch.replay={prose: 0.2}"), {"py": 6, "sums": 6, "prose": 3, "self": 1}),
         ((), {"py": 1, "sums": 1}),
     ],
 )
@@ -232,7 +232,7 @@ def test_every_batch_has_its_share_of_held_rows() -> None:
     ("overrides", "told"),
     [
         (("method.anchor.source=py",), "method.anchor.source: py is one of targets"),
-        (("method.anchor.source=prose", "train.replay={prose: 0.2}"), "or replayed, so trained on already"),
+        (("method.anchor.source=prose", "train.batch.replay={prose: 0.2}"), "or replayed, so trained on already"),
         (("method.anchor.source=porse",), r"domain porse: not one of .*; did you mean prose\?"),
         (("method.anchor.source=self", "method.anchor.share=0.123456"), "denominator up to 100"),
         (("method.anchor.source=self", "method.anchor.share=1.0"), "less than 1"),

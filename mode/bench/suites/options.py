@@ -82,7 +82,7 @@ def branches(run: Run, method: MoDE, device: torch.device, folder: Path) -> tupl
         for variant, changes in variants.items():
             changed = replace_settings(run, train=replace_settings(run.train, **plain | changes))
             step = Step(changed, methods[name], Anchor(), device)
-            for _ in range(WARM_UP + 1 if step.job.settings.graph else 0):  # what is timed is replayed
+            for _ in range(WARM_UP + 1 if step.job.settings.kernels.cuda_graph else 0):  # what is timed is replayed
                 step()
             cases.append(step.case(job, variant))
     return cases, {}

@@ -42,7 +42,7 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
         device: Where the models train.
         folder: Not used.
     """
-    count, size, length = len(read_shape(run.backbone).layers), run.train.batch_size, run.train.sequence_length
+    count, size, length = len(read_shape(run.backbone).layers), run.train.batch.size, run.train.sequence_length
     fresh = partial(replace_settings, method, start="fresh", experts=(), num_experts=1)
     two = replace_settings(method.gate, top_k=2)
     divisors = [number for number in range(1, count + 1) if count % number == 0]

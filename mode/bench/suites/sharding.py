@@ -216,7 +216,12 @@ def list_variants(run: Run, method: MoDE) -> dict[str, Run]:
             shape |= {key: factor * int(shape[key]) for key in ("hidden_size", "intermediate_size") if key in shape}
             backbone = replace_settings(backbone, random=replace_settings(backbone.random, config=shape))
         for rows, length in ROWS:
-            train = replace_settings(run.train, batch_size=rows, accumulate=1, sequence_length=length, precision="fp32")
+            train = replace_settings(
+                run.train,
+                sequence_length=length,
+                precision="fp32",
+                **{"batch.size": rows, "batch.gradient_accumulation_steps": 1},
+            )
             name = f"width {factor}, {rows * length} tokens"
             found[name] = replace_settings(run, backbone=backbone, method=one, train=train)
     return found
@@ -337,13 +342,13 @@ def make_step(file: Path, layout: str) -> Callable[[], None]:
     )
     layers = StepOptions(spread.model, train)
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    shape = (train.batch_size, train.sequence_length + 1)
+    shape = (train.batch.size, train.sequence_length + 1)
     rows = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
 
     def step() -> None:
         with layers, spread():
             accumulate(objective, spread.rows(rows), 1, slots=spread.slots)
-        spread.clip(train.clip)
+        spread.clip(train.optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

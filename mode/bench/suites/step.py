@@ -70,7 +70,9 @@ def steps(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
     plain = {name: Step(run, each, Anchor(), device) for name, each in methods.items()}
     cases = [step.case("step", name) for name, step in plain.items()]
     if HALF in methods:
-        again = replace_settings(run, train=replace_settings(run.train, activation_checkpointing="frozen"))
+        again = replace_settings(
+            run, train=replace_settings(run.train, **{"memory.activation_checkpointing": "frozen"})
+        )
         cases.append(Step(again, methods[HALF], Anchor(), device).case("step", f"{HALF}, frozen layers formed again"))
     cases += [
         step.case("frozen weights, MoDE, one expert", name)
@@ -138,9 +140,9 @@ class Step:
         load = partial(load_model, run.backbone)
         asked = replace_settings(run, method=method)
         self.model = method.build(asked, Material(backbone=load)).train()
-        quantize_frozen(self.model, run.train.frozen_weights)
+        quantize_frozen(self.model, run.train.memory.frozen_weights)
         self.model = self.model.to(device)
-        size, length = run.train.batch_size, run.train.sequence_length
+        size, length = run.train.batch.size, run.train.sequence_length
         vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
         self.rows = torch.randint(vocabulary, (size, length + 1)).to(device)
         self.held = torch.arange(size) >= size - max(1, round(size * anchor.share))
@@ -165,8 +167,13 @@ class Step:
     def __call__(self) -> None:
         """Make a step as the loop does."""
         with self.layers:
-            self.passes(self.objective, self.rows, self.job.settings.accumulate, self.held if self.job.hold else None)
-        torch.nn.utils.clip_grad_norm_(self.learning(), self.job.settings.clip)
+            self.passes(
+                self.objective,
+                self.rows,
+                self.job.settings.batch.gradient_accumulation_steps,
+                self.held if self.job.hold else None,
+            )
+        torch.nn.utils.clip_grad_norm_(self.learning(), self.job.settings.optim.max_grad_norm)
         self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
 
@@ -186,9 +193,9 @@ class Step:
             job,
             variant,
             self,
-            tokens=self.job.settings.batch_size * self.job.settings.sequence_length,
+            tokens=self.job.settings.batch.size * self.job.settings.sequence_length,
             flops=self.flops,
             precision=self.precision,
             resident=self.resident,
-            counted=not self.job.settings.graph,  # what a graph keeps for itself is not among what is allocated
+            counted=not self.job.settings.kernels.cuda_graph,  # what a graph keeps for itself is not among what is allocated
         )
