@@ -81,7 +81,7 @@ def explain(error: ValidationError, cls: type, prefix: str) -> str:
     path = [part for part in (prefix, *map(str, first["loc"])) if part]
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] in unknown:
-        known = {".".join([*path[:-1], name]) for name in field_names(cls, first["loc"][:-1])}
+        known = {".".join([*path[:-1], name]) for name in field_names(cls, first["loc"][:-1], nested=True)}
         return f"{'.'.join(path)}: no such setting{suggest_setting('.'.join(path), known)}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{'.'.join(path)}: this setting is missing"
@@ -92,8 +92,13 @@ def explain(error: ValidationError, cls: type, prefix: str) -> str:
     return f"{'.'.join(path)}{shown}: {message}"
 
 
-def field_names(cls: Any, path: Sequence[int | str] = ()) -> set[str]:
+def field_names(cls: Any, path: Sequence[int | str] = (), *, nested: bool = False) -> set[str]:
     """Return the names of the fields of a settings class, or of the one at a path inside it.
+
+    Args:
+        cls: The class.
+        path: Names of fields, keys and numbers of items on the way to the one inside it.
+        nested: Whether dotted names of the fields of its groups count too.
 
     >>> sorted(field_names(Run, ["budget"])), "licence" in field_names(Run, ["domains", "code"])
     (['expert_layers', 'num_blocks', 'policy'], True)
@@ -105,7 +110,13 @@ def field_names(cls: Any, path: Sequence[int | str] = ()) -> set[str]:
             cls = [item for item in typing.get_args(cls) if item is not ...][-1]
         else:
             return set()
-    return {item.name for item in fields(cls)} if is_dataclass(cls) else set()
+    if not is_dataclass(cls):
+        return set()
+    names = {item.name for item in fields(cls)}
+    inner = (
+        {f"{group}.{name}" for group in names for name in field_names(cls, [group], nested=True)} if nested else set()
+    )
+    return names | inner
 
 
 def replace_settings(instance: Any, **changes: Any) -> Any:
@@ -139,11 +150,11 @@ def fill_defaults(plain: Mapping[str, Any]) -> dict[str, Any]:
 def fill_defaults_of(cls: type, plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return plain settings of a class with its defaults under them, group by group."""
     filled = dict(plain)
-    kinds = typing.get_type_hints(cls)
+    kinds: dict[str, Any] = typing.get_type_hints(cls)
     for item in fields(cls):
         kind, given = kinds[item.name], plain.get(item.name, {})
         if item.default is MISSING and is_dataclass(kind) and isinstance(given, Mapping):
-            filled[item.name] = fill_defaults_of(typing.cast(type, kind), given)
+            filled[item.name] = fill_defaults_of(kind, given)  # type: ignore[arg-type]
         elif is_dataclass(item.default) and isinstance(given, Mapping):
             filled[item.name] = fill_defaults_of(type(item.default), given)
         elif item.default is not MISSING:

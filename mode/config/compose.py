@@ -142,7 +142,8 @@ def rename_overrides(overrides: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: One setting has different values under its old and its new name, or an override is malformed.
     """
-    renamed, seen = [], {}
+    renamed: list[str] = []
+    seen: dict[str, tuple[str, Any]] = {}
     for item, override in zip(parse_overrides(overrides), parse_with_hydra(overrides), strict=True):
         written, value = override.key_or_group, override.value()
         other, before = seen.setdefault(item.key, (written, item.value))

@@ -76,7 +76,7 @@ class Memory:
     Attributes:
         activation_checkpointing: Layers whose activations are recomputed in the backward pass, for less memory and more
             time: `none`, the `frozen` layers, `all` layers, or `auto`, as few layers as `budget_gb` allows.
-        budget_gb: Memory in GB for weights, gradients, optimizer state and a step, with `activation_checkpointing=auto`.
+        budget_gb: GB for weights, gradients, optimizer state and a step, with `activation_checkpointing=auto`.
         frozen_weights: Precision of the frozen linear maps of decoder layers in training and evaluation: `full`, or
             eight bits per weight with one scale per row, `int8` or `fp8`. Exported models have full precision.
     """

@@ -23,16 +23,13 @@ def check_processes(settings: Train) -> None:
         ConfigError: A layout is for several, or rows do not divide over them.
     """
     size = processes.world_size()
-    if settings.parallelism.strategy != "ddp" and size == 1:
+    strategy, in_flight = settings.parallelism.strategy, settings.parallelism.microbatches_in_flight
+    if strategy != "ddp" and size == 1:
         raise ConfigError(
-            f"train.parallelism.strategy={settings.parallelism.strategy} needs several processes: `mode launch --nproc 2 train ...`"
+            f"train.parallelism.strategy={strategy} needs several processes: `mode launch --nproc 2 train ...`"
         )
-    rows, accumulate, in_flight = (
-        settings.batch.size,
-        settings.batch.gradient_accumulation_steps,
-        settings.parallelism.microbatches_in_flight,
-    )
-    if settings.parallelism.strategy != "tp" and rows % (accumulate * in_flight * size):
+    rows, accumulate = settings.batch.size, settings.batch.gradient_accumulation_steps
+    if strategy != "tp" and rows % (accumulate * in_flight * size):
         parts = {
             "train.batch.gradient_accumulation_steps": accumulate,
             "train.parallelism.microbatches_in_flight": in_flight,

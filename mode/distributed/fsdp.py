@@ -41,7 +41,8 @@ class FSDP(DDP):
         super().__init__(model)
         if any(parameter.ndim == 0 for parameter in model.parameters()):
             raise ConfigError(
-                f"train.parallelism.strategy={self.layout}: a number alone, such as a temperature, has no shards; ddp is for all"
+                f"train.parallelism.strategy={self.layout}: a number alone, such as a temperature, has no shards; "
+                "ddp is for all"
             )
         self.whole = model
 

@@ -165,18 +165,10 @@ class MoDE(Adaptation):
         train, branches = run.train, self.count(run) + 1
         share = min(self.gate.top_k or branches, branches) / branches
         again = train.memory.activation_checkpointing
-        if (
-            share > WORTH
-            or train.kernels.cuda_graph
-            or train.kernels.branch_execution != "loop"
-            or train.parallelism.strategy in ("fsdp", "tp")
-        ):
+        plain = train.kernels.branch_execution == "loop" and train.kernels.attention == "sdpa"
+        if share > WORTH or train.kernels.cuda_graph or not plain or train.parallelism.strategy in ("fsdp", "tp"):
             return 1.0, 1.0
-        if (
-            train.kernels.attention == "flex"
-            or again in ("all", "auto")
-            or (again == "frozen" and not self.train_experts)
-        ):
+        if again in ("all", "auto") or (again == "frozen" and not self.train_experts):
             return 1.0, 1.0
         return 1.0 if again == "frozen" or self.gate.reads == "output" else share, share
 

@@ -137,9 +137,9 @@ class RowResult:
         quality: Per seed: accuracy of every domain, `average` and `retention`, in per cent and points.
         resampled: The same in every resample of the documents.
         documents: Effective documents of every column; what rests on several domains counts as the one with the fewest.
-        cost: Parameters in millions, `train.batch.examples`, share and weight of an anchor; steps, tokens in millions, 1e12
-            operations, seconds and tokens a second over all stages; peak memory in GB, MB that one domain adds on disk;
-            n.
+        cost: Parameters in millions, `train.batch.examples`, share and weight of an anchor; steps, tokens in millions,
+            1e12 operations, seconds and tokens a second over all stages; peak memory in GB, MB that one domain adds on
+            disk; n.
         gates: By domain, every block's mean gate weights over seeds, the backbone's first; empty without gates.
         routing: By domain, the mean number of branches in use and the mean entropy as a share of the largest.
         branches: Names of the branches.

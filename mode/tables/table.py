@@ -74,8 +74,8 @@ class Curves:
 
     Attributes:
         title: Heading.
-        x: `added`: parameters beside the backbone's, in millions; `examples`: `train.batch.examples`; `share` and `weight`:
-            those of `method.anchor`.
+        x: `added`: parameters beside the backbone's, in millions; `examples`: `train.batch.examples`; `share` and
+            `weight`: those of `method.anchor`.
         column: The quality.
         lines: Rows of every line, by its label, in order.
     """

@@ -50,17 +50,13 @@ def choose_checkpointing(
     model.train()
     best, least = None, None
     for choice in CHOICES:
-        chosen, needed = (
-            replace_settings(settings, **{"memory.activation_checkpointing": choice, "memory.budget_gb": None}),
-            None,
-        )
+        chosen = replace_settings(settings, **{"memory.activation_checkpointing": choice, "memory.budget_gb": None})
+        needed = None
         with torch.random.fork_rng([device] if device.type == "cuda" else []), suppress(torch.OutOfMemoryError):
             needed = resident + measure_allocated(make_step(model, chosen, hold, end, given), device)
         model.zero_grad(set_to_none=True)
         least = least or needed
-        if (
-            needed is None or needed > 1e9 * settings.memory.budget_gb
-        ):  # the next would take more: it may be more than there is
+        if needed is None or needed > 1e9 * settings.memory.budget_gb:  # the next takes more, maybe more than there is
             break
         best = choice
     if best is not None:

@@ -73,7 +73,8 @@ class Objective(nn.Module):
         self.wanting, self.end = find_auxiliary_modules(model), end
         if end is not None and (hold or any(getattr(module, "looks_back", False) for module in model.modules())):
             raise ConfigError(
-                "train.batch.intra_document_masking=true: neither with an anchor nor where a gate or a judge sees the whole prefix"
+                "train.batch.intra_document_masking=true: neither with an anchor nor where a gate or a judge sees the "
+                "whole prefix"
             )
 
     def around(self, model: nn.Module) -> Objective:

@@ -57,6 +57,5 @@ def schedule(step: int, steps: int, settings: Train) -> float:
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return settings.optim.min_lr_ratio + (1.0 - settings.optim.min_lr_ratio) * 0.5 * (
-        1.0 + math.cos(math.pi * progress)
-    )
+    least = settings.optim.min_lr_ratio
+    return least + (1.0 - least) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -63,15 +63,14 @@ class StepOptions:
                 "train.kernels.branch_execution=streams needs a CUDA device; loop and batched go without one"
             )
         self.blocks: list[Any] = [block for block in model.modules() if hasattr(block, "beside")]
-        self.branches, self.skips = (
-            settings.kernels.branch_execution,
-            not settings.kernels.cuda_graph,
-        )  # to ask what to skip waits for the device
+        self.branches = settings.kernels.branch_execution
+        self.skips = not settings.kernels.cuda_graph  # to ask what to skip waits for the device
         joined = not settings.batch.intra_document_masking
         self.attending = find_unmasked_configs(model, settings.sequence_length) if joined else []
         if settings.kernels.branch_execution == "batched" and self.blocks and not self.attending:
             raise ConfigError(
-                "train.kernels.branch_execution=batched: not with layers that see a part of the row alone; loop goes with all"
+                "train.kernels.branch_execution=batched: not with layers that see a part of the row alone; "
+                "loop goes with all"
             )
         self.attention = UNMASKED
         if settings.kernels.attention == "flex":

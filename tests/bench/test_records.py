@@ -90,17 +90,15 @@ def test_options_are_part_of_what_was_measured(world: World) -> None:
         "train.batch.gradient_accumulation_steps=2",
         "method.head_rank=2",
     ]
-    everywhere = {"train.batch.gradient_accumulation_steps": 2, "method.head_rank": 2}
+    everywhere = {"train.accumulate": 2, "method.head_rank": 2}
     assert "options" not in asked("step")
-    assert asked("step", *given) == asked("step") | {
-        "options": everywhere | {"train.memory.activation_checkpointing": "all"}
-    }
+    assert asked("step", *given) == asked("step") | {"options": everywhere | {"train.activation_checkpointing": "all"}}
     assert asked("options", *given)["options"] == everywhere  # which itself varies what is formed again
     assert asked("eval", "evaluate.batch_size=3") == asked("eval") | {"rows": [3, asked("eval")["rows"][1]]}
     committed = SHEET.read(Path(__file__).parents[2] / "results")
     published = next(each for each in committed if each.asked["suite"] == "step")
     told = describe_conditions(
-        replace_settings(published, asked=published.asked | {"options": {"train.kernels.compile": True}})
+        replace_settings(published, asked=published.asked | {"options": {"train.compile": True}})
     )
     assert "tokens; train.kernels.compile=True; cpu" in told
 

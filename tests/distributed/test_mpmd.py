@@ -232,7 +232,7 @@ def test_a_wrong_placement_is_told_before_earlier_stages_train(world: World) -> 
     "setting", ["train.parallelism.microbatches_in_flight=2", "train.parallelism.placement=[[0],[1,2]]"]
 )
 def test_what_is_of_branches_side_by_side_alone_is_refused_elsewhere(world: World, setting: str) -> None:
-    with pytest.raises(ConfigError, match="in_flight and placement go with layout=mpmd, not ddp"):
+    with pytest.raises(ConfigError, match="microbatches_in_flight and placement go with strategy=mpmd, not ddp"):
         compose([*world.overrides, *FRESH, setting], world.conf)
 
 

@@ -67,8 +67,9 @@ def loops(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[I
     """Return what to time where models are large: groups that are measured, and forgotten, one after the other.
 
     All train by whole loops, in the precision of the device: full fine-tuning and LoRA beside other trainers, and MoDE
-    beside full fine-tuning. With `train.kernels.compile=true` there are compiled variants too, with `train.kernels.cuda_graph=true` such as
-    are one CUDA graph, and on a GPU Trainer with Liger's kernels where those are installed.
+    beside full fine-tuning. With `train.kernels.compile=true` there are compiled variants too, with
+    `train.kernels.cuda_graph=true` such as are one CUDA graph, and on a GPU Trainer with Liger's kernels where those
+    are installed.
 
     Args:
         run: Names backbone, rows and their length.
@@ -188,7 +189,7 @@ class OwnLoop:
             model: A model that another loop trains too.
         """
         self.at, self.first = at, WARM_UP + 1 if graph else 1
-        changes = {**SILENT, "precision": at.precision, "compile": compiled, "graph": graph}
+        changes = {**SILENT, "precision": at.precision, "kernels.compile": compiled, "kernels.cuda_graph": graph}
         self.settings = replace_settings(at.run.train, **changes)
         asked = replace_settings(at.run, method=at.method, train=self.settings)
         load = partial(load_model, at.run.backbone)

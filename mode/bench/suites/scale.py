@@ -54,7 +54,7 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
             f"l = {number}": (fresh(expert_layers=number), {}) for number in range(1, count // method.num_blocks + 1)
         },
         "tokens of a row": {
-            f"S = {length * part}": (fresh(), {"sequence_length": length * part, "batch_size": size // part})
+            f"S = {length * part}": (fresh(), {"sequence_length": length * part, "batch.size": size // part})
             for part in (1, 2, 4)
             if size % part == 0
         },

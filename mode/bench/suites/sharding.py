@@ -57,9 +57,9 @@ WIDTHS = (1, 2)
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one process": {},
     "copies": {},
-    "in shards": {"layout": "fsdp"},
-    "side by side": {"layout": "mpmd"},
-    "side by side, two in flight": {"layout": "mpmd", "in_flight": 2},
+    "in shards": {"parallelism.strategy": "fsdp"},
+    "side by side": {"parallelism.strategy": "mpmd"},
+    "side by side, two in flight": {"parallelism.strategy": "mpmd", "parallelism.microbatches_in_flight": 2},
 }
 
 
@@ -141,7 +141,9 @@ class Latest:
             return estimate_ddp(work, PROCESSES, machine, link).seconds
         if layout == "in shards":
             return estimate_fsdp(work, PROCESSES, machine, link).seconds
-        return estimate_mpmd(work, APART, LAYOUTS[layout].get("in_flight", 1), machine, link).seconds
+        return estimate_mpmd(
+            work, APART, LAYOUTS[layout].get("parallelism.microbatches_in_flight", 1), machine, link
+        ).seconds
 
 
 def calibrate(run: Run, method: MoDE, conf: Path, name: str) -> list[Path]:

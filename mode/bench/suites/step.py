@@ -47,10 +47,10 @@ HELD = (FULL, LORA, TWO)
 
 PLAIN = {
     "precision": "fp32",
-    "activation_checkpointing": "none",
-    "compile": False,
-    "branches": "loop",
-    "graph": False,
+    "memory.activation_checkpointing": "none",
+    "kernels.compile": False,
+    "kernels.branch_execution": "loop",
+    "kernels.cuda_graph": False,
 }
 """The loop's options where none of them is measured."""
 
@@ -197,5 +197,5 @@ class Step:
             flops=self.flops,
             precision=self.precision,
             resident=self.resident,
-            counted=not self.job.settings.kernels.cuda_graph,  # what a graph keeps for itself is not among what is allocated
+            counted=not self.job.settings.kernels.cuda_graph,  # what a graph keeps is not among what is allocated
         )
