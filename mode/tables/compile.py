@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mode.config.compose import parse_overrides
 from mode.config.method import Anchor
 from mode.records.record import Record
 from mode.tables.select import add_needed, select
@@ -229,7 +230,8 @@ def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[s
     domains = tuple(first.happened["scores"]) if first else ()
     several = {tuple(record.asked["targets"]) for found in chosen.values() for record in found}
     targets = several.pop() if len(several) == 1 else ()
-    under = [text for text in overrides if text.startswith(("budget=", "experiment=")) and not text.endswith("=null")]
+    chosen_by = [item for item in parse_overrides(overrides) if item.key in ("budget", "experiment")]
+    under = [f"{item.key}={item.value}" for item in chosen_by if item.value is not None]
     table = replace(table, title=" ".join([table.title, *([f"({', '.join(under)})"] if under else [])]))
     bare = chosen.get(BACKBONE) or []
     lines = tuple(
