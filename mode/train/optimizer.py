@@ -49,8 +49,9 @@ def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
 def schedule(step: int, steps: int, settings: Train) -> float:
     """Return the learning rate of a step as a share of its peak: linear warm-up, then a cosine.
 
-    >>> from types import SimpleNamespace as Settings
-    >>> [round(schedule(step, 10, Settings(warmup=0.2, final_lr=0.1)), 3) for step in (0, 1, 2, 6, 9)]
+    >>> from mode.config.train import Optim
+    >>> settings = Train(optim=Optim(warmup_ratio=0.2, min_lr_ratio=0.1))
+    >>> [round(schedule(step, 10, settings), 3) for step in (0, 1, 2, 6, 9)]
     [0.5, 1.0, 1.0, 0.55, 0.134]
     """
     warmup = math.ceil(settings.optim.warmup_ratio * steps)
