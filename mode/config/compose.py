@@ -143,15 +143,16 @@ def rename_overrides(overrides: Sequence[str]) -> list[str]:
         ConfigError: One setting has different values under its old and its new name, or an override is malformed.
     """
     renamed: list[str] = []
-    seen: dict[str, tuple[str, Any]] = {}
+    values: dict[str, dict[str, Any]] = {}
     for item, override in zip(parse_overrides(overrides), parse_with_hydra(overrides), strict=True):
-        written, value = override.key_or_group, override.value()
-        other, before = seen.setdefault(item.key, (written, item.value))
-        if other != written:
-            first, second = (other, before), (written, item.value)
-            check_same(*(first + second if second[0] == item.key else second + first))
+        written = override.key_or_group
+        given = values.setdefault(item.key, {})
+        given[written] = item.value
+        if len(given) > 1:
+            (old,) = given.keys() - {item.key}
+            check_same(old, given[old], item.key, given[item.key])
         text = item.text.replace(written, item.key, 1)
-        same = override.is_delete() or item.value == value
+        same = override.is_delete() or item.value == override.value()
         renamed.append(text if same else f"{text.partition('=')[0]}={format_value(item.value)}")
     return renamed
 

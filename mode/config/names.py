@@ -31,7 +31,7 @@ RECORDED = {
     "train.batch.replay": "train.replay",
     "evaluate.logit_chunk_size": "evaluate.chunk",
 }
-"""Names in records, for ever, of settings that have another name today."""
+"""Names in records of settings that have another name today; they never change."""
 
 
 OLD_NAMES = {old: new for new, old in RECORDED.items()}
@@ -141,7 +141,7 @@ def remove_if_empty(node: dict[str, Any], group: str) -> None:
 def suggest_setting(name: str, known: set[str] | frozenset[str]) -> str:
     """Phrase the nearest setting to an unknown name; old names count, and today's is suggested for them.
 
-    >>> suggest_setting("train.acumulate", {"train.steps", "train.batch.gradient_accumulation_steps"})
+    >>> suggest_setting("train.accumulates", {"train.steps", "train.batch.gradient_accumulation_steps"})
     '; did you mean train.batch.gradient_accumulation_steps?'
     >>> suggest_setting("train.max_grad_norm", {"train.log_every", "train.optim.max_grad_norm"})
     '; did you mean train.optim.max_grad_norm?'

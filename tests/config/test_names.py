@@ -131,9 +131,9 @@ def test_a_run_that_an_earlier_version_saved_is_read() -> None:
 @pytest.mark.parametrize(
     ("given", "nearest"),
     [
-        ("train.acumulate", "train.batch.gradient_accumulation_steps"),
+        ("train.accumulates", "train.batch.gradient_accumulation_steps"),
         ("train.max_grad_norm", "train.optim.max_grad_norm"),
-        ("train.batch.sise", "train.batch.size"),
+        ("train.batch.siz", "train.batch.size"),
         ("method.anchor.shrae", "method.anchor.share"),
         ("evaluate.chnk", "evaluate.logit_chunk_size"),
     ],
