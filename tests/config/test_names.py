@@ -133,7 +133,7 @@ def test_a_run_that_an_earlier_version_saved_is_read() -> None:
     [
         ("train.accumulates", "train.batch.gradient_accumulation_steps"),
         ("train.max_grad_norm", "train.optim.max_grad_norm"),
-        ("train.batch.siz", "train.batch.size"),
+        ("train.batch.sizes", "train.batch.size"),
         ("method.anchor.shrae", "method.anchor.share"),
         ("evaluate.chnk", "evaluate.logit_chunk_size"),
     ],
