@@ -35,7 +35,7 @@ def test_the_fastest_choice_that_fits_is_taken_and_changes_no_bit(
     import mode.train.memory
 
     seen: list[str] = []
-    genuine = mode.train.memory.affordable
+    genuine = mode.train.memory.choose_checkpointing
     monkeypatch.setattr(
         "mode.train.memory.choose_checkpointing", lambda *given: seen.append(genuine(*given)) or seen[-1]
     )
