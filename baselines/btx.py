@@ -4,7 +4,7 @@ In every decoder layer the feed-forward parts of the backbone and of its fully f
 FF(x) = sum_i g_i FF_i(x), g = softmax(TopK(W x)); all other weights are the mean of theirs; its router is random.
 Then everything trains on the mix, with the load-balance loss alpha N sum_i f_i P_i.
 
-The mix here is of the targets; the published one has the data of pretraining too (`train.replay` adds a domain).
+The mix here is of the targets; the published one has the data of pretraining too (`train.batch.replay` adds a domain).
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def gates(
         if recalled.run is None:
             raise ConfigError(f"{run}: a folder says nothing of its domains; name the run that made it")
         prepared = prepare_run(recalled.run)
-        quantize_frozen(recalled.model, recalled.run.train.frozen_weights)
+        quantize_frozen(recalled.model, recalled.run.train.memory.frozen_weights)
         with watch_gates(recalled.model) as latest:
             meter = GateMeter(latest)
             score_domains(prepared, recalled.model, split, probe=meter)

@@ -36,10 +36,10 @@ def plan(
 ) -> None:
     """Predict a training step on many devices: copies (ddp), shards (fsdp), or branches side by side (mpmd).
 
-    A step has train.batch_size rows of train.sequence_length tokens. Devices and links are YAMLs, also of your own, and
+    A step has train.batch.size rows of train.sequence_length tokens. Devices and links are YAMLs, also of your own, and
     `--calibrate NAME --conf FOLDER` writes them of two processes of this machine's processor.
 
-    Example: mode plan backbone=llama-8b train.batch_size=64 train.sequence_length=4096 --devices 16 --link ib
+    Example: mode plan backbone=llama-8b train.batch.size=64 train.sequence_length=4096 --devices 16 --link ib
     """
     with reporting_errors():
         from mode.config.compose import compose

@@ -38,6 +38,7 @@ def report(
     Examples: mode report table1; mode report --check; mode report --html
     """
     with reporting_errors():
+        from mode.config.compose import parse_overrides
         from mode.config.groups import list_members
         from mode.core.errors import ConfigError, suggest
         from mode.records.collection import COLLECTIONS
@@ -51,7 +52,8 @@ def report(
             raise ConfigError(f"table {table}: not one of {', '.join(names)}{suggest(table, names)}")
         results = results_folder(given, conf)
         if check:
-            chosen = results if any(text.startswith("paths.results=") for text in given) else PUBLISHED
+            asked = any(item.key == "paths.results" for item in parse_overrides(given))
+            chosen = results if asked else PUBLISHED
             check_published(chosen, [table] if table else names, conf)
             return
         folder = table if table in COLLECTIONS else "records"
@@ -149,10 +151,11 @@ def render_tables(
 
 def known_variants(table: str, given: Sequence[str], conf: Path | None) -> list[list[str]]:
     """Return the overrides to render a table under: those given alone if they choose, else each that it knows."""
+    from mode.config.compose import parse_overrides
     from mode.records.collection import COLLECTIONS
     from mode.tables.table import load_table
 
-    if table in COLLECTIONS or any(text.startswith(("experiment=", "budget=")) for text in given):
+    if table in COLLECTIONS or any(item.key in ("experiment", "budget") for item in parse_overrides(given)):
         return [list(given)]
     return [[*variant, *given] for variant in load_table(table, conf).variants]
 

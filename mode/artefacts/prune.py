@@ -114,7 +114,7 @@ def prune(
     seen = {"data": prepared.fingerprints, "backbone": prepared.backbone}
     seen |= describe_environment(describe_device(device), run.train.threads)
     model = restore(prepared).eval()
-    quantize_frozen(model, run.train.frozen_weights)
+    quantize_frozen(model, run.train.memory.frozen_weights)
     model = model.to(device)
     gates = find_weighing(model)
     if not gates:

@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from mode.bench.suites.startup import startup
 from mode.bench.suites.step import PLAIN, steps
 from mode.bench.timing import Case, interleave, time_limits
 from mode.config.check import replace_settings
+from mode.config.compose import format_value
+from mode.config.names import RECORDED
 from mode.config.run import Run
 from mode.core.device import describe_device, measure_allocated, set_up
 from mode.core.errors import ConfigError, suggest
@@ -64,11 +67,11 @@ STEPS = ("loops", "scale", "step")
 
 
 NOT_ASKED = {
-    "activation_checkpointing=auto": "say which layers form activations again",
-    "compile=auto": "say true or false, as there is no stage that is short or long",
-    "documents=apart": "the tokens of its rows are random",
-    "frozen_weights=int8": "suite `options` times all of them",
-    "frozen_weights=fp8": "suite `options` times all of them",
+    "memory.activation_checkpointing=auto": "say which layers form activations again",
+    "kernels.compile=auto": "say true or false, as there is no stage that is short or long",
+    "batch.intra_document_masking=true": "the tokens of its rows are random",
+    "memory.frozen_weights=int8": "suite `options` times all of them",
+    "memory.frozen_weights=fp8": "suite `options` times all of them",
 }
 """Settings of the loop that no suite measures, and why."""
 
@@ -97,7 +100,7 @@ def run_suite(
         raise ConfigError("a benchmark measures a model with experts: it goes with method=mode")
     for setting, why in NOT_ASKED.items():
         key, value = setting.split("=")
-        if str(getattr(run.train, key)) == value:
+        if format_value(attrgetter(key)(run.train)) == value:
             raise ConfigError(f"train.{setting} is of no suite's asking: {why}")
     results = Path(run.paths.results).expanduser() / SHEET.name
     results.mkdir(parents=True, exist_ok=True)  # now, so that a place where nothing can be written costs no time
@@ -157,14 +160,16 @@ def summarise_case(case: Case, seconds: Sequence[float], device: torch.device) -
 
 def describe_benchmark(name: str, run: Run, method: MoDE) -> dict[str, Any]:
     """Return what a benchmark is asked to measure; options are told where they are not the plain ones."""
-    size = run.evaluate.batch_size if name == "eval" else run.train.batch_size
+    size = run.evaluate.batch_size if name == "eval" else run.train.batch.size
     told: dict[str, tuple[Any, object]] = {
-        "train.accumulate": (run.train.accumulate, 1),
+        "train.batch.gradient_accumulation_steps": (run.train.batch.gradient_accumulation_steps, 1),
         "method.head_rank": (method.head_rank, 0),
     }
     if name in STEPS:
-        told |= {f"train.{key}": (getattr(run.train, key), plain) for key, plain in PLAIN.items() if key != "precision"}
-    options = {key: value for key, (value, plain) in told.items() if value != plain}
+        told |= {
+            f"train.{key}": (attrgetter(key)(run.train), plain) for key, plain in PLAIN.items() if key != "precision"
+        }
+    options = {RECORDED.get(key, key): value for key, (value, plain) in told.items() if value != plain}
     return {
         "suite": name,
         "backbone": run.backbone.name,

@@ -155,9 +155,10 @@ def estimate_kept_shares(
         experts_train: Whether the experts train.
     """
     share = min(top_k or num_branches, num_branches) / num_branches
-    recomputed = train.activation_checkpointing
-    if share > WORTH or train.graph or train.branches != "loop" or train.layout in ("fsdp", "tp"):
+    recomputed = train.memory.activation_checkpointing
+    plain = train.kernels.branch_execution == "loop" and train.kernels.attention == "sdpa"
+    if share > WORTH or train.kernels.cuda_graph or not plain or train.parallelism.strategy in ("fsdp", "tp"):
         return 1.0, 1.0
-    if train.attention == "flex" or recomputed in ("all", "auto") or (recomputed == "frozen" and not experts_train):
+    if recomputed in ("all", "auto") or (recomputed == "frozen" and not experts_train):
         return 1.0, 1.0
     return 1.0 if recomputed == "frozen" or reads_output else share, share

@@ -73,7 +73,9 @@ class Batches:
         self.cycle = [i for turn in range(rounds) for i, stream in enumerate(streams) if turn < stream.weight]
         self.examples = examples
         if examples is not None and examples < len(self.cycle):
-            raise ConfigError(f"train.examples={examples}: below the {len(self.cycle)} rows of a cycle of this mixture")
+            raise ConfigError(
+                f"train.batch.examples={examples}: below the {len(self.cycle)} rows of a cycle of this mixture"
+            )
         self._orders: dict[int, tuple[int, NDArray[np.int64], int]] = {}
 
     def batch(self, step: int) -> NDArray[np.int64]:

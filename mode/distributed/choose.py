@@ -23,13 +23,19 @@ def check_processes(settings: Train) -> None:
         ConfigError: The layout needs several processes, or the rows do not divide over the processes.
     """
     size = processes.world_size()
-    if settings.layout != "ddp" and size == 1:
-        raise ConfigError(f"train.layout={settings.layout} needs several processes: `mode launch --nproc 2 train ...`")
-    rows, accumulate, in_flight = settings.batch_size, settings.accumulate, settings.in_flight
-    if settings.layout != "tp" and rows % (accumulate * in_flight * size):
-        parts = {"train.accumulate": accumulate, "train.in_flight": in_flight}
+    strategy, in_flight = settings.parallelism.strategy, settings.parallelism.microbatches_in_flight
+    if strategy != "ddp" and size == 1:
+        raise ConfigError(
+            f"train.parallelism.strategy={strategy} needs several processes: `mode launch --nproc 2 train ...`"
+        )
+    rows, accumulate = settings.batch.size, settings.batch.gradient_accumulation_steps
+    if strategy != "tp" and rows % (accumulate * in_flight * size):
+        parts = {
+            "train.batch.gradient_accumulation_steps": accumulate,
+            "train.parallelism.microbatches_in_flight": in_flight,
+        }
         others = "".join(f" and {name}={count}" for name, count in parts.items() if count > 1)
-        raise ConfigError(f"train.batch_size={rows} does not divide over {size} processes{others}")
+        raise ConfigError(f"train.batch.size={rows} does not divide over {size} processes{others}")
 
 
 def choose_layout(model: nn.Module, settings: Train, device: torch.device, *, anchored: bool) -> DDP | MPMD:
@@ -44,14 +50,16 @@ def choose_layout(model: nn.Module, settings: Train, device: torch.device, *, an
     Raises:
         ConfigError: The layout does not fit the model or the number of processes, or the rows do not divide.
     """
-    layout = settings.layout
+    layout = settings.parallelism.strategy
     check_processes(settings)
     if layout == "mpmd" and anchored:
-        raise ConfigError("train.layout=mpmd: an anchored model needs its backbone everywhere; take ddp, fsdp or tp")
+        raise ConfigError(
+            "train.parallelism.strategy=mpmd: an anchored model needs its backbone everywhere; take ddp, fsdp or tp"
+        )
     if layout == "mpmd":
         from mode.distributed.mpmd import MPMD
 
-        return MPMD(model, device, settings.in_flight, settings.placement)
+        return MPMD(model, device, settings.parallelism.microbatches_in_flight, settings.parallelism.placement)
     if layout == "fsdp":
         from mode.distributed.fsdp import FSDP
 

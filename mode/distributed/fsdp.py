@@ -41,8 +41,8 @@ class FSDP(DDP):
         super().__init__(model)
         if any(parameter.ndim == 0 for parameter in model.parameters()):
             raise ConfigError(
-                f"train.layout={self.layout}: a scalar parameter, such as a temperature, cannot be sharded; "
-                "ddp goes with every model"
+                f"train.parallelism.strategy={self.layout}: a scalar parameter, such as a temperature, cannot be "
+                "sharded; ddp goes with every model"
             )
         self.whole = model
 

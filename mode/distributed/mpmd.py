@@ -291,7 +291,10 @@ def check_placement(placement: Sequence[Sequence[int]], branches: int) -> None:
     """
     if sorted(index for slot in placement for index in slot) != list(range(branches)) or not all(placement):
         raise ConfigError(
-            f"train.placement: not each of the branches {list(range(branches))}, the backbone being 0, in one slot"
+            f"train.parallelism.placement: not each of the branches {list(range(branches))}, the backbone being 0, "
+            "in one slot"
         )
     if len(placement) < 2 or world_size() % len(placement):
-        raise ConfigError(f"train.placement: {world_size()} processes do not divide over {len(placement)} slots")
+        raise ConfigError(
+            f"train.parallelism.placement: {world_size()} processes do not divide over {len(placement)} slots"
+        )

@@ -48,8 +48,9 @@ class TensorParallel(FSDP):
         config = model.config.get_text_config()
         for name in ("num_attention_heads", "num_key_value_heads"):
             if (count := getattr(config, name, None)) and count % processes.world_size():
+                size = processes.world_size()
                 raise ConfigError(
-                    f"train.layout=tp: {name}={count} does not divide over {processes.world_size()} processes"
+                    f"train.parallelism.strategy=tp: {name}={count} does not divide over {size} processes"
                 )
         for layer in find_decoder_layers(model):
             check_layer(layer, self.plan, config.model_type, processes.world_size())
@@ -122,7 +123,8 @@ def find_plan(model: Any) -> dict[str, str]:
     }
     if not found:
         raise ConfigError(
-            f"train.layout=tp: transformers has no plan for {config.model_type}; fsdp goes with every family"
+            f"train.parallelism.strategy=tp: transformers has no plan for {config.model_type}; "
+            "fsdp goes with every family"
         )
     return found
 
@@ -142,13 +144,16 @@ def check_layer(layer: nn.Module, plan: dict[str, str], family: str, count: int)
     """
     for path, kind in plan.items():
         if kind not in (*STYLES, SUMMED):
-            raise ConfigError(f"train.layout=tp: {family} has {path} as {kind}, which is not known here")
+            raise ConfigError(f"train.parallelism.strategy=tp: {family} has {path} as {kind}, which is not known here")
     matrices = {name.removesuffix(".weight"): each for name, each in layer.named_parameters() if each.ndim > 1}
     for path, matrix in matrices.items():
         if path not in plan or type(layer.get_submodule(path)) is not nn.Linear:
             raise ConfigError(
-                f"train.layout=tp: the plan of {family} does not know {path}, which this method adds or changes"
+                f"train.parallelism.strategy=tp: the plan of {family} does not know {path}, "
+                "which this method adds or changes"
             )
         size = matrix.shape[0 if plan[path].startswith("colwise") else 1]
         if size % count:
-            raise ConfigError(f"train.layout=tp: {path} has {size}, which does not divide over {count} processes")
+            raise ConfigError(
+                f"train.parallelism.strategy=tp: {path} has {size}, which does not divide over {count} processes"
+            )

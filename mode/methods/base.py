@@ -128,7 +128,7 @@ class Method(MethodSettings):
 
     def mixture(self, run: Run) -> dict[str, int]:
         """Return the rows of every domain in a cycle of the training mix: equal ones of all targets, after replay."""
-        replay = {name: as_fraction(share) for name, share in (run.train.replay or {}).items()}
+        replay = {name: as_fraction(share) for name, share in (run.train.batch.replay or {}).items()}
         each = (1 - sum(replay.values(), start=Fraction())) / len(run.targets)
         shares = dict.fromkeys(run.targets, each) | replay
         common = math.lcm(*(share.denominator for share in shares.values()))

@@ -61,18 +61,32 @@ class MoDE(Adaptation):
 
     recorded_as: ClassVar[str] = "mode.modular_method.MoDE"
 
+    always_recorded: ClassVar[frozenset[str]] = frozenset(
+        {
+            "start",
+            "num_experts",
+            "expert_layers",
+            "init",
+            "backbone_bias",
+            "gate_noise",
+            "handover",
+            "gate_lr_scale",
+            "train_experts",
+        }
+    )
+
     compose_lr: Annotated[float, Field(gt=0.0)]
     gates_lr: Annotated[float, Field(gt=0.0)]
-    start: Literal["fresh", "experts"]
-    num_experts: Annotated[int, Field(gt=0)]
+    start: Literal["fresh", "experts"] = "experts"
+    num_experts: Annotated[int, Field(gt=0)] = 2
     num_blocks: Annotated[int, Field(gt=0)]
-    expert_layers: Annotated[int, Field(gt=0)]
-    init: Literal["random", "copy"]
-    backbone_bias: float
-    gate_noise: Annotated[float, Field(gt=0.0)]
-    handover: Literal["odds", "fresh"]
-    gate_lr_scale: Annotated[float, Field(gt=0.0)]
-    train_experts: bool
+    expert_layers: Annotated[int, Field(gt=0)] = 1
+    init: Literal["random", "copy"] = "copy"
+    backbone_bias: float = 2.0
+    gate_noise: Annotated[float, Field(gt=0.0)] = 0.02
+    handover: Literal["odds", "fresh"] = "odds"
+    gate_lr_scale: Annotated[float, Field(gt=0.0)] = 1.0
+    train_experts: bool = True
     gate: GateSettings = GateSettings()
     head_rank: Annotated[int, Field(ge=0)] = 0
     anchor_experts: bool = False

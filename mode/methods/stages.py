@@ -36,7 +36,9 @@ def stages_by_domain(
     if not domains:
         return ()
     stages = len(domains) + trains
-    train = replace_settings(run.train, lr=None, examples=None, replay=None, placement=None)
+    train = replace_settings(
+        run.train, lr=None, **{"batch.examples": None, "batch.replay": None, "parallelism.placement": None}
+    )
     alone = replace_settings(run, targets=tuple(domains[:1]), method=method, budget=Budget(policy="paper"), train=train)
     steps = run.train.steps
     if run.budget.shares_steps:

@@ -109,10 +109,10 @@ def check_flex_attention(model: Any, kind: str) -> None:
         ConfigError: The device has no FlexAttention with a backward pass, or the model's family does not support it.
     """
     if kind not in FLEXIBLE:
-        raise ConfigError("train.attention=flex needs a CUDA device; use sdpa on others")
+        raise ConfigError("train.kernels.attention=flex needs a CUDA device; use sdpa on others")
     if not model._supports_flex_attn:
         family = model.config.model_type
-        raise ConfigError(f"train.attention=flex: transformers has no FlexAttention for {family}; use sdpa")
+        raise ConfigError(f"train.kernels.attention=flex: transformers has no FlexAttention for {family}; use sdpa")
 
 
 def sees_whole_rows(config: Any, length: int) -> bool:

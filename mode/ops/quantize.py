@@ -111,4 +111,4 @@ def quantize_frozen(model: nn.Module, choice: str) -> None:
                     replacements[module] = QuantizedLinear(module, KINDS[choice])
                 layer.set_submodule(path, replacements[module])
     if not replacements:
-        raise ConfigError(f"train.frozen_weights={choice}: this model has no frozen linear layer; use full")
+        raise ConfigError(f"train.memory.frozen_weights={choice}: this model has no frozen linear layer; use full")

@@ -88,8 +88,8 @@ def check_layout(settings: Train, branches: Sequence[str]) -> None:
     from mode.distributed.mpmd import check_placement
 
     check_processes(settings)
-    if settings.placement is not None and branches:
-        check_placement(settings.placement, len(branches))
+    if settings.parallelism.placement is not None and branches:
+        check_placement(settings.parallelism.placement, len(branches))
 
 
 def read_finished(prepared: Prepared) -> Record:
@@ -124,7 +124,9 @@ def train_and_record(prepared: Prepared, needs: list[Prepared], observe: Observe
     model = build(prepared, needs)
     check_context(model, run.train.sequence_length, run.backbone.name)
     sizes = count_model_parameters(model, prepared.method.backbone_size(run))
-    quantize_frozen(model, run.train.frozen_weights)  # before the model moves to the device, which saves its memory
+    quantize_frozen(
+        model, run.train.memory.frozen_weights
+    )  # before the model moves to the device, which saves its memory
     model = model.to(device)
     conditions = describe_provenance(
         data=prepared.fingerprints,
@@ -134,7 +136,7 @@ def train_and_record(prepared: Prepared, needs: list[Prepared], observe: Observe
         device=describe_device(device),
         precision=choose_precision(run.train, model),
         threads=run.train.threads,
-        layout=run.train.layout,
+        layout=run.train.parallelism.strategy,
     )
     if processes.is_main():
         write_atomic(prepared.folder / SETTINGS, to_yaml(run).encode())
@@ -148,7 +150,9 @@ def train_and_record(prepared: Prepared, needs: list[Prepared], observe: Observe
     except BaseException as error:  # an interrupt too: the tracker must not stay open for this process's next run
         tracker.abandon()
         if type(error).__name__ == "OutOfMemoryError":
-            raise ConfigError("out of memory: raise train.accumulate, or lower train.batch_size") from error
+            raise ConfigError(
+                "out of memory: raise train.batch.gradient_accumulation_steps, or lower train.batch.size"
+            ) from error
         raise
     tracker.finish({f"{run.evaluate.split}/{name}/accuracy": value.accuracy for name, value in scores.items()})
     happened = summarise_training(prepared, trained, scores, fingerprint_self_sampled(prepared, device)) | {

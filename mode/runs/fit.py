@@ -67,9 +67,9 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
     row_kinds = method.row_kinds(run)
     trained_on = tuple(name for name in method.mixture(run) if name in prepared.packed)
     split = next(iter(prepared.packed.values())).split(method.split)
-    flops = token_flops * steps * run.train.batch_size * run.train.sequence_length
+    flops = token_flops * steps * run.train.batch.size * run.train.sequence_length
     job = TrainJob(
-        settings=replace_settings(run.train, compile=should_compile(run.train, device, flops)),
+        settings=replace_settings(run.train, **{"kernels.compile": should_compile(run.train, device, flops)}),
         steps=steps,
         lr=run.lr,
         folder=prepared.folder,
@@ -79,7 +79,7 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
         lr_scales=method.lr_scales(),
         anchor=make_anchor_term(run, batches, device),
         seed=run.seed,
-        document_end=find_document_end(split) if run.train.documents == "apart" else None,
+        document_end=find_document_end(split) if run.train.batch.intra_document_masking else None,
         row_kinds=(lambda step: np.array([row_kinds[name] for name in batches.domains(step)])) if row_kinds else None,
     )
     return train(model, batches, fit_memory(model, batches, job))
@@ -96,16 +96,16 @@ def make_batches(prepared: Prepared, device: torch.device) -> Batches:
     return Batches(
         [Stream(name, open_tokens(prepared, name, device), count) for name, count in method.mixture(run).items()],
         seed=run.seed,
-        batch_size=run.train.batch_size,
+        batch_size=run.train.batch.size,
         sequence_length=run.train.sequence_length,
         order=method.order(run),
-        examples=run.train.examples,
+        examples=run.train.batch.examples,
     )
 
 
 def fit_memory(model: nn.Module, batches: Batches, job: TrainJob) -> TrainJob:
     """Return a job in which `activation_checkpointing=auto` is resolved to the layers that are recomputed."""
-    if job.settings.activation_checkpointing != "auto":
+    if job.settings.memory.activation_checkpointing != "auto":
         return job
     from mode.distributed.layout import DDP
     from mode.train.loop import read_batch
@@ -117,7 +117,12 @@ def fit_memory(model: nn.Module, batches: Batches, job: TrainJob) -> TrainJob:
         return read_batch(batches, job, 0).map(DDP(model).select_rows).to(device)
 
     choice = choose_checkpointing(model, job.settings, job.anchor, job.document_end, read_first)
-    return replace(job, settings=replace_settings(job.settings, activation_checkpointing=choice, memory=None))
+    return replace(
+        job,
+        settings=replace_settings(
+            job.settings, **{"memory.activation_checkpointing": choice, "memory.budget_gb": None}
+        ),
+    )
 
 
 def find_document_end(split: PackedSplit) -> int:
@@ -174,7 +179,7 @@ def make_anchor_term(run: Run, batches: Batches, device: torch.device) -> Anchor
 
     def backbone() -> PreTrainedModel:
         loaded = load_model(run.backbone).requires_grad_(False)
-        quantize_frozen(loaded, run.train.frozen_weights)  # like the backbone inside a MoDE model
+        quantize_frozen(loaded, run.train.memory.frozen_weights)  # like the backbone inside a MoDE model
         return loaded
 
     return AnchorTerm(
@@ -212,7 +217,7 @@ def score_domains(
             prepared.packed[name].split(split),
             sequence_length=run.train.sequence_length,
             batch_size=run.evaluate.batch_size,
-            chunk=run.evaluate.chunk,
+            chunk=run.evaluate.logit_chunk_size,
             probe=(lambda count: None) if probe is None else partial(probe.add, name),
         )
     return scores

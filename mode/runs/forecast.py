@@ -63,7 +63,7 @@ def forecast(run: Run) -> Forecast | None:
     if cost is None or not isinstance(method, Method):
         return None
     steps = method.steps(run)
-    tokens = steps * run.train.batch_size * run.train.sequence_length
+    tokens = steps * run.train.batch.size * run.train.sequence_length
     return Forecast(
         steps=steps,
         tokens=tokens,

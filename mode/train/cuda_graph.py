@@ -38,13 +38,15 @@ def capture_step(
     Raises:
         ConfigError: A graph is asked for without a CUDA device, with an anchor or with several processes.
     """
-    if not settings.graph:
+    if not settings.kernels.cuda_graph:
         return forward_backward
     check_cuda(parameters[0].device)
     if anchored:
-        raise ConfigError("train.graph=true: which rows are anchored differs from step to step; leave it off")
+        raise ConfigError(
+            "train.kernels.cuda_graph=true: which rows are anchored differs from step to step; leave it off"
+        )
     if processes.world_size() > 1:
-        raise ConfigError("train.graph=true goes with one process; leave it off")
+        raise ConfigError("train.kernels.cuda_graph=true goes with one process; leave it off")
     return StepGraph(forward_backward, parameters)
 
 
@@ -55,7 +57,7 @@ def check_cuda(device: torch.device) -> None:
         ConfigError: It is no CUDA device.
     """
     if device.type != "cuda":
-        raise ConfigError("train.graph=true needs a CUDA device; leave it off here")
+        raise ConfigError("train.kernels.cuda_graph=true needs a CUDA device; leave it off here")
 
 
 class StepGraph:
@@ -125,7 +127,7 @@ class StepGraph:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"train.graph=true: this model's step cannot be captured ({reason}); leave it off"
+                f"train.kernels.cuda_graph=true: this model's step cannot be captured ({reason}); leave it off"
             ) from error
         self.gradients = [parameter.grad for parameter in self.parameters]
         blocks = [module for module in objective.modules() if isinstance(module, Block)]

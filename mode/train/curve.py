@@ -28,4 +28,4 @@ def compute_throughput(curve: Sequence[Point], settings: Train) -> float:
     """Return the tokens per second between the last two points of a curve."""
     last, before = curve[-1], curve[-2] if len(curve) > 1 else {"step": 0, "seconds": 0.0}
     steps, seconds = last["step"] - before["step"], last["seconds"] - before["seconds"]
-    return float(steps * settings.batch_size * settings.sequence_length / max(seconds, 1e-9))
+    return float(steps * settings.batch.size * settings.sequence_length / max(seconds, 1e-9))

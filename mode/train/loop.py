@@ -99,7 +99,7 @@ def train(model: nn.Module, batches: Batches, job: TrainJob) -> Trained:
     settings, device = job.settings, next(model.parameters()).device
     layout = choose_layout(model, settings, device, anchored=job.anchor is not None)
     checkpoint, step, seconds, curve = resume(model, job)
-    tokens = job.steps * settings.batch_size * settings.sequence_length
+    tokens = job.steps * settings.batch.size * settings.sequence_length
     if step >= job.steps:  # the run was interrupted after its last step; nothing is wrapped, so the model stays whole
         return Trained(job.steps, tokens, seconds, curve)
 
@@ -120,8 +120,8 @@ def train(model: nn.Module, batches: Batches, job: TrainJob) -> Trained:
             batch = read_batch(batches, job, step).map(layout.select_rows).to(device)
             torch.manual_seed(layout.derive_seed((job.seed << 32) + step))
             with options, layout.enter_step():
-                loss, states = run_step(objective, batch, settings.accumulate, layout.slots)
-            layout.clip_gradients(settings.clip)
+                loss, states = run_step(objective, batch, settings.batch.gradient_accumulation_steps, layout.slots)
+            layout.clip_gradients(settings.optim.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             loss_sum += loss
@@ -137,7 +137,7 @@ def train(model: nn.Module, batches: Batches, job: TrainJob) -> Trained:
                 raise ConfigError(f"the loss is {mean_loss} at step {step}; try a lower train.lr than {job.lr:g}")
             validating = bool(settings.validate_every) and (last or step % settings.validate_every == 0)
             layout.gather_weights(due=validating or last)
-            last_micro_batch = batch.split(settings.accumulate)[-1]
+            last_micro_batch = batch.split(settings.batch.gradient_accumulation_steps)[-1]
             point: Point = {
                 "step": step,
                 "loss": mean_loss,

@@ -48,29 +48,30 @@ def choose_checkpointing(
     Raises:
         ConfigError: Every choice exceeds the limit, or the device's memory.
     """
-    assert settings.memory is not None
+    assert settings.memory.budget_gb is not None
     device = next(model.parameters()).device
     resident = sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
     resident += 2 * sum(part.nbytes for part in trainable_parameters(model).values())
     model.train()
     best, least = None, None
     for choice in CHOICES:
-        chosen, needed = replace_settings(settings, activation_checkpointing=choice, memory=None), None
+        chosen = replace_settings(settings, **{"memory.activation_checkpointing": choice, "memory.budget_gb": None})
+        needed = None
         step = make_step(model, chosen, anchor, document_end, read)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), suppress(torch.OutOfMemoryError):
             needed = resident + measure_allocated(step, device)
         model.zero_grad(set_to_none=True)
         least = least or needed
-        if needed is None or needed > 1e9 * settings.memory:  # the next choice needs more, perhaps more than there is
+        if needed is None or needed > 1e9 * settings.memory.budget_gb:  # the next choice needs more memory
             break
         best = choice
     if best is not None:
         return best
     if least is None:
-        raise ConfigError("train.activation_checkpointing=auto: a step does not fit on this device at all")
+        raise ConfigError("train.memory.activation_checkpointing=auto: a step does not fit on this device at all")
     raise ConfigError(
-        f"train.memory={settings.memory:g}: a step takes {least / 1e9:.3g} GB at least; "
-        "more train.accumulate takes less"
+        f"train.memory.budget_gb={settings.memory.budget_gb:g}: a step takes {least / 1e9:.3g} GB at least; "
+        "more train.batch.gradient_accumulation_steps takes less"
     )
 
 
@@ -88,6 +89,6 @@ def make_step(
         options = StepOptions(model, settings, half=objective.precision == "bf16")  # its bf16 copies count as well
         batch = read()
         with options:
-            return forward_backward(objective, batch, settings.accumulate)
+            return forward_backward(objective, batch, settings.batch.gradient_accumulation_steps)
 
     return run_step

@@ -79,7 +79,8 @@ class Objective(nn.Module):
         reads_prefix = any(getattr(module, "looks_back", False) for module in model.modules())
         if document_end is not None and (anchor or reads_prefix):
             raise ConfigError(
-                "train.documents=apart: neither with an anchor nor where a gate or a judge sees the whole prefix"
+                "train.batch.intra_document_masking=true: neither with an anchor nor where a gate or a judge sees the "
+                "whole prefix"
             )
 
     def around(self, model: nn.Module) -> Objective:

@@ -31,9 +31,9 @@ attention. Beyond torch's own limit, which is 8, layers would run uncompiled, wi
 
 def should_compile(settings: Train, device: torch.device, flops: float) -> bool:
     """Say whether to compile a stage's layers; `auto` decides by the stage's floating-point operations."""
-    if settings.compile == "auto":
+    if settings.kernels.compile == "auto":
         return flops >= COMPILED_FROM[device.type]
-    return settings.compile
+    return settings.kernels.compile
 
 
 class StepOptions:
@@ -59,33 +59,36 @@ class StepOptions:
                 support it, or batched experts with attention other than torch's own over whole rows.
         """
         kind = next(model.parameters()).device.type
-        if settings.branches == "streams" and kind != "cuda":
-            raise ConfigError("train.branches=streams needs a CUDA device; loop and batched go without one")
-        self.model, self.branches = model, settings.branches
-        self.skip_unchosen = not settings.graph  # counting chosen tokens waits for the device
-        joined = settings.documents == "joined"
+        if settings.kernels.branch_execution == "streams" and kind != "cuda":
+            raise ConfigError(
+                "train.kernels.branch_execution=streams needs a CUDA device; loop and batched go without one"
+            )
+        self.model, self.branches = model, settings.kernels.branch_execution
+        self.skip_unchosen = not settings.kernels.cuda_graph  # counting chosen tokens waits for the device
+        joined = not settings.batch.intra_document_masking
         self.attention_configs = find_unmasked_configs(model, settings.sequence_length) if joined else []
         has_blocks = any(isinstance(module, Block) for module in model.modules())
-        if settings.branches == "batched" and has_blocks and not self.attention_configs:
+        if settings.kernels.branch_execution == "batched" and has_blocks and not self.attention_configs:
             raise ConfigError(
-                "train.branches=batched: not with layers that see a part of the row alone; loop goes with all"
+                "train.kernels.branch_execution=batched: not with layers that see a part of the row alone; "
+                "loop goes with all"
             )
         self.attention = UNMASKED
-        if settings.attention == "flex":
+        if settings.kernels.attention == "flex":
             check_flex_attention(model, kind)
             self.attention, self.attention_configs = "flex_attention", find_configs(model)
         self.former_attention = [config._attn_implementation for config in self.attention_configs]
-        patched = settings.compile is not True and settings.branches == "loop"
+        patched = settings.kernels.compile is not True and settings.kernels.branch_execution == "loop"
         self.patch: AbstractContextManager[None] = Patch(model) if patched else nullcontext()
         layers = find_decoder_layers(model)
         frozen = find_frozen_matrices(layers) if half else []
         self.bf16_weights = [(weight, weight.data, weight.data.bfloat16()) for weight in frozen]
-        recomputed = [layer for layer in layers if is_recomputed(layer, settings.activation_checkpointing)]
+        recomputed = [layer for layer in layers if is_recomputed(layer, settings.memory.activation_checkpointing)]
         self.recomputed = [(layer, partial(make_contexts, find_auxiliary_modules(layer))) for layer in recomputed]
         self.compiled: list[tuple[Any, Any]] = []
-        if settings.compile is True:
+        if settings.kernels.compile is True:
             torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
-        for layer in layers if settings.compile is True else ():
+        for layer in layers if settings.kernels.compile is True else ():
             layer.compile(dynamic=False)
             self.compiled.append((layer, layer._compiled_call_impl))
             layer._compiled_call_impl = None

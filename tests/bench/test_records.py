@@ -58,9 +58,17 @@ def test_ratios_are_paired_by_round() -> None:
 @pytest.mark.parametrize(
     ("suite", "settings", "told"),
     [
-        ("step", ["train.documents=apart"], "train.documents=apart is of no suite's asking: the tokens"),
-        ("loops", ["train.compile=auto"], "train.compile=auto is of no suite's asking: say true or false"),
-        ("scale", ["train.activation_checkpointing=auto", "train.memory=1"], "say which layers"),
+        (
+            "step",
+            ["train.batch.intra_document_masking=true"],
+            "train.batch.intra_document_masking=true is of no suite's asking: the tokens",
+        ),
+        (
+            "loops",
+            ["train.kernels.compile=auto"],
+            "train.kernels.compile=auto is of no suite's asking: say true or false",
+        ),
+        ("scale", ["train.memory.activation_checkpointing=auto", "train.memory.budget_gb=1"], "say which layers"),
         ("startup", [], "suite `startup` starts backbone=tiny, not pico"),
         ("sharding", ["method.head_rank=2"], "suite `sharding` goes with method.head_rank=0"),
         ("sharding", ["method.gate.reads=output"], "and method.gate.reads=input"),
@@ -77,7 +85,11 @@ def test_options_are_part_of_what_was_measured(world: World) -> None:
         run: Any = compose([*world.overrides, "method=mode", *settings], world.conf)
         return describe_benchmark(suite, run, run.method)
 
-    given = ["train.activation_checkpointing=all", "train.accumulate=2", "method.head_rank=2"]
+    given = [
+        "train.memory.activation_checkpointing=all",
+        "train.batch.gradient_accumulation_steps=2",
+        "method.head_rank=2",
+    ]
     everywhere = {"train.accumulate": 2, "method.head_rank": 2}
     assert "options" not in asked("step")
     assert asked("step", *given) == asked("step") | {"options": everywhere | {"train.activation_checkpointing": "all"}}
@@ -88,7 +100,7 @@ def test_options_are_part_of_what_was_measured(world: World) -> None:
     told = describe_conditions(
         replace_settings(published, asked=published.asked | {"options": {"train.compile": True}})
     )
-    assert "tokens; train.compile=True; cpu" in told
+    assert "tokens; train.kernels.compile=True; cpu" in told
 
 
 @pytest.mark.slow

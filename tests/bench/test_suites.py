@@ -236,9 +236,9 @@ def test_liger_stays_beneath_what_autocasts(world: World, monkeypatch: pytest.Mo
 
 
 def test_loops_are_no_graphs_without_a_gpu(world: World) -> None:
-    result = call(world, "bench", "loops", "train.graph=true")
+    result = call(world, "bench", "loops", "train.kernels.cuda_graph=true")
     assert result.exit_code == 2
-    assert "train.graph=true needs a CUDA device" in result.output
+    assert "train.kernels.cuda_graph=true needs a CUDA device" in result.output
 
 
 @pytest.mark.slow
@@ -293,7 +293,7 @@ def test_the_sharding_suite_times_every_layout_beside_its_prediction(world: Worl
 def test_the_step_suite_makes_real_steps_of_every_method(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     # Compiling takes a minute; that compiled layers train as plain ones is another test's.
     monkeypatch.setattr("mode.bench.suites.loops.OwnLoop", lambda at, compiled=False: OwnLoop(at))
-    run: Run = run_of(world, "train.batch_size=8")
+    run: Run = run_of(world, "train.batch.size=8")
     cases, sizes = steps(run, run.method, CPU, world.root)  # type: ignore[arg-type]
     assert list(sizes)[:3] == ["full fine-tuning", "LoRA", "MoDE, one expert"]
     assert sizes["LoRA"] < sizes["MoDE, one expert"] < sizes["MoDE, two experts"]

@@ -123,8 +123,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "names and targets": (("compose", "py", "targets=[sums]"), ("py", "targets=[sums]", "must agree")),
     "indivisible": (("compose", "method.num_blocks=4"), ("method.num_blocks=4", "[1, 2, 3, 6]")),
     "uneven batches": (
-        (*LORA, "train.batch_size=3", "train.accumulate=2"),
-        ("batch_size 3", "multiple of accumulate 2"),
+        (*LORA, "train.batch.size=3", "train.batch.gradient_accumulation_steps=2"),
+        ("train.batch: size 3", "multiple of gradient_accumulation_steps 2"),
     ),
     "no conf folder": ((*LORA, "--conf", "{root}/nowhere"), ("--conf", "nowhere: no such folder")),
     "expert of two": (("train", "expert"), ("one domain", "['py', 'sums']", "--domain")),

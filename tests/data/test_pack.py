@@ -311,5 +311,5 @@ def test_later_epochs_of_few_examples_have_new_orders() -> None:
 
 
 def test_fewer_examples_than_a_cycle_of_the_mix_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"train\.examples=1: below the 2 rows of a cycle"):
+    with pytest.raises(ConfigError, match=r"train\.batch\.examples=1: below the 2 rows of a cycle"):
         Batches(list(two()), seed=3, batch_size=4, sequence_length=LENGTH, examples=1)

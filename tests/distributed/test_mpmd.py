@@ -37,7 +37,7 @@ from tests.support.processes import together
 from tests.support.traffic import Traffic
 
 CPU = torch.device("cpu")
-FRESH = ("method=mode", "method.start=fresh", "train.batch_size=8")
+FRESH = ("method=mode", "method.start=fresh", "train.batch.size=8")
 GRADIENTS = """
 import json, sys
 from functools import partial
@@ -98,23 +98,23 @@ def noisy(run: Any) -> Any:
         (
             2,
             [
-                ("method.num_experts=2", "train.accumulate=2"),
-                ("method.num_experts=1", "train.in_flight=4", "method.gate.balance=0.5"),
+                ("method.num_experts=2", "train.batch.gradient_accumulation_steps=2"),
+                ("method.num_experts=1", "train.parallelism.microbatches_in_flight=4", "method.gate.balance=0.5"),
                 ("method.num_experts=4", "method.gate.top_k=2"),
                 (
                     "method.num_experts=4",
-                    "train.in_flight=2",
-                    "train.documents=apart",
-                    "train.placement=[[1,3],[0,2,4]]",
+                    "train.parallelism.microbatches_in_flight=2",
+                    "train.batch.intra_document_masking=true",
+                    "train.parallelism.placement=[[1,3],[0,2,4]]",
                 ),
             ],
         ),
         (
             4,
             [
-                ("method.num_experts=1", "train.in_flight=2"),
+                ("method.num_experts=1", "train.parallelism.microbatches_in_flight=2"),
                 ("method.num_experts=2",),
-                ("method.num_experts=4", "train.placement=[[0,1],[2,3,4]]"),
+                ("method.num_experts=4", "train.parallelism.placement=[[0,1],[2,3,4]]"),
                 ("method.num_experts=3",),  # a process for every branch
             ],
         ),
@@ -124,15 +124,21 @@ def test_gradients_are_those_of_one_process(
     shared_world: World, tmp_path: Path, processes: int, cases: Sequence[Sequence[str]]
 ) -> None:
     world = shared_world.at(tmp_path)
-    settings = [[*world.overrides, *FRESH, "train.layout=mpmd", *more] for more in cases]
+    settings = [[*world.overrides, *FRESH, "train.parallelism.strategy=mpmd", *more] for more in cases]
     together(processes, GRADIENTS, json.dumps(settings), str(world.conf))
 
 
 @pytest.mark.slow
 def test_a_run_side_by_side_is_that_of_one_process(shared_world: World, tmp_path: Path) -> None:
-    loop = ("method=mode", "train.steps=6", "train.batch_size=4", *EVERY)
+    loop = ("method=mode", "train.steps=6", "train.batch.size=4", *EVERY)
     both, alone = (shared_world.at(tmp_path / name) for name in ("both", "alone"))
-    asked = [*both.overrides, *loop, "train.layout=mpmd", "train.in_flight=2", "train.placement=[[0],[1,2]]"]
+    asked = [
+        *both.overrides,
+        *loop,
+        "train.parallelism.strategy=mpmd",
+        "train.parallelism.microbatches_in_flight=2",
+        "train.parallelism.placement=[[0],[1,2]]",
+    ]
     together(2, SCRIPT, json.dumps([asked]), str(both.conf))
     # Stopped after its last step, and before its record: it goes on to the same.
     (record,) = (both.root / "results" / "records").glob("mode-py-sums-*.json")
@@ -195,7 +201,7 @@ def test_a_step_has_the_collectives_of_the_formula(world: World, blocks: int, in
     ],
 )
 def test_what_cannot_be_spread_is_refused(world: World, settings: list[str], anchored: bool, message: str) -> None:
-    run: Any = compose([*world.overrides, *settings, "train.layout=mpmd"], world.conf)
+    run: Any = compose([*world.overrides, *settings, "train.parallelism.strategy=mpmd"], world.conf)
     model = run.method.build(run, Material(backbone=lambda: load_model(run.backbone)))
     with pytest.raises(ConfigError, match=message):
         choose_layout(model, run.train, CPU, anchored=anchored)
@@ -222,27 +228,33 @@ def test_slots_have_as_even_work_as_can_be_or_what_is_asked(world: World) -> Non
 
 @pytest.mark.usefixtures("alone_of_two")
 def test_a_wrong_placement_is_told_before_earlier_stages_train(world: World) -> None:
-    asked = ("method=mode", "train.layout=mpmd", "train.placement=[[0],[1]]")
-    with pytest.raises(ConfigError, match=r"^train\.placement: not each of the branches \[0, 1, 2\], the backbone"):
+    asked = ("method=mode", "train.parallelism.strategy=mpmd", "train.parallelism.placement=[[0],[1]]")
+    with pytest.raises(
+        ConfigError, match=r"^train\.parallelism\.placement: not each of the branches \[0, 1, 2\], the backbone"
+    ):
         execute(compose([*world.overrides, *asked], world.conf))
     assert not list(world.root.rglob("curve.jsonl"))
 
 
-@pytest.mark.parametrize("setting", ["train.in_flight=2", "train.placement=[[0],[1,2]]"])
+@pytest.mark.parametrize(
+    "setting", ["train.parallelism.microbatches_in_flight=2", "train.parallelism.placement=[[0],[1,2]]"]
+)
 def test_what_is_of_branches_side_by_side_alone_is_refused_elsewhere(world: World, setting: str) -> None:
-    with pytest.raises(ConfigError, match="in_flight and placement go with layout=mpmd, not ddp"):
+    with pytest.raises(ConfigError, match="microbatches_in_flight and placement go with strategy=mpmd, not ddp"):
         compose([*world.overrides, *FRESH, setting], world.conf)
 
 
 def test_one_process_has_nothing_to_spread_over(world: World) -> None:
-    run: Any = compose([*world.overrides, *FRESH, "train.layout=mpmd"], world.conf)
+    run: Any = compose([*world.overrides, *FRESH, "train.parallelism.strategy=mpmd"], world.conf)
     with pytest.raises(ConfigError, match="needs several processes: `mode launch --nproc 2"):
         execute(run)
 
 
 @pytest.mark.usefixtures("alone_of_two")
 def test_a_step_leaves_what_is_other_slots_in_other_slots(world: World) -> None:
-    run: Any = compose([*world.overrides, *FRESH, "method.num_experts=2", "train.layout=mpmd"], world.conf)
+    run: Any = compose(
+        [*world.overrides, *FRESH, "method.num_experts=2", "train.parallelism.strategy=mpmd"], world.conf
+    )
     model = noisy(run)
     whole = sum(each.numel() for each in model.parameters())
     parts = [*find_blocks(model)[0].experts, find_blocks(model)[0].backbone]

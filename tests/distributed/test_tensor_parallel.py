@@ -96,15 +96,15 @@ def test_what_has_no_slices_is_refused(
     run: Any = compose([*world.overrides, *settings], world.conf)
     model = run.method.build(run, Material(backbone=lambda: load_model(run.backbone)))
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    with pytest.raises(ConfigError, match=f"^train.layout=tp: .*{message}"):
+    with pytest.raises(ConfigError, match=f"^train.parallelism.strategy=tp: .*{message}"):
         TensorParallel(model)
 
 
 def test_a_family_without_a_plan_and_one_process_are_refused(world: World) -> None:
     with pytest.raises(ConfigError, match="transformers has no plan for gpt2; fsdp goes with every family"):
         TensorParallel(make_model("gpt2"))
-    run: Any = compose([*world.overrides, "method=sft", "train.layout=tp"], world.conf)
-    with pytest.raises(ConfigError, match=r"train\.layout=tp needs several processes"):
+    run: Any = compose([*world.overrides, "method=sft", "train.parallelism.strategy=tp"], world.conf)
+    with pytest.raises(ConfigError, match=r"train\.parallelism\.strategy=tp needs several processes"):
         choose_layout(make_model("llama"), run.train, torch.device("cpu"), anchored=False)
 
 
@@ -116,13 +116,19 @@ def test_runs_in_slices_are_those_of_one_process(shared_world: World, tmp_path: 
     place = tmp_path / "heads"  # as the world's backbone, with a key for every head
     shutil.copytree(Path(shared_world.conf).parent / "pico", place)
     LlamaForCausalLM(AutoConfig.from_pretrained(place, num_key_value_heads=2)).save_pretrained(place)
-    more = [f"backbone.path={place}", "backbone.name=heads", "train.steps=6", "train.log_every=1", "train.accumulate=2"]
+    more = [
+        f"backbone.path={place}",
+        "backbone.name=heads",
+        "train.steps=6",
+        "train.log_every=1",
+        "train.batch.gradient_accumulation_steps=2",
+    ]
     methods = (
-        ["method=sft", "train.activation_checkpointing=all"],
+        ["method=sft", "train.memory.activation_checkpointing=all"],
         ["method=mode", "method.start=fresh", "method.num_experts=1", "train.precision=bf16"],
         ["method=mode-anchored", "method.start=fresh", "method.anchor.source=prose", "method.num_experts=1"],
     )
-    asked = [[*both.overrides, *more, *each, "train.layout=tp"] for each in methods]
+    asked = [[*both.overrides, *more, *each, "train.parallelism.strategy=tp"] for each in methods]
     together(2, STOPPED, json.dumps(asked[0]), str(both.conf), "4")  # goes on in the next
     together(2, SCRIPT, json.dumps(asked), str(both.conf))
     for given, each in zip(asked, methods, strict=True):

@@ -92,7 +92,7 @@ def test_a_divergence_is_that_of_whole_distributions(cap: float | None, tokens: 
 def test_the_loss_is_the_mean_over_rows_of_cross_entropy_or_weighted_divergence(
     world: World, anchored: list[int], micro_batches: int
 ) -> None:
-    run = compose(world, "method=sft", "train.batch_size=4", f"train.accumulate={micro_batches}")
+    run = compose(world, "method=sft", "train.batch.size=4", f"train.batch.gradient_accumulation_steps={micro_batches}")
     model, frozen = noisy(load_model(run.backbone).requires_grad_(True)), load_model(run.backbone)
     rows = torch.cat([IDS, IDS.flip(1)])
     mask = torch.tensor(anchored, dtype=torch.bool)
@@ -205,7 +205,7 @@ def test_rows_are_sampled_once_for_each_way_to_sample(world: World, tmp_path: Pa
     [
         (("method.anchor.source=self",), {"py": 15, "sums": 15, "self": 2}),
         (("method.anchor.source=prose", "method.anchor.share=0.5"), {"py": 1, "sums": 1, "prose": 2}),
-        (("method.anchor.source=self", "train.replay={prose: 0.2}"), {"py": 6, "sums": 6, "prose": 3, "self": 1}),
+        (("method.anchor.source=self", "train.batch.replay={prose: 0.2}"), {"py": 6, "sums": 6, "prose": 3, "self": 1}),
         ((), {"py": 1, "sums": 1}),
     ],
 )
@@ -233,7 +233,7 @@ def test_every_batch_has_its_share_of_anchored_rows() -> None:
     ("overrides", "told"),
     [
         (("method.anchor.source=py",), "method.anchor.source: py is one of targets"),
-        (("method.anchor.source=prose", "train.replay={prose: 0.2}"), "or replayed, so trained on already"),
+        (("method.anchor.source=prose", "train.batch.replay={prose: 0.2}"), "or replayed, so trained on already"),
         (("method.anchor.source=porse",), r"domain porse: not one of .*; did you mean prose\?"),
         (("method.anchor.source=self", "method.anchor.share=0.123456"), "denominator up to 100"),
         (("method.anchor.source=self", "method.anchor.share=1.0"), "less than 1"),

@@ -40,7 +40,8 @@ FRESH = ["method=mode", "method.start=fresh"]
 def changes_of(way: str) -> dict[str, Any]:
     """Return the settings of a way."""
     names = way.split(", ")
-    return {"graph": "graph" in names, "branches": next((name for name in names if name != "graph"), "loop")}
+    execution = next((name for name in names if name != "graph"), "loop")
+    return {"kernels.cuda_graph": "graph" in names, "kernels.branch_execution": execution}
 
 
 def build(run: Run, device: torch.device = DEVICE) -> nn.Module:
@@ -104,7 +105,7 @@ def test_experts_of_every_family_can_be_batched_or_say_that_they_cannot(world: W
             module.p = 0.0
     model.to(DEVICE)
     loss, slopes = run_step(run, model)
-    batched = replace_settings(run, train=replace_settings(run.train, branches="batched"))
+    batched = replace_settings(run, train=replace_settings(run.train, **{"kernels.branch_execution": "batched"}))
     if "sliding_window" in FAMILIES[family]:
         with pytest.raises(ConfigError, match="loop goes with all"):
             run_step(batched, model)
@@ -129,7 +130,9 @@ def test_batched_experts_take_fewer_products(world: World) -> None:
     model, found = build(run), {}
     for way in ("loop", "batched"):
         with Count() as count:
-            run_step(replace_settings(run, train=replace_settings(run.train, branches=way)), model)
+            run_step(
+                replace_settings(run, train=replace_settings(run.train, **{"kernels.branch_execution": way})), model
+            )
         found[way] = count.calls
     assert found["batched"] < 0.6 * found["loop"]
 
@@ -152,8 +155,8 @@ def test_attention_is_unmasked_within_a_step_alone(world: World) -> None:
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        ("train.graph=true", "needs a CUDA device"),
-        ("train.branches=streams", "needs a CUDA device"),
+        ("train.kernels.cuda_graph=true", "needs a CUDA device"),
+        ("train.kernels.branch_execution=streams", "needs a CUDA device"),
     ],
 )
 @pytest.mark.skipif(CUDA, reason="there is one")
@@ -165,15 +168,15 @@ def test_what_needs_a_gpu_says_so(world: World, setting: str, told: str) -> None
 @pytest.mark.parametrize(
     "settings",
     [
-        ["train.branches=batched", "train.compile=true"],
-        ["train.branches=batched", "train.activation_checkpointing=all"],
-        ["train.graph=true", "train.activation_checkpointing=frozen"],
-        ["train.graph=true", "train.branches=streams"],
-        ["train.attention=flex"],
+        ["train.kernels.branch_execution=batched", "train.kernels.compile=true"],
+        ["train.kernels.branch_execution=batched", "train.memory.activation_checkpointing=all"],
+        ["train.kernels.cuda_graph=true", "train.memory.activation_checkpointing=frozen"],
+        ["train.kernels.cuda_graph=true", "train.kernels.branch_execution=streams"],
+        ["train.kernels.attention=flex"],
     ],
 )
 def test_ways_that_do_not_go_together_are_refused(world: World, settings: list[str]) -> None:
-    with pytest.raises(ConfigError, match="goes with"):
+    with pytest.raises(ConfigError, match=r"go(es)? with"):
         compose([*world.overrides, *FRESH, *settings], world.conf)
 
 
@@ -184,7 +187,13 @@ def test_a_run_of_a_graph_has_the_curve_of_a_plain_one(world: World, method: lis
     losses = []
     for place, graph in (("plain", "false"), ("graph", "true")):
         here = world.at(world.root / place)
-        asked = [*here.overrides, *method, "train.log_every=1", f"train.precision={precision}", f"train.graph={graph}"]
+        asked = [
+            *here.overrides,
+            *method,
+            "train.log_every=1",
+            f"train.precision={precision}",
+            f"train.kernels.cuda_graph={graph}",
+        ]
         record = execute(compose([*asked, "train.steps=8", "train.device=cuda"], world.conf))
         assert record is not None
         losses.append([point["loss"] for point in record.happened["curve"]])
@@ -231,7 +240,7 @@ def test_a_gpu_trains_as_a_processor_does(world: World, method: list[str]) -> No
 
 @pytest.mark.parametrize("family", SOME)
 def test_documents_apart_have_the_loss_of_documents_alone(world: World, family: str) -> None:
-    run = compose([*world.overrides, "method=sft", "train.documents=apart"], world.conf)
+    run = compose([*world.overrides, "method=sft", "train.batch.intra_document_masking=true"], world.conf)
     model, end = make_model(family), 9
     model.mode_blocks = insert_blocks(model, num_experts=1, num_blocks=2, expert_layers=1)
     torch.manual_seed(0)
@@ -255,7 +264,7 @@ def test_flex_attention_keeps_documents_apart_as_masks_do(
 ) -> None:
     """Gradients too where there is a CUDA device, on which alone it has any."""
     monkeypatch.setattr("mode.ops.attention.FLEXIBLE", (DEVICE.type,))
-    run = compose([*world.overrides, "method=sft", "train.documents=apart"], world.conf)
+    run = compose([*world.overrides, "method=sft", "train.batch.intra_document_masking=true"], world.conf)
     model, end = make_model(family), 9
     model.mode_blocks = insert_blocks(model, num_experts=1, num_blocks=2, expert_layers=1)
     model.to(DEVICE)
@@ -264,7 +273,7 @@ def test_flex_attention_keeps_documents_apart_as_masks_do(
     rows[:, 5::9] = end
     found = []
     for attention in ("sdpa", "flex"):
-        settings = replace_settings(run.train, attention=attention)
+        settings = replace_settings(run.train, **{"kernels.attention": attention})
         with StepOptions(model, settings), torch.set_grad_enabled(CUDA):
             loss, _, states = Objective(model, settings, None, document_end=end)(StepBatch(rows))
         found.append(
@@ -277,8 +286,8 @@ def test_flex_attention_keeps_documents_apart_as_masks_do(
 
 @pytest.mark.skipif(CUDA, reason="there is one")
 def test_flex_attention_is_refused_where_it_does_not_train(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = [*world.overrides, "method=sft", "train.documents=apart", "train.attention=flex"]
-    with pytest.raises(ConfigError, match=r"train\.attention=flex needs a CUDA device"):
+    asked = [*world.overrides, "method=sft", "train.batch.intra_document_masking=true", "train.kernels.attention=flex"]
+    with pytest.raises(ConfigError, match=r"train\.kernels\.attention=flex needs a CUDA device"):
         execute(compose(asked, world.conf))
     monkeypatch.setattr("mode.ops.attention.FLEXIBLE", ("cpu",))
     run = compose(asked, world.conf)
@@ -289,8 +298,8 @@ def test_flex_attention_is_refused_where_it_does_not_train(world: World, monkeyp
 @pytest.mark.slow
 def test_a_run_with_documents_apart_is_another_run_and_learns(world: World) -> None:
     losses = {}
-    for documents in ("joined", "apart"):
-        asked = [*world.overrides, *FRESH, "train.log_every=1", f"train.documents={documents}"]
+    for masking in ("false", "true"):
+        asked = [*world.overrides, *FRESH, "train.log_every=1", f"train.batch.intra_document_masking={masking}"]
         record = execute(compose(asked, world.conf))
         losses[record.id] = [point["loss"] for point in record.happened["curve"]]
     first, second = losses.values()
@@ -302,5 +311,5 @@ def test_a_run_with_documents_apart_is_another_run_and_learns(world: World) -> N
     "settings", [[*FRESH, "method.gate.scope=prefix"], ["method=mode-anchored", *FRESH[1:], "method.num_experts=1"]]
 )
 def test_documents_cannot_be_apart_where_more_than_attention_looks_back(world: World, settings: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"train\.documents=apart"):
-        execute(compose([*world.overrides, *settings, "train.documents=apart"], world.conf))
+    with pytest.raises(ConfigError, match=r"train\.batch\.intra_document_masking=true"):
+        execute(compose([*world.overrides, *settings, "train.batch.intra_document_masking=true"], world.conf))

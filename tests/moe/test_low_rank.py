@@ -88,14 +88,19 @@ def test_a_localized_router_has_a_loss_only_where_it_knows_the_kinds_of_rows() -
 
 @pytest.mark.slow
 def test_kinds_of_rows_are_those_of_their_source_and_reach_every_micro_batch(world: World) -> None:
-    run = compose([*world.overrides, "method=loramoe", "train.replay={prose: 0.25}"], world.conf)
+    run = compose([*world.overrides, "method=loramoe", "train.batch.replay={prose: 0.25}"], world.conf)
     assert isinstance(run.method, Method)
     assert run.method.row_kinds(run) == {"py": 1, "sums": 1, "prose": 0}
     alone = compose([*world.overrides, "method=loramoe"], world.conf)
     assert run.method.row_kinds(alone) == {"py": 0, "sums": 1}
     losses = []
     for balance in (0.0, 100.0):
-        asked = [*world.overrides, "method=loramoe", f"method.balance={balance}", "train.accumulate=2"]
+        asked = [
+            *world.overrides,
+            "method=loramoe",
+            f"method.balance={balance}",
+            "train.batch.gradient_accumulation_steps=2",
+        ]
         record = execute(compose(asked, world.conf))
         losses.append([point["loss"] for point in record.happened["curve"]])
     assert losses[0] != losses[1]  # the constraint moved the routers, and so the next losses

@@ -101,7 +101,7 @@ def test_every_family_has_matrices_that_are_quantized(family: str) -> None:
 def test_the_backbone_alone_is_scored_in_eight_bits(world: World, choice: str) -> None:
     full, eight = (
         execute(run_of(world, "method=backbone", *more)).happened["scores"]["sums"]
-        for more in ((), (f"train.frozen_weights={choice}",))
+        for more in ((), (f"train.memory.frozen_weights={choice}",))
     )
     assert eight["loss"] != full["loss"]
     assert eight["loss"] == pytest.approx(full["loss"], rel=1e-2)
@@ -109,7 +109,12 @@ def test_the_backbone_alone_is_scored_in_eight_bits(world: World, choice: str) -
 
 @pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "mode"])
 def test_the_anchors_reference_is_the_backbone_in_eight_bits(world: World, method: str) -> None:
-    anchor = ["method.anchor.source=prose", "method.anchor.share=0.5", "train.frozen_weights=fp8", "train.steps=1"]
+    anchor = [
+        "method.anchor.source=prose",
+        "method.anchor.share=0.5",
+        "train.memory.frozen_weights=fp8",
+        "train.steps=1",
+    ]
     asked = [*(FRESH if method == "mode" else [f"method={method}"]), *anchor, "train.lr=1e-9", "train.log_every=1"]
     seen: list[Any] = []
 
@@ -134,7 +139,7 @@ def test_the_anchors_reference_is_the_backbone_in_eight_bits(world: World, metho
 def test_a_run_in_eight_bits_is_near_the_one_in_full(world: World, method: str, choice: str) -> None:
     half = ["train.precision=bf16"] if method == "lora" else []
     asked = [*(FRESH if method == "mode" else [f"method={method}"]), *half, "train.log_every=1"]
-    full, eight = (execute(run_of(world, *asked, *more)) for more in ((), (f"train.frozen_weights={choice}",)))
+    full, eight = (execute(run_of(world, *asked, *more)) for more in ((), (f"train.memory.frozen_weights={choice}",)))
     assert full.id != eight.id
     assert eight.asked["train"]["frozen_weights"] == choice
     assert "frozen_weights" not in full.asked["train"]
@@ -151,7 +156,7 @@ def test_a_run_in_eight_bits_goes_on_where_it_stopped_and_is_scored_again_as_it_
 ) -> None:
     from cli.eval import rescore
 
-    asked = (*FRESH, "train.frozen_weights=int8", "train.log_every=1", "train.checkpoint_every=2")
+    asked = (*FRESH, "train.memory.frozen_weights=int8", "train.log_every=1", "train.checkpoint_every=2")
 
     def stop(prepared: Any, point: Any) -> None:
         if point["step"] == 3:
@@ -168,16 +173,18 @@ def test_a_run_in_eight_bits_goes_on_where_it_stopped_and_is_scored_again_as_it_
 
 
 def test_what_has_nothing_frozen_is_told(world: World) -> None:
-    with pytest.raises(ConfigError, match=r"^train\.frozen_weights=int8: this model has no frozen linear layer"):
-        execute(run_of(world, "method=sft", "train.frozen_weights=int8"))
+    with pytest.raises(
+        ConfigError, match=r"^train\.memory\.frozen_weights=int8: this model has no frozen linear layer"
+    ):
+        execute(run_of(world, "method=sft", "train.memory.frozen_weights=int8"))
 
 
 def test_a_benchmark_is_not_asked_for_eight_bits(world: World) -> None:
-    with pytest.raises(ConfigError, match=r"^train\.frozen_weights=int8 is of no suite's asking"):
-        run_suite("scale", run_of(world, *FRESH, "train.frozen_weights=int8"), 1)
+    with pytest.raises(ConfigError, match=r"^train\.memory\.frozen_weights=int8 is of no suite's asking"):
+        run_suite("scale", run_of(world, *FRESH, "train.memory.frozen_weights=int8"), 1)
 
 
-@pytest.mark.parametrize("setting", ["train.layout=fsdp", "train.branches=batched"])
+@pytest.mark.parametrize("setting", ["train.parallelism.strategy=fsdp", "train.kernels.branch_execution=batched"])
 def test_what_eight_bits_do_not_go_with_is_refused(world: World, setting: str) -> None:
-    with pytest.raises(ConfigError, match="frozen_weights=fp8 goes with layout=ddp, and not with branches=batched"):
-        run_of(world, *FRESH, "train.frozen_weights=fp8", setting)
+    with pytest.raises(ConfigError, match="frozen_weights=fp8 does not go with"):
+        run_of(world, *FRESH, "train.memory.frozen_weights=fp8", setting)

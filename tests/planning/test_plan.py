@@ -109,7 +109,7 @@ def test_what_is_sent_in_shards_is_what_torch_sends(
 ) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    run: Any = compose([*world.overrides, *settings.split(), "train.batch_size=4"], world.conf)
+    run: Any = compose([*world.overrides, *settings.split(), "train.batch.size=4"], world.conf)
     model = run.method.build(run, Material(backbone=lambda: load_model(run.backbone)))
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")

@@ -16,8 +16,10 @@ from mode.config.base import STRICT
 from mode.config.check import replace_settings
 from mode.config.compose import compose
 from mode.config.groups import list_members
+from mode.config.names import OLD_NAMES
 from mode.config.run import MethodSettings, Run
 from mode.core.errors import ConfigError
+from mode.records.command import write_commands
 from mode.records.provenance import describe_provenance
 from mode.records.record import SCHEMA, Record, find_record, read_record, read_records
 from mode.runs.prepare import prepare_run
@@ -261,6 +263,16 @@ def test_the_id_of_every_committed_record_follows_from_its_content() -> None:
         data = {**found.provenance["data"], "backbone": found.provenance["backbone"]}
         assert identity.digest_run(found.asked, data) == found.id, path
         assert found.filename == path.name
+
+
+@pytest.mark.slow
+def test_every_published_run_has_a_command_that_asks_for_it() -> None:
+    records = read_records(Path(__file__).parents[2] / "results")
+    commands = write_commands(records)
+    assert records
+    assert [(found, commands[found.id]) for found in records if not commands[found.id][1]] == []
+    for name in OLD_NAMES:
+        assert not any(f"{name}=" in command for command, _ in commands.values())
 
 
 def test_every_method_has_a_name_of_its_own_in_records() -> None:

@@ -299,7 +299,7 @@ def test_colours_stand_out_from_the_page_and_from_each_other_for_every_eye(schem
 def test_the_command_of_a_record_asks_for_the_same_run(world: World) -> None:
     places = [text for text in world.overrides if text.startswith("paths.") or text == "track=none"]
     for words in (
-        ["train", "baseline", "lora", "method.rank=4", "train.replay={prose: 0.25}"],
+        ["train", "baseline", "lora", "method.rank=4", "train.batch.replay={prose: 0.25}"],
         ["train", "expert", "--domain", "py", "method.gate.top_k=1", "seed=3"],
         ["compose", "py", "sums", "--frozen", "budget=data", "train.steps=6"],
     ):

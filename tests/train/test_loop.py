@@ -111,10 +111,10 @@ def test_interrupted_run_ends_bit_identical(
 
 @pytest.mark.slow
 def test_sigkill_at_any_moment_ends_bit_identical(world: World, shared_world: World, tmp_path: Path) -> None:
-    settings = ["method=mode", "train.steps=60", "train.checkpoint_every=4", "train.batch_size=16"]
+    settings = ["method=mode", "train.steps=60", "train.checkpoint_every=4", "train.batch.size=16"]
     whole = shared_world.at(tmp_path / "whole")
     expected = execute(run_of(whole, *settings))
-    names = [*world.overrides, "train.steps=60", "train.checkpoint_every=4", "train.batch_size=16"]
+    names = [*world.overrides, "train.steps=60", "train.checkpoint_every=4", "train.batch.size=16"]
     command = [sys.executable, "-m", "cli.app", "compose", *names, "--conf", str(world.conf)]
     rng, kills = random.Random(1), 0
     runs = world.root / "runs"
@@ -163,9 +163,9 @@ def test_a_run_killed_before_its_record_stands_trains_no_step_again(
 @pytest.mark.slow
 def test_accumulation_changes_nothing_but_rounding(world: World, shared_world: World, tmp_path: Path) -> None:
     other = shared_world.at(tmp_path / "other")
-    settings = ("method=sft", "train.batch_size=4")
+    settings = ("method=sft", "train.batch.size=4")
     plain = execute(run_of(world, *settings))
-    split = execute(run_of(other, *settings, "train.accumulate=2"))
+    split = execute(run_of(other, *settings, "train.batch.gradient_accumulation_steps=2"))
     losses = [[point["loss"] for point in record.happened["curve"]] for record in (plain, split)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -282,7 +282,7 @@ def test_activations_formed_again_change_no_bit(world: World, method: str) -> No
                 f"method={method}",
                 *settings,
                 "train.log_every=1",
-                f"train.activation_checkpointing={which}",
+                f"train.memory.activation_checkpointing={which}",
             ],
             world.conf,
         )
@@ -362,7 +362,7 @@ def test_where_bf16_pays_a_run_is_in_bf16_and_says_so(world: World, monkeypatch:
 def test_layers_are_compiled_where_a_stage_is_long(world: World, setting: Any, flops: float, expected: bool) -> None:
     from mode.train.step_options import should_compile
 
-    settings = replace_settings(run_of(world, "method=sft").train, compile=setting)
+    settings = replace_settings(run_of(world, "method=sft").train, **{"kernels.compile": setting})
     assert should_compile(settings, torch.device("cpu"), flops) is expected
 
 
@@ -379,7 +379,7 @@ def test_layers_of_many_kinds_are_all_compiled(world: World, monkeypatch: pytest
     model = load_model(run.backbone).train()
     with (
         torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
-        StepOptions(model, replace_settings(run.train, compile=True)),
+        StepOptions(model, replace_settings(run.train, **{"kernels.compile": True})),
     ):
         for size in range(1, 12):
             compute_hidden_states(model, torch.arange(12).expand(size, -1))
@@ -394,7 +394,7 @@ def test_compiled_layers_train_as_plain_ones_and_are_plain_again_afterwards(worl
     run = compose([*world.overrides, "method=sft"], world.conf)
     ids = torch.arange(24).view(2, 12)
     model = load_model(run.backbone).train()
-    layers = StepOptions(model, replace_settings(run.train, compile=True))
+    layers = StepOptions(model, replace_settings(run.train, **{"kernels.compile": True}))
     plain = model(input_ids=ids).logits
     with layers:
         compiled = model(input_ids=ids).logits

@@ -67,8 +67,9 @@ def loops(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[I
     """Return what to time where models are large: groups that are measured, and forgotten, one after the other.
 
     All train by whole loops, in the precision of the device: full fine-tuning and LoRA beside other trainers, and MoDE
-    beside full fine-tuning. With `train.compile=true` there are compiled variants too, with `train.graph=true` such as
-    are one CUDA graph, and on a GPU Trainer with Liger's kernels where those are installed.
+    beside full fine-tuning. With `train.kernels.compile=true` there are compiled variants too, with
+    `train.kernels.cuda_graph=true` such as are one CUDA graph, and on a GPU Trainer with Liger's kernels where those
+    are installed.
 
     Args:
         run: Names backbone, rows and their length.
@@ -79,7 +80,7 @@ def loops(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[I
     Raises:
         ConfigError: A graph is asked for where there can be none.
     """
-    if run.train.graph:
+    if run.train.kernels.cuda_graph:
         check_cuda(device)
     bench = partial(Bench, run, device=device, folder=folder, precision=run.train.precision)
 
@@ -97,7 +98,7 @@ def compare_trainers(at: Bench, name: str) -> list[Case]:
     ways: dict[str, dict[str, bool]] = {other: {} for other, package in OTHERS.items() if find_spec(package)}
     if "Trainer" in ways and at.device.type == "cuda" and knows_liger(at.run):
         ways["Trainer, Liger"] = {"liger": True}
-    if "Trainer" in ways and at.run.train.compile is True and at.lora is None:  # a minute and more each
+    if "Trainer" in ways and at.run.train.kernels.compile is True and at.lora is None:  # a minute and more each
         ways["Trainer, compiled"] = {"compiled": True}
     cases = [
         at.case(job, way, OtherLoop(way.partition(",")[0], at, **options), counted=True)
@@ -127,11 +128,11 @@ def list_own_loops(at: Bench) -> dict[str, OwnLoop]:
     """Return this project's loop over one model, as it is and in the ways that the settings ask for, by name."""
     plain, asked = OwnLoop(at), at.run.train
     ways = {"": plain}
-    if asked.compile is True:
+    if asked.kernels.compile is True:
         ways[", compiled layers"] = plain.twin(compiled=True)
-    if asked.graph:
+    if asked.kernels.cuda_graph:
         ways[", one graph"] = plain.twin(graph=True)
-    if asked.compile is True and asked.graph:
+    if asked.kernels.compile is True and asked.kernels.cuda_graph:
         ways[", compiled layers, one graph"] = plain.twin(compiled=True, graph=True)
     return ways
 
@@ -156,7 +157,7 @@ class Rows:
     def __init__(self, run: Run, vocabulary: int, first: int) -> None:
         """Draw them."""
         self.first = first
-        shape = (run.train.batch_size, run.train.sequence_length + 1)
+        shape = (run.train.batch.size, run.train.sequence_length + 1)
         self.rows: NDArray[np.int64] = torch.randint(vocabulary, shape).numpy()
         self.begin = self.seconds = 0.0
 
@@ -188,7 +189,7 @@ class OwnLoop:
             model: A model that another loop trains too.
         """
         self.at, self.first = at, WARM_UP + 1 if graph else 1
-        changes = {**SILENT, "precision": at.precision, "compile": compiled, "graph": graph}
+        changes = {**SILENT, "precision": at.precision, "kernels.compile": compiled, "kernels.cuda_graph": graph}
         self.settings = replace_settings(at.run.train, **changes)
         asked = replace_settings(at.run, method=at.method, train=self.settings)
         load = partial(load_model, at.run.backbone)

@@ -42,7 +42,7 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
         device: Where the models train.
         folder: Not used.
     """
-    count, size, length = len(read_shape(run.backbone).layers), run.train.batch_size, run.train.sequence_length
+    count, size, length = len(read_shape(run.backbone).layers), run.train.batch.size, run.train.sequence_length
     fresh = partial(replace_settings, method, start="fresh", experts=(), num_experts=1)
     two = replace_settings(method.gate, top_k=2)
     divisors = [number for number in range(1, count + 1) if count % number == 0]
@@ -54,7 +54,7 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
             f"l = {number}": (fresh(expert_layers=number), {}) for number in range(1, count // method.num_blocks + 1)
         },
         "tokens of a row": {
-            f"S = {length * part}": (fresh(), {"sequence_length": length * part, "batch_size": size // part})
+            f"S = {length * part}": (fresh(), {"sequence_length": length * part, "batch.size": size // part})
             for part in (1, 2, 4)
             if size % part == 0
         },

@@ -58,9 +58,9 @@ WIDTHS = (1, 2)
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one process": {},
     "copies": {},
-    "in shards": {"layout": "fsdp"},
-    "side by side": {"layout": "mpmd"},
-    "side by side, two in flight": {"layout": "mpmd", "in_flight": 2},
+    "in shards": {"parallelism.strategy": "fsdp"},
+    "side by side": {"parallelism.strategy": "mpmd"},
+    "side by side, two in flight": {"parallelism.strategy": "mpmd", "parallelism.microbatches_in_flight": 2},
 }
 
 
@@ -142,7 +142,9 @@ class Latest:
             return estimate_ddp(work, PROCESSES, machine, link).seconds
         if layout == "in shards":
             return estimate_fsdp(work, PROCESSES, machine, link).seconds
-        return estimate_mpmd(work, APART, LAYOUTS[layout].get("in_flight", 1), machine, link).seconds
+        return estimate_mpmd(
+            work, APART, LAYOUTS[layout].get("parallelism.microbatches_in_flight", 1), machine, link
+        ).seconds
 
 
 def calibrate(run: Run, method: MoDE, conf: Path, name: str) -> list[Path]:
@@ -217,7 +219,12 @@ def list_variants(run: Run, method: MoDE) -> dict[str, Run]:
             shape |= {key: factor * int(shape[key]) for key in ("hidden_size", "intermediate_size") if key in shape}
             backbone = replace_settings(backbone, random=replace_settings(backbone.random, config=shape))
         for rows, length in ROWS:
-            train = replace_settings(run.train, batch_size=rows, accumulate=1, sequence_length=length, precision="fp32")
+            train = replace_settings(
+                run.train,
+                sequence_length=length,
+                precision="fp32",
+                **{"batch.size": rows, "batch.gradient_accumulation_steps": 1},
+            )
             name = f"width {factor}, {rows * length} tokens"
             found[name] = replace_settings(run, backbone=backbone, method=one, train=train)
     return found
@@ -336,14 +343,14 @@ def make_step(file: Path, layout: str) -> Callable[[], None]:
     objective, optimizer = placed.wrap(plain, partial(make_optimizer, lr=1e-6, scales={}, settings=train))
     options = StepOptions(placed.model, train)
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    shape = (train.batch_size, train.sequence_length + 1)
+    shape = (train.batch.size, train.sequence_length + 1)
     rows = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
     batch = StepBatch(placed.select_rows(rows))
 
     def step() -> None:
         with options, placed.enter_step():
             forward_backward(objective, batch, 1, slots=placed.slots)
-        placed.clip_gradients(train.clip)
+        placed.clip_gradients(train.optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

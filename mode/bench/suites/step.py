@@ -48,10 +48,10 @@ ANCHORED = (FULL, LORA, TWO)
 
 PLAIN = {
     "precision": "fp32",
-    "activation_checkpointing": "none",
-    "compile": False,
-    "branches": "loop",
-    "graph": False,
+    "memory.activation_checkpointing": "none",
+    "kernels.compile": False,
+    "kernels.branch_execution": "loop",
+    "kernels.cuda_graph": False,
 }
 """The loop's options where none of them is measured."""
 
@@ -71,7 +71,9 @@ def steps(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
     plain = {name: Step(run, each, Anchor(), device) for name, each in methods.items()}
     cases = [step.case("step", name) for name, step in plain.items()]
     if HALF in methods:
-        again = replace_settings(run, train=replace_settings(run.train, activation_checkpointing="frozen"))
+        again = replace_settings(
+            run, train=replace_settings(run.train, **{"memory.activation_checkpointing": "frozen"})
+        )
         cases.append(Step(again, methods[HALF], Anchor(), device).case("step", f"{HALF}, frozen layers formed again"))
     cases += [
         step.case("frozen weights, MoDE, one expert", name)
@@ -139,9 +141,9 @@ class Step:
         load = partial(load_model, run.backbone)
         asked = replace_settings(run, method=method)
         self.model = method.build(asked, Material(backbone=load)).train()
-        quantize_frozen(self.model, run.train.frozen_weights)
+        quantize_frozen(self.model, run.train.memory.frozen_weights)
         self.model = self.model.to(device)
-        size, length = run.train.batch_size, run.train.sequence_length
+        size, length = run.train.batch.size, run.train.sequence_length
         vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
         rows = torch.randint(vocabulary, (size, length + 1)).to(device)
         self.batch, self.settings, self.device = StepBatch(rows), run.train, device
@@ -164,8 +166,8 @@ class Step:
     def __call__(self) -> None:
         """Make a step as the loop does."""
         with self.options:
-            self.run_step(self.objective, self.batch, self.settings.accumulate)
-        torch.nn.utils.clip_grad_norm_(self.find_optimized(), self.settings.clip)
+            self.run_step(self.objective, self.batch, self.settings.batch.gradient_accumulation_steps)
+        torch.nn.utils.clip_grad_norm_(self.find_optimized(), self.settings.optim.max_grad_norm)
         self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
 
@@ -185,9 +187,9 @@ class Step:
             job,
             variant,
             self,
-            tokens=self.settings.batch_size * self.settings.sequence_length,
+            tokens=self.settings.batch.size * self.settings.sequence_length,
             flops=self.flops,
             precision=self.precision,
             resident=self.resident,
-            counted=not self.settings.graph,  # what a graph keeps for itself is not among what is allocated
+            counted=not self.settings.kernels.cuda_graph,  # a graph keeps memory of its own
         )
