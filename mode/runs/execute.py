@@ -7,27 +7,30 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
-from mode.config.check import to_yaml
-from mode.core import processes
-from mode.distributed import mpmd
+
 from mode.backbone.load import load_model
-from mode.core.errors import ConfigError
-from mode.data.contamination import measure_contamination
-from mode.core.files import AGAIN, CURVE, SETTINGS, WEIGHTS, list_checkpoints, remove, write_atomic
-from mode.core.files import lock_folder
-from mode.methods.base import Material
-from mode.runs.prepare import Prepared, find_finished, has_weights, prepare_run
-from mode.records.record import SCHEMA, Record
-from mode.records.provenance import describe_provenance
+from mode.config.check import to_yaml
 from mode.config.run import Run
-from mode.runs.fit import Observer, fit, fingerprint_self_sampled, score_domains
+from mode.core import processes
+from mode.core.errors import ConfigError
+from mode.core.files import AGAIN, CURVE, SETTINGS, WEIGHTS, list_checkpoints, lock_folder, remove, write_atomic
+from mode.data.contamination import measure_contamination
+from mode.distributed import mpmd
+from mode.methods.base import Material
+from mode.records.provenance import describe_provenance
+from mode.records.record import SCHEMA, Record
+from mode.runs.fit import Observer, fingerprint_self_sampled, fit, score_domains
+from mode.runs.prepare import Prepared, find_finished, has_weights, prepare_run
 from mode.runs.tracking import NoTracker, Tracker, make_tracker
 
 if TYPE_CHECKING:
     from pathlib import Path
+
     from torch import nn
+
     from mode.evaluation.next_token import Score
     from mode.train.loop import Trained
+
 
 def execute(
     run: Run, *, again: bool = False, weights: bool = False, observe: Observer = lambda prepared, point: None
@@ -104,9 +107,9 @@ def start_over(folder: Path) -> None:
 def train_and_record(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again: bool) -> Record:
     """Train, evaluate and record one run whose needs are met."""
     from mode.core.device import describe_device, read_peak_memory, set_up
+    from mode.ops.quantize import quantize_frozen
     from mode.runs.forecast import count_flops, forecast
     from mode.train.precision import choose_precision
-    from mode.ops.quantize import quantize_frozen
 
     run = prepared.run
     device = set_up(run.train.threads, run.train.device)
@@ -165,7 +168,9 @@ def evaluate_finished(prepared: Prepared, model: nn.Module) -> tuple[dict[str, S
     return scores, about
 
 
-def summarise_training(prepared: Prepared, trained: Trained, scores: Mapping[str, Score], own_rows: str | None) -> dict[str, Any]:
+def summarise_training(
+    prepared: Prepared, trained: Trained, scores: Mapping[str, Score], own_rows: str | None
+) -> dict[str, Any]:
     """Return what a record says of a run's training and scores."""
     run, known = prepared.run, prepared.method.pretraining_data(prepared.run)
     return {

@@ -8,26 +8,29 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
 import numpy as np
-from mode.core import processes
+
 from mode.backbone.load import load_model
 from mode.config.check import replace_settings
+from mode.config.method import SELF
+from mode.core import processes
 from mode.data.batches import Batches, Stream
 from mode.data.pack import Tokens
 from mode.methods.anchored import Adaptation
 from mode.methods.base import Probe
 from mode.runs.prepare import Prepared
-from mode.config.method import SELF
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
+
     from mode.evaluation.next_token import Score
-    from mode.train.objective import AnchorTerm
     from mode.runs.tracking import Tracker
-    from mode.train.loop import TrainJob, Trained
     from mode.train.curve import Point
+    from mode.train.loop import Trained, TrainJob
+    from mode.train.objective import AnchorTerm
 
 Observer = Callable[[Prepared, "Point"], None]
 
@@ -35,8 +38,8 @@ Observer = Callable[[Prepared, "Point"], None]
 def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observer, flops: float) -> Trained:
     """Train a model by the one loop, if its method trains at all; a token takes so many operations."""
     from mode.evaluation.next_token import flatten_scores
+    from mode.train.loop import Trained, TrainJob, train
     from mode.train.step_options import should_compile
-    from mode.train.loop import TrainJob, Trained, train
 
     run, method = prepared.run, prepared.method
     steps = method.steps(run)
@@ -81,9 +84,9 @@ def fit_memory(model: nn.Module, batches: Batches, job: TrainJob) -> TrainJob:
     """Return a job whose choice of what forms activations again is made, if it was left to the memory that there is."""
     if job.settings.activation_checkpointing != "auto":
         return job
-    from mode.train.memory import choose_checkpointing
     from mode.distributed.layout import DDP
     from mode.train.loop import take_batch
+    from mode.train.memory import choose_checkpointing
 
     device = next(model.parameters()).device
     given = partial(take_batch, batches, job, 0, DDP(model), device)
@@ -117,7 +120,9 @@ def open_self_sampled(prepared: Prepared, device: torch.device) -> Tokens:
     assert isinstance(method, Adaptation)
     cache = Path(run.paths.cache).expanduser()
     with processes.main_first():
-        return load_or_sample_rows(method.anchor, run.backbone, prepared.backbone, run.train.sequence_length, cache, device)
+        return load_or_sample_rows(
+            method.anchor, run.backbone, prepared.backbone, run.train.sequence_length, cache, device
+        )
 
 
 def fingerprint_self_sampled(prepared: Prepared, device: torch.device) -> str | None:
@@ -130,8 +135,8 @@ def fingerprint_self_sampled(prepared: Prepared, device: torch.device) -> str | 
 
 def make_anchor_term(prepared: Prepared, model: nn.Module, batches: Batches) -> AnchorTerm | None:
     """Return how a model is held to its backbone, if its method asks for it."""
-    from mode.train.objective import AnchorTerm
     from mode.ops.quantize import quantize_frozen
+    from mode.train.objective import AnchorTerm
 
     method, run = prepared.method, prepared.run
     if not isinstance(method, Adaptation) or method.anchor.source == "none":

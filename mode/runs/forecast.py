@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-import torch
-from mode.methods.base import Method
-from mode.train.precision import autocast, choose_precision
-from mode.config.run import Run
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
 from torch import Tensor, nn
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
 from mode.backbone.shape import Flops
-from mode.ops.loss import output_head, compute_hidden_states
+from mode.config.run import Run
+from mode.methods.base import Method
 from mode.modular.block import force_even_load
+from mode.ops.loss import compute_hidden_states, output_head
+from mode.train.precision import autocast, choose_precision
 
 if TYPE_CHECKING:
     from torch import nn
+
 
 @dataclass(frozen=True)
 class Forecast:

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 from mode.config import identity
+from mode.config.run import Run
 from mode.core.errors import ConfigError
-from mode.data.pack import Packed, prepare_domain
 from mode.core.files import WEIGHTS
+from mode.data.pack import Packed, prepare_domain
 from mode.methods.base import Method
 from mode.records.record import Record, find_record
-from mode.config.run import Run
+
 
 @dataclass(frozen=True)
 class Prepared:

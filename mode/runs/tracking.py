@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from mode.core.errors import ConfigError
+
 from mode.config.run import Track
+from mode.core.errors import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
+
 
 class Tracker(Protocol):
     """Where a run's progress goes."""
