@@ -69,6 +69,15 @@ class Method(MethodSettings):
 
     split: ClassVar[Split] = "train"
     """Split of the domains that the method trains on."""
+    identical_at_start: ClassVar[bool] = False
+    """Whether the untrained model predicts what the backbone predicts, under the settings of the method's YAML."""
+    groups_tokens: ClassVar[bool] = False
+    """Whether an expert runs on the tokens that chose it, in one batch: the batch's size changes the last bits."""
+
+    @property
+    def weighs_experts(self) -> bool:
+        """Whether the model weighs experts token by token; the record then has the weights."""
+        return False
 
     def needs(self, run: Run) -> tuple[Run, ...]:
         """Return the earlier stages that this run stands on, in order."""
@@ -211,6 +220,7 @@ class Untouched(Method):
     """The bare backbone: the zero point of retention, scored before anything wraps it."""
 
     recorded_as: ClassVar[str] = "mode.method.Untouched"
+    identical_at_start: ClassVar[bool] = True
 
     def steps(self, run: Run) -> int:
         """Return 0: nothing trains."""

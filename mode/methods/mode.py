@@ -60,6 +60,7 @@ class MoDE(Adaptation):
     """
 
     recorded_as: ClassVar[str] = "mode.modular_method.MoDE"
+    weighs_experts: ClassVar[bool] = True
 
     compose_lr: Annotated[float, Field(gt=0.0)]
     gates_lr: Annotated[float, Field(gt=0.0)]
