@@ -233,7 +233,11 @@ def test_a_mistake_of_usage_ends_with_one_line_that_names_it(world: World, name:
         ("domain/mine.yaml", "description: x", ("domains.mine.licence: this setting is missing",)),
         ("domain/mine.yaml", "descr: x", ("domains.mine.descr: no such", "did you mean domains.mine.description?")),
         ("method/mine.yaml", "lr: [", ("not YAML", "method/mine.yaml")),
-        ("method/mine.yaml", "_target_: baselines.nowhere.Mine\nlr: 1.0", ("baselines.nowhere.Mine: no such class",)),
+        (
+            "method/mine.yaml",
+            "_target_: baselines.nowhere.Mine\nlr: 1.0",
+            ("baselines.nowhere.Mine", "baselines.nowhere'"),
+        ),
         ("method/mine.yaml", "_target_: mode.config.compose\nlr: 1.0", ("mode.config.compose: not a method",)),
         ("method/mine.yaml", "_target_: baselines.sft.SFT\nlrr: 1.0", ("method.lrr", "did you mean method.lr?")),
         ("experiment/mine.yaml", "# @package _global_\ntrain: {lrr: 1}", ("train.lrr", "did you mean train.lr?")),
