@@ -230,7 +230,6 @@ def test_other_methods_export_as_plain_models(world: World, method: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["btm", "btx", "molora", "moelora"])
 def test_a_model_that_no_class_of_the_library_loads_is_generated_from_and_not_exported(
     world: World, method: str

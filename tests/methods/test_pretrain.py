@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,21 @@ def test_pretraining_never_sees_what_adaptation_trains_on(world: World) -> None:
         assert not parts["train"] & (parts["validation"] | parts["test"])
 
 
-def test_loading_counts_and_fingerprints_without_loading(world: World) -> None:
+def test_loading_counts_and_fingerprints_without_loading(world: World, tmp_path: Path) -> None:
     backbone = Backbone(name="pico", path=str(world.conf.parent / "pico"))
     model = load_model(backbone)
     assert count_parameters(backbone) == sum(parameter.numel() for parameter in model.parameters())
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert fingerprint_model(model) == fingerprint_model(load_model(backbone))
-    assert fingerprint_weights(backbone) == fingerprint_weights(backbone)
+    copied = tmp_path / "copied"
+    shutil.copytree(backbone.path, copied)
+    again = Backbone(name="pico", path=str(copied))
+    assert fingerprint_weights(backbone) == fingerprint_weights(again)
+    weights = copied / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert fingerprint_weights(backbone) != fingerprint_weights(again)
 
 
 def test_fingerprint_changes_with_a_single_weight(world: World, tmp_path: Path) -> None:

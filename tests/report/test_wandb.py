@@ -78,6 +78,7 @@ def test_a_report_run_has_the_tables_and_their_figures(own: World) -> None:
     rows = {row[0]: dict(zip(table["columns"], row, strict=True)) for row in table["data"]}
     written = (own.root / "results" / "mine.md").read_text("utf-8")
     assert list(rows) == ["Backbone", "LoRA"]
+    assert {len(row) for row in rows.values()} == {len(table["columns"])} != {0}
     assert all(cell in written for row in rows.values() for cell in row.values())
     assert (log / "files" / point["mine-figure/path"]).stat().st_size > 1000
 

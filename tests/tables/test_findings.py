@@ -101,7 +101,9 @@ def test_the_sentences_stand_in_the_table_and_the_panels_are_drawn(tmp_path: Pat
         given, table=dataclasses.replace(given.table, rows=rows, curves=(*given.table.curves, level))
     )
     text = render_markdown(given)
-    assert all(f"- {sentence}" in text for sentence in list_findings(given))
+    sentences = list_findings(given)
+    assert sentences
+    assert all(f"- {sentence}" in text for sentence in sentences)
     draw_curves(given, tmp_path / "curves.png")
     first = (tmp_path / "curves.png").read_bytes()
     draw_curves(given, tmp_path / "curves.png")

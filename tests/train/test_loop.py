@@ -70,6 +70,7 @@ def test_same_configuration_gives_the_same_bits(world: World, shared_world: Worl
     assert curve_of(first) == curve_of(second)
     assert first.happened["scores"] == second.happened["scores"]
     left, right = weights_of(world, "method=sft"), weights_of(other, "method=sft")
+    assert left.keys() == right.keys() != set()
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
@@ -105,7 +106,7 @@ def test_interrupted_run_ends_bit_identical(
     assert resumed_from[0] == stop // 4 * 4 + 1
     assert curve_of(resumed) == curve_of(expected)
     left, right = weights_of(world, *overrides), weights_of(whole, *overrides)
-    assert left.keys() == right.keys()
+    assert left.keys() == right.keys() != set()
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
@@ -139,6 +140,7 @@ def test_sigkill_at_any_moment_ends_bit_identical(world: World, shared_world: Wo
     assert curve_of(resumed) == curve_of(expected)
     assert resumed.happened["scores"] == expected.happened["scores"]
     left, right = weights_of(world, *settings), weights_of(whole, *settings)
+    assert left.keys() == right.keys() != set()
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 

@@ -106,4 +106,6 @@ def test_what_is_left_for_the_loss_keeps_no_activations(world: World, method: st
         )
         model.zero_grad(set_to_none=True)
     assert sizes[1] < 0.45 * sizes[0]
-    assert all(module.auxiliary is None for module in find_auxiliary_modules(model))  # all have been formed again
+    modules = find_auxiliary_modules(model)
+    assert modules
+    assert all(module.auxiliary is None for module in modules)  # all have been formed again
