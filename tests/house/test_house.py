@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import mode
 from mode.config import identity
 from mode.config.check import check_run, flatten
 from mode.config.compose import compose, compose_plain
@@ -74,6 +77,54 @@ def test_the_top_level_is_the_one_agreed_on() -> None:
         pytest.skip("not a clone: git knows which files belong to the project")
     assert names <= FOLDERS | LOOSE
     assert names >= {"cli", "mode", "conf", "baselines", "tests", "setup.cfg"}
+
+
+ROOMS = sorted(path.parent.name for path in (ROOT / "mode").glob("*/__init__.py"))
+"""Packages of `mode`, one for each concern."""
+
+
+def test_every_module_of_mode_lies_in_a_room() -> None:
+    assert [path.name for path in (ROOT / "mode").iterdir() if path.is_file()] == ["__init__.py"]
+    folders = {path.parts[1] for path in FILES if path.parts[0] == "mode" and len(path.parts) > 2}
+    assert folders == set(ROOMS)
+
+
+def test_the_tests_mirror_the_rooms() -> None:
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/*.py")}
+    assert folders - {"house", "support", "cli", "baselines"} - set(ROOMS) == set()
+    assert {path.parent.name for path in (ROOT / "tests").glob("*/__init__.py")} == folders
+    assert [path.name for path in (ROOT / "tests").glob("test_*.py")] == []
+
+
+def test_git_knows_every_module() -> None:
+    names = tracked()
+    if not names:
+        pytest.skip("not a clone: git knows which files belong to the project")
+    found = {str(path.relative_to(ROOT)) for name in PACKAGES for path in (ROOT / name).rglob("__init__.py")}
+    assert found - set(names) == set()
+
+
+def test_importing_mode_takes_no_torch() -> None:
+    script = "import sys, mode; print({'torch', 'transformers', 'hydra'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "set()"
+
+
+def test_what_models_cards_import_is_there() -> None:
+    former_model, former_expert = import_module("mode.model"), import_module("mode.expert")
+    assert former_model.MoDEForCausalLM is mode.MoDEForCausalLM
+    assert former_model.swap_expert is mode.swap_expert
+    assert former_expert.load_experts is mode.load_experts
+    with pytest.raises(ModuleNotFoundError):
+        import_module("mode.nothing")
+
+
+def test_every_public_name_is_where_it_is_said_to_be() -> None:
+    for name, module in mode.PUBLIC.items():
+        assert getattr(mode, name) is getattr(import_module(module), name)
+    assert {"MoDEForCausalLM", "make_modular", "swap_expert", "load_experts"} <= mode.PUBLIC.keys() <= set(mode.__all__)
+    with pytest.raises(AttributeError):
+        _ = mode.nothing
 
 
 OTHERS = {"device", "domain", "downstream", "launcher", "link", "table"}
