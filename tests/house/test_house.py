@@ -20,6 +20,7 @@ from mode.config.compose import compose, compose_plain
 from mode.config.groups import GROUPS, read_group
 from mode.planning.machine import Device, Link, read_machine
 from mode.tables.table import compose_row, load_table
+from tests.support import messages
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("cli", "mode", "baselines")
@@ -206,6 +207,13 @@ def test_every_row_of_every_table_is_a_run_of_its_own(name: str) -> None:
         assert len(set(asked)) == len(asked), "two rows ask for the same run"
     published = table.published.rows if table.published else {}
     assert published.keys() <= {row.name for row in table.rows}
+
+
+def test_messages_are_the_reviewed_ones() -> None:
+    command = "python -m tests.support.messages"
+    assert messages.FILE.read_text("utf-8").splitlines() == messages.render_file().splitlines(), (
+        f"review after {command}"
+    )
 
 
 def test_composing_twice_gives_the_same_run() -> None:
