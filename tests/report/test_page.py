@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from cli.app import app
-from mode.core.errors import ConfigError
 from mode.records.command import write_commands
 from mode.records.record import Record, read_records
 from mode.report.frames import make_frame
@@ -31,6 +30,7 @@ from mode.tables.table import load_table
 from tests.conftest import World
 from tests.report.test_report import ROWS, SCORES, made, stage
 from tests.support.browser import Tab, browser, find
+from tests.support.refusals import refused
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("composed_once")]
 RESULTS = Path(__file__).parents[2] / "results"
@@ -200,7 +200,7 @@ def test_the_same_records_give_the_same_page(conf: Path, results: Path, tmp_path
 
 
 def test_without_a_record_the_command_that_makes_them_is_named(conf: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no record of tiny in .*: `mode reproduce tiny` makes them"):
+    with refused(str(tmp_path), "`mode reproduce tiny`"):
         write_page([("tiny", [])], tmp_path, tmp_path, conf)
     assert list(tmp_path.iterdir()) == []
 
@@ -208,7 +208,7 @@ def test_without_a_record_the_command_that_makes_them_is_named(conf: Path, tmp_p
 def test_a_table_that_stands_on_a_missing_record_says_which(conf: Path, results: Path, tmp_path: Path) -> None:
     shutil.copytree(results / "records", tmp_path / "records")
     next((tmp_path / "records").glob("*-stage1.json")).unlink()
-    with pytest.raises(ConfigError, match="stands on run stage1, which has no record"):
+    with refused("run stage1"):
         write_page([("tiny", [])], tmp_path, tmp_path, conf)
 
 

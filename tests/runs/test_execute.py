@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from mode.config.compose import compose as compose_run
-from mode.core.errors import ConfigError
 from mode.records.record import read_records
 from mode.runs.execute import execute
 from mode.runs.prepare import prepare_run
 from tests.conftest import World
+from tests.support.refusals import refused
 
 
 def test_compose_trains_each_expert_once_and_is_never_trained_twice(world: World) -> None:
@@ -74,7 +74,7 @@ def test_a_truncated_expert_is_told_and_nothing_is_written(world: World) -> None
     execute(stage.run)
     file = stage.folder / "expert" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(ConfigError, match=r"model\.safetensors: not a whole safetensors file"):
+    with refused(str(file)):
         execute(run)
     assert prepare_run(run).id not in {record.id for record in read_records(world.root / "results")}
     assert not (prepare_run(run).folder / "weights.safetensors").exists()

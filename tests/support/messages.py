@@ -41,11 +41,11 @@ def list_messages(path: Path) -> Iterator[str]:
 
 def render_file() -> str:
     """Return the messages of all modules, in alphabetical order within each."""
-    parts = []
-    for path in sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py")):
-        if found := sorted(set(list_messages(path))):
-            parts.append("\n".join([f"# {path.relative_to(ROOT)}", *found]) + "\n")
-    return "\n".join(parts)
+    paths = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
+    found = {path: sorted(set(list_messages(path))) for path in paths}
+    return "\n".join(
+        f"# {path.relative_to(ROOT)}\n" + "\n".join(texts) + "\n" for path, texts in found.items() if texts
+    )
 
 
 if __name__ == "__main__":
