@@ -15,9 +15,9 @@ from mode.core.errors import ConfigError
 
 
 @contextmanager
-def refused(*named: str, suggestion: str | None = None, kind: type[Exception] = ConfigError) -> Iterator[Any]:
+def refused(*named: str, suggestion: str | None = None) -> Iterator[Any]:
     """Expect an error in one line that names settings, files or values and, at its end, the nearest right thing."""
-    with pytest.raises(kind) as caught:
+    with pytest.raises(ConfigError) as caught:
         yield caught
     check_message(str(caught.value), *named, suggestion=suggestion)
 
