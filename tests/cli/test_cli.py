@@ -116,20 +116,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "other architecture": ((*LORA, "backbone.path={root}/alien"), ("mamba is not supported", "llama")),
     "unknown backbone": ((*LORA, "backbone=pic"), ("backbone=pic", "pico?")),
     "unknown budget": ((*LORA, "budget=dat"), ("budget=dat", "data?")),
-    "malformed": (
-        (*LORA, "foo"),
-        (
-            "foo",
-            "KEY=VALUE",
-        ),
-    ),
-    "no key": (
-        (*LORA, "=3"),
-        (
-            "=3",
-            "KEY=VALUE",
-        ),
-    ),
+    "malformed": ((*LORA, "foo"), ("foo", "KEY=VALUE")),
+    "no key": ((*LORA, "=3"), ("=3", "KEY=VALUE")),
     "frozen and uninitialized": (("compose", "--frozen", "--uninitialized"), ("--frozen", "--uninitialized")),
     "frozen but training": (
         ("compose", "--frozen", "method.train_experts=true"),
@@ -244,7 +232,7 @@ def test_a_mistake_of_usage_ends_with_one_line_that_names_it(world: World, name:
         ("domain/mine.yaml", "- a list", ("domains.mine=['a list']", "dictionary")),
         ("domain/my text.yaml", "", ("my text.yaml", "letters, digits")),
         ("domain/2nd.yaml", "", ("2nd.yaml", "starts with a letter")),
-        ("domain/code.yaml", "", ("code.yaml")),
+        ("domain/code.yaml", "", ("code.yaml",)),
         ("domain/mine.yaml", "description: x", ("domains.mine.licence",)),
         ("domain/mine.yaml", "descr: x", ("domains.mine.descr", "domains.mine.description?")),
         ("method/mine.yaml", "lr: [", ("not YAML", "method/mine.yaml")),
