@@ -51,6 +51,11 @@ class BTM(Method):
         if self.top_k is not None and self.combine != "posterior":
             raise ValueError("top_k goes with combine=posterior")
 
+    @property
+    def weighs_experts(self) -> bool:
+        """Whether the models stay apart and are weighed token by token."""
+        return self.combine != "average"
+
     def unused(self) -> tuple[str, ...]:
         """Nothing trains here, so there is no learning rate."""
         return ("lr",)

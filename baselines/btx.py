@@ -38,6 +38,8 @@ class BTX(Mixture):
     """
 
     recorded_as: ClassVar[str] = "baselines.btx.BTX"
+    weighs_experts: ClassVar[bool] = True
+    groups_tokens: ClassVar[bool] = True
 
     router: RouterSettings
     train_experts: bool

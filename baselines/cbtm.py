@@ -98,6 +98,7 @@ class CBTM(Method):
     """
 
     recorded_as: ClassVar[str] = "baselines.cbtm.CBTM"
+    weighs_experts: ClassVar[bool] = True
 
     branch_lr: Annotated[float, Field(gt=0.0)]
     num_clusters: Annotated[int, Field(gt=0)]

@@ -70,6 +70,15 @@ class Method(MethodSettings):
 
     split: ClassVar[Split] = "train"
     """Split of the domains that the method trains on."""
+    identical_at_start: ClassVar[bool] = False
+    """Whether the untrained model predicts what the backbone predicts, under the settings of the method's YAML."""
+    groups_tokens: ClassVar[bool] = False
+    """Whether an expert runs on the tokens that chose it, in one batch: the batch's size changes the last bits."""
+
+    @property
+    def weighs_experts(self) -> bool:
+        """Whether the model weighs experts token by token; the record then has the weights."""
+        return False
 
     def needs(self, run: Run) -> tuple[Run, ...]:
         """Return the earlier stages that this run needs, in order."""
@@ -212,6 +221,7 @@ class Untouched(Method):
     """The backbone without adaptation: the reference of retention."""
 
     recorded_as: ClassVar[str] = "mode.method.Untouched"
+    identical_at_start: ClassVar[bool] = True
 
     def steps(self, run: Run) -> int:
         """Return 0: the backbone does not train."""

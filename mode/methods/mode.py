@@ -60,6 +60,7 @@ class MoDE(Adaptation):
     """
 
     recorded_as: ClassVar[str] = "mode.modular_method.MoDE"
+    weighs_experts: ClassVar[bool] = True
 
     always_recorded: ClassVar[frozenset[str]] = frozenset(
         {

@@ -15,7 +15,6 @@ from mode.bench.suites.inference import build_modular
 from mode.bench.timing import Case, compute_ratio, interleave
 from mode.config.check import replace_settings
 from mode.config.compose import compose
-from mode.core.errors import ConfigError
 from mode.methods.mode import MoDE
 from mode.modular.edit import replace_experts, swap_expert
 from mode.modular.experts import extract_expert_state
@@ -24,6 +23,7 @@ from mode.report.page import make_bench_section
 from tests.artefacts.test_write import logits
 from tests.cli.test_cli import call
 from tests.conftest import World
+from tests.support.refusals import refused
 
 
 def fresh(world: World, *experts: str, seed: int = 0, **settings: int) -> MoDEForCausalLM:
@@ -118,20 +118,20 @@ def test_a_swapped_expert_is_as_if_it_had_been_composed(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("leaves", "comes", "settings", "told"),
+    ("leaves", "comes", "settings", "named"),
     [
-        ("tow", "three", {}, "not one of the experts one, two; did you mean two?"),
-        ("two", "one", {}, "has an expert of that name already"),
-        ("two", "three", {"expert_layers": 2}, "where nothing is expected"),
-        ("two", "three", {"num_blocks": 2}, "is nothing, where"),
+        ("tow", "three", {}, ("tow", "one, two", "two?")),
+        ("two", "one", {}, ("one",)),
+        ("two", "three", {"expert_layers": 2}, ("layers.1.", "nothing is expected")),
+        ("two", "three", {"num_blocks": 2}, ("is nothing",)),
     ],
 )
 def test_an_expert_that_does_not_fit_leaves_the_model_as_it_was(
-    world: World, leaves: str, comes: str, settings: dict[str, int], told: str
+    world: World, leaves: str, comes: str, settings: dict[str, int], named: tuple[str, ...]
 ) -> None:
     model = fresh(world, "one", "two")
     before = logits(model)
-    with pytest.raises(ConfigError, match=told):
+    with refused(*named):
         swap_expert(model, leaves, comes, extract_expert_state(fresh(world, comes, seed=1, **settings), 0))
     assert torch.equal(logits(model), before)
     assert model.config.experts == ["one", "two"]
@@ -173,7 +173,7 @@ def test_every_published_benchmark_is_a_whole_table_of_the_page() -> None:
 def test_a_file_that_is_no_benchmark_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "edge.json").write_text(text, "utf-8")
-    with pytest.raises(ConfigError, match=r"edge\.json"):
+    with refused("edge.json"):
         SHEET.read(tmp_path)
 
 
@@ -187,5 +187,5 @@ def test_a_place_where_nothing_can_be_written_is_told_before_anything_is_measure
 
 def test_a_benchmark_needs_experts(world: World) -> None:
     run = compose([*world.overrides, "method=sft"], world.conf)
-    with pytest.raises(ConfigError, match="method=mode"):
+    with refused("method=mode"):
         run_suite("edge", run, 1)

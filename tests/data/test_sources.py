@@ -20,6 +20,7 @@ from mode.config.data import Domain, FilesSource, GeneratorSource, HubSource, St
 from mode.core import wheels
 from mode.core.errors import ConfigError
 from mode.data.sources import describe_source, read_documents, read_source
+from tests.support.refusals import refused
 
 PROSE = "The quick brown fox jumps over the lazy dog while the sun goes down behind the old mill. "
 
@@ -72,7 +73,7 @@ def test_folders_and_globs_are_read_in_name_order_without_hidden_files(tmp_path:
 def test_a_missing_file_is_named_in_one_line(tmp_path: Path) -> None:
     assert f"{tmp_path}/none.txt: no such file" in refusal(files(tmp_path / "none.txt"))
     assert f"{tmp_path}/*.txt: no such file" in refusal(files(tmp_path / "*.txt"))
-    with pytest.raises(ConfigError, match="no such file"):
+    with refused("none.txt"):
         describe_source(files(tmp_path / "none.txt"))
 
 
@@ -126,7 +127,7 @@ def test_a_domain_without_a_document_is_refused(tmp_path: Path) -> None:
         sources=(files(tmp_path / "a.jsonl"),),
         splits={"train": 0.8, "validation": 0.1, "test": 0.1},
     )
-    with pytest.raises(ConfigError, match="domain 'nothing': the sources hold no document"):
+    with refused("'nothing'"):
         read_documents(domain, tmp_path)
 
 

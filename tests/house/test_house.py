@@ -5,13 +5,16 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from dataclasses import fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import mode
 from mode.config import identity
 from mode.config.check import check_run, fill_defaults_of, flatten
 from mode.config.compose import compose, compose_plain
@@ -19,6 +22,7 @@ from mode.config.groups import GROUPS, read_group
 from mode.config.run import Run
 from mode.planning.machine import Device, Link, read_machine
 from mode.tables.table import compose_row, load_table
+from tests.support import messages
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("cli", "mode", "baselines")
@@ -76,6 +80,54 @@ def test_the_top_level_is_the_one_agreed_on() -> None:
         pytest.skip("not a clone: git knows which files belong to the project")
     assert names <= FOLDERS | LOOSE
     assert names >= {"cli", "mode", "conf", "baselines", "tests", "setup.cfg"}
+
+
+ROOMS = sorted(path.parent.name for path in (ROOT / "mode").glob("*/__init__.py"))
+"""Packages of `mode`, one for each concern."""
+
+
+def test_every_module_of_mode_lies_in_a_room() -> None:
+    assert [path.name for path in (ROOT / "mode").iterdir() if path.is_file()] == ["__init__.py"]
+    folders = {path.parts[1] for path in FILES if path.parts[0] == "mode" and len(path.parts) > 2}
+    assert folders == set(ROOMS)
+
+
+def test_the_tests_mirror_the_rooms() -> None:
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/*.py")}
+    assert folders - {"house", "support", "cli", "baselines"} - set(ROOMS) == set()
+    assert {path.parent.name for path in (ROOT / "tests").glob("*/__init__.py")} == folders
+    assert [path.name for path in (ROOT / "tests").glob("test_*.py")] == []
+
+
+def test_git_knows_every_module() -> None:
+    names = tracked()
+    if not names:
+        pytest.skip("not a clone: git knows which files belong to the project")
+    found = {str(path.relative_to(ROOT)) for name in PACKAGES for path in (ROOT / name).rglob("__init__.py")}
+    assert found - set(names) == set()
+
+
+def test_importing_mode_takes_no_torch() -> None:
+    script = "import sys, mode; print({'torch', 'transformers', 'hydra'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "set()"
+
+
+def test_what_models_cards_import_is_there() -> None:
+    former_model, former_expert = import_module("mode.model"), import_module("mode.expert")
+    assert former_model.MoDEForCausalLM is mode.MoDEForCausalLM
+    assert former_model.swap_expert is mode.swap_expert
+    assert former_expert.load_experts is mode.load_experts
+    with pytest.raises(ModuleNotFoundError):
+        import_module("mode.nothing")
+
+
+def test_every_public_name_is_where_it_is_said_to_be() -> None:
+    for name, module in mode.PUBLIC.items():
+        assert getattr(mode, name) is getattr(import_module(module), name)
+    assert {"MoDEForCausalLM", "make_modular", "swap_expert", "load_experts"} <= mode.PUBLIC.keys() <= set(mode.__all__)
+    with pytest.raises(AttributeError):
+        _ = mode.nothing
 
 
 OTHERS = {"device", "domain", "downstream", "launcher", "link", "table"}
@@ -175,6 +227,13 @@ def test_every_row_of_every_table_is_a_run_of_its_own(name: str) -> None:
         assert len(set(asked)) == len(asked), "two rows ask for the same run"
     published = table.published.rows if table.published else {}
     assert published.keys() <= {row.name for row in table.rows}
+
+
+def test_messages_are_the_reviewed_ones() -> None:
+    command = "python -m tests.support.messages"
+    assert messages.FILE.read_text("utf-8").splitlines() == messages.render_file().splitlines(), (
+        f"review after {command}"
+    )
 
 
 def test_composing_twice_gives_the_same_run() -> None:

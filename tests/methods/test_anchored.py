@@ -18,7 +18,6 @@ from mode.config.backbone import Backbone
 from mode.config.compose import compose as compose_run
 from mode.config.method import Anchor, GateSettings
 from mode.config.run import Run
-from mode.core.errors import ConfigError
 from mode.data.batches import Batches, Stream
 from mode.methods.anchored import Adaptation
 from mode.modular.block import find_blocks
@@ -32,6 +31,7 @@ from mode.train.loop import forward_backward
 from mode.train.objective import AnchorTerm, Objective
 from mode.train.step_batch import StepBatch
 from tests.conftest import World
+from tests.support.refusals import refused
 
 IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64], [7, 7, 30, 256, 1, 90, 12, 13, 250]])
 SELF = ("method.anchor.source=self", "method.anchor.rows=8", "method.anchor.share=0.5")
@@ -160,7 +160,7 @@ def test_experts_whose_gates_read_something_else_are_refused(world: World) -> No
     stage = execute(compose(world, "targets=[py]", "method.start=fresh", "method.num_experts=1"), weights=True)
     folder = world.root / "runs" / stage.id / "expert"
     composed = compose(world, f"method.experts=[{folder}]", "method.gate.reads=output")
-    with pytest.raises(ConfigError, match=r"made with method\.gate\.reads=input; here gate\.reads=output"):
+    with refused("method.gate.reads=input", "gate.reads=output"):
         prepare_run(composed)
 
 
@@ -230,19 +230,19 @@ def test_every_batch_has_its_share_of_anchored_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "named"),
     [
-        (("method.anchor.source=py",), "method.anchor.source: py is one of targets"),
-        (("method.anchor.source=prose", "train.batch.replay={prose: 0.2}"), "or replayed, so trained on already"),
-        (("method.anchor.source=porse",), r"domain porse: not one of .*; did you mean prose\?"),
-        (("method.anchor.source=self", "method.anchor.share=0.123456"), "denominator up to 100"),
-        (("method.anchor.source=self", "method.anchor.share=1.0"), "less than 1"),
-        (("method.anchor.source=self", "method.anchor.weight=0"), "greater than 0"),
-        (("method=backbone", "method.anchor.source=self"), "method.anchor.source: no such setting"),
+        (("method.anchor.source=py",), ("method.anchor.source", "py", "targets=['py', 'sums']")),
+        (("method.anchor.source=prose", "train.batch.replay={prose: 0.2}"), ("method.anchor.source", "prose")),
+        (("method.anchor.source=porse",), ("domain porse", "prose?")),
+        (("method.anchor.source=self", "method.anchor.share=0.123456"), ("method.anchor", "share", "100", "0.125")),
+        (("method.anchor.source=self", "method.anchor.share=1.0"), ("method.anchor.share=1.0", "1")),
+        (("method.anchor.source=self", "method.anchor.weight=0"), ("method.anchor.weight=0",)),
+        (("method=backbone", "method.anchor.source=self"), ("method.anchor.source",)),
     ],
 )
-def test_an_anchor_that_cannot_be_is_refused(world: World, overrides: tuple[str, ...], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_an_anchor_that_cannot_be_is_refused(world: World, overrides: tuple[str, ...], named: tuple[str, ...]) -> None:
+    with refused(*named):
         compose(world, *overrides)
 
 

@@ -8,12 +8,12 @@ import pytest
 
 from mode.config.check import replace_settings
 from mode.config.compose import compose
-from mode.core.errors import ConfigError
 from mode.core.tensors import digest_tensors
 from mode.runs.execute import execute
 from mode.train.memory import CHOICES
 from mode.train.step_batch import StepBatch
 from tests.conftest import World
+from tests.support.refusals import refused
 from tests.train.test_loop import curve_of, run_of
 
 FRESH = ("method=mode", "method.start=fresh", "method.num_experts=1", "train.sequence_length=128")
@@ -22,9 +22,9 @@ AUTO = "train.memory.activation_checkpointing=auto"
 
 def least(world: World) -> float:
     """Return the GB that a step takes at least, by what a run says that may take nothing."""
-    with pytest.raises(ConfigError, match=r"train\.memory\.budget_gb=1e-06: a step takes") as told:
+    with refused("train.memory.budget_gb=1e-06") as told:
         execute(run_of(world, *FRESH, AUTO, "train.memory.budget_gb=1e-6"))
-    found = re.search(r"takes ([\d.e-]+) GB", str(told.value))
+    found = re.search(r"([\d.e-]+) GB", str(told.value))
     assert found
     return float(found[1])
 
@@ -78,7 +78,7 @@ def test_what_is_chosen_takes_less(world: World) -> None:
 
 @pytest.mark.parametrize("settings", [[AUTO], ["train.memory.budget_gb=4"]])
 def test_memory_and_auto_go_together(world: World, settings: list[str]) -> None:
-    with pytest.raises(ConfigError, match="go together"):
+    with refused("activation_checkpointing=auto", "memory"):
         compose([*world.overrides, *settings], world.conf)
 
 
@@ -107,4 +107,6 @@ def test_what_is_left_for_the_loss_keeps_no_activations(world: World, method: st
         )
         model.zero_grad(set_to_none=True)
     assert sizes[1] < 0.45 * sizes[0]
-    assert all(module.auxiliary is None for module in find_auxiliary_modules(model))  # all have been formed again
+    modules = find_auxiliary_modules(model)
+    assert modules
+    assert all(module.auxiliary is None for module in modules)  # all have been formed again
