@@ -29,12 +29,12 @@ def score_downstream(run: Run, names: Sequence[str], limit: int | None, conf: Pa
     if record is None:
         raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
     print(f"run {prepared.id}: {record.filename.removesuffix('.json')}", file=sys.stderr)
-    for result, existed in score_tasks(prepared, record, planned, limit=limit, again=again, done=tell_progress):
+    for result, existed in score_tasks(prepared, record, planned, limit=limit, again=again, done=print_progress):
         print(describe_result(result) + ("  (exists; --again scores it anew)" if existed else ""))
     print("`mode report downstream` renders all", file=sys.stderr)
 
 
-def tell_progress(name: str, number: int, total: int) -> None:
+def print_progress(name: str, number: int, total: int) -> None:
     """Say how far a task is: in place on a terminal, else ten times in all."""
     if sys.stderr.isatty():
         print(f"\r{name}: {number} of {total}", end="\n" if number == total else "", file=sys.stderr, flush=True)
@@ -110,8 +110,6 @@ def evaluate(
 
 def rescore(run: Run) -> None:
     """Score a finished run from its weights and compare with its record."""
-    from dataclasses import asdict
-
     from cli.train import print_scores
     from mode.core.device import set_up
     from mode.core.errors import ConfigError
@@ -127,12 +125,10 @@ def rescore(run: Run) -> None:
     device, model = set_up(run.train.threads, run.train.device), restore(prepared)
     quantize_frozen(model, run.train.frozen_weights)
     model = model.to(device)
-    scores = {name: asdict(value) for name, value in score_domains(prepared, model, run.evaluate.split).items()}
+    scores = score_domains(prepared, model, run.evaluate.split)
     print(f"run {prepared.id}, scored from its weights")
-    print_scores(type(record)(**{**vars(record), "happened": {**record.happened, "scores": scores}}))
-    same = all(
-        scores[name]["accuracy"] == record.happened["scores"][name]["accuracy"] for name in record.happened["scores"]
-    )
+    print_scores(scores, record.request.targets)
+    same = all(scores[name].accuracy == score.accuracy for name, score in record.outcome.scores.items())
     print("accuracies equal the record's" if same else "accuracies differ from the record's")
 
 
@@ -142,7 +138,7 @@ def print_retention(records: Sequence[Record], zero: Record) -> None:
 
     same = [record for record in records if record.id != zero.id and comparable(record, zero)]
     apart = distinctions([zero, *same])
-    names = list(zero.happened["scores"])
+    names = list(zero.outcome.scores)
     print(f"{'run':<44}" + "".join(f"{name:>10}" for name in names) + f"{'target':>10}{'retention':>11}")
     for record in [zero, *same]:
         values = compute_qualities(record, zero)
@@ -156,28 +152,28 @@ def print_retention(records: Sequence[Record], zero: Record) -> None:
 
 
 def distinctions(records: Sequence[Record]) -> dict[str, str]:
-    """Say, by run id, which settings tell a record apart from the others of its method and targets."""
+    """Return, by run id, the settings that distinguish a record from the others of its method and targets."""
     from mode.config.check import flatten
 
     groups: dict[str, list[Record]] = {}
     for record in records:
-        groups.setdefault(f"{record.asked['method']['_target_']} {record.asked['targets']}", []).append(record)
-    told: dict[str, str] = {}
+        groups.setdefault(f"{record.request.method} {record.request.targets}", []).append(record)
+    found: dict[str, str] = {}
     for members in groups.values():
         flat = {record.id: flatten(record.asked) for record in members}
         keys = dict.fromkeys(key for settings in flat.values() for key in settings)
         differing = [key for key in keys if len({str(settings.get(key)) for settings in flat.values()}) > 1]
         for run_id, settings in flat.items():
             shown = [key for key in differing if key in settings and key != "seed"]
-            told[run_id] = " ".join(f"{key.rpartition('.')[2]}={settings[key]}" for key in shown)
-    return told
+            found[run_id] = " ".join(f"{key.rpartition('.')[2]}={settings[key]}" for key in shown)
+    return found
 
 
 def comparable(record: Record, zero: Record) -> bool:
     """Say whether two records score the same tokens, with the same context, data, backbone and precision."""
     return (
         record.conditions == zero.conditions
-        and list(record.happened["scores"]) == list(zero.happened["scores"])
-        and record.happened["split"] == zero.happened["split"]
-        and record.asked["train"]["sequence_length"] == zero.asked["train"]["sequence_length"]
+        and list(record.outcome.scores) == list(zero.outcome.scores)
+        and record.outcome.split == zero.outcome.split
+        and record.request.sequence_length == zero.request.sequence_length
     )

@@ -108,7 +108,7 @@ def prune(
     record = find_finished(prepared)
     if record is None:
         raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
-    folder = results / SHEET.name
+    folder = results / COLLECTION.name
     folder.mkdir(parents=True, exist_ok=True)  # now, so that a place where nothing can be written costs no time
     device = set_up(run.train.threads, run.train.device)
     seen = {"data": prepared.fingerprints, "backbone": prepared.backbone}
@@ -275,5 +275,5 @@ def render_pruned(found: Sequence[PruningResult]) -> dict[str, str]:
     return {"md": f"# Pruning\n\n{INTRODUCTION}\n\n{markdown}\n", "csv": str(table.to_csv(index=False))}
 
 
-SHEET = Collection("pruning", "pruned run", PruningResult, SCHEMA, "mode prune RUN", render_pruned)
-"""The folder of pruned runs in a folder of results, and their sheet beside it."""
+COLLECTION = Collection("pruning", "pruned run", PruningResult, SCHEMA, "mode prune RUN", render_pruned)
+"""The folder of pruned runs in a folder of results, and the report beside it."""

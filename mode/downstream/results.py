@@ -1,4 +1,4 @@
-"""Results of downstream tasks, and the sheet that follows from them.
+"""Results of downstream tasks, and the report that follows from them.
 
 A result is a JSON in `downstream/` of a folder of results: what was asked (run, task, version, prompt), what happened
 and under what conditions. `downstream.md` and `downstream.csv` follow from them alone.
@@ -129,5 +129,5 @@ def render_results(results: Sequence[Result]) -> dict[str, str]:
     return {"md": "\n\n".join(parts), "csv": str(csv)}
 
 
-SHEET = Collection("downstream", "result", Result, SCHEMA, "mode eval --downstream", render_results)
-"""The folder of results of downstream tasks in a folder of results, and their sheet beside it."""
+COLLECTION = Collection("downstream", "result", Result, SCHEMA, "mode eval --downstream", render_results)
+"""The folder of results of downstream tasks in a folder of results, and the report beside it."""

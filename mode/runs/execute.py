@@ -26,7 +26,7 @@ from mode.runs.tracking import NoTracker, Tracker, make_tracker
 if TYPE_CHECKING:
     from pathlib import Path
     from torch import nn
-    from mode.evaluation.next_token import Score
+    from mode.records.score import Score
     from mode.train.loop import Trained
 
 def execute(
@@ -175,7 +175,7 @@ def summarise_training(prepared: Prepared, trained: Trained, scores: Mapping[str
         "tokens_per_second": round(trained.tokens / trained.seconds, 1) if trained.seconds else None,
         "lr": run.lr if trained.steps else None,
         "split": run.evaluate.split,
-        "scores": {name: asdict(value) for name, value in scores.items()},
+        "scores": {name: value.to_plain() for name, value in scores.items()},
         "contamination": measure_contamination(prepared.packed, run.evaluate.split, known),
         "curve": list(trained.curve),
         **({} if own_rows is None else {"own_rows": own_rows}),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
-    from mode.evaluation.next_token import Score
+    from mode.records.score import Score
     from mode.train.objective import AnchorTerm
     from mode.runs.tracking import Tracker
     from mode.train.loop import TrainJob, Trained
