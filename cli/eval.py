@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import ConfOption, Overrides, complete, reporting_errors
+from cli.options import ConfOption, Overrides, complete, complete_metric, reporting_errors
 
 if TYPE_CHECKING:
     from mode.config.run import Run
     from mode.downstream.results import Result
+    from mode.records.metrics import Metric
     from mode.records.record import Record
 
 
@@ -62,7 +63,7 @@ def describe_result(result: Result) -> str:
 def evaluate(
     overrides: Overrides = None,
     retention: Annotated[
-        bool, typer.Option("--retention", help="Show target and retention accuracy of every finished run.")
+        bool, typer.Option("--retention", help="Show target and retention of every finished run.")
     ] = False,
     downstream: Annotated[
         bool, typer.Option("--downstream", help="Score the run on downstream tasks: HumanEval, GSM8K, HellaSwag.")
@@ -73,6 +74,9 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="With --downstream: questions of each task.")] = None,
     again: Annotated[bool, typer.Option("--again", help="With --downstream: score anew what has a result.")] = False,
+    metric: Annotated[
+        str, typer.Option("--metric", help="With --retention: the metric.", autocompletion=complete_metric)
+    ] = "accuracy",
     conf: ConfOption = None,
 ) -> None:
     """Score runs on every domain against the bare backbone.
@@ -87,11 +91,15 @@ def evaluate(
         from mode.config.check import replace_settings
         from mode.config.compose import compose
         from mode.core.errors import ConfigError
+        from mode.records.metrics import ACCURACY, find_metrics
 
         if downstream and retention:
             raise ConfigError("--downstream and --retention are two commands: give one of them")
         if not downstream and (task or limit is not None or again):
             raise ConfigError("--task, --limit and --again go with --downstream")
+        (chosen,) = find_metrics([metric])
+        if chosen is not ACCURACY and not retention:
+            raise ConfigError("--metric goes with --retention; without it every metric is printed")
         given = list(overrides or [])
         run = compose(given, conf)
         if downstream:
@@ -105,7 +113,7 @@ def evaluate(
 
         bare = compose([*given, "method=backbone"], conf)
         zero = execute(replace_settings(bare, track=replace_settings(bare.track, mode="none")))
-        print_retention(read_records(Path(run.paths.results).expanduser()), zero)
+        print_retention(read_records(Path(run.paths.results).expanduser()), zero, chosen)
 
 
 def rescore(run: Run) -> None:
@@ -132,20 +140,29 @@ def rescore(run: Run) -> None:
     print("accuracies equal the record's" if same else "accuracies differ from the record's")
 
 
-def print_retention(records: Sequence[Record], zero: Record) -> None:
-    """Print target and retention accuracy of every record under the conditions of the bare backbone's."""
+def print_retention(records: Sequence[Record], zero: Record, metric: Metric) -> None:
+    """Print a metric of every record under the conditions of the bare backbone's, by domain, and its retention.
+
+    Args:
+        records: All records.
+        zero: The bare backbone's record.
+        metric: The metric.
+    """
+    from mode.tables.columns import RETENTION, TARGET, Column
     from mode.tables.compile import compute_qualities
 
     same = [record for record in records if record.id != zero.id and comparable(record, zero)]
     apart = distinctions([zero, *same])
-    names = list(zero.outcome.scores)
-    print(f"{'run':<44}" + "".join(f"{name:>10}" for name in names) + f"{'target':>10}{'retention':>11}")
+    parts = [*zero.outcome.scores, TARGET, RETENTION]
+    widths = [max(10, len(part) + 2) for part in parts]
+    print(f"{'run':<44}" + "".join(f"{part:>{width}}" for part, width in zip(parts, widths, strict=True)))
     for record in [zero, *same]:
-        values = compute_qualities(record, zero)
-        label = record.filename.removesuffix(".json")
-        cells = "".join(f"{values[name]:>10.2f}" for name in names)
-        kept = f"{values['retention']:>+11.2f}" if "retention" in values else f"{'–':>11}"
-        print(f"{label:<44}{cells}{values['target']:>10.2f}{kept}  {apart[record.id]}".rstrip())
+        values = compute_qualities(record, zero, [metric])
+        cells = ""
+        for part, width in zip(parts, widths, strict=True):
+            value, sign = values.get(Column(part, metric).name), "+" if part == RETENTION else ""
+            cells += f"{'–':>{width}}" if value is None else f"{value:>{sign}{width}.{metric.decimals}f}"
+        print(f"{record.filename.removesuffix('.json'):<44}{cells}  {apart[record.id]}".rstrip())
     hidden = len(records) - len(same) - 1
     if hidden:
         print(f"{hidden} records on other data, domains or context lengths, or another backbone, are not shown")

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import ConfOption, Overrides, complete, reporting_errors
+from cli.options import ConfOption, Overrides, complete, complete_metric, reporting_errors
 
 Rendered = tuple[str, list[str]]
 """A table and the overrides that it was rendered under."""
@@ -84,13 +84,6 @@ def find_metric_names(names: Sequence[str]) -> list[str]:
     from mode.records.metrics import find_metrics
 
     return list(dict.fromkeys(metric.name for metric in find_metrics(names)))
-
-
-def complete_metric(incomplete: str) -> list[str]:
-    """Complete the name of a metric."""
-    from mode.records.metrics import METRICS
-
-    return [name for name in METRICS if name.startswith(incomplete)]
 
 
 def refuse_both(flags: Mapping[str, bool]) -> None:

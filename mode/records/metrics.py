@@ -39,7 +39,7 @@ class Metric:
     Attributes:
         name: Name on the command line and in a table's YAML.
         heading: Name in headings.
-        definition: What the number is, as the beginning of a sentence.
+        definition: What the number is, within a sentence.
         value: Returns the value of every token.
         sums: Name in a record of the value's sum over every document. Metrics with the same value share it.
         unit: Unit of the number shown; empty where the heading says it.
@@ -84,7 +84,7 @@ class Metric:
 ACCURACY = Metric(
     name="accuracy",
     heading="Accuracy",
-    definition="Next-token top-1 accuracy in per cent",
+    definition="next-token top-1 accuracy in per cent",
     value=lambda tokens: tokens.hit,
     sums="document_hits",
     unit="%",
@@ -100,7 +100,7 @@ METRICS = {
         Metric(
             name="top-5-accuracy",
             heading="Top-5 accuracy",
-            definition="Next-token top-5 accuracy in per cent (fewer than five tokens are likelier than the right one)",
+            definition="next-token top-5 accuracy in per cent (fewer than five tokens are likelier than the right one)",
             value=lambda tokens: tokens.rank < 5,
             sums="document_top_5_hits",
             unit="%",
@@ -110,7 +110,7 @@ METRICS = {
         Metric(
             name="loss",
             heading="Loss",
-            definition="Negative log-likelihood in nats per token (lower is better)",
+            definition="negative log-likelihood in nats per token (lower is better)",
             value=lambda tokens: tokens.nll,
             sums="document_nll",
             unit="nats per token",
@@ -119,7 +119,7 @@ METRICS = {
         Metric(
             name="bits-per-byte",
             heading="Bits per byte",
-            definition="Negative log-likelihood in bits per UTF-8 byte of the text (lower is better)",
+            definition="negative log-likelihood in bits per UTF-8 byte of the text (lower is better)",
             value=lambda tokens: tokens.nll,
             sums="document_nll",
             per="byte",

@@ -106,7 +106,7 @@ def test_accuracy_and_loss_equal_a_computation_by_hand(lengths: tuple[int, ...])
 
 
 def test_top_5_accuracy_counts_the_tokens_with_fewer_than_five_likelier_ones() -> None:
-    model, split = Tiny(), packed(9, 30, 4)
+    model, split = Tiny().eval(), packed(9, 30, 4)
     score = run(model, split)
     stream, right = torch.from_numpy(split.tokens.astype(np.int64)), []
     for start in range(0, len(stream) - 1, LENGTH):
