@@ -45,17 +45,17 @@ def print_progress(name: str, number: int, total: int) -> None:
 
 def describe_result(result: Result) -> str:
     """Phrase a result in one line."""
-    asked, happened = result.asked, result.happened
+    asked, outcome = result.request, result.outcome
     parts = [
-        f"{asked['task']} v{asked['version']}",
-        f"{asked['metric']} {result.score}",
-        f"{happened['n']} of {happened['of']} questions",
-        f"{asked['num_fewshot']} shots",
+        f"{asked.task} v{asked.version}",
+        f"{asked.metric} {result.score}",
+        f"{outcome.n} of {outcome.of} questions",
+        f"{asked.num_fewshot} shots",
         f"unparsed {result.unparsed}",
-        *(f"{count} {outcome}" for outcome, count in happened["outcomes"].items() if outcome != "unparsed"),
-        *([f"{happened['truncated']} prompts cut"] if happened["truncated"] else []),
-        f"{happened['seconds']:.0f} s",
-        f"prompt {asked['prompt_sha256']}",
+        *(f"{count} {kind}" for kind, count in outcome.outcomes.items() if kind != "unparsed"),
+        *([f"{outcome.truncated} prompts cut"] if outcome.truncated else []),
+        f"{outcome.seconds:.0f} s",
+        f"prompt {asked.prompt_sha256}",
     ]
     return "  ".join(parts)
 

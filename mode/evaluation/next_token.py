@@ -106,9 +106,9 @@ def summarise(tokens: TokenValues, split: PackedSplit) -> Score:
     )
 
 
-def flatten_scores(scores: Mapping[str, Score]) -> dict[str, float]:
-    """Flatten validation scores into a point of the training curve."""
-    return {f"validation/{name}/{key}": value for name, score in scores.items() for key, value in score.values.items()}
+def flatten_scores(scores: Mapping[str, Score], split: str = "validation") -> dict[str, float]:
+    """Flatten the scores of a split, as points of the training curve and trackers have them."""
+    return {f"{split}/{name}/{key}": value for name, score in scores.items() for key, value in score.values.items()}
 
 
 def check_finite(scores: Mapping[str, Score]) -> None:

@@ -7,10 +7,11 @@ content that they were written with.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 from mode.config.method import Anchor
+from mode.records.measurement import pick_fields
 from mode.records.score import Score
 
 
@@ -235,27 +236,19 @@ def read_outcome(happened: Mapping[str, Any]) -> Outcome:
     """Read what happened in an upgraded record's run."""
     forecast = happened["forecast"]
     read = {
-        "forecast": None if forecast is None else pick(Forecast, forecast),
-        "parameters": pick(Parameters, happened["parameters"]),
+        "forecast": None if forecast is None else pick_fields(Forecast, forecast),
+        "parameters": pick_fields(Parameters, happened["parameters"]),
         "scores": {name: Score.from_plain(score) for name, score in happened["scores"].items()},
         "curve": tuple(
             Point(point["step"], {name: value for name, value in point.items() if name != "step"})
             for point in happened["curve"]
         ),
-        "gates": {name: pick(Gates, gates) for name, gates in happened["gates"].items()},
+        "gates": {name: pick_fields(Gates, gates) for name, gates in happened["gates"].items()},
         "branches": tuple(happened["branches"]),
     }
-    return pick(Outcome, {**happened, **read})
+    return pick_fields(Outcome, {**happened, **read})
 
 
 def read_provenance(provenance: Mapping[str, Any]) -> Provenance:
     """Read the provenance of an upgraded record."""
-    return pick(Provenance, {**provenance, "needs": tuple(provenance["needs"])})
-
-
-Part = TypeVar("Part")
-
-
-def pick(kind: type[Part], plain: Mapping[str, Any]) -> Part:
-    """Make a dataclass of those entries of a mapping that are its fields."""
-    return kind(**{item.name: plain[item.name] for item in fields(kind)})  # type: ignore[arg-type]
+    return pick_fields(Provenance, {**provenance, "needs": tuple(provenance["needs"])})

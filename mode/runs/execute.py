@@ -104,6 +104,7 @@ def start_over(folder: Path) -> None:
 def train_and_record(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again: bool) -> Record:
     """Train, evaluate and record one run whose needs are met."""
     from mode.core.device import describe_device, read_peak_memory, set_up
+    from mode.evaluation.next_token import flatten_scores
     from mode.runs.forecast import count_flops, forecast
     from mode.train.precision import choose_precision
     from mode.ops.quantize import quantize_frozen
@@ -137,7 +138,7 @@ def train_and_record(prepared: Prepared, needs: list[Prepared], observe: Observe
         if type(error).__name__ == "OutOfMemoryError":
             raise ConfigError("out of memory: raise train.accumulate, or lower train.batch_size") from error
         raise
-    tracker.finish({f"{run.evaluate.split}/{name}/accuracy": value.accuracy for name, value in scores.items()})
+    tracker.finish(flatten_scores(scores, run.evaluate.split))
     happened = summarise_training(prepared, trained, scores, fingerprint_self_sampled(prepared, device)) | {
         "flops": trained.tokens * taken,
         "forecast": None if expected is None else asdict(expected),

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from mode.records.metrics import ACCURACY
+from mode.records.metrics import ACCURACY, METRICS
 from mode.records.score import Score
 from mode.tables.compile import RowResult
 from mode.tables.statistics import (
@@ -132,3 +132,13 @@ def test_a_difference_holds_if_neither_documents_nor_seeds_explain_it(
     gap = line(ours, spread).minus(line([0.0] * len(ours)), "code")
     assert gap is not None
     assert gap.holds is holds
+
+
+def test_a_metric_per_byte_is_resampled_in_its_own_unit() -> None:
+    tokens, nats = (10, 30), (20.0, 90.0)
+    score = Score({}, None, 40, 80, tokens, {"document_nll": nats})
+    bits, loss = (resample({"code": score}, METRICS[name])["code"] for name in ("bits-per-byte", "loss"))
+    assert loss.min() == pytest.approx(2.0)  # the first document alone
+    assert loss.max() == pytest.approx(3.0)
+    assert bits == pytest.approx(loss / math.log(2) * 40 / 80)
+    assert resample({"code": score}, ACCURACY) == {}
