@@ -133,7 +133,7 @@ def prune(
         ratios: Shares of a layer's experts that go, from 0 to 1.
         orders: Orders in which they go.
         results: Folder of results.
-        done: Told every case that is scored.
+        done: Called with every case that is scored.
         extra: A folder of the user's own configuration.
 
     Raises:

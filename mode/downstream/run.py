@@ -230,7 +230,7 @@ def score_tasks(
         planned: The tasks.
         limit: Questions of each task to ask at most, the first ones.
         again: Score anew although there is a result.
-        done: Told the task, the number of the question that is done, and of how many.
+        done: Called with the task, the number of the question that is done, and of how many.
 
     Yields:
         Every result, and whether it was there before.

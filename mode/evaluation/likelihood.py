@@ -58,7 +58,7 @@ def compute_log_likelihoods(
         texts: The texts, each of two tokens or more.
         row: Tokens of a row, unless a text is longer.
         batch_size: Rows per forward pass, at most.
-        done: Told after every forward pass how many texts are scored.
+        done: Called after every forward pass with the number of texts that are scored.
 
     Returns:
         One for each text, in their order.

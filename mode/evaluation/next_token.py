@@ -50,7 +50,7 @@ def evaluate(
     rank = np.zeros(num_scored, np.int64)
     tokens = choose_rows_per_pass(device, batch_size, sequence_length) * sequence_length
     starts = range(0, num_scored, tokens)
-    shared = len(starts) >= processes.world_size()  # then every process has some, and its probe something to tell
+    shared = len(starts) >= processes.world_size()  # then every process has rows, and its probe sees some
     for start in starts[processes.rank() :: processes.world_size()] if shared else starts:
         stop = min(num_scored, start + tokens)
         stream = torch.from_numpy(np.asarray(split.tokens[start : stop + 1], np.int64)).to(device)
