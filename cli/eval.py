@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import ConfOption, Overrides, complete, complete_metric, reporting_errors
+from cli.options import ConfOption, MetricOption, Overrides, complete, reporting_errors
 
 if TYPE_CHECKING:
     from mode.config.run import Run
@@ -74,9 +74,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="With --downstream: questions of each task.")] = None,
     again: Annotated[bool, typer.Option("--again", help="With --downstream: score anew what has a result.")] = False,
-    metric: Annotated[
-        str, typer.Option("--metric", help="With --retention: the metric.", autocompletion=complete_metric)
-    ] = "accuracy",
+    metric: MetricOption = None,
     conf: ConfOption = None,
 ) -> None:
     """Score runs on every domain against the bare backbone.
@@ -88,32 +86,40 @@ def evaluate(
     Examples: mode eval --retention; mode eval method=sft; mode eval --downstream --task gsm8k-100 method=sft
     """
     with reporting_errors():
-        from mode.config.check import replace_settings
         from mode.config.compose import compose
         from mode.core.errors import ConfigError
-        from mode.records.metrics import ACCURACY, find_metrics
 
         if downstream and retention:
             raise ConfigError("--downstream and --retention are two commands: give one of them")
         if not downstream and (task or limit is not None or again):
             raise ConfigError("--task, --limit and --again go with --downstream")
-        (chosen,) = find_metrics([metric])
-        if chosen is not ACCURACY and not retention:
+        if metric and not retention:
             raise ConfigError("--metric goes with --retention; without it every metric is printed")
         given = list(overrides or [])
         run = compose(given, conf)
         if downstream:
             score_downstream(run, task or [], limit, conf, again=again)
             return
-        if not retention:
-            rescore(run)
+        if retention:
+            show_retention(given, conf, metric or ["accuracy"])
             return
-        from mode.records.record import read_records
-        from mode.runs.execute import execute
+        rescore(run)
 
-        bare = compose([*given, "method=backbone"], conf)
-        zero = execute(replace_settings(bare, track=replace_settings(bare.track, mode="none")))
-        print_retention(read_records(Path(run.paths.results).expanduser()), zero, chosen)
+
+def show_retention(overrides: Sequence[str], conf: Path | None, names: Sequence[str]) -> None:
+    """Print metrics of every finished run, after scoring the bare backbone where it has no record."""
+    from mode.config.check import replace_settings
+    from mode.config.compose import compose
+    from mode.records.metrics import find_metrics
+    from mode.records.record import read_records
+    from mode.runs.execute import execute
+
+    metrics = find_metrics(names)
+    bare = compose([*overrides, "method=backbone"], conf)
+    zero = execute(replace_settings(bare, track=replace_settings(bare.track, mode="none")))
+    records = read_records(Path(bare.paths.results).expanduser())
+    for metric in metrics:
+        print_retention(records, zero, metric)
 
 
 def rescore(run: Run) -> None:

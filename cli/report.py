@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import ConfOption, Overrides, complete, complete_metric, reporting_errors
+from cli.options import ConfOption, MetricOption, Overrides, complete, reporting_errors
 
 Rendered = tuple[str, list[str]]
 """A table and the overrides that it was rendered under."""
@@ -31,10 +31,7 @@ def report(
     html: Annotated[
         bool, typer.Option("--html", help="Write tables, figures and every run as one page, report.html.")
     ] = False,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option("--metric", help="Metric that tables show; repeat it.", autocompletion=complete_metric),
-    ] = None,
+    metric: MetricOption = None,
     conf: ConfOption = None,
 ) -> None:
     """Render tables and figures from records; alone, all that there are records for.
@@ -48,9 +45,7 @@ def report(
 
         if table is not None and "=" in table:
             overrides, table = [table, *(overrides or [])], None
-        metrics = find_metric_names(metric or [])
-        if metrics and check:
-            raise ConfigError("--metric: published tables have the metrics of their YAML; not with --check")
+        metrics = find_metric_names(metric or [], check=check)
         refuse_both({"--check": check, "--wandb": wandb, "--html": html})
         given = list(overrides or [])
         names = [*list_members("table", conf), *COLLECTIONS]
@@ -75,14 +70,17 @@ def report(
             publish_tables(rendered, chosen, given, conf, metrics)
 
 
-def find_metric_names(names: Sequence[str]) -> list[str]:
+def find_metric_names(names: Sequence[str], *, check: bool) -> list[str]:
     """Return the names of metrics, each once.
 
     Raises:
-        ConfigError: There is no metric of a name.
+        ConfigError: There is no metric of a name, or published tables are checked, which have their own.
     """
+    from mode.core.errors import ConfigError
     from mode.records.metrics import find_metrics
 
+    if names and check:
+        raise ConfigError("--metric: published tables have the metrics of their YAML; not with --check")
     return list(dict.fromkeys(metric.name for metric in find_metrics(names)))
 
 

@@ -84,7 +84,7 @@ class Difference:
         )
 
 
-def compute_routing(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
+def read_routing(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
     """Return, by domain, how many branches tokens had and how even their weights were; empty if unknown."""
     found = [record.outcome.gates for record in records]
     if not records or not all(each.active is not None for gates in found for each in gates.values()):
@@ -260,7 +260,7 @@ def compute_row(
         documents=count_effective_documents(records[0]) if records else {},
         cost={"n": len(records), **(compute_row_cost(records[0], costs) if records else {})},
         gates=average_gates(records),
-        routing=compute_routing(records),
+        routing=read_routing(records),
         branches=records[0].outcome.branches if records else (),
         astray=any(differs_from_forecast(stage) for stages in costs for stage in stages),
         runs={record.seed: record.id for record in records},
