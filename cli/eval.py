@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import ConfOption, Overrides, complete, reporting_errors
+from cli.options import ConfOption, MetricOption, Overrides, complete, reporting_errors
 
 if TYPE_CHECKING:
     from mode.config.run import Run
     from mode.downstream.results import Result
+    from mode.records.metrics import Metric
     from mode.records.record import Record
 
 
@@ -29,12 +30,12 @@ def score_downstream(run: Run, names: Sequence[str], limit: int | None, conf: Pa
     if record is None:
         raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
     print(f"run {prepared.id}: {record.filename.removesuffix('.json')}", file=sys.stderr)
-    for result, existed in score_tasks(prepared, record, planned, limit=limit, again=again, done=tell_progress):
+    for result, existed in score_tasks(prepared, record, planned, limit=limit, again=again, done=print_progress):
         print(describe_result(result) + ("  (exists; --again scores it anew)" if existed else ""))
     print("`mode report downstream` renders all", file=sys.stderr)
 
 
-def tell_progress(name: str, number: int, total: int) -> None:
+def print_progress(name: str, number: int, total: int) -> None:
     """Say how far a task is: in place on a terminal, else ten times in all."""
     if sys.stderr.isatty():
         print(f"\r{name}: {number} of {total}", end="\n" if number == total else "", file=sys.stderr, flush=True)
@@ -44,17 +45,17 @@ def tell_progress(name: str, number: int, total: int) -> None:
 
 def describe_result(result: Result) -> str:
     """Phrase a result in one line."""
-    asked, happened = result.asked, result.happened
+    asked, outcome = result.request, result.outcome
     parts = [
-        f"{asked['task']} v{asked['version']}",
-        f"{asked['metric']} {result.score}",
-        f"{happened['n']} of {happened['of']} questions",
-        f"{asked['num_fewshot']} shots",
+        f"{asked.task} v{asked.version}",
+        f"{asked.metric} {result.score}",
+        f"{outcome.n} of {outcome.of} questions",
+        f"{asked.num_fewshot} shots",
         f"unparsed {result.unparsed}",
-        *(f"{count} {outcome}" for outcome, count in happened["outcomes"].items() if outcome != "unparsed"),
-        *([f"{happened['truncated']} prompts cut"] if happened["truncated"] else []),
-        f"{happened['seconds']:.0f} s",
-        f"prompt {asked['prompt_sha256']}",
+        *(f"{count} {kind}" for kind, count in outcome.outcomes.items() if kind != "unparsed"),
+        *([f"{outcome.truncated} prompts cut"] if outcome.truncated else []),
+        f"{outcome.seconds:.0f} s",
+        f"prompt {asked.prompt_sha256}",
     ]
     return "  ".join(parts)
 
@@ -62,7 +63,7 @@ def describe_result(result: Result) -> str:
 def evaluate(
     overrides: Overrides = None,
     retention: Annotated[
-        bool, typer.Option("--retention", help="Show target and retention accuracy of every finished run.")
+        bool, typer.Option("--retention", help="Show target and retention of every finished run.")
     ] = False,
     downstream: Annotated[
         bool, typer.Option("--downstream", help="Score the run on downstream tasks: HumanEval, GSM8K, HellaSwag.")
@@ -73,6 +74,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="With --downstream: questions of each task.")] = None,
     again: Annotated[bool, typer.Option("--again", help="With --downstream: score anew what has a result.")] = False,
+    metric: MetricOption = None,
     conf: ConfOption = None,
 ) -> None:
     """Score runs on every domain against the bare backbone.
@@ -84,7 +86,6 @@ def evaluate(
     Examples: mode eval --retention; mode eval method=sft; mode eval --downstream --task gsm8k-100 method=sft
     """
     with reporting_errors():
-        from mode.config.check import replace_settings
         from mode.config.compose import compose
         from mode.core.errors import ConfigError
 
@@ -92,26 +93,37 @@ def evaluate(
             raise ConfigError("--downstream and --retention are two commands: give one of them")
         if not downstream and (task or limit is not None or again):
             raise ConfigError("--task, --limit and --again go with --downstream")
+        if metric and not retention:
+            raise ConfigError("--metric goes with --retention; without it every metric is printed")
         given = list(overrides or [])
         run = compose(given, conf)
         if downstream:
             score_downstream(run, task or [], limit, conf, again=again)
             return
-        if not retention:
-            rescore(run)
+        if retention:
+            show_retention(given, conf, metric or ["accuracy"])
             return
-        from mode.records.record import read_records
-        from mode.runs.execute import execute
+        rescore(run)
 
-        bare = compose([*given, "method=backbone"], conf)
-        zero = execute(replace_settings(bare, track=replace_settings(bare.track, mode="none")))
-        print_retention(read_records(Path(run.paths.results).expanduser()), zero)
+
+def show_retention(overrides: Sequence[str], conf: Path | None, names: Sequence[str]) -> None:
+    """Print metrics of every finished run, after scoring the bare backbone where it has no record."""
+    from mode.config.check import replace_settings
+    from mode.config.compose import compose
+    from mode.records.metrics import find_metrics
+    from mode.records.record import read_records
+    from mode.runs.execute import execute
+
+    metrics = find_metrics(names)
+    bare = compose([*overrides, "method=backbone"], conf)
+    zero = execute(replace_settings(bare, track=replace_settings(bare.track, mode="none")))
+    records = read_records(Path(bare.paths.results).expanduser())
+    for metric in metrics:
+        print_retention(records, zero, metric)
 
 
 def rescore(run: Run) -> None:
     """Score a finished run from its weights and compare with its record."""
-    from dataclasses import asdict
-
     from cli.train import print_scores
     from mode.core.device import set_up
     from mode.core.errors import ConfigError
@@ -127,57 +139,64 @@ def rescore(run: Run) -> None:
     device, model = set_up(run.train.threads, run.train.device), restore(prepared)
     quantize_frozen(model, run.train.memory.frozen_weights)
     model = model.to(device)
-    scores = {name: asdict(value) for name, value in score_domains(prepared, model, run.evaluate.split).items()}
+    scores = score_domains(prepared, model, run.evaluate.split)
     print(f"run {prepared.id}, scored from its weights")
-    print_scores(type(record)(**{**vars(record), "happened": {**record.happened, "scores": scores}}))
-    same = all(
-        scores[name]["accuracy"] == record.happened["scores"][name]["accuracy"] for name in record.happened["scores"]
-    )
+    print_scores(scores, record.request.targets)
+    same = all(scores[name].accuracy == score.accuracy for name, score in record.outcome.scores.items())
     print("accuracies equal the record's" if same else "accuracies differ from the record's")
 
 
-def print_retention(records: Sequence[Record], zero: Record) -> None:
-    """Print target and retention accuracy of every record under the conditions of the bare backbone's."""
+def print_retention(records: Sequence[Record], zero: Record, metric: Metric) -> None:
+    """Print a metric of every record under the conditions of the bare backbone's, by domain, and its retention.
+
+    Args:
+        records: All records.
+        zero: The bare backbone's record.
+        metric: The metric.
+    """
+    from mode.tables.columns import RETENTION, TARGET, Column
     from mode.tables.compile import compute_qualities
 
     same = [record for record in records if record.id != zero.id and comparable(record, zero)]
     apart = distinctions([zero, *same])
-    names = list(zero.happened["scores"])
-    print(f"{'run':<44}" + "".join(f"{name:>10}" for name in names) + f"{'target':>10}{'retention':>11}")
+    parts = [*zero.outcome.scores, TARGET, RETENTION]
+    widths = [max(10, len(part) + 2) for part in parts]
+    print(f"{'run':<44}" + "".join(f"{part:>{width}}" for part, width in zip(parts, widths, strict=True)))
     for record in [zero, *same]:
-        values = compute_qualities(record, zero)
-        label = record.filename.removesuffix(".json")
-        cells = "".join(f"{values[name]:>10.2f}" for name in names)
-        kept = f"{values['retention']:>+11.2f}" if "retention" in values else f"{'–':>11}"
-        print(f"{label:<44}{cells}{values['target']:>10.2f}{kept}  {apart[record.id]}".rstrip())
+        values = compute_qualities(record, zero, [metric])
+        cells = ""
+        for part, width in zip(parts, widths, strict=True):
+            value, sign = values.get(Column(part, metric).name), "+" if part == RETENTION else ""
+            cells += f"{'–':>{width}}" if value is None else f"{value:>{sign}{width}.{metric.decimals}f}"
+        print(f"{record.filename.removesuffix('.json'):<44}{cells}  {apart[record.id]}".rstrip())
     hidden = len(records) - len(same) - 1
     if hidden:
         print(f"{hidden} records on other data, domains or context lengths, or another backbone, are not shown")
 
 
 def distinctions(records: Sequence[Record]) -> dict[str, str]:
-    """Say, by run id, which settings tell a record apart from the others of its method and targets."""
+    """Return, by run id, the settings that distinguish a record from the others of its method and targets."""
     from mode.config.check import flatten
 
     groups: dict[str, list[Record]] = {}
     for record in records:
-        groups.setdefault(f"{record.asked['method']['_target_']} {record.asked['targets']}", []).append(record)
-    told: dict[str, str] = {}
+        groups.setdefault(f"{record.request.method} {record.request.targets}", []).append(record)
+    found: dict[str, str] = {}
     for members in groups.values():
         flat = {record.id: flatten(record.asked) for record in members}
         keys = dict.fromkeys(key for settings in flat.values() for key in settings)
         differing = [key for key in keys if len({str(settings.get(key)) for settings in flat.values()}) > 1]
         for run_id, settings in flat.items():
             shown = [key for key in differing if key in settings and key != "seed"]
-            told[run_id] = " ".join(f"{key.rpartition('.')[2]}={settings[key]}" for key in shown)
-    return told
+            found[run_id] = " ".join(f"{key.rpartition('.')[2]}={settings[key]}" for key in shown)
+    return found
 
 
 def comparable(record: Record, zero: Record) -> bool:
     """Say whether two records score the same tokens, with the same context, data, backbone and precision."""
     return (
         record.conditions == zero.conditions
-        and list(record.happened["scores"]) == list(zero.happened["scores"])
-        and record.happened["split"] == zero.happened["split"]
-        and record.asked["train"]["sequence_length"] == zero.asked["train"]["sequence_length"]
+        and list(record.outcome.scores) == list(zero.outcome.scores)
+        and record.outcome.split == zero.outcome.split
+        and record.request.sequence_length == zero.request.sequence_length
     )

@@ -29,7 +29,8 @@ from mode.gating.meter import GateMeter, find_gates, watch_gates
 from mode.ops.quantize import quantize_frozen
 from mode.records import command
 from mode.records.collection import Collection
-from mode.records.measurement import Measurement
+from mode.records.measurement import Measurement, pick_fields
+from mode.records.metrics import ACCURACY
 from mode.records.provenance import describe_environment
 from mode.runs.execute import build, restore
 from mode.runs.fit import score_domains
@@ -70,6 +71,15 @@ INTRODUCTION = (
 
 
 @dataclass(frozen=True)
+class Case:
+    """What is left without some experts: their order and share, and the accuracy by domain."""
+
+    order: str
+    ratio: float
+    accuracy: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class PruningResult(Measurement):
     """What is left of a run without some of its experts.
 
@@ -80,7 +90,32 @@ class PruningResult(Measurement):
     @property
     def filename(self) -> str:
         """Name of its file."""
-        return f"{self.asked['run_name']}-{self.id}.json"
+        return f"{self.run_name}-{self.id}.json"
+
+    @property
+    def run(self) -> str:
+        """Id of the run."""
+        return str(self.asked["run"])
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run, for people."""
+        return str(self.asked["run_name"])
+
+    @property
+    def method(self) -> str:
+        """Name of the run's method."""
+        return str(self.asked["method"])
+
+    @property
+    def variant(self) -> str:
+        """What of the method is not as configured; empty in results of earlier versions."""
+        return str(self.asked.get("variant", ""))
+
+    @property
+    def cases(self) -> list[Case]:
+        """The cases, the whole model first."""
+        return [pick_fields(Case, case) for case in self.happened["cases"]]
 
 
 def prune(
@@ -98,7 +133,7 @@ def prune(
         ratios: Shares of a layer's experts that go, from 0 to 1.
         orders: Orders in which they go.
         results: Folder of results.
-        done: Told every case that is scored.
+        done: Called with every case that is scored.
         extra: A folder of the user's own configuration.
 
     Raises:
@@ -108,7 +143,7 @@ def prune(
     record = find_finished(prepared)
     if record is None:
         raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
-    folder = results / SHEET.name
+    folder = results / COLLECTION.name
     folder.mkdir(parents=True, exist_ok=True)  # now, so that a place where nothing can be written costs no time
     device = set_up(run.train.threads, run.train.device)
     seen = {"data": prepared.fingerprints, "backbone": prepared.backbone}
@@ -255,15 +290,15 @@ def make_frame(found: Sequence[PruningResult]) -> pd.DataFrame:
     """Return measurements as a table of texts: a row for every run, order and share."""
     rows = [
         {
-            "Method": each.asked["method"],
-            "Variant": each.asked.get("variant") or "–",
-            "Run": f"{each.asked['run_name']}-{each.asked['run']}",
-            "Order": one["order"] or "–",
-            "Pruned": f"{100 * one['ratio']:.0f} %",
-            **{name.capitalize(): f"{100 * value:.2f}" for name, value in one["accuracy"].items()},
+            "Method": each.method,
+            "Variant": each.variant or "–",
+            "Run": f"{each.run_name}-{each.run}",
+            "Order": one.order or "–",
+            "Pruned": f"{100 * one.ratio:.0f} %",
+            **{name.capitalize(): ACCURACY.format(value) for name, value in one.accuracy.items()},
         }
         for each in sorted(found, key=lambda each: each.filename)
-        for one in each.happened["cases"]
+        for one in each.cases
     ]
     return pd.DataFrame(rows).fillna("–")
 
@@ -275,5 +310,5 @@ def render_pruned(found: Sequence[PruningResult]) -> dict[str, str]:
     return {"md": f"# Pruning\n\n{INTRODUCTION}\n\n{markdown}\n", "csv": str(table.to_csv(index=False))}
 
 
-SHEET = Collection("pruning", "pruned run", PruningResult, SCHEMA, "mode prune RUN", render_pruned)
-"""The folder of pruned runs in a folder of results, and their sheet beside it."""
+COLLECTION = Collection("pruning", "pruned run", PruningResult, SCHEMA, "mode prune RUN", render_pruned)
+"""The folder of pruned runs in a folder of results, and the report beside it."""

@@ -68,7 +68,7 @@ def draw_figures(benchmarks: Sequence[Benchmark], folder: Path) -> None:
             FIGURES[each.asked["suite"]](each.happened["cases"], path)
 
 
-SHEET = Collection("bench", "benchmark", Benchmark, SCHEMA, "mode bench branches", render_benchmarks, draw_figures)
+COLLECTION = Collection("bench", "benchmark", Benchmark, SCHEMA, "mode bench branches", render_benchmarks, draw_figures)
 """The folder of benchmarks in a folder of results, and their table beside it."""
 
 

@@ -16,7 +16,7 @@ import torch
 
 from mode.backbone.load import fingerprint_weights
 from mode.backbone.shape import read_shape
-from mode.bench.records import SCHEMA, SHEET, Benchmark
+from mode.bench.records import COLLECTION, SCHEMA, Benchmark
 from mode.bench.suites.data import batches
 from mode.bench.suites.evaluation import evaluation
 from mode.bench.suites.inference import edge, generation
@@ -102,7 +102,7 @@ def run_suite(
         key, value = setting.split("=")
         if format_value(attrgetter(key)(run.train)) == value:
             raise ConfigError(f"train.{setting} is of no suite's asking: {why}")
-    results = Path(run.paths.results).expanduser() / SHEET.name
+    results = Path(run.paths.results).expanduser() / COLLECTION.name
     results.mkdir(parents=True, exist_ok=True)  # now, so that a place where nothing can be written costs no time
     device = set_up(run.train.threads, run.train.device)
     precision = resolve_precision(run.train.precision, device, read_shape(run.backbone).hidden)

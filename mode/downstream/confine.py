@@ -10,7 +10,7 @@ program in its own process:
 - Resource limits bound processor time, memory, the size of a file and the number of open ones.
 
 None of this needs privileges, and none can be undone. Metadata of files elsewhere (that they exist, their size) can
-still be read. The verdict goes through a pipe, after a word that the program was not told. That protects against
+still be read. The verdict goes through a pipe, after a word that the program does not know. That protects against
 programs that end early or print; a program that sets out to look for the word in its own process could find it, as it
 could return an object that equals everything. What is protected is the machine.
 """

@@ -186,11 +186,11 @@ def make_reader(model: PreTrainedModel, folder: Path) -> Any:
 def score_texts(reader: Any, requests: Sequence[Any]) -> list[tuple[float, bool]]:
     """Return the log-likelihood of each request's end, and whether it is what the model would say greedily."""
 
-    def told(number: int) -> None:
+    def count_questions(number: int) -> None:
         reader.done(number * reader.questions // len(requests), reader.questions)
 
     texts = [cut_to_end(given, scored, reader.max_length + 1) for _, given, scored in requests]
-    found = compute_log_likelihoods(reader.model, texts, row=ROW, batch_size=ROWS, done=told)
+    found = compute_log_likelihoods(reader.model, texts, row=ROW, batch_size=ROWS, done=count_questions)
     return [(each.total, each.greedy) for each in found]
 
 
@@ -218,7 +218,7 @@ def score_harnessed(
         given: The task.
         reader: The model, as `make_reader` wraps it.
         limit: Questions to ask at most, the first ones.
-        done: Told after every question how many are done, of how many.
+        done: Called after every question with how many are done, and of how many.
 
     Raises:
         ConfigError: The model reads too little to make an answer, or the harness fails.
@@ -321,10 +321,10 @@ def silence_harness() -> Iterator[TextIO]:
 
 
 def restore_output(done: Done, stderr: TextIO) -> Done:
-    """Return the same, told where messages go although they are kept quiet around it."""
+    """Return a callback that prints to a stream although output around the callback is kept quiet."""
 
-    def told(number: int, total: int) -> None:
+    def print_done(number: int, total: int) -> None:
         with contextlib.redirect_stderr(stderr):
             done(number, total)
 
-    return told
+    return print_done

@@ -50,7 +50,7 @@ def score_programs(
         model: A causal LM with a key-value cache, not training.
         tokenizer: Its tokenizer.
         limit: Questions to ask at most, the first ones.
-        done: Told after every question how many are done, of how many.
+        done: Called after every question with how many are done, and of how many.
 
     Returns:
         pass@1 of one greedy sample, and what became of every completion; those that are not Python are unparsed.

@@ -18,7 +18,7 @@ from mode.backbone.load import locate
 from mode.backbone.tokenizer import BackboneTokenizer, load_tokenizer
 from mode.config.groups import list_members
 from mode.core.errors import ConfigError, suggest
-from mode.downstream.results import SCHEMA, SHEET, Result
+from mode.downstream.results import COLLECTION, SCHEMA, Result
 from mode.downstream.task import DEFAULT, Done, Scored, Task, digest_prompt, load_task, read_questions
 from mode.records.provenance import describe_environment, find_version
 from mode.records.record import Record
@@ -230,7 +230,7 @@ def score_tasks(
         planned: The tasks.
         limit: Questions of each task to ask at most, the first ones.
         again: Score anew although there is a result.
-        done: Told the task, the number of the question that is done, and of how many.
+        done: Called with the task, the number of the question that is done, and of how many.
 
     Yields:
         Every result, and whether it was there before.
@@ -238,7 +238,7 @@ def score_tasks(
     Raises:
         ConfigError: The run's weights are not here, or a task does not fit its model.
     """
-    folder = prepared.results / SHEET.name
+    folder = prepared.results / COLLECTION.name
     folder.mkdir(parents=True, exist_ok=True)  # now, so that a place where nothing can be written costs no time
     subject = Subject(prepared)
     for each in planned:
@@ -246,7 +246,7 @@ def score_tasks(
         identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
         empty = Result(SCHEMA, identity, asked, {}, {})
         path = folder / empty.filename
-        before = SHEET.read_file(path) if path.exists() and not again else None
+        before = COLLECTION.read_file(path) if path.exists() and not again else None
         if before is not None and before.id == identity:
             yield before, True
             continue

@@ -104,8 +104,8 @@ def run_program(program: str, test: str, limits: Limits = LIMITS) -> Verdict:
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
-        told = verdict.read(VERDICT_BYTES).decode("utf-8", "replace")
-    return parse_verdict(told, word, stopped or ("time" if process.returncode in LIMIT_SIGNALS else ""))
+        answer = verdict.read(VERDICT_BYTES).decode("utf-8", "replace")
+    return parse_verdict(answer, word, stopped or ("time" if process.returncode in LIMIT_SIGNALS else ""))
 
 
 LIMIT_SIGNALS = (-signal.SIGXCPU, -signal.SIGKILL)
@@ -143,9 +143,9 @@ def measure_folder(folder: Path) -> int:
     return total
 
 
-def parse_verdict(told: str, word: str, stopped: str) -> Verdict:
+def parse_verdict(answer: str, word: str, stopped: str) -> Verdict:
     """Turn what came through the pipe into a verdict; only a line that begins with the word counts."""
-    said = next((line.split(" ", 2)[1:] for line in told.splitlines() if line.startswith(f"{word} ")), None)
+    said = next((line.split(" ", 2)[1:] for line in answer.splitlines() if line.startswith(f"{word} ")), None)
     if said is None:
         return Verdict("stopped", stopped) if stopped else Verdict("ended")
     outcome, detail = said[0], " ".join(said[1:])

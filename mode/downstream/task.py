@@ -27,7 +27,7 @@ DEFAULT = ("humaneval", "gsm8k-100", "hellaswag-100")
 
 
 Done = Callable[[int, int], None]
-"""Told after a question how many are done, of how many."""
+"""Called after a question with how many are done, and of how many."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
