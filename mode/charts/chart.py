@@ -57,7 +57,7 @@ class Style:
     dashes: tuple[float, ...] = ()
 
 
-CONTEXT_STYLE = Style("")
+CONTEXT_STYLE = Style("", fill="none")
 """Style of the points that are not named."""
 
 

@@ -208,7 +208,8 @@ def fit_frame(panel: Panel, plot: Box) -> Frame:
     across = [end for series in panel.series if not series.level for point in series.points for end in span_x(point)]
     left, top, right, low = plot
     x = fit_scale(panel.x, [*across, *([] if panel.zero is None else [panel.zero])], left, right)
-    y = fit_scale(panel.y, [end for point in points for end in span_y(point)], low, top)
+    up = [end for point in points for end in span_y(point)]
+    y = fit_scale(panel.y, [*up, *([] if panel.unity is None else [panel.unity])], low, top)
     return Frame(plot, x, y)
 
 
@@ -283,7 +284,8 @@ def draw_axes(sheet: Sheet, frame: Frame, panel: Panel) -> None:
     for value in up:
         write_text(sheet, (left - 0.05, frame.y(value)), [write_tick(value)], USUAL, SOFT, "right", middle=True)
     write_text(sheet, ((left + right) / 2.0, low + 0.2), [panel.x.label], USUAL, side="center")
-    middle = left - LEFT + 0.13, (top + low) / 2.0
+    taken = max((measure(write_tick(value), USUAL) for value in up), default=0.0)
+    middle = max(left - 0.12 - taken, left - LEFT + 0.12), (top + low) / 2.0
     sheet.write(middle, panel.y.label, USUAL, INK, "center", bold=False, turned=True)
     write_text(sheet, (left, top - 0.2), [panel.title], USUAL + 0.5)
 

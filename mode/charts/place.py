@@ -163,7 +163,7 @@ def trace_leaders(point: tuple[float, float, float], boxes: NDArray[np.float64])
     """Return, for every box, places along the line from the point to it."""
     ends = np.array([nearest(point, box) for box in boxes])
     start = np.array(point[:2])
-    return start + np.linspace(0.0, 0.97, 10)[None, :, None] * (ends - start)[:, None, :]
+    return np.asarray(start + np.linspace(0.0, 0.97, 10)[None, :, None] * (ends - start)[:, None, :])
 
 
 def spread_labels(heights: Sequence[float], step: float, low: float, high: float) -> list[float]:

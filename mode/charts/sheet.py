@@ -158,10 +158,11 @@ class FigureSheet:
         """Write a line of text."""
         from matplotlib.text import Text
 
-        weight, turn = "bold" if bold else "normal", 90.0 if turned else 0.0
-        style: dict[str, Any] = {"family": FAMILY, "fontsize": size, "fontweight": weight, "rotation": turn}
-        placed = {"ha": side, "va": "baseline", "rotation_mode": "anchor", "parse_math": False}
-        self.add(Text(*place, text, color=colour, **placed, **style))
+        style = {"family": FAMILY, "fontsize": size, "fontweight": "bold" if bold else "normal", "color": colour}
+        placed = {"ha": side, "va": "baseline", "rotation": 90.0 if turned else 0.0, "rotation_mode": "anchor"}
+        written: Any = Text(*place, text, parse_math=False)
+        written.set(**style, **placed)
+        self.add(written)
 
     def save(self, path: Path) -> None:
         """Write the figure in the format of the file's suffix; the same drawing gives the same bytes."""

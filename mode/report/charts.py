@@ -8,6 +8,8 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+from markupsafe import Markup
+
 from mode.charts.chart import (
     CONTEXT_STYLE,
     Axis,
@@ -20,6 +22,7 @@ from mode.charts.chart import (
     Style,
     make_styles,
 )
+from mode.charts.draw import render_svg
 from mode.records.record import Record
 from mode.tables.compile import BACKBONE, Cell, RowResult, TableData
 from mode.tables.findings import collect_points
@@ -102,9 +105,7 @@ def find_targets(compiled: TableData, name: str) -> tuple[str, ...]:
 def chart_rivals(compiled: TableData, others: str, adapted: str) -> Chart:
     """Describe the trade-off of rows that are adapted to the same domains, with names beside their points."""
     seen = compute_tradeoff(compiled)
-    styles = make_styles(
-        {place.line.name: find_method(compiled, place.line.name) for place in choose_named(compiled, seen)}
-    )
+    styles = make_styles({name: find_method(compiled, name) for name in choose_named(compiled)})
     labels = write_labels(compiled)
     series = [
         Series(
@@ -153,29 +154,28 @@ def chart_groups(compiled: TableData, groups: Mapping[str, TableData]) -> Chart:
     return Chart(compiled.table.title, panels, columns=3, size=(2.4, 2.0), note=note)
 
 
-def choose_named(compiled: TableData, seen: Tradeoff) -> list[Place]:
+def choose_named(compiled: TableData) -> list[str]:
     """Return the rows to name, in the table's order, as many as there are styles for.
 
-    The backbone comes first, then the front, the best of every method, what no other row beats, and the rest.
+    The backbone comes first, then the front, the best of every method by its average, and the rest by theirs.
     """
-    best: dict[tuple[str, str], tuple[float, str]] = {}
-    for place in seen.places:
-        average = place.line.cell("average")
-        score = (average.mean if average else -math.inf, place.line.name)
-        method = find_method(compiled, place.line.name)
-        best[method] = max(best.get(method, score), score)
-    leaders = {name for _, name in best.values()}
+    seen = compute_tradeoff(compiled)
+    averages = {place.line.name: cell.mean for place in seen.places if (cell := place.line.cell("average"))}
+    best: dict[tuple[str, str], str] = {}
+    for name in sorted(averages, key=lambda name: averages[name]):
+        best[find_method(compiled, name)] = name
 
-    def rank(place: Place) -> tuple[bool, bool, bool, bool, int]:
+    def rank(place: Place) -> tuple[bool, bool, bool, float]:
         name = place.line.name
-        return name != BACKBONE, place.means[:2] not in seen.front, name not in leaders, not place.best, place.index
+        average = averages.get(name, -math.inf)
+        return name != BACKBONE, place.means[:2] not in seen.front, name not in best.values(), -average
 
     chosen: list[Place] = []
     for place in sorted(seen.places, key=rank):
         names = [*(each.line.name for each in chosen), place.line.name]
         if len(make_styles({name: find_method(compiled, name) for name in names})) == len(names):
             chosen.append(place)
-    return sorted(chosen, key=lambda place: place.index)
+    return [place.line.name for place in sorted(chosen, key=lambda place: place.index)]
 
 
 def find_method(compiled: TableData, name: str) -> tuple[str, str]:
@@ -264,6 +264,11 @@ def chart_curves(compiled: TableData) -> Chart:
     return Chart(compiled.table.title, panels, columns=3, size=size)
 
 
+def chart_to_svg(chart: Chart | HeatMaps | None) -> Markup:
+    """Draw a chart for a page; empty where there is none."""
+    return Markup('<figure class="chart">{}</figure>').format(Markup(render_svg(chart))) if chart else Markup("")
+
+
 def chart_table(compiled: TableData) -> Chart:
     """Describe the figure beside a table: its curves where it has any, else its trade-off."""
     return chart_curves(compiled) if compiled.table.curves else chart_tradeoff(compiled)
@@ -291,9 +296,9 @@ def chart_learning(compiled: TableData, records: Mapping[str, Record]) -> Chart 
     if not found:
         return None
     labels = write_labels(compiled)
-    first = [place.line.name for place in choose_named(compiled, compute_tradeoff(compiled))]
-    order = [name for name in first if name in found] or list(found)
-    styles = make_styles({name: find_method(compiled, name) for name in order}, line=True)
+    first, *others = split_by_targets(compiled).values()
+    named = choose_named(compiled if others else first)
+    styles = make_styles({name: find_method(compiled, name) for name in named if name in found}, line=True)
     series = [
         Series(
             labels[name] if name in styles else "",

@@ -12,14 +12,10 @@ from markupsafe import Markup
 from mode.config.check import flatten
 from mode.records.command import write_commands
 from mode.records.record import Record
-from mode.report import svg
+from mode.report.charts import chart_run, chart_to_svg
 
 Fact = tuple[str, str]
 """A name and what is known under it."""
-
-
-VALIDATION = "validation/"
-"""Beginning of what a point of a curve says of validation: validation/DOMAIN/loss, for one."""
 
 
 def describe_costs(happened: Mapping[str, Any]) -> Iterator[Fact]:
@@ -82,19 +78,6 @@ def describe_origin(provenance: Mapping[str, Any]) -> Iterator[Fact]:
     yield "Data", ", ".join(f"{name} {value}" for name, value in provenance["data"].items())
 
 
-def draw_curves(record: Record) -> Iterator[Markup]:
-    """Draw the loss and the accuracy of training, with those on the validation split where they were measured."""
-    curve = record.happened["curve"]
-    for key, up in (("loss", "Loss (nats per token)"), ("accuracy", "Accuracy (%)")):
-        series = [svg.Series("training", average_curve([curve], key), marked=False)]
-        ends = dict.fromkeys(name for point in curve for name in point if name.startswith(VALIDATION))
-        for name in [name for name in ends if name.endswith(f"/{key}")]:
-            label = name.removeprefix(VALIDATION).removesuffix(f"/{key}")
-            series.append(svg.Series(f"validation, {label}", average_curve([curve], name)))
-        if drawing := svg.draw_lines(f"Training {key} of run {record.id}", series, "Steps", up):
-            yield drawing
-
-
 @dataclass(frozen=True)
 class RunDetails:
     """Everything about a run.
@@ -109,7 +92,7 @@ class RunDetails:
         costs: What training and scoring took.
         origin: Commit, versions, machine, date and fingerprints.
         needs: Ids of the runs that it stands on.
-        curves: Drawings of its training; none where nothing was trained.
+        curve: Drawing of its training; empty where nothing was trained.
         file: Path of its record from the page.
         command: What makes it, or why no command does.
         runs: Whether `command` is one.
@@ -124,7 +107,7 @@ class RunDetails:
     costs: tuple[Fact, ...]
     origin: tuple[Fact, ...]
     needs: tuple[str, ...]
-    curves: tuple[Markup, ...]
+    curve: Markup
     file: str
     command: str
     runs: bool
@@ -157,7 +140,7 @@ def collect_run_details(
             costs=tuple(describe_costs(record.happened)),
             origin=tuple(describe_origin(record.provenance)),
             needs=tuple(record.provenance["needs"]),
-            curves=tuple(draw_curves(record)),
+            curve=chart_to_svg(chart_run(record)),
             file=f"{way}/records/{record.filename}",
             command=text,
             runs=runs,
@@ -178,15 +161,3 @@ def format_setting(value: Any) -> str:
 def is_number(value: Any) -> bool:
     """Say whether a value is a number, which truth values are not here."""
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def average_curve(curves: Sequence[Sequence[Mapping[str, Any]]], key: str) -> list[tuple[float, float, float]]:
-    """Return a quantity over steps as the mean of several curves, at the steps that all have; accuracy in per cent.
-
-    >>> average_curve([[{"step": 1, "loss": 2.0}], [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 1.0}]], "loss")
-    [(1.0, 3.0, 0.0)]
-    """
-    factor = 100.0 if key.endswith("accuracy") else 1.0
-    found = [{point["step"]: point[key] for point in curve if key in point} for curve in curves]
-    shared = [step for step in found[0] if all(step in each for each in found)] if found else []
-    return [(float(step), factor * sum(each[step] for each in found) / len(found), 0.0) for step in shared]
