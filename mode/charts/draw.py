@@ -94,7 +94,7 @@ def write_text(
 
 def wrap(text: str, width: float, size: float) -> list[str]:
     """Break a text into lines that fit a width in inches."""
-    return textwrap.wrap(text, max(10, int(width * POINTS / (0.6 * size)))) if text else []
+    return textwrap.wrap(text, max(10, int(width * POINTS / (0.57 * size)))) if text else []
 
 
 # --- panels
@@ -230,7 +230,8 @@ def fit_scale(axis: Axis, values: Sequence[float], start: float, stop: float) ->
     if axis.base:
         room = max((high / low) ** 0.06, 1.08)
         return Scale(low / room, high * room, start, stop, axis.base)
-    room = 0.07 * (high - low) or 0.05 * abs(high) or 1.0
+    least = low if axis.low is None else axis.low
+    room = 0.07 * (high - least) or 0.05 * abs(high) or 1.0
     return Scale(low - room if axis.low is None else axis.low, high + room, start, stop, 0)
 
 

@@ -62,6 +62,10 @@ AXES = {
 }
 
 
+MIX = "the mix"
+"""What rows are adapted to whose settings do not say it."""
+
+
 MOST_BRANCHES = 8
 """Branches of a row whose weights are drawn one by one; records have those of all."""
 
@@ -90,7 +94,7 @@ def split_by_targets(compiled: TableData) -> dict[str, TableData]:
         sets.setdefault(find_targets(compiled, place.line.name), []).append(place.line)
     found = {targets: lines for targets, lines in sets.items() if len(lines) > 2} or sets
     return {
-        " and ".join(name.capitalize() for name in targets): replace(compiled, lines=tuple(lines), targets=targets)
+        name_targets(targets): replace(compiled, lines=tuple(lines), targets=targets)
         for targets, lines in found.items()
     } or {"": compiled}
 
@@ -99,7 +103,16 @@ def find_targets(compiled: TableData, name: str) -> tuple[str, ...]:
     """Return the domains that a row's settings adapt it to; the mix where they do not say."""
     row = next(row for row in compiled.table.rows if row.name == name)
     targets = last_override([*compiled.table.overrides, *row.overrides], "targets")
-    return tuple(name.strip() for name in targets.strip("[]").split(",")) if targets else ("the mix",)
+    return tuple(name.strip() for name in targets.strip("[]").split(",")) if targets else (MIX,)
+
+
+def name_targets(targets: Sequence[str]) -> str:
+    """Name target domains.
+
+    >>> name_targets(["code", "math"]), name_targets(["the mix"])
+    ('Code and Math', 'the mix')
+    """
+    return " and ".join(name if name == MIX else name.capitalize() for name in targets)
 
 
 def chart_rivals(compiled: TableData, others: str, adapted: str) -> Chart:
@@ -131,16 +144,23 @@ def chart_rivals(compiled: TableData, others: str, adapted: str) -> Chart:
 
 
 def chart_groups(compiled: TableData, groups: Mapping[str, TableData]) -> Chart:
-    """Describe the trade-off of rows that are adapted to different domains: a panel for each set of domains."""
+    """Describe the trade-off of rows that are adapted to different domains: a panel for each set of domains.
+
+    Names stand in one key if there are styles for all of them, else beside the points of every panel.
+    """
+    written = write_labels(compiled)
     labels = {
-        (title, line.name): drop_targets(label, title)
+        (title, line.name): drop_targets(written[line.name], title)
         for title, group in groups.items()
         for line in group.lines
-        for label in [write_labels(compiled)[line.name]]
     }
-    styles = make_styles({label: find_method(compiled, name) for (_, name), label in labels.items()})
+    methods = {label: find_method(compiled, name) for (_, name), label in labels.items()}
+    styles = make_styles(methods)
+    shared = len(styles) == len(methods)
     panels = []
     for title, group in groups.items():
+        if not shared:
+            styles = make_styles({labels[title, name]: find_method(compiled, name) for name in choose_named(group)})
         seen = compute_tradeoff(group)
         series = []
         for place in seen.places:
@@ -151,7 +171,11 @@ def chart_groups(compiled: TableData, groups: Mapping[str, TableData]) -> Chart:
         panels.append(Panel(f"Adapted to {title}", across, up, series, zero=0.0, front=seen.front))
     measure = compute_tradeoff(next(iter(groups.values()))).measure
     note = f"Size: {MEASURES[measure]}. Dashed: the best of accuracy and retention at any cost."
-    return Chart(compiled.table.title, panels, columns=3, size=(2.4, 2.0), note=note)
+    title = compiled.table.title
+    if shared:
+        return Chart(title, panels, columns=3, size=(2.4, 2.0), note=note)
+    note += " Grey: other rows of the table."
+    return Chart(title, panels, columns=2, names="points", size=(4.0, 3.4), note=note)
 
 
 def choose_named(compiled: TableData) -> list[str]:

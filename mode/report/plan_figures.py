@@ -97,6 +97,6 @@ def write_plan(works: Mapping[str, Work], links: Mapping[str, Link], device: Dev
     found = plan_points(works, links, device)
     paths = [folder / name for name in ("plan.csv", "plan-time.png", "plan-memory.png")]
     found.to_csv(paths[0], index=False)
-    write_chart(chart_plan(found, "ms", "milliseconds of a step", (64, 4096)), paths[1])
+    write_chart(chart_plan(found, "ms", "Milliseconds of a step", (64, 4096)), paths[1])
     write_chart(chart_plan(found, "holds_gb", "GB that a device holds", (64, 4096)), paths[2])
     return paths
