@@ -7,65 +7,61 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mode.bench.timing import compute_ratio
+from mode.bench.timing import Ratio, compute_ratio
+from mode.charts.chart import Axis, Chart, Panel, Point, Series, Style
+from mode.charts.draw import write_chart
 
-SCALE_SHADES = ("#0072b2", "#d55e00")
+BROKEN = (4.0, 2.0)
+"""Dashes of what was computed and not measured."""
+
+
+SCALE_COLOURS = ("blue", "orange")
 """Of a step as it is, and of one whose gates leave branches out."""
 
 
 VARIANT = re.compile(r"(\w) = (\d+)(?:, (.+))?")
 
 
-def draw_scale(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw a record's cases: a panel for every quantity, points for what was measured, a broken line for operations.
+def chart_scale(cases: Sequence[Mapping[str, Any]]) -> Chart:
+    """Describe a record's cases: a panel for every quantity, points as measured, a broken line for operations.
 
     Args:
         cases: As a benchmark's record has them: job, variant, operations, and seconds by round.
-        path: PNG file to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     jobs: dict[str, list[tuple[re.Match[str], Mapping[str, Any]]]] = {}
     for case in cases:
         if match := VARIANT.fullmatch(case["variant"]):
             jobs.setdefault(case["job"], []).append((match, case))
-    figure, panels = pyplot.subplots(1, len(jobs), figsize=(2.6 * len(jobs), 3.4), squeeze=False)
-    for (job, found), panel in zip(jobs.items(), panels.flat, strict=True):
+    panels = []
+    for job, found in jobs.items():
         (first, base), *_ = found
-        for kind, shade in zip(dict.fromkeys(match[3] for match, _ in found), SCALE_SHADES, strict=False):
+        series = []
+        for kind, colour in zip(dict.fromkeys(match[3] for match, _ in found), SCALE_COLOURS, strict=False):
             mine = [(int(match[2]), case) for match, case in found if match[3] == kind]
-            numbers = [number for number, _ in mine]
-            times = [compute_ratio(case["seconds"], base["seconds"]) for _, case in mine]
-            spread = [[one.median - one.low for one in times], [one.high - one.median for one in times]]
-            panel.errorbar(
-                numbers,
-                [one.median for one in times],
-                spread,
-                color=shade,
-                fmt="o",
-                markersize=4,
-                capsize=2,
-                label=kind or "all branches",
-            )
-            told = [case["flops"] / base["flops"] for _, case in mine]
-            panel.plot(numbers, told, "--", color=shade, linewidth=1.0)
-        panel.set_xscale("log", base=2)
-        panel.set_xticks([int(match[2]) for match, _ in found], [match[2] for match, _ in found], fontsize=7)
-        panel.minorticks_off()
-        panel.set_ylim(bottom=0.0)
-        panel.set_xlabel(f"{first[1]}: {job}", fontsize=9)
-    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
-    figure.supylabel("Time of a step (broken lines: operations)", fontsize=9)
-    figure.set_layout_engine("constrained")
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    pyplot.close(figure)
+            measured = [make_point(number, compute_ratio(case["seconds"], base["seconds"])) for number, case in mine]
+            counted = [Point(number, case["flops"] / base["flops"]) for number, case in mine]
+            series.append(Series("", counted, Style(colour, "", line=True, dashes=BROKEN)))
+            series.append(Series((kind or "all branches").capitalize(), measured, Style(colour)))
+        ticks = sorted({int(match[2]) for match, _ in found})
+        x = Axis(f"{first[1]}: {job}", base=2, ticks=ticks)
+        panels.append(Panel("", x, Axis("Time of a step, first = 1", low=0.0), series))
+    return Chart(
+        "Time of a step", panels, columns=3, size=(2.2, 1.9), note="Broken lines: operations. Bars: quartiles."
+    )
 
 
-LAYOUT_SHADES = ("#444444", "#0072b2", "#d55e00", "#e69f00")
-"""Of copies, shards, side by side, and that with micro-batches in flight; as in the figures of plans."""
+def make_point(x: float, ratio: Ratio) -> Point:
+    """Return a ratio's median with a bar over its quartiles."""
+    return Point(x, ratio.median, y_error=(ratio.median - ratio.low, ratio.high - ratio.median))
+
+
+def draw_scale(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the cases of a scale benchmark."""
+    write_chart(chart_scale(cases), path)
+
+
+LAYOUT_STYLES = (("black", "o"), ("blue", "s"), ("orange", "D"), ("amber", "^"))
+"""Of copies, shards, side by side, and that with micro-batches in flight; colours as in the figures of plans."""
 
 
 JOB = re.compile(r"width (\d+), (\d+) tokens")
@@ -74,41 +70,32 @@ JOB = re.compile(r"width (\d+), (\d+) tokens")
 PLANNED = ", planned"
 
 
-def draw_layouts(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw a record's cases: a panel for every width, a line for every layout, a broken one for its plan.
+def chart_layouts(cases: Sequence[Mapping[str, Any]]) -> Chart:
+    """Describe a record's cases: a panel for every width, a line for every layout, a broken one for its plan.
 
     Args:
         cases: As a benchmark's record has them: job, variant, and seconds by round.
-        path: PNG file to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     seconds = {(case["job"], case["variant"]): case["seconds"] for case in cases}
     jobs = {job: tuple(map(int, match.groups())) for job, _ in seconds if (match := JOB.fullmatch(job))}
     first, *rest = dict.fromkeys(variant for _, variant in seconds)
     layouts = [variant for variant in rest if not variant.endswith(PLANNED)]
-    widths = sorted({width for width, _ in jobs.values()})
-    figure, panels = pyplot.subplots(1, len(widths), figsize=(3.8 * len(widths), 3.6), sharey=True, squeeze=False)
-    for width, panel in zip(widths, panels.flat, strict=True):
+    panels = []
+    for width in sorted({width for width, _ in jobs.values()}):
         mine = sorted((tokens, job) for job, (own, tokens) in jobs.items() if own == width)
-        tokens = [count for count, _ in mine]
-        for layout, shade in zip(layouts, LAYOUT_SHADES, strict=False):
-            found = [compute_ratio(seconds[job, first], seconds[job, layout]) for _, job in mine]
-            told = [compute_ratio(seconds[job, first], seconds[job, layout + PLANNED]) for _, job in mine]
-            middle = [one.median for one in found]
-            spread = [[one.median - one.low for one in found], [one.high - one.median for one in found]]
-            panel.errorbar(tokens, middle, spread, color=shade, marker="o", markersize=3, capsize=2, label=layout)
-            panel.plot(tokens, [one.median for one in told], "--", color=shade, linewidth=1.0)
-        panel.axhline(1.0, color="#999999", linewidth=0.6)
-        panel.set_xscale("log", base=2)
-        panel.set_title(f"width {width}", fontsize=9)
-    figure.supxlabel("Tokens of a step (broken lines: planned)", fontsize=9)
-    figure.supylabel("Speed, one process = 1", fontsize=9)
-    handles, titles = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, titles, loc="outside upper center", ncols=2, fontsize=8)
-    figure.set_layout_engine("constrained")
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    pyplot.close(figure)
+        series = []
+        for layout, (colour, marker) in zip(layouts, LAYOUT_STYLES, strict=False):
+            speeds = [make_point(x, compute_ratio(seconds[job, first], seconds[job, layout])) for x, job in mine]
+            plans = [compute_ratio(seconds[job, first], seconds[job, layout + PLANNED]).median for _, job in mine]
+            planned = [Point(x, speed) for (x, _), speed in zip(mine, plans, strict=True)]
+            series.append(Series("", planned, Style(colour, "", line=True, dashes=BROKEN)))
+            series.append(Series(layout.capitalize(), speeds, Style(colour, marker, line=True)))
+        x, y = Axis("Tokens of a step", base=2, ticks=[tokens for tokens, _ in mine]), Axis("Speed, one process = 1")
+        panels.append(Panel(f"Width {width}", x, y, series, unity=1.0))
+    note = "Broken lines: planned. Bars: quartiles."
+    return Chart("Speed of layouts", panels, columns=3, size=(2.8, 2.4), note=note)
+
+
+def draw_layouts(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the cases of a sharding benchmark."""
+    write_chart(chart_layouts(cases), path)

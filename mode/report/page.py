@@ -18,14 +18,14 @@ from markupsafe import Markup, escape
 
 from mode.artefacts import prune
 from mode.bench import records as bench
+from mode.charts.maps import split_pages
 from mode.core.errors import ConfigError
 from mode.core.files import write_atomic
 from mode.downstream import results as downstream
 from mode.records.collection import COLLECTIONS, find_collection
 from mode.records.metrics import METRICS
 from mode.records.record import Record, read_records
-from mode.report import svg
-from mode.report.figures import MOST_BRANCHES
+from mode.report.charts import chart_curves, chart_gates, chart_learning, chart_to_svg, chart_tradeoff
 from mode.report.frames import (
     CONTAMINATION_NOTE,
     COST_NOTE,
@@ -37,9 +37,9 @@ from mode.report.frames import (
     make_published_frame,
     make_routing_frame,
 )
-from mode.report.run_details import RunDetails, average_curve, collect_run_details
+from mode.report.run_details import RunDetails, collect_run_details
 from mode.report.text import write_notes
-from mode.tables.compile import RowResult, TableData, compile_table
+from mode.tables.compile import TableData, compile_table
 from mode.tables.findings import list_findings
 from mode.tables.select import add_needed
 from mode.tables.table import file_stem, load_table
@@ -131,7 +131,7 @@ class Section:
     notes: tuple[str, ...]
     findings: tuple[str, ...]
     figures: tuple[Markup, ...]
-    curves: tuple[Markup, ...]
+    curve: Markup
     gates: tuple[Markup, ...]
     extras: tuple[tuple[str, Grid], ...]
     origins: tuple[Origin, ...]
@@ -295,7 +295,8 @@ def make_section(anchor: str, name: str, compiled: TableData, records: Mapping[s
     lines, pairs = compiled.lines, compiled.table.differences
     row_links = [f"#{anchor}--{line.name}" for line in lines]
     pair_links = [f"#{anchor}--{left}--{right}" for left, right in pairs]
-    panels = [svg.draw_panel(compiled, panel) for panel in compiled.table.curves]
+    charts = [chart_curves(compiled)] if compiled.table.curves else []
+    gates = None if compiled.table.choose else chart_gates(compiled)
     usual, *others = write_notes(compiled)
     return Section(
         anchor=anchor,
@@ -303,17 +304,12 @@ def make_section(anchor: str, name: str, compiled: TableData, records: Mapping[s
         grid=make_grid(compiled.table.title, make_frame(compiled, strong=STRONG), row_links, pair_links),
         notes=(usual, *(text for text in others if text)),
         findings=tuple(list_findings(compiled)),
-        figures=tuple(picture for picture in [*panels, svg.draw_tradeoff(compiled)] if picture),
-        curves=(draw_learning(compiled, records),),
-        gates=tuple(svg.draw_gates(line) for line in lines if is_drawable(line) and not compiled.table.choose),
+        figures=tuple(map(chart_to_svg, [*charts, chart_tradeoff(compiled)])),
+        curve=chart_to_svg(chart_learning(compiled, records)),
+        gates=tuple(map(chart_to_svg, split_pages(gates) if gates else [])),
         extras=tuple(make_extras(compiled, row_links, pair_links)),
         origins=tuple(describe_origins(anchor, name, compiled)),
     )
-
-
-def is_drawable(line: RowResult) -> bool:
-    """Say whether a row has gates of few enough branches to draw."""
-    return bool(line.gates) and len(line.branches) <= MOST_BRANCHES
 
 
 def embolden(text: str) -> str:
@@ -324,16 +320,6 @@ def embolden(text: str) -> str:
     """
     inner = text.removeprefix("**").removesuffix("**")
     return text if inner == text else Markup("<strong>{}</strong>").format(inner)
-
-
-def draw_learning(compiled: TableData, records: Mapping[str, Record]) -> Markup:
-    """Draw the training loss of every row's last stage, the mean over seeds."""
-    series = []
-    for line in compiled.lines:
-        curves = [records[run].outcome.curve for run in line.runs.values()]
-        if points := average_curve(curves, "loss"):
-            series.append(svg.Series(line.label, points, marked=False))
-    return svg.draw_lines(f"{compiled.table.title}: training loss", series, "Steps", "Training loss (nats per token)")
 
 
 def make_bench_section(benchmark: bench.Benchmark, way: str) -> Bench:
@@ -383,7 +369,6 @@ def render_page(shown: Contents) -> str:
     return template.render(
         page=shown,
         metrics=METRICS.values(),
-        shapes=svg.shapes(),
         style=Markup(style),
         script=Markup(script),
         introduction=bench.INTRODUCTION,

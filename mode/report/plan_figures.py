@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from mode.charts.chart import Axis, Chart, Panel, Point, Series, Style
+from mode.charts.draw import write_chart
 from mode.planning.machine import Device, Link
 from mode.planning.plan import estimate_layouts
 from mode.planning.work import Work, scale_tokens
-from mode.report.figures import COLOURS
 
 TOKENS = tuple(2**power for power in range(7, 17))
 """Tokens of a step for each device."""
@@ -20,7 +21,8 @@ TOKENS = tuple(2**power for power in range(7, 17))
 DEVICES = (8, 64, 512, 4096)
 
 
-SHADES = {"ddp": COLOURS[0], "fsdp": COLOURS[4], "mpmd": COLOURS[1]}
+COLOURS = {"ddp": "black", "fsdp": "blue", "mpmd": "orange"}
+"""Colour of every layout, as in the figures of benchmarks."""
 
 
 NAMES = {"ddp": "copies (DDP)", "fsdp": "in shards (FSDP)", "mpmd": "side by side (MPMD)"}
@@ -58,43 +60,35 @@ def plan_points(works: Mapping[str, Work], links: Mapping[str, Link], device: De
     return pd.DataFrame(rows)
 
 
-def draw_plan(found: pd.DataFrame, column: str, label: str, devices: Sequence[int], path: Path) -> None:
-    """Draw a quantity over the tokens of a device: a panel for every backbone and link, a line for every layout.
+def chart_plan(found: pd.DataFrame, column: str, label: str, devices: Sequence[int]) -> Chart:
+    """Describe a quantity over the tokens of a device: a panel for every backbone and link, a line for every layout.
 
     Args:
         found: What `plan_points` returns.
         column: The quantity.
         label: What it is called.
         devices: Two numbers of devices: a solid line and a broken one.
-        path: PNG file to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     backbones, links = (list(dict.fromkeys(found[name])) for name in ("backbone", "link"))
-    figure, panels = pyplot.subplots(
-        len(backbones), len(links), figsize=(3.4 * len(links), 2.6 * len(backbones)), sharex=True, squeeze=False
-    )
-    for (backbone, link), panel in zip(product(backbones, links), panels.flat, strict=True):
+    panels = []
+    for backbone, link in product(backbones, links):
         here = found[(found["backbone"] == backbone) & (found["link"] == link)]
-        for layout, count in product(NAMES, devices):
+        series = []
+        for layout, (count, dashes) in product(NAMES, zip(devices, ((), (4.0, 2.0)), strict=True)):
             mine = here[(here["layout"] == layout) & (here["devices"] == count)]
-            title, style = f"{NAMES[layout]}, {count:,} devices", ("-", "--")[devices.index(count)]
-            panel.plot(mine["tokens"], mine[column], style, color=SHADES[layout], linewidth=1.2, label=title)
-            out = mine[~mine["fits"]]
-            panel.plot(out["tokens"], out[column], "x", color=SHADES[layout], markersize=4)
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.set_title(f"{backbone}, {link}", fontsize=9)
-    figure.supxlabel("Tokens of a step for each device (crosses: more than a device holds)", fontsize=9)
-    figure.supylabel(label, fontsize=9)
-    handles, titles = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, titles, loc="outside upper center", ncols=3, fontsize=8)
-    figure.set_layout_engine("constrained")
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    pyplot.close(figure)
+            style = Style(COLOURS[layout], "", line=True, dashes=dashes)
+            series.append(Series(f"{NAMES[layout]}, {count:,} devices", list_points(mine, column), style))
+            if out := list_points(mine[~mine["fits"]], column):
+                series.append(Series("", out, Style(COLOURS[layout], "x")))
+        x, y = Axis("Tokens of a step for each device", base=2), Axis(label, base=10)
+        panels.append(Panel(f"{backbone}, {link}", x, y, series))
+    note = "Crosses: more memory than a device has."
+    return Chart(f"Planned: {label}", panels, columns=len(links), size=(2.6, 2.0), note=note)
+
+
+def list_points(rows: pd.DataFrame, column: str) -> list[Point]:
+    """Return the points of some rows."""
+    return [Point(float(x), float(y)) for x, y in zip(rows["tokens"], rows[column], strict=True)]
 
 
 def write_plan(works: Mapping[str, Work], links: Mapping[str, Link], device: Device, folder: Path) -> list[Path]:
@@ -103,6 +97,6 @@ def write_plan(works: Mapping[str, Work], links: Mapping[str, Link], device: Dev
     found = plan_points(works, links, device)
     paths = [folder / name for name in ("plan.csv", "plan-time.png", "plan-memory.png")]
     found.to_csv(paths[0], index=False)
-    draw_plan(found, "ms", "Milliseconds of a step", (64, 4096), paths[1])
-    draw_plan(found, "holds_gb", "GB that a device holds", (64, 4096), paths[2])
+    write_chart(chart_plan(found, "ms", "Milliseconds of a step", (64, 4096)), paths[1])
+    write_chart(chart_plan(found, "holds_gb", "GB that a device holds", (64, 4096)), paths[2])
     return paths

@@ -52,16 +52,36 @@ def report(
     rendered = {base.with_suffix(f".{suffix}"): text for suffix, text in render_table(compiled).items()}
     if write is False or (write is None and is_drawn(base.with_suffix(".png"), rendered, results / "records")):
         return render_markdown(compiled), base.with_suffix(".md")
-    from mode.report.figures import draw, draw_curves, draw_gates
-
     for path, text in rendered.items():
         path.write_text(text, encoding="utf-8")
     if metrics:
         return render_markdown(compiled), base.with_suffix(".md")
-    (draw_curves if table.curves else draw)(compiled, base.with_suffix(".png"))
-    if not table.choose:
-        draw_gates(compiled, base.with_name(f"{base.name}-gates.png"))
+    draw_figures(compiled, base)
     return render_markdown(compiled), base.with_suffix(".md")
+
+
+def draw_figures(compiled: TableData, base: Path) -> None:
+    """Draw the figures beside a table: its chart, and pages of gate weights."""
+    from mode.charts.draw import write_chart
+    from mode.charts.maps import split_pages
+    from mode.report.charts import chart_gates, chart_table
+
+    write_chart(chart_table(compiled), base.with_suffix(".png"))
+    gates = None if compiled.table.choose else chart_gates(compiled)
+    pages = split_pages(gates) if gates else []
+    numbers = ["", *(f"-{number}" for number in range(2, len(pages) + 1))][: len(pages)]
+    drawn = [base.with_name(f"{base.name}-gates{number}.png") for number in numbers]
+    for page, path in zip(pages, drawn, strict=True):
+        write_chart(page, path)
+    for path in set(list_gates(base)) - set(drawn):
+        path.unlink()
+
+
+def list_gates(base: Path) -> list[Path]:
+    """Return the pages of a table's gate weights that there are, in order."""
+    first = base.with_name(f"{base.name}-gates.png")
+    others = sorted(base.parent.glob(f"{base.name}-gates-[0-9]*.png"))
+    return [path for path in (first, *others) if path.exists()]
 
 
 def check_tables(results: Path, names: Sequence[str], extra: Path | None = None) -> list[Path]:

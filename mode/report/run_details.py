@@ -11,18 +11,14 @@ from markupsafe import Markup
 
 from mode.config.check import flatten
 from mode.records.command import write_commands
-from mode.records.contents import Outcome, Point, Provenance
+from mode.records.contents import Outcome, Provenance
 from mode.records.metrics import METRICS, Metric
 from mode.records.record import Record
 from mode.records.score import Score
-from mode.report import svg
+from mode.report.charts import chart_run, chart_to_svg
 
 Fact = tuple[str, str]
 """A name and what is known under it."""
-
-
-VALIDATION = "validation/"
-"""Beginning of what a point of a curve says of validation: validation/DOMAIN/loss, for one."""
 
 
 def describe_costs(outcome: Outcome) -> Iterator[Fact]:
@@ -87,19 +83,6 @@ def describe_origin(origin: Provenance) -> Iterator[Fact]:
     yield "Data", ", ".join(f"{name} {value}" for name, value in origin.data.items())
 
 
-def draw_curves(record: Record) -> Iterator[Markup]:
-    """Draw the loss and the accuracy of training, with those on the validation split where they were measured."""
-    curve = record.outcome.curve
-    for key, up in (("loss", "Loss (nats per token)"), ("accuracy", "Accuracy (%)")):
-        series = [svg.Series("training", average_curve([curve], key), marked=False)]
-        ends = dict.fromkeys(name for point in curve for name in point.values if name.startswith(VALIDATION))
-        for name in [name for name in ends if name.endswith(f"/{key}")]:
-            label = name.removeprefix(VALIDATION).removesuffix(f"/{key}")
-            series.append(svg.Series(f"validation, {label}", average_curve([curve], name)))
-        if drawing := svg.draw_lines(f"Training {key} of run {record.id}", series, "Steps", up):
-            yield drawing
-
-
 @dataclass(frozen=True)
 class RunDetails:
     """Everything about a run.
@@ -114,7 +97,7 @@ class RunDetails:
         costs: What training and scoring took.
         origin: Commit, versions, machine, date and fingerprints.
         needs: Ids of the runs that it stands on.
-        curves: Drawings of its training; none where nothing was trained.
+        curve: Drawing of its training; empty where nothing was trained.
         file: Path of its record from the page.
         command: What makes it, or why no command does.
         runs: Whether `command` is one.
@@ -129,7 +112,7 @@ class RunDetails:
     costs: tuple[Fact, ...]
     origin: tuple[Fact, ...]
     needs: tuple[str, ...]
-    curves: tuple[Markup, ...]
+    curve: Markup
     file: str
     command: str
     runs: bool
@@ -161,7 +144,7 @@ def collect_run_details(
             costs=tuple(describe_costs(outcome)),
             origin=tuple(describe_origin(record.origin)),
             needs=record.origin.needs,
-            curves=tuple(draw_curves(record)),
+            curve=chart_to_svg(chart_run(record)),
             file=f"{way}/records/{record.filename}",
             command=text,
             runs=runs,
@@ -182,15 +165,3 @@ def format_setting(value: Any) -> str:
 def is_number(value: Any) -> bool:
     """Say whether a value is a number, which truth values are not here."""
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def average_curve(curves: Sequence[Sequence[Point]], key: str) -> list[tuple[float, float, float]]:
-    """Return a quantity over steps as the mean of several curves, at the steps that all have; accuracy in per cent.
-
-    >>> average_curve([[Point(1, {"loss": 2.0})], [Point(1, {"loss": 4.0}), Point(2, {"loss": 1.0})]], "loss")
-    [(1.0, 3.0, 0.0)]
-    """
-    factor = 100.0 if key.endswith("accuracy") else 1.0
-    found = [{point.step: point.values[key] for point in curve if key in point.values} for curve in curves]
-    shared = [step for step in found[0] if all(step in each for each in found)] if found else []
-    return [(float(step), factor * sum(each[step] for each in found) / len(found), 0.0) for step in shared]

@@ -11,6 +11,7 @@ import pandas as pd
 from mode.config.run import Run
 from mode.records.record import read_records
 from mode.report.frames import make_cost_frame, make_frame
+from mode.report.render import list_gates
 from mode.runs.tracking import WandbTracker
 from mode.tables.compile import compile_table
 from mode.tables.table import file_stem, load_table
@@ -43,9 +44,7 @@ def publish(
         base = results / file_stem(name, overrides, table.overrides, metrics)
         tables |= {base.name: make_frame(compiled), f"{base.name}-cost": make_cost_frame(compiled)}
         figures |= {
-            f"{path.stem}-figure": path
-            for path in (base.with_suffix(".png"), base.with_name(f"{base.name}-gates.png"))
-            if path.exists()
+            f"{path.stem}-figure": path for path in (base.with_suffix(".png"), *list_gates(base)) if path.exists()
         }
         content.update(base.with_suffix(".md").read_bytes())
     run_id = f"{JOB}-{content.hexdigest()[:12]}"

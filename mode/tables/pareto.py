@@ -72,7 +72,7 @@ class Tradeoff:
         if not self.rivals:
             return f"{size} Rows are adapted to different domains, so none is said to beat another."
         return (
-            f"{size} Filled: no other row is as good in accuracy, retention and cost and "
+            f"{size} Bold: no other row is as good in accuracy, retention and cost and "
             "better in one, by the means. Dashed: the best of accuracy and retention at any cost."
         )
 

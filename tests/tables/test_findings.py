@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mode.report.figures import draw_curves
+from mode.charts.draw import write_chart
+from mode.report.charts import chart_curves
 from mode.report.text import render_markdown
 from mode.tables.compile import RowResult, TableData
 from mode.tables.findings import find_crossings, list_findings
@@ -104,9 +105,9 @@ def test_the_sentences_stand_in_the_table_and_the_panels_are_drawn(tmp_path: Pat
     sentences = list_findings(given)
     assert sentences
     assert all(f"- {sentence}" in text for sentence in sentences)
-    draw_curves(given, tmp_path / "curves.png")
+    write_chart(chart_curves(given), tmp_path / "curves.png")
     first = (tmp_path / "curves.png").read_bytes()
-    draw_curves(given, tmp_path / "curves.png")
+    write_chart(chart_curves(given), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes() == first
 
 

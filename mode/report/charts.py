@@ -1,0 +1,391 @@
+"""Charts of tables and runs: target accuracy over retention, curves, training loss and mean gate weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+from markupsafe import Markup
+
+from mode.charts.chart import (
+    CONTEXT_STYLE,
+    Axis,
+    Chart,
+    HeatMap,
+    HeatMaps,
+    Panel,
+    Point,
+    Series,
+    Style,
+    make_styles,
+)
+from mode.charts.draw import render_svg
+from mode.records.contents import Point as CurvePoint
+from mode.records.record import Record
+from mode.tables.compile import BACKBONE, Cell, RowResult, TableData
+from mode.tables.findings import collect_points
+from mode.tables.pareto import MEASURES, Place, Tradeoff, collect_sides, compute_tradeoff
+from mode.tables.table import SIGNS, last_value
+
+METHODS = {
+    "backbone": ("black", "X"),
+    "sft": ("orange", "o"),
+    "lora": ("amber", "s"),
+    "btm": ("sky", "^"),
+    "cbtm": ("sky", "v"),
+    "btx": ("green", "P"),
+    "upcycling": ("green", "h"),
+    "bam": ("green", "d"),
+    "mole": ("pink", "<"),
+    "loramoe": ("pink", ">"),
+    "mixlora": ("pink", "p"),
+    "molora": ("pink", "8"),
+    "mov": ("pink", "H"),
+    "moelora": ("pink", "D"),
+    "mode": ("blue", "D"),
+    "mode-anchored": ("blue", "*"),
+}
+"""Colour and marker of every method: a colour for the kind of method, a marker for the method."""
+
+
+OTHER = ("black", "o")
+"""Colour and marker of a method that is not in the list."""
+
+
+AXES = {
+    "added": "Added parameters (millions)",
+    "examples": "Different rows in the mix",
+    "share": "Share of the mix that the anchor takes",
+    "weight": "Weight of the anchor's divergence",
+}
+
+
+MIX = "the mix"
+"""What rows are adapted to whose settings do not say it."""
+
+
+MOST_BRANCHES = 8
+"""Branches of a row whose weights are drawn one by one; records have those of all."""
+
+
+def chart_tradeoff(compiled: TableData) -> Chart:
+    """Describe target accuracy over retention, with cost as size and the Pareto front.
+
+    Rows that are adapted to different domains are no rivals: every set of domains with several rows has its own panel.
+    """
+    groups = split_by_targets(compiled)
+    if len(groups) > 1:
+        return chart_groups(compiled, groups)
+    (group,) = groups.values()
+    chart = chart_rivals(group, *collect_sides(compiled))
+    left_out = len(compute_tradeoff(compiled).places) - len(compute_tradeoff(group).places)
+    rest = f" Not drawn: {left_out} rows that are adapted to other domains." if left_out else ""
+    return replace(chart, note=chart.note + rest)
+
+
+def split_by_targets(compiled: TableData) -> dict[str, TableData]:
+    """Return the rows of every set of target domains that several rows are adapted to, by its name."""
+    if compiled.targets:
+        return {"": compiled}
+    sets: dict[tuple[str, ...], list[RowResult]] = {}
+    for place in compute_tradeoff(compiled).places:
+        sets.setdefault(find_targets(compiled, place.line.name), []).append(place.line)
+    found = {targets: lines for targets, lines in sets.items() if len(lines) > 2} or sets
+    return {
+        name_targets(targets): replace(compiled, lines=tuple(lines), targets=targets)
+        for targets, lines in found.items()
+    } or {"": compiled}
+
+
+def find_targets(compiled: TableData, name: str) -> tuple[str, ...]:
+    """Return the domains that a row's settings adapt it to; the mix where they do not say."""
+    row = next(row for row in compiled.table.rows if row.name == name)
+    targets = last_value([*compiled.table.overrides, *row.overrides], "targets")
+    return tuple(targets) if targets else (MIX,)
+
+
+def name_targets(targets: Sequence[str]) -> str:
+    """Name target domains.
+
+    >>> name_targets(["code", "math"]), name_targets(["the mix"])
+    ('Code and Math', 'the mix')
+    """
+    return " and ".join(name if name == MIX else name.capitalize() for name in targets)
+
+
+def chart_rivals(compiled: TableData, others: str, adapted: str) -> Chart:
+    """Describe the trade-off of rows that are adapted to the same domains, with names beside their points."""
+    seen = compute_tradeoff(compiled)
+    styles = make_styles({name: find_method(compiled, name) for name in choose_named(compiled)})
+    labels = write_labels(compiled)
+    series = [
+        Series(
+            labels[place.line.name] if place.line.name in styles else "",
+            [make_point(place, seen)],
+            styles.get(place.line.name, CONTEXT_STYLE),
+            strong=place.best and seen.rivals,
+        )
+        for place in seen.places
+    ]
+    panel = Panel(
+        "",
+        Axis(f"Retention: change on {others or 'the other domains'} (points)"),
+        Axis(f"Target accuracy: {adapted or 'what a row is adapted to'} (%)"),
+        series,
+        zero=0.0,
+        front=seen.front,
+    )
+    unnamed = len(series) - len(styles)
+    grey = f" Grey: {unnamed} other rows of the table." if unnamed else ""
+    note = seen.legend + grey if series else "No result yet."
+    return Chart(compiled.table.title, [panel], names="points", note=note)
+
+
+def chart_groups(compiled: TableData, groups: Mapping[str, TableData]) -> Chart:
+    """Describe the trade-off of rows that are adapted to different domains: a panel for each set of domains.
+
+    Names stand in one key if there are styles for all of them, else beside the points of every panel.
+    """
+    written = write_labels(compiled)
+    labels = {
+        (title, line.name): drop_targets(written[line.name], title)
+        for title, group in groups.items()
+        for line in group.lines
+    }
+    methods = {label: find_method(compiled, name) for (_, name), label in labels.items()}
+    styles = make_styles(methods)
+    shared = len(styles) == len(methods)
+    panels = []
+    for title, group in groups.items():
+        if not shared:
+            styles = make_styles({labels[title, name]: find_method(compiled, name) for name in choose_named(group)})
+        seen = compute_tradeoff(group)
+        series = []
+        for place in seen.places:
+            label = labels[title, place.line.name]
+            named = label if label in styles else ""
+            series.append(Series(named, [make_point(place, seen)], styles.get(label, CONTEXT_STYLE)))
+        across, up = Axis("Retention (points)"), Axis("Target accuracy (%)")
+        panels.append(Panel(f"Adapted to {title}", across, up, series, zero=0.0, front=seen.front))
+    measure = compute_tradeoff(next(iter(groups.values()))).measure
+    note = f"Size: {MEASURES[measure]}. Dashed: the best of accuracy and retention at any cost."
+    title = compiled.table.title
+    if shared:
+        return Chart(title, panels, columns=3, size=(2.4, 2.0), note=note)
+    note += " Grey: other rows of the table."
+    return Chart(title, panels, columns=2, names="points", size=(4.0, 3.4), note=note)
+
+
+def choose_named(compiled: TableData) -> list[str]:
+    """Return the rows to name, in the table's order, as many as there are styles for.
+
+    The backbone comes first, then the front, the best of every method by its average, and the rest by theirs.
+    """
+    seen = compute_tradeoff(compiled)
+    averages = {place.line.name: cell.mean for place in seen.places if (cell := place.line.cell("average"))}
+    best: dict[tuple[str, str], str] = {}
+    for name in sorted(averages, key=lambda name: averages[name]):
+        best[find_method(compiled, name)] = name
+
+    def rank(place: Place) -> tuple[bool, bool, bool, float]:
+        name = place.line.name
+        average = averages.get(name, -math.inf)
+        return name != BACKBONE, place.means[:2] not in seen.front, name not in best.values(), -average
+
+    chosen: list[Place] = []
+    for place in sorted(seen.places, key=rank):
+        names = [*(each.line.name for each in chosen), place.line.name]
+        if len(make_styles({name: find_method(compiled, name) for name in names})) == len(names):
+            chosen.append(place)
+    return [place.line.name for place in sorted(chosen, key=lambda place: place.index)]
+
+
+def find_method(compiled: TableData, name: str) -> tuple[str, str]:
+    """Return the colour and the marker of a row's method."""
+    row = next(row for row in compiled.table.rows if row.name == name)
+    method = last_value([*compiled.table.overrides, *row.overrides], "method") or ""
+    return METHODS.get(method) or METHODS.get(method.partition("-")[0], OTHER)
+
+
+def write_labels(compiled: TableData) -> dict[str, str]:
+    """Return what every row is called where it stands alone: its label without the sign of a note.
+
+    A label that begins with dots says what differs from the row above, so that row's method stands before it.
+    """
+    found = {}
+    method = ""
+    for line in compiled.lines:
+        label = line.label.rstrip("".join(SIGNS) + " ")
+        if label.startswith("..."):
+            label = f"{method}: {label.removeprefix('...').strip()}"
+        else:
+            method = label.partition(",")[0].partition(" on ")[0]
+        found[line.name] = label
+    return found
+
+
+def drop_targets(label: str, targets: str) -> str:
+    """Return a row's label without the domains that it is adapted to.
+
+    >>> drop_targets("SFT on Code and Math, English replayed", "Code and Math"), drop_targets("LoRA, on Code", "Code")
+    ('SFT, English replayed', 'LoRA')
+    """
+    return label.replace(f", on {targets}", "").replace(f" on {targets}", "")
+
+
+def make_point(place: Place, seen: Tradeoff) -> Point:
+    """Return a row's point."""
+    return Point(
+        place.retention.mean,
+        place.target.mean,
+        measure_spread(place.retention),
+        (measure_spread(place.target),) * 2,
+        seen.size(place),
+        describe_place(place, seen.measure),
+    )
+
+
+def describe_place(place: Place, measure: str) -> str:
+    """Say where a row stands."""
+    kept, target = place.retention.text(signed=True), place.target.text()
+    return f"{place.line.label}: target {target} %, retention {kept}, {place.cost:,.4g} {MEASURES[measure]}"
+
+
+def measure_spread(cell: Cell) -> float:
+    """Return a standard deviation, or 0 with a single seed."""
+    return 0.0 if math.isnan(cell.std) else cell.std
+
+
+def chart_curves(compiled: TableData) -> Chart:
+    """Describe the panels of a table: a quality over what its rows differ in; a name has one style in all panels."""
+    curves = compiled.table.curves
+    methods = {
+        label: find_method(compiled, names[0]) for panel in curves for label, names in panel.lines.items() if names
+    }
+    styles = make_styles(methods, line=True)
+    panels = []
+    for panel in curves:
+        series = []
+        for label in panel.lines:
+            points = [
+                Point(x, cell.mean, y_error=(measure_spread(cell),) * 2)
+                for x, row in collect_points(compiled, panel, label).items()
+                if (cell := row.cell(panel.column)) is not None
+            ]
+            if points:
+                # Where nothing was added, a row is a level to compare with.
+                level = [point.x for point in points] == [0.0]
+                style = styles.get(label, CONTEXT_STYLE)
+                series.append(Series(label if label in styles else "", points, style, level=level))
+        places = sorted({point.x for each in series if not each.level for point in each.points})
+        apart = all(second > 1.5 * first > 0.0 for first, second in pairwise(places))
+        ticks = places if len(places) <= 6 and apart else ()
+        axis = Axis(AXES[panel.x], base=10, ticks=ticks)
+        panels.append(Panel(panel.title, axis, Axis(f"{panel.column.capitalize()} (%)"), series))
+    size = (5.0, 3.4) if len(panels) == 1 else (2.9, 2.5)
+    return Chart(compiled.table.title, panels, columns=3, size=size)
+
+
+def chart_to_svg(chart: Chart | HeatMaps | None) -> Markup:
+    """Draw a chart for a page; empty where there is none."""
+    return Markup('<figure class="chart">{}</figure>').format(Markup(render_svg(chart))) if chart else Markup("")
+
+
+def chart_table(compiled: TableData) -> Chart:
+    """Describe the figure beside a table: its curves where it has any, else its trade-off."""
+    return chart_curves(compiled) if compiled.table.curves else chart_tradeoff(compiled)
+
+
+def chart_gates(compiled: TableData) -> HeatMaps | None:
+    """Describe the mean gate weights of every row with a few branches; None where no row has gates."""
+    maps = []
+    labels = write_labels(compiled)
+    for line in compiled.lines:
+        if line.gates and len(line.branches) <= MOST_BRANCHES:
+            # By domain: a row of weights for every branch, over the blocks.
+            groups = {name.capitalize(): list(zip(*blocks, strict=True)) for name, blocks in line.gates.items()}
+            maps.append(HeatMap(labels[line.name], line.branches, groups))
+    note = "Mean gate weights of the branches on every domain's tokens, in per cent; a column for every block."
+    return HeatMaps(compiled.table.title, maps, note) if maps else None
+
+
+def chart_learning(compiled: TableData, records: Mapping[str, Record]) -> Chart | None:
+    """Describe the training loss of every row's last stage, the mean over seeds; None where nothing was trained."""
+    found: dict[str, tuple[RowResult, list[tuple[float, float]]]] = {}
+    for line in compiled.lines:
+        if points := average_curve([records[run].outcome.curve for run in line.runs.values()], "loss"):
+            found[line.name] = line, points
+    if not found:
+        return None
+    labels = write_labels(compiled)
+    first, *others = split_by_targets(compiled).values()
+    named = choose_named(compiled if others else first)
+    styles = make_styles({name: find_method(compiled, name) for name in named if name in found}, line=True)
+    series = [
+        Series(
+            labels[name] if name in styles else "",
+            [Point(x, y) for x, y in points],
+            styles.get(name, Style("", "", line=True)),
+        )
+        for name, (line, points) in found.items()
+    ]
+    unnamed = len(series) - len(styles)
+    note = f"Grey: {unnamed} other rows of the table." if unnamed else ""
+    panel = Panel("", Axis("Steps"), Axis("Training loss (nats per token)"), series)
+    return Chart(f"{compiled.table.title}: training loss", [panel], names="ends", size=(4.6, 3.2), note=note)
+
+
+VALIDATION = "validation/"
+"""Beginning of what a point of a curve says of validation: validation/DOMAIN/loss, for one."""
+
+
+RUN_COLOURS = ("blue", "orange", "green", "pink", "amber", "sky")
+"""Colours of the lines of one run: training, and validation by domain."""
+
+
+def chart_run(record: Record) -> Chart | None:
+    """Describe the loss and the accuracy of a run's training, with validation where it was measured."""
+    curve = record.outcome.curve
+    ends = dict.fromkeys(name for point in curve for name in point.values if name.startswith(VALIDATION))
+    panels = []
+    for key, up in (("loss", "Loss (nats per token)"), ("accuracy", "Accuracy (%)")):
+        wanted = {"Training": key}
+        wanted |= {
+            f"Validation, {name.removeprefix(VALIDATION).removesuffix(f'/{key}')}": name
+            for name in ends
+            if name.endswith(f"/{key}")
+        }
+        series = [
+            Series(label, [Point(x, y) for x, y in points], Style(colour, "o" if number else "", line=True))
+            for number, ((label, name), colour) in enumerate(zip(wanted.items(), RUN_COLOURS, strict=False))
+            if (points := average_curve([curve], name))
+        ]
+        if series:
+            panels.append(Panel("", Axis("Steps"), Axis(up), series))
+    if not panels:
+        return None
+    alone = all(len(panel.series) == 1 for panel in panels)
+    if alone:
+        panels = [Panel("", panel.x, panel.y, list(unname(panel.series))) for panel in panels]
+    return Chart(f"Training of run {record.id}", panels, columns=2, size=(2.5, 1.5))
+
+
+def unname(series: Sequence[Series]) -> Iterator[Series]:
+    """Return series without their names."""
+    for each in series:
+        yield Series("", each.points, each.style)
+
+
+def average_curve(curves: Sequence[Sequence[CurvePoint]], key: str) -> list[tuple[float, float]]:
+    """Return a quantity over steps as the mean of several curves, at the steps that all have; accuracy in per cent.
+
+    >>> first, second = [CurvePoint(1, {"loss": 2.0})], [CurvePoint(1, {"loss": 4.0}), CurvePoint(2, {"loss": 1.0})]
+    >>> average_curve([first, second], "loss")
+    [(1.0, 3.0)]
+    """
+    factor = 100.0 if key.endswith("accuracy") else 1.0
+    found = [{point.step: point.values[key] for point in curve if key in point.values} for curve in curves]
+    shared = [step for step in found[0] if all(step in each for each in found)] if found else []
+    return [(float(step), factor * sum(each[step] for each in found) / len(found)) for step in shared]
