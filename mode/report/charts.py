@@ -50,6 +50,10 @@ METHODS = {
 """Colour and marker of every method: a colour for the kind of method, a marker for the method."""
 
 
+REFERENCES = (METHODS["sft"], METHODS["lora"])
+"""Methods that every figure names."""
+
+
 OTHER = ("black", "o")
 """Colour and marker of a method that is not in the list."""
 
@@ -181,18 +185,20 @@ def chart_groups(compiled: TableData, groups: Mapping[str, TableData]) -> Chart:
 def choose_named(compiled: TableData) -> list[str]:
     """Return the rows to name, in the table's order, as many as there are styles for.
 
-    The backbone comes first, then the front, the best of every method by its average, and the rest by theirs.
+    The backbone comes first, then the front, full fine-tuning and LoRA, the plain form of every other method, which a
+    table has first, and the rest by their average.
     """
     seen = compute_tradeoff(compiled)
     averages = {place.line.name: cell.mean for place in seen.places if (cell := place.line.cell("average"))}
-    best: dict[tuple[str, str], str] = {}
-    for name in sorted(averages, key=lambda name: averages[name]):
-        best[find_method(compiled, name)] = name
+    plain: dict[tuple[str, str], str] = {}
+    for place in sorted(seen.places, key=lambda place: place.index):
+        plain.setdefault(find_method(compiled, place.line.name), place.line.name)
 
-    def rank(place: Place) -> tuple[bool, bool, bool, float]:
+    def rank(place: Place) -> tuple[bool, bool, bool, bool, float]:
         name = place.line.name
-        average = averages.get(name, -math.inf)
-        return name != BACKBONE, place.means[:2] not in seen.front, name not in best.values(), -average
+        average, first = averages.get(name, -math.inf), name in plain.values()
+        reference = first and find_method(compiled, name) in REFERENCES
+        return name != BACKBONE, place.means[:2] not in seen.front, not reference, not first, -average
 
     chosen: list[Place] = []
     for place in sorted(seen.places, key=rank):
