@@ -68,13 +68,15 @@ def reporting_errors() -> Iterator[None]:
         print(f"mode: {who()}{error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        print("mode: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("mode: stopped; the same command continues from the last checkpoint", file=sys.stderr)
         raise typer.Exit(130) from None
     except RuntimeError as error:
         if not processes.is_peer_lost(error):
             raise
         time.sleep(SECOND_OPINION)  # whoever launched them knows which, and ends this one first
-        print(f"mode: {who()}lost another process; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            f"mode: {who()}lost another process; the same command continues from the last checkpoint", file=sys.stderr
+        )
         raise typer.Exit(1) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -35,10 +35,10 @@ def reproduce(
     """
     with reporting_errors():
         from cli.progress import make_display
-        from mode.launch.schedule import run_all, table_runs
+        from mode.launch.schedule import compose_table, run_all
 
         given, seeds = take_list(overrides or [], "seeds")
-        runs = table_runs(table, seeds, given, conf)
+        runs = compose_table(table, seeds, given, conf)
         start, retries = started_by(launcher, runs, conf)
         with make_display() as display:
             outcome = run_all(runs, jobs=jobs or default_jobs(runs), display=display, start=start, retries=retries)

@@ -86,7 +86,7 @@ def runs(overrides: Overrides = None, conf: ConfOption = None) -> None:
             )
         unfinished = resumable(Path(run.paths.runs).expanduser())
         for name in unfinished:
-            print(f"{name:<48} interrupted; the command that started it goes on from its checkpoint")
+            print(f"{name:<48} interrupted; the command that started it continues from its checkpoint")
         if not records and not unfinished:
             print(f"no run in {run.paths.results} or {run.paths.runs} yet")
 

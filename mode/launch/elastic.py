@@ -1,4 +1,4 @@
-"""Start a command on several processes of this machine by torch's elastic agent, and say in one line why they ended."""
+"""Start a command in several processes of this machine with torch's elastic agent, and report a failure in one line."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 
 def launch_processes(command: Sequence[str], nproc: int, module: str = "cli") -> int:
-    """Run a command of `mode` on several processes, of which the first alone is heard, and return its exit code.
+    """Run a command in several processes and return the exit code. Only the first process prints.
 
     Args:
-        command: Its words.
-        nproc: Processes.
-        module: What takes them: `python -m MODULE COMMAND`.
+        command: Words of the command.
+        nproc: Number of processes.
+        module: Module that runs the command: `python -m MODULE COMMAND`.
 
     Raises:
-        KeyboardInterrupt: It was interrupted.
+        KeyboardInterrupt: The command was interrupted.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # what it says, `report_failure` says shorter
+    # `report_failure` reports what the agent would log.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as logs:
         settings = LaunchConfig(
             min_nodes=1,
@@ -53,7 +52,7 @@ def launch_processes(command: Sequence[str], nproc: int, module: str = "cli") ->
 
 
 def report_failure(error: ChildFailedError, logs: Path) -> int:
-    """Say in one line why the processes ended, unless the first has said it already, and return the exit code."""
+    """Print in one line why the processes failed, unless the first process already did, and return the exit code."""
     first = error.failures.get(0)
     if first is not None and first.exitcode > 0:
         return int(first.exitcode)
@@ -61,7 +60,7 @@ def report_failure(error: ChildFailedError, logs: Path) -> int:
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         print(
-            f"mode: process {rank} was ended by {name}; the same command goes on from the last checkpoint",
+            f"mode: process {rank} was ended by {name}; the same command continues from the last checkpoint",
             file=sys.stderr,
         )
         return 1
