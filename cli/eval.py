@@ -29,7 +29,7 @@ def score_downstream(run: Run, names: Sequence[str], limit: int | None, conf: Pa
     if record is None:
         raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
     print(f"run {prepared.id}: {record.filename.removesuffix('.json')}", file=sys.stderr)
-    for result, existed in score_tasks(prepared, record, planned, limit=limit, again=again, done=tell_progress):
+    for result, existed in score_tasks(prepared, record, planned, limit=limit, overwrite=again, done=tell_progress):
         print(describe_result(result) + ("  (exists; --again scores it anew)" if existed else ""))
     print("`mode report downstream` renders all", file=sys.stderr)
 

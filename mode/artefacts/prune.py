@@ -97,7 +97,7 @@ def prune(
     done: Callable[[str], None],
     extra: Path | None = None,
 ) -> tuple[PruningResult, Path]:
-    """Prune a finished run by every order and ratio, score each pruned model, and write the result atomically.
+    """Prune a finished run by every order and ratio; return the scores and the path of the file that has them.
 
     Args:
         run: The run.
@@ -106,9 +106,6 @@ def prune(
         results: Folder of results.
         done: Called with a description of every case that is scored.
         extra: Folder of the user's own configuration.
-
-    Returns:
-        The result, and the path of its file.
 
     Raises:
         ConfigError: The run is not finished, has no experts with a router, or its weights are missing.

@@ -1,7 +1,7 @@
-"""Results of downstream tasks, and the sheet that follows from them.
+"""Results of downstream tasks, and their rendering.
 
-A result is a JSON in `downstream/` of a folder of results: what was asked (run, task, version, prompt), what happened
-and under what conditions. `downstream.md` and `downstream.csv` follow from them alone.
+A result is a JSON file in `downstream/` of a folder of results. The file has what was asked (run, task, version,
+prompt), what happened, and the conditions. `downstream.md` and `downstream.csv` are rendered from these files alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SCHEMA = 1
 
 
 SHARES = ("pass@1", "exact_match", "acc", "acc_norm")
-"""Metrics that are shares, and shown in per cent."""
+"""Metrics that are shares and are shown in per cent."""
 
 
 INTRO = (
@@ -33,28 +33,28 @@ INTRO = (
 
 @dataclass(frozen=True)
 class Result(Measurement):
-    """What a run did on a task.
+    """Result of a run on a task.
 
-    `asked` has the run, the task with its version, prompt, worked examples, metric and limits, and how many questions;
-    `happened` the number of questions `n`, score, standard error, every metric, the score's value on every question,
-    how many answers were unparsed, of how many prompts the beginning was cut off, and seconds; `provenance` the data
-    with its digest, and the conditions.
+    `asked` has the run, the limit on questions, and the task with its version, prompt, worked examples, metric and
+    limits. `happened` has the number of questions `n`, the score with its standard error and its value on every
+    question, every metric, the numbers of unparsed answers and truncated prompts, and seconds. `provenance` has the
+    data with its digest, and the conditions.
     """
 
     @property
     def filename(self) -> str:
-        """Name of its file: the run, the task, and how many questions if not all."""
+        """Name of the result's file: the run, the task, and the limit on questions if there is one."""
         limit = self.asked["limit"]
         return f"{self.asked['run']}-{self.asked['task']}{f'-first-{limit}' if limit else ''}.json"
 
     @property
     def score(self) -> str:
-        """The score and its standard error, as people read it."""
+        """The score and its standard error, as text."""
         return format_metric(self.asked["metric"], self.happened["score"], self.happened["stderr"])
 
     @property
     def unparsed(self) -> str:
-        """The number of unparsed answers, as people read it."""
+        """The number of unparsed answers, as text; a dash if every answer can be parsed."""
         count = self.happened["unparsed"]
         return "–" if count is None else str(count)
 
@@ -70,7 +70,7 @@ def format_metric(metric: str, value: float, error: float | None) -> str:
 
 
 def format_row(result: Result) -> dict[str, str]:
-    """Render a result as a line of the table."""
+    """Render a result as a row of the table."""
     asked, happened = result.asked, result.happened
     others = [
         f"{name} {format_metric(name, each['value'], None)}"
@@ -93,7 +93,7 @@ def format_row(result: Result) -> dict[str, str]:
 
 
 def describe_task(result: Result) -> str:
-    """Render what a task is."""
+    """Render the description of a result's task in Markdown."""
     asked, data = result.asked, result.provenance["data"]
     facts = [f"{asked['num_fewshot']} worked examples", f"scored by {asked['metric']}"]
     if asked["chance"] is not None:
@@ -109,7 +109,7 @@ def describe_task(result: Result) -> str:
 
 
 def render_results(results: Sequence[Result]) -> dict[str, str]:
-    """Render results in Markdown, and as CSV with one line per result and metric."""
+    """Render results in Markdown, and as CSV with one row per result and metric."""
     ordered = sorted(results, key=lambda each: (each.asked["task"], each.asked["backbone"], each.filename))
     table = pd.DataFrame([format_row(result) for result in ordered]).to_markdown(index=False, disable_numparse=True)
     tasks = {
@@ -130,4 +130,4 @@ def render_results(results: Sequence[Result]) -> dict[str, str]:
 
 
 SHEET = Collection("downstream", "result", Result, SCHEMA, "mode eval --downstream", render_results)
-"""The folder of results of downstream tasks in a folder of results, and their sheet beside it."""
+"""The downstream results in a folder of results, and the files that are rendered from them."""
