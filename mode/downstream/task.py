@@ -66,7 +66,7 @@ class Task:
 
     def __post_init__(self) -> None:
         if (self.kind == "harness") != bool(self.harness):
-            raise ValueError("the setting harness is required with kind=harness, and only allowed there")
+            raise ValueError("harness goes with kind=harness, which requires it")
         if self.kind == "program" and self.max_tokens is None:
             raise ValueError("kind=program needs max_tokens")
 

@@ -58,10 +58,10 @@ def test_ratios_are_paired_by_round() -> None:
 @pytest.mark.parametrize(
     ("suite", "settings", "told"),
     [
-        ("step", ["train.documents=apart"], "train.documents=apart is of no suite's asking: the tokens"),
-        ("loops", ["train.compile=auto"], "train.compile=auto is of no suite's asking: say true or false"),
-        ("scale", ["train.activation_checkpointing=auto", "train.memory=1"], "say which layers"),
-        ("startup", [], "suite `startup` starts backbone=tiny, not pico"),
+        ("step", ["train.documents=apart"], "train.documents=apart is not supported by mode bench: the rows"),
+        ("loops", ["train.compile=auto"], "train.compile=auto is not supported by mode bench: choose true or false"),
+        ("scale", ["train.activation_checkpointing=auto", "train.memory=1"], "choose which layers"),
+        ("startup", [], "suite `startup` supports only backbone=tiny, not pico"),
         ("sharding", ["method.head_rank=2"], "suite `sharding` goes with method.head_rank=0"),
         ("sharding", ["method.gate.reads=output"], "and method.gate.reads=input"),
     ],

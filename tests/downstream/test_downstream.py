@@ -460,7 +460,7 @@ def test_packed_log_likelihoods_equal_the_harness_own(asked: World) -> None:
             assert total == pytest.approx(expected, rel=1e-5)
             assert greedy == same
         assert seen[-1] == (5, 5)
-        with pytest.raises(ConfigError, match=f"an answer of {longest + 1} tokens: this model reads {longest}"):
+        with pytest.raises(ConfigError, match=f"an answer has {longest + 1} tokens: this model reads {longest}"):
             wrapped._loglikelihood_tokens([(("", ""), [1], [2] * (longest + 1))])
 
 

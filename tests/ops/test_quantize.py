@@ -174,7 +174,7 @@ def test_what_has_nothing_frozen_is_told(world: World) -> None:
 
 
 def test_a_benchmark_is_not_asked_for_eight_bits(world: World) -> None:
-    with pytest.raises(ConfigError, match=r"^train\.frozen_weights=int8 is of no suite's asking"):
+    with pytest.raises(ConfigError, match=r"^train\.frozen_weights=int8 is not supported by mode bench"):
         run_suite("scale", run_of(world, *FRESH, "train.frozen_weights=int8"), 1)
 
 

@@ -1,4 +1,4 @@
-"""The suites `step`, `options`, `branches` and `scale`: an optimizer step by method, by the loop's options, by size."""
+"""Suite `step`: an optimizer step of every method. The class `Step` serves other suites too."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ HALF = f"{ONE} of half a block"
 
 
 HELD = (FULL, LORA, TWO)
-"""Methods whose anchor is measured."""
+"""Methods that are also measured with an anchor."""
 
 
 PLAIN = {
@@ -52,39 +52,39 @@ PLAIN = {
     "branches": "loop",
     "graph": False,
 }
-"""The loop's options where none of them is measured."""
+"""Default training options of the suites."""
 
 
-def steps(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
-    """Return what to time, and the bytes of every method's weights that train.
+def prepare_steps(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return cases that time a step of every method, and the bytes of the trainable weights of each method.
 
-    Experts are fresh and rows are random: neither changes what a step takes.
+    Experts are fresh and rows are random. Neither changes the time of a step.
 
     Args:
-        run: Names backbone, rows and their length.
-        method: Shape of blocks, experts and gates.
-        device: Where the models train.
-        folder: For what other trainers write.
+        run: Run with the backbone, the batch size and the sequence length.
+        method: Method with the shape of blocks, experts and gates.
+        device: Device of the models.
+        folder: Folder for files of other trainers.
     """
     methods = choose_methods(run, method)
-    plain = {name: Step(run, each, Anchor(), device) for name, each in methods.items()}
+    plain = {name: Step(run, settings, Anchor(), device) for name, settings in methods.items()}
     cases = [step.case("step", name) for name, step in plain.items()]
     if HALF in methods:
-        again = replace_settings(run, train=replace_settings(run.train, activation_checkpointing="frozen"))
-        cases.append(Step(again, methods[HALF], Anchor(), device).case("step", f"{HALF}, frozen layers formed again"))
+        changed = replace_settings(run, train=replace_settings(run.train, activation_checkpointing="frozen"))
+        cases.append(Step(changed, methods[HALF], Anchor(), device).case("step", f"{HALF}, frozen layers formed again"))
     cases += [
         step.case("frozen weights, MoDE, one expert", name)
-        for name, step in compare_wasteful(run, methods[ONE], device)
+        for name, step in compare_gradients(run, methods[ONE], device)
     ]
     for name in HELD:
-        held = Step(run, methods[name], Anchor(source=SELF), device)
-        cases += [plain[name].case(f"anchor, {name}", "none"), held.case(f"anchor, {name}", "held")]
+        anchored = Step(run, methods[name], Anchor(source=SELF), device)
+        cases += [plain[name].case(f"anchor, {name}", "none"), anchored.case(f"anchor, {name}", "held")]
     cases += list_peers(run, {name: methods[name] for name in (FULL, LORA)}, device, folder)
     return cases, {name: step.bytes for name, step in plain.items()}
 
 
 def choose_methods(run: Run, method: MoDE) -> dict[str, Adaptation]:
-    """Return the methods to measure, by name: of MoDE, experts of other depths and in other numbers too."""
+    """Return the methods to measure, by name, including MoDE with other depths and numbers of experts."""
     per_block = divide_layers(len(read_shape(run.backbone).layers), method.num_blocks)
     fresh = partial(replace_settings, method, start="fresh", experts=())
     methods: dict[str, Adaptation] = {FULL: load_method("sft"), LORA: load_method("lora"), ONE: fresh(num_experts=1)}
@@ -95,8 +95,8 @@ def choose_methods(run: Run, method: MoDE) -> dict[str, Adaptation]:
     return methods | {name: fresh(num_experts=number) for name, number in numbers.items()}
 
 
-def compare_wasteful(run: Run, method: Adaptation, device: torch.device) -> list[tuple[str, Step]]:
-    """Return a step of one expert as it is, and as it is where frozen weights get gradients, which nobody reads."""
+def compare_gradients(run: Run, method: Adaptation, device: torch.device) -> list[tuple[str, Step]]:
+    """Return steps of one expert without and with unused gradients of frozen weights, by variant."""
 
     def gradients_everywhere(model: nn.Module) -> None:
         model.requires_grad_(True)
@@ -112,10 +112,10 @@ def compare_wasteful(run: Run, method: Adaptation, device: torch.device) -> list
 
 
 class Step:
-    """A model that makes the same optimizer step whenever it is called.
+    """A model with an optimizer and rows. Every call makes an optimizer step on the same rows.
 
     Attributes:
-        bytes: Size of the weights that train.
+        bytes: Size of the trainable weights in bytes.
     """
 
     def __init__(
@@ -129,11 +129,11 @@ class Step:
         """Build the model, its optimizer and its rows.
 
         Args:
-            run: Names backbone, rows and their length.
+            run: Run with the backbone, the batch size and the sequence length.
             method: The method.
-            anchor: The rows on which it is held to its backbone.
-            device: Where it trains.
-            change: Changes the model once its optimizer is made.
+            anchor: The anchor to the backbone.
+            device: Device of the model.
+            change: Changes the model after its optimizer is made.
         """
         load = partial(load_model, run.backbone)
         asked = replace_settings(run, method=method)
@@ -163,25 +163,25 @@ class Step:
         self.flops = size * length * cost.flops.total if cost and not hold else 0.0
 
     def __call__(self) -> None:
-        """Make a step as the loop does."""
+        """Make an optimizer step, as the training loop does."""
         with self.layers:
             self.passes(self.objective, self.rows, self.job.settings.accumulate, self.held if self.job.hold else None)
-        torch.nn.utils.clip_grad_norm_(self.learning(), self.job.settings.clip)
+        torch.nn.utils.clip_grad_norm_(self.list_parameters(), self.job.settings.clip)
         self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
 
-    def learning(self) -> list[torch.Tensor]:
-        """Return the weights that the optimizer changes."""
+    def list_parameters(self) -> list[torch.Tensor]:
+        """Return the parameters of the optimizer."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def resident(self) -> int:
-        """Return the bytes of the model's weights, of their copies in bf16 and of the optimizer's states."""
+        """Return the bytes of the model's weights, their copies in bf16 and the optimizer state."""
         states = (value for state in self.optimizer.state.values() for value in state.values())
         copies = (half for _, _, half in self.layers.held)
         return sum(part.nbytes for part in (*self.model.parameters(), *self.model.buffers(), *copies, *states))
 
     def case(self, job: str, variant: str) -> Case:
-        """Return what to time."""
+        """Return a case that times the step."""
         return Case(
             job,
             variant,
@@ -190,5 +190,5 @@ class Step:
             flops=self.flops,
             precision=self.precision,
             resident=self.resident,
-            counted=not self.job.settings.graph,  # what a graph keeps for itself is not among what is allocated
+            counted=not self.job.settings.graph,  # the memory of a CUDA graph is not part of the allocated memory
         )
