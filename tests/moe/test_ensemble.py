@@ -192,5 +192,5 @@ def test_branches_of_clusters_train_on_rows_of_their_own(world: World) -> None:
 
 
 def test_a_cluster_that_there_is_not_is_refused(world: World) -> None:
-    with pytest.raises(ConfigError, match="cluster=2: num_clusters=2 are counted from 0"):
+    with pytest.raises(ConfigError, match="cluster=2: clusters are numbered from 0 to 1"):
         compose([*world.overrides, "method=cbtm-branch", "method.cluster=2"], world.conf)

@@ -141,5 +141,5 @@ def test_domains_are_scored_as_their_tasks_and_the_rest_as_none(world: World) ->
 
 
 def test_a_rank_that_does_not_divide_is_refused(world: World) -> None:
-    with pytest.raises(ConfigError, match="rank=16 does not divide over num_experts=3"):
+    with pytest.raises(ConfigError, match="rank=16 is not divisible by num_experts=3"):
         compose([*world.overrides, "method=moelora", "method.num_experts=3"], world.conf)
