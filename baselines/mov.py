@@ -33,7 +33,7 @@ class MoV(ParameterMatched):
     Attributes:
         num_experts: Number of experts, N.
         outputs: Linear layers whose output is scaled (keys and values), by the last parts of their paths.
-        inputs: Linear layers whose input is scaled (the last of the feed-forward part), by the same.
+        inputs: Linear layers whose input is scaled (the last of the feed-forward part), named likewise.
         router: Settings of the router; dense by default, as published.
     """
 

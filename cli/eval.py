@@ -1,4 +1,4 @@
-"""mode eval: scores of finished runs, on their domains and on downstream tasks."""
+"""Command `mode eval`: score finished runs on their domains and on downstream tasks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def score_downstream(run: Run, names: Sequence[str], limit: int | None, conf: Path | None, *, again: bool) -> None:
-    """Score the finished run that the settings describe on downstream tasks, and keep the results."""
+    """Score a finished run on downstream tasks, and write the results."""
     from mode.core.errors import ConfigError
     from mode.downstream.run import plan_tasks, score_tasks
     from mode.runs.prepare import find_finished, prepare_run
@@ -29,13 +29,13 @@ def score_downstream(run: Run, names: Sequence[str], limit: int | None, conf: Pa
     if record is None:
         raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
     print(f"run {prepared.id}: {record.filename.removesuffix('.json')}", file=sys.stderr)
-    for result, existed in score_tasks(prepared, record, planned, limit=limit, overwrite=again, done=tell_progress):
-        print(describe_result(result) + ("  (exists; --again scores it anew)" if existed else ""))
+    for result, existed in score_tasks(prepared, record, planned, limit=limit, overwrite=again, done=print_progress):
+        print(describe_result(result) + ("  (exists; --again scores it again)" if existed else ""))
     print("`mode report downstream` renders all", file=sys.stderr)
 
 
-def tell_progress(name: str, number: int, total: int) -> None:
-    """Say how far a task is: in place on a terminal, else ten times in all."""
+def print_progress(name: str, number: int, total: int) -> None:
+    """Print the progress of a task: in place on a terminal, else about ten lines per task."""
     if sys.stderr.isatty():
         print(f"\r{name}: {number} of {total}", end="\n" if number == total else "", file=sys.stderr, flush=True)
     elif number == total or number % max(1, total // 10) == 0:
@@ -43,7 +43,7 @@ def tell_progress(name: str, number: int, total: int) -> None:
 
 
 def describe_result(result: Result) -> str:
-    """Phrase a result in one line."""
+    """Return a result as one line of text."""
     asked, happened = result.asked, result.happened
     parts = [
         f"{asked['task']} v{asked['version']}",
@@ -69,17 +69,20 @@ def evaluate(
     ] = False,
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", help="With --downstream: a task; repeat it.", autocompletion=complete("downstream")),
+        typer.Option("--task", help="With --downstream: a task; repeatable.", autocompletion=complete("downstream")),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="With --downstream: questions of each task.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="With --downstream: score anew what has a result.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="With --downstream: maximum number of questions per task.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="With --downstream: score tasks again.")] = False,
     conf: ConfOption = None,
 ) -> None:
-    """Score runs on every domain against the bare backbone.
+    """Score finished runs.
 
-    With --retention: every finished run, from its record; the backbone is scored first if it has no record yet.
-    With --downstream: the run that the settings describe, on downstream tasks, from its weights.
-    Without: that run on its domains, from its weights.
+    Without flags: score the run of the given settings on its domains, from its weights, and compare with its record.
+    With --downstream: score the same run on downstream tasks.
+    With --retention: show every finished run next to the bare backbone, from records. The backbone is scored first if
+    it has no record.
 
     Examples: mode eval --retention; mode eval method=sft; mode eval --downstream --task gsm8k-100 method=sft
     """
@@ -89,7 +92,7 @@ def evaluate(
         from mode.core.errors import ConfigError
 
         if downstream and retention:
-            raise ConfigError("--downstream and --retention are two commands: give one of them")
+            raise ConfigError("--downstream and --retention exclude each other: give one of them")
         if not downstream and (task or limit is not None or again):
             raise ConfigError("--task, --limit and --again go with --downstream")
         given = list(overrides or [])
@@ -104,12 +107,12 @@ def evaluate(
         from mode.runs.execute import execute
 
         bare = compose([*given, "method=backbone"], conf)
-        zero = execute(replace_settings(bare, track=replace_settings(bare.track, mode="none")))
-        print_retention(read_records(Path(run.paths.results).expanduser()), zero)
+        baseline = execute(replace_settings(bare, track=replace_settings(bare.track, mode="none")))
+        print_retention(read_records(Path(run.paths.results).expanduser()), baseline)
 
 
 def rescore(run: Run) -> None:
-    """Score a finished run from its weights and compare with its record."""
+    """Score a finished run from its weights, and compare the accuracies with its record."""
     from dataclasses import asdict
 
     from cli.train import print_scores
@@ -136,48 +139,48 @@ def rescore(run: Run) -> None:
     print("accuracies equal the record's" if same else "accuracies differ from the record's")
 
 
-def print_retention(records: Sequence[Record], zero: Record) -> None:
-    """Print target and retention accuracy of every record under the conditions of the bare backbone's."""
+def print_retention(records: Sequence[Record], baseline: Record) -> None:
+    """Print target and retention accuracy of the bare backbone and of every comparable record."""
     from mode.tables.compile import compute_qualities
 
-    same = [record for record in records if record.id != zero.id and comparable(record, zero)]
-    apart = distinctions([zero, *same])
-    names = list(zero.happened["scores"])
+    comparable = [record for record in records if record.id != baseline.id and are_comparable(record, baseline)]
+    differences = list_differences([baseline, *comparable])
+    names = list(baseline.happened["scores"])
     print(f"{'run':<44}" + "".join(f"{name:>10}" for name in names) + f"{'target':>10}{'retention':>11}")
-    for record in [zero, *same]:
-        values = compute_qualities(record, zero)
+    for record in [baseline, *comparable]:
+        values = compute_qualities(record, baseline)
         label = record.filename.removesuffix(".json")
         cells = "".join(f"{values[name]:>10.2f}" for name in names)
         kept = f"{values['retention']:>+11.2f}" if "retention" in values else f"{'–':>11}"
-        print(f"{label:<44}{cells}{values['target']:>10.2f}{kept}  {apart[record.id]}".rstrip())
-    hidden = len(records) - len(same) - 1
+        print(f"{label:<44}{cells}{values['target']:>10.2f}{kept}  {differences[record.id]}".rstrip())
+    hidden = len(records) - len(comparable) - 1
     if hidden:
         print(f"{hidden} records on other data, domains or context lengths, or another backbone, are not shown")
 
 
-def distinctions(records: Sequence[Record]) -> dict[str, str]:
-    """Say, by run id, which settings tell a record apart from the others of its method and targets."""
+def list_differences(records: Sequence[Record]) -> dict[str, str]:
+    """Return, by run id, the settings in which a record differs from others with its method and targets."""
     from mode.config.check import flatten
 
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(f"{record.asked['method']['_target_']} {record.asked['targets']}", []).append(record)
-    told: dict[str, str] = {}
+    differences: dict[str, str] = {}
     for members in groups.values():
         flat = {record.id: flatten(record.asked) for record in members}
         keys = dict.fromkeys(key for settings in flat.values() for key in settings)
         differing = [key for key in keys if len({str(settings.get(key)) for settings in flat.values()}) > 1]
         for run_id, settings in flat.items():
             shown = [key for key in differing if key in settings and key != "seed"]
-            told[run_id] = " ".join(f"{key.rpartition('.')[2]}={settings[key]}" for key in shown)
-    return told
+            differences[run_id] = " ".join(f"{key.rpartition('.')[2]}={settings[key]}" for key in shown)
+    return differences
 
 
-def comparable(record: Record, zero: Record) -> bool:
-    """Say whether two records score the same tokens, with the same context, data, backbone and precision."""
+def are_comparable(record: Record, other: Record) -> bool:
+    """Return whether two records score the same tokens, with the same context, data, backbone and precision."""
     return (
-        record.conditions == zero.conditions
-        and list(record.happened["scores"]) == list(zero.happened["scores"])
-        and record.happened["split"] == zero.happened["split"]
-        and record.asked["train"]["sequence_length"] == zero.asked["train"]["sequence_length"]
+        record.conditions == other.conditions
+        and list(record.happened["scores"]) == list(other.happened["scores"])
+        and record.happened["split"] == other.happened["split"]
+        and record.asked["train"]["sequence_length"] == other.asked["train"]["sequence_length"]
     )

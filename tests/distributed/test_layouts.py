@@ -212,7 +212,7 @@ def environment(pid: int) -> bytes:
 
 def test_other_commands_are_refused_to_several_processes() -> None:
     for rank, told in (
-        ("0", "mode: reproduce: several processes can share train or compose or generate alone\n"),
+        ("0", "mode: reproduce: several processes can only run train or compose or generate\n"),
         ("1", ""),
     ):
         several = os.environ | {"WORLD_SIZE": "2", "RANK": rank}

@@ -299,8 +299,8 @@ def test_a_process_forgets_the_branches_of_others(world: World) -> None:
     ("layout", "told"), [("mpmd", "needs several processes"), ("mmpd", "not one of alone, mpmd; did you mean mpmd?")]
 )
 def test_a_layout_of_text_that_cannot_be_is_told(world: World, layout: str, told: str) -> None:
-    from cli.generate import laid_out
+    from cli.generate import spread_branches
 
     run = compose([*world.overrides, *FRESH], world.conf)
     with pytest.raises(ConfigError, match=told):
-        laid_out(noisy(run), layout)
+        spread_branches(noisy(run), layout)
