@@ -24,7 +24,9 @@ def gates(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each domain in the HTML file.")] = 400,
     conf: ConfOption = None,
 ) -> None:
-    """Show the mean weight of every branch, by domain and block, and the gates' entropy in nats.
+    """Show weights and entropy of the gates by domain and block.
+
+    The weight is the mean of every branch. The entropy is in nats.
 
     Example: mode analyze gates 3f2a90c1d2e4 --html gates.html
     """

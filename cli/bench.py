@@ -22,7 +22,9 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds. Every variant is timed once per round.")] = 9,
     conf: ConfOption = None,
 ) -> None:
-    """Measure speed and size of variants, as ratios from interleaved timing, and write a record.
+    """Measure speed and size of variants.
+
+    The variants are timed in turn and compared by ratios. The results are written as a record.
 
     Example: mode bench edge backbone=smollm2-135m
     """

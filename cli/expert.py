@@ -25,7 +25,9 @@ def show(
     overrides: Overrides = None,
     conf: ConfOption = None,
 ) -> None:
-    """Show the description of an expert and check its weights, or list the experts of a composed model.
+    """Show an expert, or list the experts of a composed model.
+
+    The weights of an expert are checked.
 
     Example: mode expert show runs/3f2a90c1d2e4/expert
     """
@@ -61,7 +63,9 @@ def add(
     embed: EmbedOption = False,
     conf: ConfOption = None,
 ) -> None:
-    """Add an expert to a composed model, without training. The weight ratios of the other experts do not change.
+    """Add an expert to a composed model, without training.
+
+    The weight ratios of the other experts do not change.
 
     Example: mode expert add 3f2a90c1d2e4 ~/experts/law with-law
     """
@@ -86,7 +90,9 @@ def remove(
     embed: EmbedOption = False,
     conf: ConfOption = None,
 ) -> None:
-    """Remove an expert of a composed model, without training. The weight ratios of the others do not change.
+    """Remove an expert of a composed model, without training.
+
+    The weight ratios of the other experts do not change.
 
     Example: mode expert remove 3f2a90c1d2e4 math code-alone
     """
@@ -109,10 +115,11 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="Average one expert into the backbone.")] = False,
     conf: ConfOption = None,
 ) -> None:
-    """Write a run as a self-contained folder with backbone, experts, gates and tokenizer.
+    """Write a run as a self-contained folder.
 
-    With --merge, the only expert is averaged into the backbone's layers, weighted by its mean gate on validation text.
-    The merged model has the backbone's size and speed. It is an approximation, so its validation accuracy is printed.
+    The folder has backbone, experts, gates and tokenizer. With --merge, the only expert is averaged into the backbone's
+    layers, weighted by its mean gate on validation text. The merged model has the backbone's size and speed. It is an
+    approximation, so its validation accuracy is printed.
 
     Example: mode export 3f2a90c1d2e4 code-model --experts code --precision bf16
     """

@@ -32,7 +32,9 @@ def generate(
     html: Annotated[Path | None, typer.Option(help="Write the text with its gates to this HTML file.")] = None,
     conf: ConfOption = None,
 ) -> None:
-    """Continue a text with a run or a saved model, and print tokens as they are generated.
+    """Continue a text with a run or a saved model.
+
+    Tokens are printed as they are generated.
 
     Example: mode generate 3f2a "def main():" --gates
     """

@@ -19,9 +19,10 @@ def launch(
     ],
     nproc: Annotated[int, typer.Option("--nproc", min=1, help="Number of processes; with GPUs, one per GPU.")] = 2,
 ) -> None:
-    """Run `mode train` or `mode compose` in several processes of this machine that share every step.
+    """Run a command in several processes of this machine.
 
-    `mode generate ... --layout mpmd` runs every expert in its own process.
+    The processes of `mode train` and `mode compose` share every step. `mode generate ... --layout mpmd` runs every
+    expert in its own process.
 
     The command is equivalent to `torchrun --nproc-per-node K -m cli COMMAND`, but reports an error in one line. Options
     of `launch` come before the command.

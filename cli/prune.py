@@ -22,7 +22,9 @@ def prune(
     ] = None,
     conf: ConfOption = None,
 ) -> None:
-    """Prune the least needed experts of a finished run, by one or more orders, and score the pruned model.
+    """Prune experts of a finished run, and score the pruned model.
+
+    The least needed experts go first, by one or more orders.
 
     Example: mode prune 3f2a90c1d2e4 --ratio 0.25 --ratio 0.5 --by change
     """

@@ -36,7 +36,7 @@ def report(
     ] = False,
     conf: ConfOption = None,
 ) -> None:
-    """Render tables and figures from records. Without a name, render all tables that have records.
+    """Render tables and figures from records, by name or all.
 
     Examples: mode report table1; mode report --check; mode report --html
     """

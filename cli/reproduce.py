@@ -27,9 +27,10 @@ def reproduce(
     ] = "local",
     conf: ConfOption = None,
 ) -> None:
-    """Execute every run of a table, skip finished runs, and render the table.
+    """Execute every run of a table, then render the table.
 
-    A run whose process dies is restarted from its checkpoint. A run that fails is reported, and the others continue.
+    Finished runs are skipped. A run whose process dies is restarted from its checkpoint. A run that fails is reported,
+    and the others continue.
 
     Example: mode reproduce table1 seeds=[0,1,2]
     """

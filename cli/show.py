@@ -71,7 +71,7 @@ def tables(conf: ConfOption = None) -> None:
 
 @app.command("runs")
 def runs(overrides: Overrides = None, conf: ConfOption = None) -> None:
-    """List the finished runs, from their records, and the interrupted runs."""
+    """List the finished and the interrupted runs."""
     with reporting_errors():
         from mode.config.compose import compose
         from mode.records.record import read_records
@@ -97,7 +97,9 @@ def budget(
     overrides: Overrides = None,
     conf: ConfOption = None,
 ) -> None:
-    """Forecast steps, parameters, operations and memory of every row of a table.
+    """Forecast the cost of every row of a table.
+
+    The forecast has steps, tokens, operations, parameters, minutes and memory.
 
     Example: mode show budget table1 budget=compute
     """

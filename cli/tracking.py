@@ -8,7 +8,9 @@ from cli.options import ConfOption, Overrides, reporting_errors
 
 
 def sync(overrides: Overrides = None, conf: ConfOption = None) -> None:
-    """Push runs that were logged offline to Weights & Biases, except those already pushed.
+    """Push offline runs to Weights & Biases.
+
+    Runs that are already pushed are skipped.
 
     Example: mode sync paths.runs=runs
     """

@@ -43,7 +43,7 @@ def expert(
     print_config: PrintOption = False,
     conf: ConfOption = None,
 ) -> None:
-    """Stage 1 of MoDE: train one expert for one domain.
+    """Train one expert for one domain: stage 1 of MoDE.
 
     Example: mode train expert --domain code train.steps=300
     """
@@ -80,9 +80,10 @@ def backbone(
     print_config: PrintOption = False,
     conf: ConfOption = None,
 ) -> None:
-    """Pretrain the embedded backbone and its tokenizer from scratch. This takes over an hour on two cores.
+    """Pretrain the embedded backbone and its tokenizer.
 
-    The weights are written to runs/ID/backbone. Use them with backbone.path=runs/ID/backbone.
+    This takes over an hour on two cores. The weights are written to runs/ID/backbone. Use them with
+    backbone.path=runs/ID/backbone.
     """
     with reporting_errors():
         given = list(overrides or [])
@@ -107,10 +108,11 @@ def compose(
     print_config: PrintOption = False,
     conf: ConfOption = None,
 ) -> None:
-    """Stage 2 of MoDE: compose one expert per domain into one model, and fine-tune the model on the mix.
+    """Compose experts into one model and fine-tune it: stage 2.
 
-    Without names, the command uses the experts of the target domains. A missing expert of a domain is trained first. The
-    folder of a model stands for all its experts, so a model from `mode expert add` can be fine-tuned.
+    The model has one expert per domain and trains on the mix of the domains. Without names, the command uses the
+    experts of the target domains. A missing expert of a domain is trained first. The folder of a model stands for all
+    its experts, so a model from `mode expert add` can be fine-tuned.
 
     Example: mode compose code math; mode compose code ~/experts/law
     """
