@@ -42,7 +42,7 @@ DomainOption = Annotated[
     typer.Option("--domain", "-d", help="Target domains, separated by commas.", autocompletion=complete("domain")),
 ]
 AgainOption = Annotated[bool, typer.Option("--again", help="Train again although there is a record.")]
-SweepOption = Annotated[bool, typer.Option("--sweep", help="Start one run for each value in a list with commas.")]
+SweepOption = Annotated[bool, typer.Option("--sweep", help="A value with commas starts one run per value.")]
 PrintOption = Annotated[bool, typer.Option("--print-config", help="Print the resolved configuration and stop.")]
 ConfOption = Annotated[
     Path | None,

@@ -67,10 +67,11 @@ ORDERS = ("change", "norm", "usage", "random")
 
 
 INTRODUCTION = (
-    "Next-token top-1 accuracy in per cent after a share of every layer's experts, the least needed by an order, has "
-    "been taken out of a finished run, without training on. Change: growth of the norm of the expert's row of the "
-    "router; norm: the norm; usage: mean weight on validation text of the targets; random: by a seed. Of MoDE the "
-    "backbone stays. Variant: what of the method is not as its configuration has it."
+    "Next-token top-1 accuracy in per cent after pruning a share of the experts of every layer of a finished run, "
+    "without further training. Experts are pruned by an order, the lowest first. Change: growth of the norm of the "
+    "expert's row of the router during training. Norm: that norm. Usage: mean weight on validation text of the "
+    "targets. Random: random numbers from a seed. The backbone of MoDE is never pruned. Variant: settings of the "
+    "method that differ from its configuration."
 )
 
 

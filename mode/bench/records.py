@@ -29,11 +29,11 @@ USAGE = ("GFLOP", "Of peak", "Peak MB")
 
 
 INTRODUCTION = (
-    "Every variant is timed once a round, in an order that is reversed from round to round, in one process. "
-    "Ratios are to the first variant of the same job: of tokens per second (more is better) where tokens are "
-    "counted, else of time or size (less is better); median and quartiles of the rounds' paired ratios. "
-    "Loading and exchange end with the first token, since weights that are mapped are read when they are used. "
-    "Absolute figures are medians, and hold for the machine they were taken on."
+    "Every variant is timed once per round, in one process. The order is reversed from round to round. Ratios are "
+    "relative to the first variant of the same job: of tokens per second (more is better) if tokens are counted, else "
+    "of time or size (less is better). They are medians and quartiles of paired ratios of the rounds. Loading and "
+    "exchange include the first token, since memory-mapped weights are read on first use. Absolute values are medians "
+    "and hold only for the machine of the measurement."
 )
 
 

@@ -23,11 +23,11 @@ SHARES = ("pass@1", "exact_match", "acc", "acc_norm")
 
 
 INTRO = (
-    "Decoding is greedy. Scores stand with their standard error over the questions asked, in per cent where the metric "
-    "is a share. Unparsed: answers that could not be read as answers, which count as wrong; a dash where every answer "
-    "can be read. Cut: questions whose prompt lost its beginning, since the model reads no more. With few questions "
-    "asked the score is of the first ones, and its error is large; where all are wrong the formula gives 0, which says "
-    "nothing."
+    "Decoding is greedy. Scores have their standard error over the questions asked, in per cent if the metric is a "
+    "share. Unparsed: answers that could not be parsed, which count as wrong; a dash if every answer can be parsed. "
+    "Cut: questions whose prompt was truncated at its beginning to fit the context. If not all questions are asked, "
+    "the first ones are. With few questions the error is large. If all answers are wrong, the formula gives an error "
+    "of 0, which has no meaning."
 )
 
 

@@ -333,9 +333,9 @@ def make_step(file: Path, layout: str) -> Callable[[], None]:
     train = replace_settings(run.train, **LAYOUTS.get(layout, {}))
     spread = Independent(model) if layout in (ALONE, EACH) else choose_layout(model, False, train, torch.device("cpu"))
     job = TrainJob(settings=train, steps=1, lr=1e-6, folder=Path(), validate=dict)
-    made = Objective(model, train, None, spread.part)
+    plain = Objective(model, train, None, spread.part)
     objective, optimizer = spread.wrap(
-        made, partial(make_optimizer, lr=job.lr, scales=job.lr_scales, settings=job.settings)
+        plain, partial(make_optimizer, lr=job.lr, scales=job.lr_scales, settings=job.settings)
     )
     layers = StepOptions(spread.model, train)
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
