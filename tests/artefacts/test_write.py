@@ -142,8 +142,8 @@ def test_a_merged_export_is_a_plain_decoder_of_the_backbones_size(world: World) 
     # A folder says nothing of its data, and a thinner expert has no partner for every layer.
     assert call(world, "export", record.id, str(world.root / "whole")).exit_code == 0
     for words, message in {
-        (str(world.root / "whole"),): "measures the gates on the text of py",
-        (stage_one(world, "py", "method.num_blocks=3")[0].id,): "1 here, beside 2 of the backbone",
+        (str(world.root / "whole"),): "merging needs the validation text of py",
+        (stage_one(world, "py", "method.num_blocks=3")[0].id,): "this expert has 1, a block has 2",
     }.items():
         refused = call(world, "export", *words, str(world.root / "new"), "--merge")
         assert refused.exit_code == 2, refused.output
