@@ -38,6 +38,8 @@ class BAM(Mixture):
     """
 
     recorded_as: ClassVar[str] = "baselines.bam.BAM"
+    weighs_experts: ClassVar[bool] = True
+    groups_tokens: ClassVar[bool] = True
 
     router: RouterSettings
     attention_router: RouterSettings

@@ -52,6 +52,11 @@ class BTM(Method):
         if self.top_k is not None and self.combine != "posterior":
             raise ValueError("top_k goes with combine=posterior")
 
+    @property
+    def weighs_experts(self) -> bool:
+        """Whether the models stay apart and are weighed token by token."""
+        return self.combine != "average"
+
     def unused(self) -> tuple[str, ...]:
         """Return the settings that do not matter: nothing trains in this stage, so there is no learning rate."""
         return ("lr",)

@@ -4,7 +4,8 @@ In every decoder layer, the feed-forward parts of the backbone and of its fully 
 FF(x) = sum_i g_i FF_i(x), g = softmax(TopK(W x)). All other weights are the mean over the models, and the router is
 random. Then all weights train on the mix, with the load-balancing loss alpha N sum_i f_i P_i.
 
-The mix consists of the target domains. The published mix includes pretraining data (`train.replay` adds a domain).
+The mix consists of the target domains. The published mix includes pretraining data (`train.batch.replay` adds a
+domain).
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class BTX(Mixture):
     """
 
     recorded_as: ClassVar[str] = "baselines.btx.BTX"
+    weighs_experts: ClassVar[bool] = True
+    groups_tokens: ClassVar[bool] = True
 
     router: RouterSettings
     train_experts: bool

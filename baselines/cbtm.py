@@ -54,7 +54,7 @@ class Branch(Method):
 
     def __post_init__(self) -> None:
         if self.cluster >= self.num_clusters:
-            raise ValueError(f"cluster={self.cluster}: clusters are numbered from 0 to {self.num_clusters - 1}")
+            raise ValueError(f"cluster={self.cluster}: num_clusters={self.num_clusters}, numbered from 0")
 
     def mixture(self, run: Run) -> dict[str, int]:
         """Return the cluster as the only source of rows."""
@@ -98,6 +98,7 @@ class CBTM(Method):
     """
 
     recorded_as: ClassVar[str] = "baselines.cbtm.CBTM"
+    weighs_experts: ClassVar[bool] = True
 
     branch_lr: Annotated[float, Field(gt=0.0)]
     num_clusters: Annotated[int, Field(gt=0)]

@@ -33,6 +33,7 @@ class LoRA(LowRank):
     """
 
     recorded_as: ClassVar[str] = "baselines.lora.LoRA"
+    identical_at_start: ClassVar[bool] = True
 
     target_modules: Literal["attention"] | Annotated[tuple[str, ...], Field(min_length=1)]
     rank_stabilized: bool = False

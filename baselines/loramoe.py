@@ -41,6 +41,8 @@ class LoRAMoE(LowRank):
     """
 
     recorded_as: ClassVar[str] = "baselines.loramoe.LoRAMoE"
+    weighs_experts: ClassVar[bool] = True
+    identical_at_start: ClassVar[bool] = True
 
     num_experts: Annotated[int, Field(gt=1, multiple_of=2)]
     balance: Annotated[float, Field(ge=0.0)]

@@ -36,6 +36,9 @@ class MixLoRA(LowRank):
     """
 
     recorded_as: ClassVar[str] = "baselines.mixlora.MixLoRA"
+    weighs_experts: ClassVar[bool] = True
+    identical_at_start: ClassVar[bool] = True
+    groups_tokens: ClassVar[bool] = True
 
     num_experts: Annotated[int, Field(gt=0)]
     router: RouterSettings

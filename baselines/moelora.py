@@ -41,6 +41,8 @@ class MOELoRA(LowRank):
     """
 
     recorded_as: ClassVar[str] = "baselines.moelora.MOELoRA"
+    weighs_experts: ClassVar[bool] = True
+    identical_at_start: ClassVar[bool] = True
 
     num_experts: Annotated[int, Field(gt=0)]
     task: Literal["told", "guessed"]

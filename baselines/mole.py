@@ -44,6 +44,7 @@ class MoLE(ParameterMatched):
     """
 
     recorded_as: ClassVar[str] = "baselines.mole.MoLE"
+    weighs_experts: ClassVar[bool] = True
 
     experts: dict[str, Any]
     balance: Annotated[float, Field(ge=0.0)]

@@ -36,6 +36,8 @@ class MoLORA(LowRank):
     """
 
     recorded_as: ClassVar[str] = "baselines.molora.MoLORA"
+    weighs_experts: ClassVar[bool] = True
+    identical_at_start: ClassVar[bool] = True
 
     num_experts: Annotated[int, Field(gt=0)]
     target_modules: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)]

@@ -38,6 +38,8 @@ class MoV(ParameterMatched):
     """
 
     recorded_as: ClassVar[str] = "baselines.mov.MoV"
+    weighs_experts: ClassVar[bool] = True
+    identical_at_start: ClassVar[bool] = True
 
     num_experts: Annotated[int, Field(gt=0)]
     outputs: tuple[str, ...]

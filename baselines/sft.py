@@ -22,6 +22,7 @@ class SFT(Adaptation):
     """Full fine-tuning (supervised, all parameters)."""
 
     recorded_as: ClassVar[str] = "baselines.sft.SFT"
+    identical_at_start: ClassVar[bool] = True
 
     def effective(self, run: Run) -> Budget:
         """Return the plainest budget. Budgets are measured by full fine-tuning, so it trains `train.steps` steps."""

@@ -35,6 +35,8 @@ class SparseUpcycling(Adaptation):
     """
 
     recorded_as: ClassVar[str] = "baselines.upcycling.SparseUpcycling"
+    weighs_experts: ClassVar[bool] = True
+    groups_tokens: ClassVar[bool] = True
 
     num_experts: Annotated[int, Field(gt=0)]
     router: RouterSettings

@@ -49,7 +49,7 @@ def gates(
         if source.run is None:
             raise ConfigError(f"{run}: a saved model has no domains; name the run that trained it")
         prepared = prepare_run(source.run)
-        quantize_frozen(source.model, source.run.train.frozen_weights)
+        quantize_frozen(source.model, source.run.train.memory.frozen_weights)
         with watch_gates(source.model) as latest:
             meter = GateMeter(latest)
             score_domains(prepared, source.model, split, probe=meter)

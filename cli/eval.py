@@ -128,7 +128,7 @@ def rescore(run: Run) -> None:
     if record is None:
         raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
     device, model = set_up(run.train.threads, run.train.device), restore(prepared)
-    quantize_frozen(model, run.train.frozen_weights)
+    quantize_frozen(model, run.train.memory.frozen_weights)
     model = model.to(device)
     scores = {name: asdict(value) for name, value in score_domains(prepared, model, run.evaluate.split).items()}
     print(f"run {prepared.id}, scored from its weights")

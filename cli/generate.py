@@ -85,9 +85,9 @@ def spread_branches(model: Any, layout: str) -> bool:
     if layout not in known:
         raise ConfigError(f"--layout {layout}: not one of {', '.join(known)}{suggest(layout, known)}")
     if layout == "mpmd":
-        from mode.distributed.mpmd import spread_finished
+        from mode.distributed.mpmd import distribute_branches
 
-        spread_finished(model)
+        distribute_branches(model)
     elif processes.world_size() > 1:
         raise ConfigError("mode generate on several processes needs --layout mpmd")
     return layout == "alone"

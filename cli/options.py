@@ -192,14 +192,15 @@ def add_fixed(overrides: Sequence[str], fixed: Mapping[str, str], command: str) 
     >>> add_fixed(["seed=1"], {"method.start": "fresh"}, "mode train expert")
     ['seed=1', 'method.start=fresh']
     """
+    from mode.config.compose import parse_overrides
     from mode.core.errors import ConfigError
 
     rest = []
     for text in overrides:
-        key, _, value = text.lstrip("+").partition("=")
+        key = text.lstrip("+").partition("=")[0]
         if key not in fixed:
             rest.append(text)
-        elif value != fixed[key]:
+        elif parse_overrides([text])[0].value != parse_overrides([f"{key}={fixed[key]}"])[0].value:
             raise ConfigError(f"`{command}` sets {key}={fixed[key]}, not {text}: the two must agree")
     return [*rest, *(f"{key}={value}" for key, value in fixed.items())]
 

@@ -47,11 +47,11 @@ def plan(
 ) -> None:
     """Predict a training step on many devices.
 
-    The layouts are DDP, FSDP and MPMD (branches on devices of their own). A step has train.batch_size rows of
+    The layouts are DDP, FSDP and MPMD (branches on devices of their own). A step has train.batch.size rows of
     train.sequence_length tokens. Devices and links are YAML files, and your own folder may add some.
     `--calibrate NAME --conf FOLDER` measures two processes on this machine's CPU and writes both.
 
-    Example: mode plan backbone=llama-8b train.batch_size=64 train.sequence_length=4096 --devices 16 --link ib
+    Example: mode plan backbone=llama-8b train.batch.size=64 train.sequence_length=4096 --devices 16 --link ib
     """
     with reporting_errors():
         from mode.config.compose import compose

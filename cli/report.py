@@ -28,12 +28,8 @@ def report(
     check: Annotated[
         bool, typer.Option("--check", help="Fail if a table differs from the one that its records give.")
     ] = False,
-    wandb: Annotated[
-        bool, typer.Option("--wandb", help="Also log the tables and figures to Weights & Biases.")
-    ] = False,
-    html: Annotated[
-        bool, typer.Option("--html", help="Write one page, report.html, of tables, figures and runs.")
-    ] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Also log the tables to Weights & Biases.")] = False,
+    html: Annotated[bool, typer.Option("--html", help="Write tables and runs as one page, report.html.")] = False,
     conf: ConfOption = None,
 ) -> None:
     """Render tables and figures from records, by name or all.
@@ -41,6 +37,7 @@ def report(
     Examples: mode report table1; mode report --check; mode report --html
     """
     with reporting_errors():
+        from mode.config.compose import parse_overrides
         from mode.config.groups import list_members
         from mode.core.errors import ConfigError, suggest
         from mode.records.collection import COLLECTIONS
@@ -54,7 +51,8 @@ def report(
             raise ConfigError(f"table {table}: not one of {', '.join(names)}{suggest(table, names)}")
         results = find_results_folder(given, conf)
         if check:
-            chosen = results if any(text.startswith("paths.results=") for text in given) else PUBLISHED
+            asked = any(item.key == "paths.results" for item in parse_overrides(given))
+            chosen = results if asked else PUBLISHED
             check_published(chosen, [table] if table else names, conf)
             return
         folder = table if table in COLLECTIONS else "records"
@@ -166,10 +164,11 @@ def render_tables(
 
 def list_variants(table: str, given: Sequence[str], conf: Path | None) -> list[list[str]]:
     """Return the overrides of every variant of a table; only the given ones if they choose an experiment or budget."""
+    from mode.config.compose import parse_overrides
     from mode.records.collection import COLLECTIONS
     from mode.tables.table import load_table
 
-    if table in COLLECTIONS or any(text.startswith(("experiment=", "budget=")) for text in given):
+    if table in COLLECTIONS or any(item.key in ("experiment", "budget") for item in parse_overrides(given)):
         return [list(given)]
     return [[*variant, *given] for variant in load_table(table, conf).variants]
 

@@ -135,7 +135,7 @@ def make_world(root: Path) -> World:
         "evaluate.domains=[sums,py,prose]",
         "evaluate.batch_size=64",
         "train.steps=4",
-        "train.batch_size=2",
+        "train.batch.size=2",
         "train.sequence_length=32",
         "train.log_every=2",
         "train.checkpoint_every=2",

@@ -121,7 +121,7 @@ def prune(
     environment = {"data": prepared.fingerprints, "backbone": prepared.backbone}
     environment |= describe_environment(describe_device(device), run.train.threads)
     model = restore(prepared).eval()
-    quantize_frozen(model, run.train.frozen_weights)
+    quantize_frozen(model, run.train.memory.frozen_weights)
     model = model.to(device)
     gates = find_weighted_gates(model)
     if not gates:

@@ -1,1 +1,1 @@
-"""Pretrained models: loaded, measured, and described by their shape."""
+"""Pretrained models: loading, tokenizers, layer structure and shapes."""

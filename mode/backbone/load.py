@@ -1,4 +1,4 @@
-"""Load a pretrained backbone, or make a new one with a tokenizer of its own."""
+"""Locate, fingerprint and load backbones."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ FAMILIES = (
     "gpt_neox",
     "gpt2",
 )
-"""Model types of the Hugging Face decoders that the contract suite runs."""
+"""Supported model types of Hugging Face decoders. The contract suite tests each of them."""
 
 
 def locate(backbone: Backbone) -> Path:
-    """Return the folder of a backbone, fetching it from the Hugging Face hub on first use.
+    """Return the folder of a backbone. The first use of a Hugging Face hub id downloads the model.
 
     Raises:
-        ConfigError: There is no such embedded backbone, local folder or id, or the hub cannot be reached.
+        ConfigError: The embedded backbone, local folder or hub id does not exist, or the hub cannot be reached.
     """
     if backbone.path.startswith(EMBEDDED):
         folder = Path(str(files("mode.backbone"))) / "embedded" / backbone.path.removeprefix(EMBEDDED)
         if not (folder / "config.json").exists():
-            raise ConfigError(f"backbone.path={backbone.path}: no such embedded backbone in {folder.parent}")
+            raise ConfigError(f"backbone.path={backbone.path}: {folder.parent} has no such embedded backbone")
         return folder
     if backbone.wheel is not None:
         from mode.backbone.gguf import convert_wheel
@@ -59,7 +59,7 @@ def locate(backbone: Backbone) -> Path:
     if (path / "config.json").exists():
         return path
     if path.exists() or backbone.path.startswith((".", "/", "~")) or backbone.path.count("/") > 1:
-        raise ConfigError(f"backbone.path={backbone.path}: no folder with a config.json there")
+        raise ConfigError(f"backbone.path={backbone.path}: not a folder with a config.json")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
@@ -68,12 +68,12 @@ def locate(backbone: Backbone) -> Path:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"backbone.path={backbone.path}: neither a folder nor to be had from the hub: {reason}"
+            f"backbone.path={backbone.path}: not a local folder, and the hub download failed: {reason}"
         ) from error
 
 
 def fingerprint_weights(backbone: Backbone) -> str:
-    """Return a digest of a backbone's weight files and its `config.json`, without loading them.
+    """Return a digest of a backbone's weight files and `config.json`, without loading the weights.
 
     Raises:
         ConfigError: The folder has no safetensors weights.
@@ -81,32 +81,32 @@ def fingerprint_weights(backbone: Backbone) -> str:
     folder = locate(backbone)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise ConfigError(f"backbone.path={backbone.path}: no .safetensors weights there (other formats are not read)")
+        raise ConfigError(f"backbone.path={backbone.path}: no .safetensors weights; other formats are not supported")
     total = hashlib.sha256()
     for path in [folder / "config.json", *weights]:
-        about = path.stat()
-        total.update(digest_file(path, about.st_size, about.st_mtime_ns))
+        status = path.stat()
+        total.update(digest_file(path, status.st_size, status.st_mtime_ns))
     return total.hexdigest()[:16]
 
 
 @cache
 def digest_file(path: Path, size: int, modified: int) -> bytes:
-    """Return a file's sha256; once per process, as long as its size and time of change stay the same."""
+    """Return the sha256 of a file. The result is cached while the file's size and modification time stay the same."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
 def read_pretraining_data(backbone: Backbone) -> dict[str, str]:
-    """Return the fingerprints of the domains that a backbone was pretrained on by this project; empty if unknown."""
-    note = locate(backbone) / "pretraining.json"
-    if not note.exists():
+    """Return the fingerprints of a backbone's pretraining data, by domain; empty if the data are unknown."""
+    path = locate(backbone) / "pretraining.json"
+    if not path.exists():
         return {}
-    data: dict[str, str] = json.loads(note.read_text("utf-8"))["data"]
+    data: dict[str, str] = json.loads(path.read_text("utf-8"))["data"]
     return data
 
 
 def count_parameters(backbone: Backbone) -> int:
-    """Count a backbone's parameters from the headers of its weight files; tied weights are stored, and count, once."""
+    """Count a backbone's parameters from the headers of its weight files. Tied weights are stored and counted once."""
     from safetensors import safe_open
 
     total = 0
@@ -117,10 +117,10 @@ def count_parameters(backbone: Backbone) -> int:
 
 
 def load_model(backbone: Backbone) -> PreTrainedModel:
-    """Load a backbone's weights in fp32, from safetensors alone, without code of its own.
+    """Load a backbone in fp32. Only safetensors weights are read, and remote code is never executed.
 
     Raises:
-        ConfigError: The weights cannot be found or read, or the architecture is not supported.
+        ConfigError: The weights are missing or cannot be read, or the architecture is not supported.
     """
     import torch
     from safetensors import SafetensorError
@@ -128,16 +128,16 @@ def load_model(backbone: Backbone) -> PreTrainedModel:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    place = locate(backbone)
+    folder = locate(backbone)
     try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if config.model_type not in FAMILIES:
             raise ConfigError(
                 f"backbone {backbone.name}: architecture {config.model_type} is not supported; "
                 f"supported: {', '.join(FAMILIES)}"
             )
         model = AutoModelForCausalLM.from_pretrained(
-            place, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, ConfigError):
@@ -149,7 +149,7 @@ def load_model(backbone: Backbone) -> PreTrainedModel:
 
 
 def fingerprint_model(model: nn.Module) -> str:
-    """Return a digest of a model's weights: names, shapes and bytes."""
+    """Return a digest of a model's weights: names, shapes, data types and bytes."""
     from mode.core.tensors import digest_tensors
 
     return digest_tensors(model.state_dict())

@@ -1,4 +1,4 @@
-"""Backbones with random weights in a stated shape: speed and memory depend on the shape alone."""
+"""Backbones with random weights, for measurements of speed and memory, which depend only on the shape."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ from mode.core.files import make_folder
 
 
 def ensure_random_model(weights: RandomWeights) -> Path:
-    """Return the folder of a model with random weights, drawing them on first use; it appears whole or not at all.
+    """Return the folder of a model with random weights. The first use draws and writes the weights, atomically.
 
     Raises:
-        ConfigError: `transformers` knows no causal LM of that configuration.
+        ConfigError: `transformers` has no causal LM for the configuration.
     """
-    asked = json.dumps([weights.seed, weights.config], sort_keys=True)
-    key = hashlib.sha256(asked.encode()).hexdigest()[:16]
+    settings = json.dumps([weights.seed, weights.config], sort_keys=True)
+    key = hashlib.sha256(settings.encode()).hexdigest()[:16]
     folder = Path(weights.cache).expanduser() / "backbones" / f"random-{key}"
     make_folder(folder, "config.json", partial(write_random_model, weights))
     return folder
 
 
 def write_random_model(weights: RandomWeights, folder: Path) -> None:
-    """Write a freshly initialised model as safetensors in fp32."""
+    """Write a newly initialised model as fp32 safetensors.
+
+    Raises:
+        ConfigError: `transformers` has no causal LM for the configuration.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -37,15 +41,15 @@ def write_random_model(weights: RandomWeights, folder: Path) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (KeyError, TypeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"backbone.random.config: no causal LM of this configuration: {reason}") from error
+        raise ConfigError(f"backbone.random.config: no causal LM for this configuration: {reason}") from error
     model.save_pretrained(folder)
 
 
 def make_config(weights: RandomWeights) -> Any:
-    """Return the configuration that the weights are drawn for, without drawing them.
+    """Return the `transformers` configuration of a model with random weights, without drawing the weights.
 
     Raises:
-        ConfigError: `transformers` knows no such configuration.
+        ConfigError: `transformers` has no such configuration.
     """
     from transformers import AutoConfig
 
@@ -54,4 +58,4 @@ def make_config(weights: RandomWeights) -> Any:
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
     except (KeyError, TypeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"backbone.random.config: no such configuration: {reason}") from error
+        raise ConfigError(f"backbone.random.config: not a valid configuration: {reason}") from error

@@ -1,4 +1,4 @@
-"""The shape of a backbone as numbers: parameters and operations of its layers, from its configuration alone."""
+"""The shape of a backbone: parameters and operations (FLOPs) of its layers, read from its configuration alone."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from torch import nn
 
 OUTPUTS = ("o_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h")
-"""Matrices that lead out of attention or out of the feed-forward part; the others lead into it."""
+"""Names of the output matrices of attention and of the feed-forward part. All other matrices are input matrices."""
 
 
 WHOLE_LAYERS = ("gpt_neox", "gpt2")
-"""Families whose layers run on all tokens: their decoders do not tell them by name what they are given."""
+"""Families whose layers always run on all tokens, because their decoders pass arguments to layers by position."""
 
 
-GIVEN = ("k_proj", "v_proj")
-"""Matrices of keys and values."""
+KEY_VALUE = ("k_proj", "v_proj")
+"""Names of the matrices of keys and values."""
 
 
 Matrices = Mapping[str, tuple[int, int]]
-"""Inputs and outputs of matrices, by their path in a layer."""
+"""Number of inputs and outputs of matrices, by their path in a layer."""
 
 
 ATTENTION = ("self_attn.", "attention.", "attn.")
-"""What the paths of attention begin with in the layers of the supported families."""
+"""Prefixes of the attention module's path in a layer, in the supported families."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,20 @@ class Flops:
     """Floating-point operations per token.
 
     Attributes:
-        forward: Of the forward pass.
-        backward: Of the backward pass.
+        forward: Operations of the forward pass.
+        backward: Operations of the backward pass.
     """
 
     forward: float = 0.0
     backward: float = 0.0
 
     def __add__(self, other: Flops) -> Flops:
-        """Add what two parts take."""
+        """Add the operations of two parts."""
         return Flops(self.forward + other.forward, self.backward + other.backward)
 
     @property
     def total(self) -> float:
-        """Of both passes."""
+        """Operations of both passes."""
         return self.forward + self.backward
 
 
@@ -63,15 +63,16 @@ class Layer:
     """Shape of a decoder layer.
 
     Attributes:
-        stages: Its matrices in the order of the data: into attention, out of it, into the feed-forward part, out of it.
-        width: Width of attention, heads times their size.
-        parameters: All its parameters.
-        feed_forward: Parameters of its feed-forward part.
-        attending: Parameters of its attention.
+        stages: Matrices in the order of the data flow: input of attention, output of attention, input of the
+            feed-forward part, output of the feed-forward part.
+        width: Width of attention, number of heads times head size.
+        parameters: Number of all parameters.
+        feed_forward: Number of parameters of the feed-forward part.
+        attending: Number of parameters of attention.
         parallel: Whether attention and the feed-forward part both read the layer's input.
-        fused: Whether attention computes its scores again in the backward pass.
-        normed: Whether a norm comes before attention.
-        skips: Whether tokens that do not keep its output can be left out of it (`mode.modular.sparse`).
+        fused: Whether attention recomputes its scores in the backward pass.
+        normed: Whether a norm precedes attention.
+        skips: Whether the layer can leave out tokens that do not keep its output (`mode.modular.sparse`).
     """
 
     stages: tuple[Matrices, Matrices, Matrices, Matrices]
@@ -86,53 +87,57 @@ class Layer:
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """All its matrices, in the order of the data."""
+        """All matrices, in the order of the data flow."""
         return {path: size for stage in self.stages for path, size in stage.items()}
 
     @property
     def weights(self) -> int:
-        """Weights of all its matrices, P."""
+        """Number of weights in all matrices, P."""
         return count_weights(self.matrices)
 
     def attention(self, length: int, *, passes: bool = True) -> Flops:
-        """Return what attention takes per token; `passes`: whether gradients go through it."""
+        """Return the operations of attention per token, without its matrices.
+
+        Args:
+            length: Tokens per row, S.
+            passes: Whether gradients flow through attention.
+        """
         forward = 4.0 * length * self.width
         return Flops(forward, passes * (2.5 if self.fused else 2.0) * forward)
 
     def flops(self, length: int, *, trains: bool, upstream: bool = True) -> Flops:
-        """Return what the layer takes per token.
+        """Return the operations of the layer per token.
 
         Args:
-            length: Tokens of a row, S.
-            trains: Whether its weights train.
-            upstream: Whether something before the layer trains, so that gradients go on through it.
+            length: Tokens per row, S.
+            trains: Whether the layer's weights train.
+            upstream: Whether parameters before the layer train, so that the layer's input needs a gradient.
         """
-        one = 2.0 * self.weights
-        backward = one * (2 if trains else int(upstream))
+        forward = 2.0 * self.weights
+        backward = forward * (2 if trains else int(upstream))
         if trains and not upstream and not self.normed:
             backward -= 2.0 * count_weights(self.stages[0])
-        return Flops(one, backward) + self.attention(length, passes=trains or upstream)
+        return Flops(forward, backward) + self.attention(length, passes=trains or upstream)
 
     def flops_of_some(self, length: int, share: float, *, trains: bool, upstream: bool = True) -> Flops:
-        """Return what the layer takes per token of all, where a share of them keeps its output.
+        """Return the operations of the layer per token of the row, if only a share of the tokens keeps its output.
 
         Args:
-            length: Tokens of a row, S.
-            share: Those of them that keep it, s.
-            trains: Whether its weights train.
-            upstream: Whether something before the layer trains.
+            length: Tokens per row, S.
+            share: Share of the tokens that keep the output, s.
+            trains: Whether the layer's weights train.
+            upstream: Whether parameters before the layer train.
         """
         if share == 1.0 or not self.skips:
             return self.flops(length, trains=trains, upstream=upstream)
-        into = count_weights(self.stages[0])
-        given = count_weights({path: each for path, each in self.stages[0].items() if path.rpartition(".")[2] in GIVEN})
-        rest = (
-            self.weights - given
-        )  # where keys and values come out of one matrix with queries, gradients go through it
-        given = given or into
-        backward = 2.0 * (trains + (trains or upstream)) * (given + share * rest)
+        inputs = self.stages[0]
+        into = count_weights(inputs)
+        key_value = count_weights({path: size for path, size in inputs.items() if path.rpartition(".")[2] in KEY_VALUE})
+        rest = self.weights - key_value
+        key_value = key_value or into  # a fused matrix of queries, keys and values passes gradients for all tokens
+        backward = 2.0 * (trains + (trains or upstream)) * (key_value + share * rest)
         if trains and not upstream and not self.normed:
-            backward -= 2.0 * (given + share * (rest - self.weights + into))
+            backward -= 2.0 * (key_value + share * (rest - self.weights + into))
         attention = self.attention(length, passes=trains or upstream)
         forward = 2.0 * into + share * (2.0 * self.weights + attention.forward)
         return Flops(forward, backward + share * attention.backward)
@@ -143,10 +148,10 @@ class Shape:
     """Shape of a decoder.
 
     Attributes:
-        layers: Its layers.
-        hidden: Size of a hidden state, d.
-        vocabulary: Outputs of the head, V.
-        parameters: All its parameters; tied ones count once.
+        layers: Shapes of the layers.
+        hidden: Hidden size, d.
+        vocabulary: Vocabulary size, the number of outputs of the head, V.
+        parameters: Number of all parameters; tied parameters count once.
     """
 
     layers: tuple[Layer, ...]
@@ -155,13 +160,19 @@ class Shape:
     parameters: int
 
     def head(self, *, trains: bool, upstream: bool = True, extra: int = 0) -> Flops:
-        """Return what the head takes per token, with some columns more than there are hidden dimensions."""
-        one = 2.0 * (self.hidden + extra) * self.vocabulary
-        return Flops(one, one * (int(upstream) + int(trains)))
+        """Return the operations of the output head per token.
+
+        Args:
+            trains: Whether the head trains.
+            upstream: Whether parameters before the head train.
+            extra: Inputs of the head beyond the hidden size.
+        """
+        forward = 2.0 * (self.hidden + extra) * self.vocabulary
+        return Flops(forward, forward * (int(upstream) + int(trains)))
 
 
 def count_weights(matrices: Matrices) -> int:
-    """Return the weights of matrices.
+    """Return the number of weights in matrices.
 
     >>> count_weights({"q_proj": (4, 4), "k_proj": (4, 2)})
     24
@@ -170,7 +181,11 @@ def count_weights(matrices: Matrices) -> int:
 
 
 def divide_layers(num_layers: int, num_blocks: int) -> int:
-    """Return L / B.
+    """Return the number of layers per block, L / B.
+
+    Args:
+        num_layers: L.
+        num_blocks: B.
 
     Raises:
         ConfigError: B does not divide L.
@@ -184,15 +199,15 @@ def divide_layers(num_layers: int, num_blocks: int) -> int:
 
 @cache
 def read_shape(backbone: Backbone) -> Shape:
-    """Return the shape of a backbone, from its configuration alone.
+    """Return the shape of a backbone from its configuration, without reading or drawing weights.
 
     Raises:
-        ConfigError: The backbone cannot be had.
+        ConfigError: The backbone's folder cannot be located, or its configuration is invalid.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if backbone.random is not None:  # a plan of a large one draws no weights
+    if backbone.random is not None:  # `locate` would draw the weights
         settings = make_config(backbone.random)
     else:
         settings = AutoConfig.from_pretrained(locate(backbone), trust_remote_code=False)
@@ -234,7 +249,7 @@ def read_layer_shape(layer: nn.Module, config: Any) -> Layer:
 
 
 def matches_name(path: str, name: str) -> bool:
-    """Say whether a module goes by a name: its whole path, or the end of it.
+    """Return whether a name is a module's whole path or the last components of the path.
 
     >>> matches_name("self_attn.q_proj", "q_proj"), matches_name("self_attn.q_proj", "proj")
     (True, False)

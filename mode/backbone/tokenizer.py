@@ -1,4 +1,4 @@
-"""A backbone's tokenizer: read, trained and saved."""
+"""Load, train and save the tokenizer of a backbone."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ EOS = "<|endoftext|>"
 
 
 class BackboneTokenizer:
-    """A backbone's own tokenizer, and a fingerprint of it.
+    """The tokenizer of a backbone.
 
     Attributes:
-        eos_id: Id of the token that closes a document.
+        backend: Tokenizer of the `tokenizers` library.
+        eos_id: Id of the end-of-sequence token, which ends every document.
         vocab_size: Number of ids.
         fingerprint: Digest of the serialised tokenizer.
     """
 
     def __init__(self, backend: Any, eos_id: int | None) -> None:
-        """Wrap a tokenizer of the `tokenizers` library.
+        """Wrap a tokenizer of the `tokenizers` library, without truncation and padding.
 
         Raises:
-            ConfigError: There is no end-of-sequence token.
+            ConfigError: The tokenizer has no end-of-sequence token.
         """
         if eos_id is None:
-            raise ConfigError("the tokenizer has no end-of-sequence token, which closes every document")
-        backend.no_truncation()  # some tokenizers come with a length to cut at
+            raise ConfigError("the tokenizer has no end-of-sequence token; every document must end with one")
+        backend.no_truncation()  # some tokenizers are saved with a maximum length
         backend.no_padding()
         self.backend = backend
         self.eos_id = eos_id
@@ -45,7 +46,7 @@ class BackboneTokenizer:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
-        """Turn tokens back into text."""
+        """Return the text of token ids."""
         return str(self.backend.decode(ids))
 
 
@@ -53,19 +54,19 @@ def load_tokenizer(backbone: Backbone) -> BackboneTokenizer:
     """Load a backbone's tokenizer.
 
     Raises:
-        ConfigError: The tokenizer cannot be found or read, or has no end-of-sequence token.
+        ConfigError: The tokenizer is missing, cannot be read, or has no end-of-sequence token.
     """
     from tokenizers import Tokenizer
 
-    place = locate(backbone)
+    folder = locate(backbone)
     try:
-        if (place / "tokenizer.json").exists():
-            backend = Tokenizer.from_file(str(place / "tokenizer.json"))
+        if (folder / "tokenizer.json").exists():
+            backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
             if backend.token_to_id(EOS) is not None:
                 return BackboneTokenizer(backend, backend.token_to_id(EOS))
         from transformers import AutoTokenizer
 
-        auto = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        auto = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"backbone {backbone.name}: no tokenizer at {backbone.path}: {reason}") from error
@@ -77,7 +78,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> BackboneTokenizer:
 
     Args:
         texts: Documents of the pretraining split.
-        vocab_size: Number of ids, the end-of-sequence token included.
+        vocab_size: Number of ids, including the end-of-sequence token.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -95,7 +96,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> BackboneTokenizer:
 
 
 def save_backbone(model: PreTrainedModel, tokenizer: BackboneTokenizer, folder: Path) -> None:
-    """Write a backbone as a folder that any Hugging Face tool can load."""
+    """Write a backbone and its tokenizer to a folder that Hugging Face tools can load."""
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 

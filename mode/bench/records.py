@@ -10,6 +10,7 @@ from typing import Any
 
 from mode.bench.figures import draw_layouts, draw_scale
 from mode.bench.timing import MACHINE, compute_ratio
+from mode.config.names import OLD_NAMES
 from mode.records.collection import Collection
 from mode.records.measurement import Measurement
 
@@ -105,7 +106,7 @@ def describe_conditions(benchmark: Benchmark) -> str:
     return (
         f"{asked['num_blocks']} blocks, {asked['expert_layers']} layers per expert and block, {asked['precision']}"
         f"{'; {} rows of {} tokens'.format(*asked['rows']) if 'rows' in asked else ''}"
-        f"{''.join(f'; {key}={value}' for key, value in asked.get('options', {}).items())}; "
+        f"{''.join(f'; {OLD_NAMES.get(key, key)}={value}' for key, value in asked.get('options', {}).items())}; "
         f"{machine['device']} of {machine['processor']}, {asked['threads']} of {machine['cores']} threads; "
         f"torch {provenance['versions']['torch']}; {benchmark.happened['rounds']} rounds, {provenance['date'][:10]}."
     )

@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from mode.bench.suites.startup import prepare_startup
 from mode.bench.suites.step import PLAIN, prepare_steps
 from mode.bench.timing import Case, interleave, time_limits
 from mode.config.check import replace_settings
+from mode.config.compose import format_value
+from mode.config.names import RECORDED
 from mode.config.run import Run
 from mode.core.device import describe_device, measure_allocated, set_up
 from mode.core.errors import ConfigError, suggest
@@ -65,11 +68,11 @@ STEPS = ("loops", "scale", "step")
 
 
 NOT_ASKED = {
-    "activation_checkpointing=auto": "choose which layers recompute activations",
-    "compile=auto": "choose true or false",
-    "documents=apart": "the rows are random tokens without documents",
-    "frozen_weights=int8": "suite `options` times every kind of frozen weights",
-    "frozen_weights=fp8": "suite `options` times every kind of frozen weights",
+    "memory.activation_checkpointing=auto": "choose which layers recompute activations",
+    "kernels.compile=auto": "choose true or false",
+    "batch.intra_document_masking=true": "the rows are random tokens without documents",
+    "memory.frozen_weights=int8": "suite `options` times every kind of frozen weights",
+    "memory.frozen_weights=fp8": "suite `options` times every kind of frozen weights",
 }
 """Training settings that no suite supports, with the reason."""
 
@@ -98,7 +101,7 @@ def run_suite(
         raise ConfigError("a benchmark measures a model with experts: choose method=mode")
     for setting, why in NOT_ASKED.items():
         key, value = setting.split("=")
-        if str(getattr(run.train, key)) == value:
+        if format_value(attrgetter(key)(run.train)) == value:
             raise ConfigError(f"train.{setting} is not supported by mode bench: {why}")
     results = Path(run.paths.results).expanduser() / SHEET.name
     results.mkdir(parents=True, exist_ok=True)  # fails before any work if the folder is not writable
@@ -159,16 +162,16 @@ def summarise_case(case: Case, seconds: Sequence[float], device: torch.device) -
 
 def describe_benchmark(name: str, run: Run, method: MoDE) -> dict[str, Any]:
     """Return the block `asked` of a record. Options that equal the benchmark's default are left out."""
-    size = run.evaluate.batch_size if name == "eval" else run.train.batch_size
+    size = run.evaluate.batch_size if name == "eval" else run.train.batch.size
     values: dict[str, tuple[Any, object]] = {
-        "train.accumulate": (run.train.accumulate, 1),
+        "train.batch.gradient_accumulation_steps": (run.train.batch.gradient_accumulation_steps, 1),
         "method.head_rank": (method.head_rank, 0),
     }
     if name in STEPS:
         values |= {
-            f"train.{key}": (getattr(run.train, key), plain) for key, plain in PLAIN.items() if key != "precision"
+            f"train.{key}": (attrgetter(key)(run.train), plain) for key, plain in PLAIN.items() if key != "precision"
         }
-    options = {key: value for key, (value, plain) in values.items() if value != plain}
+    options = {RECORDED.get(key, key): value for key, (value, plain) in values.items() if value != plain}
     return {
         "suite": name,
         "backbone": run.backbone.name,

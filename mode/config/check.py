@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from mode.config.groups import list_members
 from mode.config.identity import describe_run
+from mode.config.method import NONE, SELF
+from mode.config.names import rename_settings, suggest_setting
 from mode.config.registry import find_method
 from mode.config.run import MethodSettings, Run
 from mode.core.errors import ConfigError, suggest
@@ -25,10 +27,12 @@ def check_run(plain: dict[str, Any], extra: Path | None = None) -> Run:
     Raises:
         ConfigError: A setting is unknown or not allowed, or a domain does not exist.
     """
-    plain = dict(plain)
+    plain = rename_settings(plain)
     plain.pop("experiment", None)
     plain["method"] = build_method(plain["method"])
     run: Run = validate(Run, plain, "")
+    if words := [name for name in run.domains if name in (SELF, NONE)]:
+        raise ConfigError(f"domain {words[0]}: a value of method.anchor.source has this name; give the domain another")
     wanted = dict.fromkeys([*run.targets, *run.scored])
     for name in wanted:
         if name not in run.domains:
@@ -37,7 +41,10 @@ def check_run(plain: dict[str, Any], extra: Path | None = None) -> Run:
     if len(set(run.targets)) != len(run.targets):
         raise ConfigError(f"targets={list(run.targets)}: a domain is named twice")
     taken = list(run.targets)
-    for key, names in (("train.replay", run.train.replay or ()), ("method.anchor.source", run.method.reads())):
+    for key, names in (
+        ("train.batch.replay", run.train.batch.replay or ()),
+        ("method.anchor.source", run.method.reads()),
+    ):
         if twice := [name for name in names if name in taken]:
             raise ConfigError(
                 f"{key}: {twice[0]} is one of targets={list(run.targets)} or replayed, so trained on already"
@@ -74,8 +81,8 @@ def explain(error: ValidationError, cls: type, prefix: str) -> str:
     path = [part for part in (prefix, *map(str, first["loc"])) if part]
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] in unknown:
-        siblings = [".".join([*path[:-1], name]) for name in sorted(field_names(cls, first["loc"][:-1]))]
-        return f"{'.'.join(path)}: no such setting{suggest('.'.join(path), siblings)}"
+        known = {".".join([*path[:-1], name]) for name in field_names(cls, first["loc"][:-1], nested=True)}
+        return f"{'.'.join(path)}: no such setting{suggest_setting('.'.join(path), known)}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{'.'.join(path)}: this setting is missing"
     value = first["input"]
@@ -85,8 +92,13 @@ def explain(error: ValidationError, cls: type, prefix: str) -> str:
     return f"{'.'.join(path)}{shown}: {message}"
 
 
-def field_names(cls: Any, path: Sequence[int | str] = ()) -> set[str]:
+def field_names(cls: Any, path: Sequence[int | str] = (), *, nested: bool = False) -> set[str]:
     """Return the names of the fields of a settings class, or of the one at a path inside it.
+
+    Args:
+        cls: The class.
+        path: Names of fields, keys and numbers of items on the way to the one inside it.
+        nested: Whether dotted names of the fields of its groups count too.
 
     >>> sorted(field_names(Run, ["budget"])), "licence" in field_names(Run, ["domains", "code"])
     (['expert_layers', 'num_blocks', 'policy'], True)
@@ -98,13 +110,56 @@ def field_names(cls: Any, path: Sequence[int | str] = ()) -> set[str]:
             cls = [item for item in typing.get_args(cls) if item is not ...][-1]
         else:
             return set()
-    return {item.name for item in fields(cls)} if is_dataclass(cls) else set()
+    if not is_dataclass(cls):
+        return set()
+    names = {item.name for item in fields(cls)}
+    inner = (
+        {f"{group}.{name}" for group in names for name in field_names(cls, [group], nested=True)} if nested else set()
+    )
+    return names | inner
 
 
 def replace_settings(instance: Any, **changes: Any) -> Any:
-    """Return a copy of a settings object with some fields changed, checked again."""
+    """Return a copy of a settings object with some fields changed, checked again.
+
+    A dotted name changes a setting in a group: `replace_settings(run, **{"train.batch.size": 4})`.
+    """
     values = {item.name: getattr(instance, item.name) for item in fields(instance)}
-    return type(instance)(**{**values, **changes})
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        group, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(group, {})[rest] = value
+        else:
+            values[name] = value
+    for group, settings in inner.items():
+        values[group] = replace_settings(values[group], **settings)
+    return type(instance)(**values)
+
+
+def fill_defaults(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain settings of a run with the defaults of its classes under them."""
+    filled = fill_defaults_of(Run, plain)
+    try:
+        cls = find_method(str(plain["method"]["_target_"]))
+    except (ConfigError, KeyError, TypeError):  # reported when the run is checked
+        return filled
+    return filled | {"method": fill_defaults_of(cls, plain["method"])}
+
+
+def fill_defaults_of(cls: type, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return plain settings of a class with its defaults under them, group by group."""
+    filled = dict(plain)
+    kinds: dict[str, Any] = typing.get_type_hints(cls)
+    for item in fields(cls):
+        kind, given = kinds[item.name], plain.get(item.name, {})
+        if item.default is MISSING and is_dataclass(kind) and isinstance(given, Mapping):
+            filled[item.name] = fill_defaults_of(kind, given)  # type: ignore[arg-type]
+        elif is_dataclass(item.default) and isinstance(given, Mapping):
+            filled[item.name] = fill_defaults_of(type(item.default), given)
+        elif item.default is not MISSING:
+            filled.setdefault(item.name, item.default)
+    return filled
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,10 +12,14 @@ from typing import Any
 
 import yaml
 
-from mode.config.check import check_run, flatten
+from mode.config.check import check_run, fill_defaults, flatten
 from mode.config.groups import GROUPS, conf_dirs, list_members, list_written
+from mode.config.names import check_same, rename_setting, rename_settings, suggest_setting
 from mode.config.run import Run
 from mode.core.errors import ConfigError, suggest
+
+WORD = re.compile(r"[A-Za-z_][\w./-]*")
+"""Texts that need no quotes in Hydra's grammar."""
 
 
 def compose(overrides: Sequence[str], extra: Path | None = None) -> Run:
@@ -28,12 +33,13 @@ def compose(overrides: Sequence[str], extra: Path | None = None) -> Run:
         ConfigError: An override is malformed or unknown, or a value is not allowed.
     """
     overrides = [text for text in overrides if text != "experiment=null"]  # the default; Hydra takes it for a name
+    overrides = rename_overrides(overrides)
     check_overrides(overrides, extra)
     return check_run(compose_plain(overrides, extra), extra)
 
 
 def compose_plain(overrides: Sequence[str], extra: Path | None = None) -> dict[str, Any]:
-    """Compose the YAML of a run into plain data, with every domain under `domains`.
+    """Compose the YAML of a run into plain data, with every domain under `domains` and defaults under what YAML says.
 
     What Hydra reads and merges depends on the chosen members of groups alone, and is kept: values are set on a copy.
     """
@@ -68,12 +74,17 @@ def compose_groups(chosen: tuple[str, ...], extra: Path | None, written: tuple[t
     """Compose the chosen members of groups; `written` makes it anew when a user's file has changed meanwhile."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
+    from omegaconf import OmegaConf
 
     domains = [f"+domain@domains.{name}={name}" for name in list_members("domain", extra)]
     others = ",".join(quote(f"file://{folder.resolve()}") for folder in conf_dirs(extra)[1:])
     search = [f"hydra.searchpath=[{others}]"] if others else []
     with initialize_config_module("conf", version_base="1.3"):
-        return hydra_compose("run", overrides=[*domains, *search, *chosen])
+        config = hydra_compose("run", overrides=[*domains, *search, *chosen])
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    filled = OmegaConf.create(fill_defaults(rename_settings(plain)))
+    OmegaConf.set_struct(filled, True)
+    return filled
 
 
 def quote(text: str) -> str:
@@ -88,9 +99,16 @@ def quote(text: str) -> str:
 
 @dataclass(frozen=True)
 class Override:
-    """One parsed override: its key without a leading `+`, and its text."""
+    """One parsed override.
+
+    Attributes:
+        key: What it sets, without a leading `+`, by today's name.
+        value: What it sets it to; None where it deletes.
+        text: How it was written.
+    """
 
     key: str
+    value: Any
     text: str
 
 
@@ -98,7 +116,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     """Parse overrides, refusing what is malformed and what would be a sweep.
 
     >>> parse_overrides(["train.lr=1.0e-3"])
-    [Override(key='train.lr', text='train.lr=1.0e-3')]
+    [Override(key='train.lr', value=0.001, text='train.lr=1.0e-3')]
     >>> parse_overrides(["seed=1,2"])
     Traceback (most recent call last):
     mode.core.errors.ConfigError: seed=1,2: a comma means a sweep: add --sweep, or write seed=[1,2] for a list
@@ -110,27 +128,73 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
             raise ConfigError(
                 f"{text}: a comma means a sweep: add --sweep, or write {key.lstrip('+')}=[{value}] for a list"
             )
-        parsed.append(Override(key=override.key_or_group, text=text))
+        key, value = rename_setting(override.key_or_group, None if override.is_delete() else override.value())
+        parsed.append(Override(key=key, value=value, text=text))
     return parsed
+
+
+def rename_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return overrides with the settings of earlier versions by today's names.
+
+    >>> rename_overrides(["++train.batch_size=4", "train.documents=apart", "seed=1"])
+    ['++train.batch.size=4', 'train.batch.intra_document_masking=true', 'seed=1']
+
+    Raises:
+        ConfigError: One setting has different values under its old and its new name, or an override is malformed.
+    """
+    renamed: list[str] = []
+    values: dict[str, dict[str, Any]] = {}
+    for item, override in zip(parse_overrides(overrides), parse_with_hydra(overrides), strict=True):
+        written = override.key_or_group
+        given = values.setdefault(item.key, {})
+        given[written] = item.value
+        if len(given) > 1:
+            (old,) = given.keys() - {item.key}
+            check_same(old, given[old], item.key, given[item.key])
+        text = item.text.replace(written, item.key, 1)
+        same = override.is_delete() or item.value == override.value()
+        renamed.append(text if same else f"{text.partition('=')[0]}={format_value(item.value)}")
+    return renamed
+
+
+def format_value(value: Any) -> str:
+    """Write a value in Hydra's grammar.
+
+    >>> format_value([1e-05, None, True]), format_value({"english": 0.2}), format_value("a b")
+    ('[1e-05,null,true]', '{english:0.2}', "'a b'")
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(format_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{format_value(inner)}' for key, inner in value.items())}}}"
+    if isinstance(value, str):
+        return value if WORD.fullmatch(value) else quote(value)
+    return repr(value)
 
 
 def parse_with_hydra(overrides: Sequence[str]) -> list[Any]:
     """Parse overrides with Hydra's own grammar."""
+    return [parse_text(text) for text in overrides]
+
+
+@lru_cache(maxsize=4096)
+def parse_text(text: str) -> Any:
+    """Parse one override with Hydra's own grammar."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    parser = OverridesParser.create()
-    result = []
-    for text in overrides:
-        if text.startswith("-"):
-            raise ConfigError(f"{text}: no such option")
-        if text.startswith("="):
-            raise ConfigError(f"{text}: not of the form KEY=VALUE: the key is missing")
-        try:
-            result.append(parser.parse_override(text))
-        except HydraException as error:
-            raise ConfigError(f"{text}: not of the form KEY=VALUE in Hydra's grammar") from error
-    return result
+    if text.startswith("-"):
+        raise ConfigError(f"{text}: no such option")
+    if text.startswith("="):
+        raise ConfigError(f"{text}: not of the form KEY=VALUE: the key is missing")
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise ConfigError(f"{text}: not of the form KEY=VALUE in Hydra's grammar") from error
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
@@ -166,7 +230,7 @@ def check_overrides(overrides: Sequence[str], extra: Path | None) -> None:
     groups = {name.rpartition(".")[0] for name in known}
     for item in parsed:
         if item.key not in known and item.key not in GROUPS and item.key not in groups and "=" in item.text:
-            raise ConfigError(f"{item.key}: no such setting{suggest(item.key, known)}")
+            raise ConfigError(f"{item.key}: no such setting{suggest_setting(item.key, known)}")
 
 
 @lru_cache

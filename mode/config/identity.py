@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
+from mode.config.names import record_names
 from mode.config.registry import find_method
 from mode.config.run import Run
 
@@ -15,7 +16,7 @@ RECIPE = 1
 """Part of every run's identity; raised with the golden losses, when the mathematics of the loop changes."""
 
 
-NO_EFFECT = ("log_every", "checkpoint_every", "validate_every", "layout", "in_flight", "placement")
+NO_EFFECT = ("log_every", "checkpoint_every", "validate_every", "parallelism")
 """Settings of the loop that no weight depends on."""
 
 
@@ -27,7 +28,8 @@ def describe_run(run: Run) -> dict[str, Any]:
     """Return what identifies a run, as plain data: its configuration without paths, tracking and unused settings.
 
     A setting that equals the default of its class is left out, so that a setting added later, off by default, does
-    not make older records unfindable. Settings in YAML without a default in the class always count.
+    not make older records unfindable. A setting without a default always counts, and so does one that had none when it
+    was first recorded, which its class names in `always_recorded`. Names are those of records (`mode.config.names`).
     """
     plain = {item.name: as_plain(getattr(run, item.name)) for item in fields(run) if item.name not in NOT_IDENTITY}
     method = plain["method"]
@@ -37,16 +39,17 @@ def describe_run(run: Run) -> dict[str, Any]:
         plain["train"].pop(name, None)
     plain["budget"] = as_plain(run.method.effective(run))
     plain["method"] = {"_target_": run.method.recorded_name(), **method}
-    return plain
+    return record_names(plain)
 
 
 def as_plain(value: Any) -> Any:
     """Turn a settings object into plain data without the fields left at their class's default."""
     if is_dataclass(value) and not isinstance(value, type):
+        always = getattr(value, "always_recorded", ())
         return {
             item.name: as_plain(getattr(value, item.name))
             for item in fields(value)
-            if item.default is MISSING or getattr(value, item.name) != item.default
+            if item.default is MISSING or item.name in always or getattr(value, item.name) != item.default
         }
     if isinstance(value, Mapping) and "_target_" in value:  # a method that the run stands on
         return {**value, "_target_": find_method(str(value["_target_"])).recorded_name()}

@@ -13,6 +13,10 @@ SELF = "self"
 """Source of rows that the backbone itself made up."""
 
 
+NONE = "none"
+"""Source of no rows."""
+
+
 SAMPLED = ("rows", "temperature", "prompt")
 """Settings of such rows."""
 

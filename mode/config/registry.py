@@ -7,10 +7,12 @@ package, laid out as this project's. Nothing else that a configuration names is 
 from __future__ import annotations
 
 import importlib
+from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeGuard
 
 from mode.config.run import MethodSettings
 from mode.core.errors import ConfigError
@@ -41,36 +43,46 @@ def find_method(target: str) -> type[MethodSettings]:
     Raises:
         ConfigError: It is neither this project's nor registered, cannot be imported, or is not a method.
     """
+    if not target:
+        raise ConfigError("method._target_: this setting is missing")
     found: object = None
     reason = f"outside {' and '.join(TRUSTED)}, so it is not run; a package registers its own with {ENTRY_POINTS}"
-    point = next((each for each in list_registered() if target in (each.name, each.value.replace(":", "."))), None)
     try:
-        if point is not None:
-            found = point.load()
-        elif target.startswith(TRUSTED):
-            module, _, name = target.rpartition(".")
-            found = getattr(importlib.import_module(module), name)
+        found = import_target(target)
     except Exception as error:  # a registered package may fail in any way
-        reason = f"no such class ({error})"
+        reason = f"cannot be imported ({' '.join(str(error).split()) or type(error).__name__})"
     found = found or list_recorded_methods().get(target)
     if found is None:
         raise ConfigError(f"method._target_={target}: {reason}")
-    if not (isinstance(found, type) and issubclass(found, MethodSettings)):
+    if not is_method(found):
         raise ConfigError(f"method._target_={target}: not a method")
     return found
 
 
 @lru_cache
 def list_recorded_methods() -> dict[str, type[MethodSettings]]:
-    """Return this project's methods by their names in records."""
+    """Return the methods by their names in records, without those that cannot be read or imported."""
     from mode.config.groups import list_members, read_group
 
-    classes = {import_class(str(read_group("method", name)["_target_"])) for name in list_members("method")}
-    return {cls.recorded_name(): cls for cls in classes}
+    classes = {}
+    for name in list_members("method"):
+        with suppress(Exception):  # whoever chooses such a method gets the reason; the others do not need it
+            found = import_target(str(read_group("method", name)["_target_"]))
+            if is_method(found):
+                classes[found.recorded_name()] = found
+    return classes
 
 
-def import_class(path: str) -> type[MethodSettings]:
-    """Return a class of this project by its import path."""
-    module, _, name = path.rpartition(".")
-    cls: type[MethodSettings] = getattr(importlib.import_module(module), name)
-    return cls
+def import_target(target: str) -> object | None:
+    """Return what an import path or an entry point names; None where it is neither this project's nor registered."""
+    point = next((each for each in list_registered() if target in (each.name, each.value.replace(":", "."))), None)
+    if point is None and not target.startswith(TRUSTED):
+        return None
+    module, _, name = target.rpartition(".")
+    found: object = point.load() if point else getattr(importlib.import_module(module), name)
+    return found
+
+
+def is_method(found: object) -> TypeGuard[type[MethodSettings]]:
+    """Say whether something imported is the class of a method."""
+    return isinstance(found, type) and issubclass(found, MethodSettings)

@@ -24,10 +24,13 @@ class MethodSettings:
     Attributes:
         recorded_as: The method's name in records, which is part of a run's identity. It never changes, wherever the
             class moves; by default it is the class's import path.
+        always_recorded: Settings with a default that always identify a run, since they had none when they were first
+            recorded.
         lr: Peak learning rate, chosen on the validation split.
     """
 
     recorded_as: ClassVar[str]
+    always_recorded: ClassVar[frozenset[str]] = frozenset()
 
     lr: Annotated[float, Field(gt=0.0)]
 
@@ -88,13 +91,15 @@ class Evaluate:
         domains: Domains that are scored beside the targets; those that are not targets measure retention.
         split: `test` for results; `validation` for choosing settings, so that tuning never touches the test split.
         batch_size: Rows per forward pass, at most: a processor reads fewer where that is faster.
-        chunk: Tokens whose logits exist at one time, at most.
+        logit_chunk_size: Tokens whose logits exist at one time, at most.
     """
 
+    always_recorded: ClassVar[frozenset[str]] = frozenset({"split", "batch_size", "logit_chunk_size"})
+
     domains: Annotated[tuple[str, ...], Field(min_length=1)]
-    split: Literal["test", "validation"]
-    batch_size: Annotated[int, Field(gt=0)]
-    chunk: Annotated[int, Field(gt=0)]
+    split: Literal["test", "validation"] = "test"
+    batch_size: Annotated[int, Field(gt=0)] = 16
+    logit_chunk_size: Annotated[int, Field(gt=0)] = 512
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -139,13 +144,13 @@ class Run:
         domains: Settings of every domain that the run trains on or is scored on.
     """
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
     domains: dict[str, Domain]
     backbone: Backbone
     method: MethodSettings
     budget: Budget
-    train: Train
+    train: Train = Train()
     evaluate: Evaluate
     track: Track
     paths: Paths
@@ -153,7 +158,7 @@ class Run:
     @property
     def scored(self) -> tuple[str, ...]:
         """Domains that the finished model is scored on: those of the evaluation, and all that it trains on."""
-        replay = self.train.replay or ()
+        replay = self.train.batch.replay or ()
         return tuple(dict.fromkeys([*self.evaluate.domains, *self.targets, *replay, *self.method.reads()]))
 
     @property

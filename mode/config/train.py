@@ -1,8 +1,8 @@
-"""Settings of the one loop."""
+"""Settings of the training loop, in groups."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -11,114 +11,206 @@ from mode.config.base import STRICT, Share, as_fraction
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Train:
-    """The one loop's settings.
+class Optim:
+    """AdamW and its schedule: a linear warmup and a cosine.
 
     Attributes:
-        steps: Optimizer steps of a stage.
-        batch_size: Rows per optimizer step, over all accumulated micro-batches.
-        accumulate: Micro-batches per optimizer step.
-        sequence_length: Tokens per row.
-        lr: Overrides the method's learning rate for this run (not for the stages it builds on).
-        warmup: Share of the steps with linearly rising learning rate.
-        final_lr: Learning rate at the end of the cosine, as a share of the peak.
+        warmup_ratio: Share of the steps in which the learning rate rises linearly.
+        min_lr_ratio: Learning rate at the end of the cosine, as a share of the peak.
         weight_decay: Decoupled weight decay of matrices; vectors have none.
-        betas: AdamW's decay rates.
-        clip: Largest global gradient norm.
-        precision: `fp32`, `bf16` (autocast, weights stay fp32), or `auto`: bf16 where it pays (`mode.train.objective`),
-            which is on GPUs and, for models as wide as 256, on processors with AMX; else fp32.
-        device: `auto`, `cpu` or `cuda`.
-        threads: CPU threads of torch; part of the configuration because the order of sums depends on it.
-        log_every: Steps between two points of the training curve.
-        checkpoint_every: Steps between two checkpoints.
-        validate_every: Steps between two validations of the training domains; 0 validates at the end only.
-        examples: Different rows that the mix is made of, seen again and again; all by default. Earlier stages of a
-            row have all.
-        activation_checkpointing: Layers that keep no activations but form them again in the backward pass, which takes
-            less memory and more time: `frozen` ones, where nothing trains, or `all`; `auto`: as few as `memory` allows.
-        memory: Of `auto`: GB that weights, gradients, optimizer states and a step may take.
-        compile: Whether decoder layers are compiled, which takes up to 40 s before the first step, and 5 s where it
-            was done before; `auto`: in stages of about five minutes and more (`mode.train.step_options`).
-        frozen_weights: How the frozen linear maps of decoder layers are held, in training and in scoring: in `full`, or
-            in eight bits a weight with a scale for every row, `int8` or `fp8`. A finished model is exported, makes text
-            and answers downstream tasks in full.
-        documents: What documents of a row see of each other in training: `joined`, all before them, as in the paper;
-            `apart`, nothing, with positions that begin anew. Rows are scored joined either way.
-        attention: Of documents apart: `sdpa`, torch's own with a mask of every pair of a row's tokens, or `flex`,
-            FlexAttention, which knows where documents end and skips what none of a block sees; on CUDA alone.
-        branches: How the branches of a MoDE block run in training steps: in a `loop`; `batched`, all experts as one
-            computation; `streams`, each on a CUDA stream of its own.
-        graph: Whether forward and backward pass of a step are one CUDA graph, which is recorded in the third step and
-            takes the processor's launches away: what short steps of small models wait for.
-        layout: How several processes share a run: `ddp`, each all of the model and its part of the rows; `fsdp`, each a
-            shard of it; `tp`, each a slice of every matrix and all rows; `mpmd`, each some branches of a MoDE model.
-            The result is the same but for rounding.
-        in_flight: Of `mpmd`: micro-batches that pass through the blocks one after the other, so that a slot has work
-            while another's output is on its way.
-        placement: Of `mpmd`: the branches of every slot, by number; 0 is the backbone. By default as many slots as the
-            processes allow, of as even work as can be.
-        replay: Share of the mix's rows that other domains than the targets give, by domain. Earlier stages have none.
+        betas: Decay rates of AdamW's two moments.
+        max_grad_norm: Largest global gradient norm; larger gradients are scaled down to it.
     """
 
-    steps: Annotated[int, Field(ge=0)]
-    batch_size: Annotated[int, Field(gt=0)]
-    accumulate: Annotated[int, Field(gt=0)]
-    sequence_length: Annotated[int, Field(gt=1)]
-    lr: Annotated[float, Field(gt=0.0)] | None
-    warmup: Share
-    final_lr: Share
-    weight_decay: Annotated[float, Field(ge=0.0)]
-    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]]
-    clip: Annotated[float, Field(gt=0.0)]
-    precision: Literal["auto", "fp32", "bf16"]
-    device: Literal["auto", "cpu", "cuda"]
-    threads: Annotated[int, Field(gt=0)]
-    log_every: Annotated[int, Field(gt=0)]
-    checkpoint_every: Annotated[int, Field(gt=0)]
-    validate_every: Annotated[int, Field(ge=0)]
+    always_recorded: ClassVar[frozenset[str]] = frozenset(
+        {"warmup_ratio", "min_lr_ratio", "weight_decay", "betas", "max_grad_norm"}
+    )
+
+    warmup_ratio: Share = 0.05
+    min_lr_ratio: Share = 0.1
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.95)
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Batch:
+    """The rows of an optimizer step.
+
+    Attributes:
+        size: Rows per optimizer step, over all micro-batches and processes.
+        gradient_accumulation_steps: Micro-batches per optimizer step.
+        examples: Number of different rows in the training mix, which are repeated; null uses all rows. Earlier stages
+            of a method always use all rows.
+        replay: Other domains in the training mix, each with its share of the rows, such as `{english: 0.2}`. Earlier
+            stages of a method have none.
+        intra_document_masking: Whether tokens attend only to their own document in training, with positions that
+            restart at every document. Evaluation always attends to the whole row.
+    """
+
+    always_recorded: ClassVar[frozenset[str]] = frozenset({"size", "gradient_accumulation_steps"})
+
+    size: Annotated[int, Field(gt=0)] = 8
+    gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
     examples: Annotated[int, Field(gt=0)] | None = None
-    activation_checkpointing: Literal["none", "frozen", "all", "auto"] = "none"
-    memory: Annotated[float, Field(gt=0.0)] | None = None
-    compile: bool | Literal["auto"] = False
-    frozen_weights: Literal["full", "int8", "fp8"] = "full"
-    documents: Literal["joined", "apart"] = "joined"
-    attention: Literal["sdpa", "flex"] = "sdpa"
-    branches: Literal["loop", "batched", "streams"] = "loop"
-    graph: bool = False
-    layout: Literal["ddp", "fsdp", "tp", "mpmd"] = "ddp"
-    in_flight: Annotated[int, Field(gt=0)] = 1
-    placement: tuple[tuple[int, ...], ...] | None = None
     replay: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] | None = None
+    intra_document_masking: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
-        if (self.activation_checkpointing == "auto") != (self.memory is not None):
-            raise ValueError("activation_checkpointing=auto and memory go together")
-        if self.activation_checkpointing == "auto" and self.layout != "ddp":  # what it measures is a whole model
-            raise ValueError(f"activation_checkpointing=auto goes with layout=ddp, not {self.layout}")
-        if self.layout != "ddp" and self.branches != "loop":
-            raise ValueError(f"layout={self.layout} goes with branches=loop")
-        if self.frozen_weights != "full" and (self.layout != "ddp" or self.branches == "batched"):
+        if self.size % self.gradient_accumulation_steps:
             raise ValueError(
-                f"frozen_weights={self.frozen_weights} goes with layout=ddp, and not with branches=batched"
+                f"size {self.size} is not a multiple of gradient_accumulation_steps {self.gradient_accumulation_steps}"
             )
-        if self.layout != "mpmd" and (self.in_flight > 1 or self.placement is not None):
-            raise ValueError(f"in_flight and placement go with layout=mpmd, not {self.layout}")
-        if self.branches == "batched" and (self.compile or self.activation_checkpointing != "none"):
-            raise ValueError("branches=batched goes with neither compile nor activation_checkpointing")
-        if self.graph and (self.activation_checkpointing != "none" or self.branches == "streams"):
-            raise ValueError("graph goes with neither activation_checkpointing nor branches=streams")
-        if self.documents == "apart" and (self.graph or self.branches == "batched"):
-            raise ValueError("documents=apart goes with neither graph nor branches=batched")
-        if self.attention == "flex" and (self.documents == "joined" or self.layout == "mpmd"):
-            raise ValueError("attention=flex goes with documents=apart, and not with layout=mpmd")
         # In order of name, and None for nothing: the same mix is the same run however it is written.
         object.__setattr__(self, "replay", dict(sorted((self.replay or {}).items())) or None)
         if self.replay and sum(self.replay.values()) >= 1.0:
             raise ValueError("replay: nothing is left for the targets")
         if self.replay and any(abs(float(as_fraction(share)) - share) > 1e-9 for share in self.replay.values()):
             raise ValueError("replay: shares are fractions with a denominator up to 100, such as 0.125 or 0.1")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Memory:
+    """What training keeps in memory.
+
+    Attributes:
+        activation_checkpointing: Layers whose activations are recomputed in the backward pass, for less memory and more
+            time: `none`, the `frozen` layers, `all` layers, or `auto`, as few layers as `budget_gb` allows.
+        budget_gb: GB for weights, gradients, optimizer state and a step, with `activation_checkpointing=auto`.
+        frozen_weights: Precision of the frozen linear maps of decoder layers in training and evaluation: `full`, or
+            eight bits per weight with one scale per row, `int8` or `fp8`. Exported models have full precision.
+    """
+
+    activation_checkpointing: Literal["none", "frozen", "all", "auto"] = "none"
+    budget_gb: Annotated[float, Field(gt=0.0)] | None = None
+    frozen_weights: Literal["full", "int8", "fp8"] = "full"
+
+    def __post_init__(self) -> None:
+        if (self.activation_checkpointing == "auto") != (self.budget_gb is not None):
+            raise ValueError("activation_checkpointing=auto and budget_gb go together")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Kernels:
+    """How a step is computed.
+
+    Attributes:
+        compile: Whether decoder layers are compiled, which takes up to 40 s before the first step; `auto` compiles in
+            stages of about five minutes and more.
+        attention: Attention with `train.batch.intra_document_masking`: `sdpa`, torch's own with a full mask, or `flex`,
+            FlexAttention, which skips masked blocks and needs CUDA.
+        branch_execution: How the branches of a MoDE block run in training: in a `loop`, `batched` as one computation,
+            or on CUDA `streams`.
+        cuda_graph: Whether the forward and backward pass of a step are one CUDA graph, which saves the launches of
+            short steps.
+    """
+
+    compile: bool | Literal["auto"] = False
+    attention: Literal["sdpa", "flex"] = "sdpa"
+    branch_execution: Literal["loop", "batched", "streams"] = "loop"
+    cuda_graph: bool = False
+
+    def __post_init__(self) -> None:
+        if self.branch_execution == "batched" and self.compile:
+            raise ValueError("branch_execution=batched does not go with compile")
+        if self.branch_execution == "streams" and self.cuda_graph:
+            raise ValueError("branch_execution=streams does not go with cuda_graph")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Parallelism:
+    """How several processes share a run. Results are the same but for rounding.
+
+    Attributes:
+        strategy: `ddp`, every process has the whole model and a part of the rows; `fsdp`, a shard of the model; `tp`, a
+            slice of every matrix and all rows; `mpmd`, some branches of a MoDE model.
+        microbatches_in_flight: With `mpmd`, micro-batches in the blocks at a time, so that processes overlap work and
+            communication.
+        placement: With `mpmd`, the branches of every slot by number, such as `[[0], [1, 2]]`; 0 is the backbone. null
+            balances the work over as many slots as there are processes.
+    """
+
+    strategy: Literal["ddp", "fsdp", "tp", "mpmd"] = "ddp"
+    microbatches_in_flight: Annotated[int, Field(gt=0)] = 1
+    placement: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.strategy != "mpmd" and (self.microbatches_in_flight > 1 or self.placement is not None):
+            raise ValueError(f"microbatches_in_flight and placement go with strategy=mpmd, not {self.strategy}")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Train:
+    """The training loop.
+
+    Attributes:
+        steps: Optimizer steps of a stage.
+        sequence_length: Tokens per row.
+        lr: Peak learning rate of this run, in place of the method's; null uses the method's. Earlier stages of a method
+            keep their own.
+        precision: `fp32`; `bf16`, autocast with weights in fp32; or `auto`, bf16 on GPUs and, for models of width 256
+            and more, on CPUs with AMX, else fp32.
+        device: Device that trains.
+        threads: CPU threads of torch. They identify a run, since the order of sums depends on them.
+        log_every: Steps between two points of the training curve.
+        checkpoint_every: Steps between two checkpoints.
+        validate_every: Steps between two validations on the training domains; 0 validates at the end alone.
+        optim: AdamW and its schedule.
+        batch: The rows of a step.
+        memory: What training keeps in memory.
+        kernels: How a step is computed.
+        parallelism: How several processes share a run.
+    """
+
+    always_recorded: ClassVar[frozenset[str]] = frozenset(
+        {"steps", "sequence_length", "lr", "precision", "device", "threads", "optim", "batch"}
+    )
+
+    steps: Annotated[int, Field(ge=0)] = 80
+    sequence_length: Annotated[int, Field(gt=1)] = 256
+    lr: Annotated[float, Field(gt=0.0)] | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Annotated[int, Field(gt=0)] = 1
+    log_every: Annotated[int, Field(gt=0)] = 10
+    checkpoint_every: Annotated[int, Field(gt=0)] = 20
+    validate_every: Annotated[int, Field(ge=0)] = 0
+    optim: Optim = Optim()
+    batch: Batch = Batch()
+    memory: Memory = Memory()
+    kernels: Kernels = Kernels()
+    parallelism: Parallelism = Parallelism()
+
+    def __post_init__(self) -> None:
         for name in ("checkpoint_every", "validate_every"):
             if getattr(self, name) % self.log_every:
                 raise ValueError(f"{name} {getattr(self, name)} is not a multiple of log_every {self.log_every}")
+        if conflict := self.find_conflict():
+            raise ValueError("{} does not go with {}".format(*conflict))
+        if self.kernels.attention == "flex" and not self.batch.intra_document_masking:
+            raise ValueError("kernels.attention=flex goes with batch.intra_document_masking=true")
+
+    def find_conflict(self) -> tuple[str, str] | None:
+        """Return the first two settings of different groups that do not go together, if there are any."""
+        memory, kernels, strategy = self.memory, self.kernels, self.parallelism.strategy
+        recomputes = f"memory.activation_checkpointing={memory.activation_checkpointing}"
+        frozen = f"memory.frozen_weights={memory.frozen_weights}"
+        branches = f"kernels.branch_execution={kernels.branch_execution}"
+        parallel, masking = f"parallelism.strategy={strategy}", "batch.intra_document_masking=true"
+        plain = {"memory.activation_checkpointing=none", "memory.frozen_weights=full", "kernels.branch_execution=loop"}
+        given = {recomputes, frozen, branches} - plain | {f"kernels.attention={kernels.attention}"}
+        given |= {parallel} if strategy != "ddp" else set()
+        given |= {masking} if self.batch.intra_document_masking else set()
+        given |= {"kernels.cuda_graph=true"} if kernels.cuda_graph else set()
+        pairs = (
+            ("memory.activation_checkpointing=auto", parallel),  # it measures a whole model
+            (branches, parallel),
+            (frozen, parallel),
+            (frozen, "kernels.branch_execution=batched"),
+            ("kernels.branch_execution=batched", recomputes),
+            ("kernels.cuda_graph=true", recomputes),
+            (masking, "kernels.cuda_graph=true"),
+            (masking, "kernels.branch_execution=batched"),
+            ("kernels.attention=flex", "parallelism.strategy=mpmd"),
+        )
+        return next((pair for pair in pairs if given.issuperset(pair)), None)

@@ -1,1 +1,1 @@
-"""What knows nothing of the project: errors, files, tensors, devices, processes."""
+"""Utilities that know nothing of the project: errors, files, tensors, devices, processes."""

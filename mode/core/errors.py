@@ -1,4 +1,4 @@
-"""Errors that a user can mend, in one line each."""
+"""Errors that a user can fix. Each message is one line."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
-    """A mistake in what the user asked for, told in one line: what is wrong, where, and the nearest right thing."""
+    """A mistake in the user's input. The message is one line: what is wrong, where, and the nearest valid choice."""
 
 
 class NothingError(ConfigError):
-    """Nothing of what was asked for is there yet, and nothing is wrong."""
+    """The input is valid, but nothing that it selects exists yet."""
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:
-    """Phrase the nearest valid choice, if there is one.
+    """Return a hint with the valid choice nearest to a name, or an empty string if none is near.
 
     >>> suggest("lroa", ["sft", "lora"])
     '; did you mean lora?'
     """
-    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else ""
+    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""

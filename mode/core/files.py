@@ -1,4 +1,4 @@
-"""Names of the files in a work folder, its lock, and writing that a crash cannot cut short."""
+"""The files in a run's work folder: their names, the folder's lock, and atomic writes."""
 
 from __future__ import annotations
 
@@ -13,30 +13,37 @@ from pathlib import Path
 from mode.core.errors import ConfigError
 
 CURVE = "curve.jsonl"
+"""Loss curve of a run."""
 
 
 AGAIN = "again"
+"""Marker of a run that starts over because of `--again`."""
 
 
 SETTINGS = "run.yaml"
+"""Resolved settings of a run."""
 
 
 WEIGHTS = "weights.safetensors"
+"""Trained weights of a run."""
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
-    """Return the folder of a run's checkpoint after a step."""
+    """Return the folder of the checkpoint that a run writes after a step."""
     return folder / f"checkpoint-{step}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the folders of a run's checkpoints, the latest last."""
+    """Return the folders of a run's checkpoints in the order of their steps."""
     numbers = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")}
     return sorted((path for path, step in numbers.items() if step.isdigit()), key=lambda path: int(numbers[path]))
 
 
 def remove(*paths: Path) -> None:
-    """Remove files and folders that need not be there; of a folder no part is left under its name."""
+    """Remove files and folders. Missing files are ignored.
+
+    A folder is renamed before its files are removed, so a crash never leaves part of it under its name.
+    """
     for path in paths:
         if path.is_dir():
             hidden = path.with_name(f".{path.name.strip('.').removesuffix('.partial')}.partial")
@@ -49,7 +56,7 @@ def remove(*paths: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash at any moment, sees the old content or the new, never a part."""
+    """Write a file atomically: after a crash at any moment it has the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with temporary.open("wb") as file:
         file.write(data)
@@ -58,34 +65,36 @@ def write_atomic(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def make_folder(folder: Path, made: str, make: Callable[[Path], None]) -> None:
-    """Make a folder that appears whole or not at all, unless it is there already.
+def make_folder(folder: Path, marker: str, write: Callable[[Path], None]) -> None:
+    """Make a folder atomically, unless it exists already.
 
     Args:
-        folder: Its path.
-        made: A file in it, by which a whole one is known.
-        make: Writes it under another name.
+        folder: Path of the folder.
+        marker: Name of a file in the folder. The folder is complete if this file exists.
+        write: Writes the folder under the temporary path that it is given.
     """
-    if (folder / made).exists():
+    if (folder / marker).exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as work:
-        whole = Path(work) / "made"
-        make(whole)
+        temporary = Path(work) / "new"
+        write(temporary)
         try:
-            os.replace(whole, folder)
-        except OSError:  # another process was first, or an earlier one left half
-            if not (folder / made).exists():
+            os.replace(temporary, folder)
+        except OSError:  # the folder exists: another process was faster, or an earlier process left it incomplete
+            if not (folder / marker).exists():
                 shutil.rmtree(folder, ignore_errors=True)
-                os.replace(whole, folder)
+                os.replace(temporary, folder)
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a run's lock, so that two processes never train the same run; the lock goes with the process.
+    """Hold the lock of a run's folder, so that two processes never train the same run.
+
+    The operating system releases the lock when the process ends. A folder that holds nothing else is removed.
 
     Raises:
-        ConfigError: Another process is at it.
+        ConfigError: Another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:

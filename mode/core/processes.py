@@ -1,7 +1,8 @@
-"""Several processes that train one model, as torchrun starts them: as a rule each has its part of the rows of a step.
+"""Processes that train one model together, as torchrun starts them. Usually each process trains on a shard of the rows.
 
-Alone, nothing here does anything. Otherwise the first process is the one that writes. All of them call what is said to
-be for all in the same order; the first of those calls waits until they have met.
+In a single process these functions do nothing. With several processes, only the main process (rank 0) writes files.
+A function marked as collective is called by all processes, in the same order. The first collective call initialises
+torch.distributed and waits for all processes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Rows = TypeVar("Rows", bound=Any)
 
 
 GOLDEN = 0x9E3779B97F4A7C15
-"""Odd constant that spreads the ranks over the seeds."""
+"""Odd constant, 2^64 divided by the golden ratio, that spaces derived seeds apart."""
 
 
 def world_size() -> int:
@@ -29,22 +30,22 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Return this process's number among them, from 0."""
+    """Return this process's rank among all processes, from 0."""
     return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
 def is_main() -> bool:
-    """Say whether this process is the one that writes."""
+    """Return whether this process is the main process, which writes files."""
     return rank() == 0
 
 
 def local_rank() -> int:
-    """Return this process's number on its machine, which is that of its accelerator."""
+    """Return this process's rank on its machine. It is also the index of its accelerator."""
     return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
 
 
 def ensure_initialized() -> None:
-    """Wait, once, until all processes are there."""
+    """Initialise torch.distributed on the first call, which waits for all processes."""
     import torch
     from torch import distributed
 
@@ -56,7 +57,10 @@ def ensure_initialized() -> None:
 
 @functools.cache
 def side_group() -> Any:
-    """Return a group of all processes for what goes on beside training, or None alone. For all."""
+    """Return a second group of all processes, for communication outside training; None in a single process.
+
+    Collective.
+    """
     if world_size() == 1:
         return None
     from torch import distributed
@@ -66,26 +70,26 @@ def side_group() -> Any:
 
 
 def wait() -> None:
-    """Wait until all processes have come here. For all."""
+    """Wait until all processes reach this call. Collective."""
     broadcast_decision(True)
 
 
 def broadcast_decision(answer: bool) -> bool:
-    """Return the first process's answer. For all."""
+    """Return the main process's answer in every process. Collective."""
     if world_size() == 1:
         return answer
     import torch
     from torch import distributed
 
     ensure_initialized()
-    told = torch.tensor([int(answer)])
-    distributed.broadcast(told, 0)
-    return bool(told)
+    decision = torch.tensor([int(answer)])
+    distributed.broadcast(decision, 0)
+    return bool(decision)
 
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """Let the first process through before the others, who then find what it made. For all."""
+    """Run the block in the main process first, then in the others, which find the main process's files. Collective."""
     if not is_main():
         wait()
     yield
@@ -94,7 +98,7 @@ def main_first() -> Iterator[None]:
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """Return the sum of every process's values. For all."""
+    """Return the sum of a tensor over all processes (all-reduce). Collective."""
     if world_size() == 1:
         return values
     from torch import distributed
@@ -106,23 +110,23 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def all_reduce_mean(values: Tensor) -> Tensor:
-    """Return the mean of every process's values. For all."""
+    """Return the mean of a tensor over all processes (all-reduce). Collective."""
     return values if world_size() == 1 else all_reduce_sum(values) / world_size()
 
 
 def shard_rows(rows: Rows) -> Rows:
-    """Return this process's part of the rows of a step, which all have.
+    """Return this process's shard of the rows of a step. Every process passes all rows.
 
     >>> shard_rows([1, 2, 3, 4])
     [1, 2, 3, 4]
     """
-    part = len(rows) // world_size()
-    mine: Rows = rows[rank() * part : (rank() + 1) * part]
-    return mine
+    size = len(rows) // world_size()
+    shard: Rows = rows[rank() * size : (rank() + 1) * size]
+    return shard
 
 
 def derive_seed(seed: int, number: int) -> int:
-    """Return a seed for one of several; that of the first is the one given.
+    """Return a seed for one of several random streams. Number 0 keeps the given seed.
 
     >>> derive_seed(5, 0), derive_seed(5, 1) != 5
     (5, True)
@@ -131,9 +135,9 @@ def derive_seed(seed: int, number: int) -> int:
 
 
 def replicate(module: nn.Module) -> nn.Module:
-    """Return a module whose gradients are the mean over all processes, wherever a backward pass ends. For all.
+    """Wrap a module in DistributedDataParallel, so that backward passes average gradients over processes. Collective.
 
-    What no process used has no gradient, as in a single process.
+    A parameter that no process used has no gradient, as in a single process.
     """
     if world_size() == 1:
         return module
@@ -141,23 +145,23 @@ def replicate(module: nn.Module) -> nn.Module:
 
     ensure_initialized()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # a later torch calls the last setting otherwise
+        warnings.simplefilter("ignore", FutureWarning)  # later releases of torch deprecate `broadcast_buffers`
         return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
 
 
 def no_sync(module: nn.Module) -> AbstractContextManager[None]:
-    """Let backward passes add to gradients that stay this process's own for now."""
-    held: AbstractContextManager[None] = getattr(module, "no_sync", nullcontext)()
-    return held
+    """Accumulate gradients in this process without an all-reduce. Does nothing for a module that is not replicated."""
+    context: AbstractContextManager[None] = getattr(module, "no_sync", nullcontext)()
+    return context
 
 
 def is_peer_lost(error: RuntimeError) -> bool:
-    """Say whether an error is that another process is gone: torch has no class of its own for it with gloo."""
+    """Return whether an error means that another process has ended. With gloo, torch has no error class for this."""
     from torch import distributed
 
     return world_size() > 1 and (isinstance(error, distributed.DistError) or "gloo" in str(error))
 
 
 def describe_layout(kind: str) -> dict[str, Any]:
-    """Describe how a run is spread over processes; empty alone."""
+    """Describe how a run is distributed over processes. The description is empty for a single process."""
     return {} if world_size() == 1 else {"layout": {"kind": kind, "processes": world_size()}}

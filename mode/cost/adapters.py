@@ -1,4 +1,4 @@
-"""What training low-rank adapters beside a frozen decoder costs, worked out before it begins (`mode.cost.flops`)."""
+"""Closed-form cost of training low-rank adapters on a frozen decoder (see `mode.cost.flops`)."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def adapter_cost(
     routers: Mapping[str, int] = NOTHING,
     trains: bool = True,
 ) -> Flops:
-    """Return what a frozen layer with low-rank adapters takes per token.
+    """Return the operations per token of a frozen layer with low-rank adapters.
 
-    A matrix passes gradients on to its inputs only where something before it trains: in the first layer what leads
-    into attention has nothing before it, and attention itself runs backward only for adapters that lead into it.
+    A matrix computes the gradient of its inputs only if parameters before it train. In the first layer, no parameters
+    precede the input matrices of attention, and attention has a backward pass only if these matrices have adapters.
 
     Args:
         layer: Shape of the layer.
-        length: Tokens of a row.
-        targets: Rank of the adapter of every matrix that has one, by its path; 0 where vectors alone train.
-        upstream: Whether something before the layer trains.
-        routers: Weights of the router that every matrix has beside it, by its path, if it has one.
-        trains: Whether the adapters train, or their routers alone.
+        length: Tokens per row.
+        targets: Rank of the adapter of every matrix that has one, by path; 0 if only vectors train.
+        upstream: Whether parameters before the layer train.
+        routers: Number of weights in the router of every matrix that has one, by path.
+        trains: Whether the adapters train. If not, only their routers train.
     """
     into, out, up, down = layer.stages
     within = upstream or any(path in targets for path in into)
@@ -51,15 +51,15 @@ def adapter_cost(
 def bank_cost(
     shape: Shape, length: int, count: int, rank: int, chosen: Callable[[Layer], Sequence[str]], routed: bool = True
 ) -> Cost:
-    """Return what it costs to train low-rank experts, and routers of their own, beside matrices of a frozen decoder.
+    """Return the cost of training low-rank experts, and their routers, on matrices of a frozen decoder.
 
     Args:
-        shape: Of the decoder.
-        length: Tokens of a row, S.
-        count: N, experts of a matrix; all run.
-        rank: r of each.
-        chosen: From a layer to the paths of its matrices that have experts.
-        routed: Whether each of these matrices has a router that reads its inputs.
+        shape: Shape of the decoder.
+        length: Tokens per row, S.
+        count: Number of experts per matrix, N. All experts run.
+        rank: Rank of each expert, r.
+        chosen: Maps a layer to the paths of its matrices that have experts.
+        routed: Whether each of these matrices has a router that reads the matrix's inputs.
     """
     parts, added = [shape.head(trains=False)], 0
     for number, layer in enumerate(shape.layers):

@@ -1,22 +1,23 @@
-"""What training costs, worked out before it begins: floating-point operations by closed form, and parameters.
+"""Closed-form cost of training: parameters and floating-point operations, computed before a run starts.
 
-Per token of a row of S tokens, a layer with P weights in its matrices and attention of width a takes
+A layer has P weights in its matrices and attention of width a. Its operations per token of a row of S tokens are
 
-    forward                          2 P + A, with A = 4 S a: scores and values of all S positions, masked or not
-    backward, weights train          4 P + 2.5 A: gradients of weights and inputs; attention computes its scores again
-    backward, weights are frozen     2 P + 2.5 A: gradients of inputs alone
-    backward, nothing before trains  0
+    forward                        2 P + A, with A = 4 S a for scores and values of all S positions, masked or not
+    backward, trainable weights    4 P + 2.5 A: gradients of weights and inputs, recomputed attention scores
+    backward, frozen weights       2 P + 2.5 A: gradients of inputs only; 0 if nothing before the layer trains
 
-Of a layer whose output a share s of tokens keeps (`mode.modular.sparse`), the others run the matrices into attention,
-P_in, and gradients go through those of keys and values, P_kv, as far as they are of their own:
+In a sparse layer only a share s of the tokens keeps the output (`mode.modular.sparse`). The input matrices of
+attention, with P_in weights, run on all tokens. The matrices of keys and values, with P_kv weights, pass gradients for
+all tokens. If queries, keys and values share one matrix, P_kv is P_in in the first backward term and 0 in the second.
 
-    forward                          2 P_in + s (2 P + A)
-    backward, weights train          4 P_kv + s (4 (P - P_kv) + 2.5 A); half the first terms where weights are frozen
+    forward                        2 P_in + s (2 P + A)
+    backward, trainable weights    4 P_kv + s (4 (P - P_kv) + 2.5 A)
+    backward, frozen weights       2 P_kv + s (2 (P - P_kv) + 2.5 A)
 
-Attention that is not fused (Gemma 2's, or with dropout) keeps its scores and takes 2 A backward. Where nothing before a
-layer trains that has no norm at its input (OLMo 2), its matrices into attention pass no gradient on. The head, with d
-inputs and V outputs, takes 2 d V forward, and as much again for its inputs and for its weights. Norms, embeddings and
-element-wise work are left out, as torch's own counter leaves them out.
+Attention that is not fused (Gemma 2, or with dropout) stores its scores and takes 2 A in the backward pass. If nothing
+trains before a layer without a norm at its input (OLMo 2), the gradient of the layer's input is not computed. The head,
+with d inputs and V outputs, takes 2 d V operations forward, 2 d V for the gradient of its inputs and 2 d V for that of
+its weights. Norms, embeddings and element-wise operations are not counted, as in torch's own counter.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from mode.backbone.shape import Flops, Shape, count_weights
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method's model costs to train.
+    """Cost of training a method's model.
 
     Attributes:
-        flops: Per token of training.
-        total: Parameters of the model.
-        trainable: Parameters that train.
-        added: Parameters beside the backbone's.
-        active: Most parameters that a token's prediction can depend on.
+        flops: Operations per token of training.
+        total: Number of all parameters.
+        trainable: Number of trainable parameters.
+        added: Number of parameters added to the backbone's.
+        active: Largest number of parameters that the prediction of one token uses.
     """
 
     flops: Flops
@@ -48,7 +49,7 @@ class Cost:
 
 
 def add_flops(parts: Iterable[Flops]) -> Flops:
-    """Add up what parts take.
+    """Return the sum of the operations of several parts.
 
     >>> add_flops([Flops(1.0, 2.0), Flops(3.0, 4.0)])
     Flops(forward=4.0, backward=6.0)
@@ -57,7 +58,7 @@ def add_flops(parts: Iterable[Flops]) -> Flops:
 
 
 def full_cost(shape: Shape, length: int) -> Cost:
-    """Return what it costs to train every parameter of a decoder on rows of `length` tokens."""
+    """Return the cost of training all parameters of a decoder on rows of `length` tokens."""
     flops = add_flops(layer.flops(length, trains=True) for layer in shape.layers) + shape.head(trains=True)
     size = shape.parameters
     return Cost(flops=flops, total=size, trainable=size, added=0, active=size)
@@ -73,16 +74,16 @@ def mixture_cost(
     attentions: int = 1,
     soft_layers: int = 0,
 ) -> Cost:
-    """Return what it costs to train a decoder whose feed-forward parts are N experts, of which a token has k.
+    """Return the cost of training a decoder whose feed-forward parts are mixtures of N experts, k of them per token.
 
     Args:
-        shape: Of the dense model.
-        length: Tokens of a row, S.
+        shape: Shape of the dense model.
+        length: Tokens per row, S.
         num_experts: N.
-        top_k: k; None where all run.
-        experts_train: Whether the experts train, as all else does.
-        attentions: Attention layers side by side in every layer, with a router where there are several; all run.
-        soft_layers: First layers in which all experts run.
+        top_k: k; None if all experts run.
+        experts_train: Whether the experts train. All other parameters train.
+        attentions: Number of attention experts per layer. All of them run; several have a router.
+        soft_layers: Number of first layers in which all experts run.
     """
     chosen = min(top_k or num_experts, num_experts)
     routers = num_experts + (attentions if attentions > 1 else 0)
@@ -90,10 +91,10 @@ def mixture_cost(
     for number, layer in enumerate(shape.layers):
         active = num_experts if number < soft_layers else chosen
         feed_forward = count_weights(layer.stages[2]) + count_weights(layer.stages[3])
-        one, wide = 2.0 * attentions * (layer.weights - feed_forward), 2.0 * feed_forward * active
+        attention, experts = 2.0 * attentions * (layer.weights - feed_forward), 2.0 * feed_forward * active
         router = 2.0 * shape.hidden * routers
-        parts += [Flops(one, 2 * one), Flops(wide, (1 + experts_train) * wide), Flops(router, 2 * router)]
-        parts += [layer.attention(length)] * attentions
+        parts += [Flops(attention, 2 * attention), Flops(experts, (1 + experts_train) * experts)]
+        parts += [Flops(router, 2 * router)] + [layer.attention(length)] * attentions
         expert_sizes += layer.feed_forward
         idle += (num_experts - active) * layer.feed_forward
         others += layer.attending
@@ -109,7 +110,7 @@ def mixture_cost(
 
 
 def untouched_cost(shape: Shape, length: int) -> Cost:
-    """Return what a decoder costs that is not trained at all."""
+    """Return the cost of a decoder that only runs forward."""
     flops = add_flops(layer.flops(length, trains=False, upstream=False) for layer in shape.layers)
     flops += shape.head(trains=False, upstream=False)
     return Cost(flops=flops, total=shape.parameters, trainable=0, added=0, active=shape.parameters)

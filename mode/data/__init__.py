@@ -1,1 +1,1 @@
-"""From sources to batches: documents, splits, duplicates, tokens, memory-mapped arrays."""
+"""From sources to batches: documents, splits, deduplication, tokens and memory-mapped arrays."""

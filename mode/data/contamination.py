@@ -1,8 +1,8 @@
-"""Contamination: how much of what is scored occurs, word for word, in text that a model was trained on.
+"""Contamination: the share of an evaluation split that also occurs, word for word, in training text.
 
-Measured as the share of a split's 13-token n-grams that occur in another split (after Brown et al., 2020, appendix C,
-who take 13 words). Generated exercises and files with like headers share n-grams without being the same document, so
-a share is to be read beside the number of duplicates that were dropped.
+The measure is the share of a split's 13-token n-grams that occur in another split (after Brown et al., 2020, appendix
+C, who use 13 words). Generated exercises and files with similar headers share n-grams without being duplicates. Read a
+share together with the number of duplicates that were dropped.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from mode.data.sources import digest_chunks
 N = 13
 """Tokens per n-gram."""
 CHUNK = 2**20
-"""N-grams of training text looked up at one time."""
+"""N-grams of training text that are looked up at one time."""
 PRETRAINING = "pretraining"
-"""Column of the text that the backbone was pretrained on."""
+"""Key of the share that occurs in the backbone's pretraining text."""
 
 
 def measure_contamination(
     packed: Mapping[str, Packed], split: Split, pretraining: Mapping[str, str]
 ) -> dict[str, dict[str, float | None]]:
-    """Measure what of each domain's split occurs in every training split, and in the backbone's pretraining.
+    """Measure the overlap of each domain's split with every training split and with the backbone's pretraining text.
 
     Args:
         packed: Prepared domains.
@@ -37,21 +37,29 @@ def measure_contamination(
         pretraining: Fingerprints of the data that the backbone was pretrained on, by domain; empty if unknown.
 
     Returns:
-        By domain: the share, 0 to 1, by the domain whose training split it occurs in, and under `pretraining` that of
-        all pretrain splits together; None where what the backbone was pretrained on is not known or not here.
+        For each domain, shares between 0 and 1: one per domain with a training split, by that domain's name, and under
+        `pretraining` the share that occurs in any pretrain split. The latter is None if the pretraining data are
+        unknown or not among the prepared domains.
     """
-    here = all(name in packed and packed[name].fingerprint == known for name, known in pretraining.items())
-    before = [packed[name] for name in pretraining] if pretraining and here else None
+    available = all(name in packed and packed[name].fingerprint == known for name, known in pretraining.items())
+    before = [packed[name] for name in pretraining] if pretraining and available else None
     trained = {name: data for name, data in packed.items() if "train" in data.meta["splits"]}
-    found: dict[str, dict[str, float | None]] = {}
+    shares: dict[str, dict[str, float | None]] = {}
     for name, data in packed.items():
-        found[name] = {other: measure_overlap(data, split, [text], "train") for other, text in trained.items()}
-        found[name][PRETRAINING] = None if before is None else measure_overlap(data, split, before, "pretrain")
-    return found
+        shares[name] = {other: measure_overlap(data, split, [text], "train") for other, text in trained.items()}
+        shares[name][PRETRAINING] = None if before is None else measure_overlap(data, split, before, "pretrain")
+    return shares
 
 
 def measure_overlap(data: Packed, split: Split, others: Sequence[Packed], name: Split) -> float:
-    """Return the share of a split's n-grams that occur in one split of other domains; counted once, then kept."""
+    """Return the share of a split's n-grams that occur in a split of other domains. The result is cached on disk.
+
+    Args:
+        data: Domain that is scored.
+        split: Split of the domain that is scored.
+        others: Domains to compare with.
+        name: Split of these domains.
+    """
     key = digest_chunks(part.encode() for part in (str(N), split, name, *(other.fingerprint for other in others)))[:16]
     path = data.folder / f"contamination-{key}.json"
     if not path.exists():
@@ -61,7 +69,7 @@ def measure_overlap(data: Packed, split: Split, others: Sequence[Packed], name: 
 
 
 def measure_seen_share(texts: Iterable[Tokens], scored: Tokens, n: int = N) -> float:
-    """Return the share of a stream's token n-grams, (num_tokens - n + 1,), that also occur in some of the texts."""
+    """Return the share of a stream's token n-grams that also occur in at least one of the texts."""
     if len(scored) < n:
         return 0.0
     sought, where = np.unique(hash_ngrams(scored, n), return_inverse=True)

@@ -1,7 +1,7 @@
 """Tokenise a domain once and pack each split into a memory-mapped array with a fingerprint.
 
-A split is one stream: the tokens of its documents in order, each closed by the end-of-sequence token. Beside it lie
-the offsets of the documents, so that errors can be clustered by document.
+A split is one token stream: its documents in order, each followed by the end-of-sequence token. The offsets of the
+documents are stored beside the stream, so that standard errors can be clustered by document.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from mode.config.data import Domain, Split
 from mode.core.errors import ConfigError
 from mode.data.sources import describe_source, digest_chunks, read_documents
-from mode.data.split import Divided, split_documents
+from mode.data.split import SplitDocuments, split_documents
 
 FORMAT = 1
-"""Raised when what is packed changes, so that old caches are not read."""
+"""Version of the packed format. A new version makes old caches invalid."""
 Tokens = NDArray[np.uint16 | np.uint32]
 
 
 class Tokenizer(Protocol):
-    """What packing needs of a tokenizer."""
+    """The part of a tokenizer that packing uses."""
 
     eos_id: int
     vocab_size: int
@@ -45,8 +45,8 @@ class PackedSplit:
 
     Attributes:
         tokens: Memory-mapped stream, (num_tokens,).
-        starts: Offset of every document in the stream, and the end of the last, (num_documents + 1,).
-        num_bytes: UTF-8 bytes of the documents.
+        starts: Offset of every document in the stream, then the length of the stream, (num_documents + 1,).
+        num_bytes: Size of the documents in UTF-8 bytes.
     """
 
     tokens: Tokens
@@ -56,7 +56,13 @@ class PackedSplit:
 
 @dataclass(frozen=True)
 class Packed:
-    """A prepared domain: its folder, its description, and its splits."""
+    """A prepared domain.
+
+    Attributes:
+        name: Name of the domain.
+        folder: Folder of the packed splits in the cache.
+        meta: Content of the folder's `meta.json`: fingerprint, dropped duplicates, and the size of every split.
+    """
 
     name: str
     folder: Path
@@ -64,44 +70,44 @@ class Packed:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of every token of every split, and of how they came to be."""
+        """Digest of the format version, the tokenizer, and all tokens and offsets of all splits."""
         return str(self.meta["fingerprint"])
 
     def split(self, name: Split) -> PackedSplit:
-        """Open one split.
+        """Open a split without reading it into memory.
 
         Raises:
             ConfigError: The domain has no such split.
         """
         if name not in self.meta["splits"]:
-            raise ConfigError(f"domain {self.name} has no {name} split; it has {', '.join(self.meta['splits'])}")
+            raise ConfigError(f"domain {self.name}: no {name} split; available: {', '.join(self.meta['splits'])}")
         info = self.meta["splits"][name]
         tokens = np.memmap(self.folder / f"{name}.bin", dtype=info["dtype"], mode="r")
         return PackedSplit(tokens, np.load(self.folder / f"{name}.starts.npy"), info["bytes"])
 
 
 def prepare_domain(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) -> Packed:
-    """Return a prepared domain from the cache, preparing it on first use.
+    """Return a prepared domain from the cache. The first use prepares it.
 
     Args:
         name: Name of the domain.
-        domain: Its settings.
+        domain: Settings of the domain.
         tokenizer: Tokenizer of the backbone.
-        cache: Cache folder; a prepared domain appears in it whole or not at all.
+        cache: Cache folder. The prepared domain is added to it atomically.
 
     Raises:
-        ConfigError: A source cannot be read, or a split comes out empty.
+        ConfigError: A source cannot be read, or a split is empty.
     """
     folder = locate_packed(name, domain, tokenizer, cache)
-    if not is_whole(folder):
-        divided = split_documents(read_documents(domain, cache), domain.splits)
+    if not is_complete(folder):
+        documents = split_documents(read_documents(domain, cache), domain.splits)
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
         try:
-            write_packed(work, name, divided, tokenizer)
+            write_packed(work, name, documents, tokenizer)
             os.replace(work, folder)
         except OSError:
-            if not is_whole(folder):  # else another process finished the same work first
+            if not is_complete(folder):  # otherwise another process prepared the same domain first
                 raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -109,31 +115,40 @@ def prepare_domain(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path)
 
 
 def locate_packed(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) -> Path:
-    """Return the folder that a prepared domain has in the cache, or would have."""
+    """Return the folder of a domain in the cache. The folder need not exist."""
     return cache / "packed" / f"{name}-{make_state_key(domain, tokenizer.fingerprint)}"
 
 
-def is_whole(folder: Path) -> bool:
-    """Say whether a prepared domain is in a folder."""
+def is_complete(folder: Path) -> bool:
+    """Return whether a folder holds a complete prepared domain."""
     return (folder / "meta.json").exists()
 
 
 def make_state_key(domain: Domain, *more: str) -> str:
-    """Return a key that changes with a domain's settings and the state of its sources; reads no document."""
+    """Return a key of a domain's settings and the state of its sources, without preparing the domain.
+
+    Args:
+        domain: Settings of the domain.
+        more: Further parts of the key, such as a tokenizer's fingerprint.
+    """
     settings = json.dumps([FORMAT, asdict(domain)], sort_keys=True, default=str)
     states = [describe_source(source) for source in domain.sources]
     return digest_chunks(part.encode() for part in (settings, *more, *states))[:16]
 
 
-def write_packed(folder: Path, name: str, divided: Divided, tokenizer: Tokenizer) -> None:
-    """Write every split of a domain and its description."""
+def write_packed(folder: Path, name: str, divided: SplitDocuments, tokenizer: Tokenizer) -> None:
+    """Write the packed splits of a domain and `meta.json` to a folder.
+
+    Raises:
+        ConfigError: A split has no document.
+    """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     total = hashlib.sha256(f"{FORMAT} {tokenizer.fingerprint}".encode())
     splits: dict[str, Any] = {}
     for split, documents in divided.documents.items():
         if not documents:
             raise ConfigError(
-                f"domain {name}: no document fell into the {split} split; more documents or a larger share are needed"
+                f"domain {name}: no document fell into the {split} split; add documents or raise the split's share"
             )
         pieces = [np.asarray([*ids, tokenizer.eos_id], dtype) for ids in tokenizer.encode(documents)]
         starts = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)

@@ -1,7 +1,7 @@
-"""Turn the text members of pinned wheels into prose documents.
+"""Turn the text files in pinned wheels into prose documents.
 
-A document is a scene of a play, a chapter of a book or a section of an article: small enough that a split by document
-hash has the wanted share of tokens, large enough to be read on its own.
+A document is a scene of a play, a chapter of a book or a section of an article. Documents are small, so that splitting
+them by hash gives each split about its share of the tokens. Each document is long enough to make sense on its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import pairwise
 
 HEADING = re.compile(r"^=+\s*.*?\s*=+\s*$", re.MULTILINE)
 MIN_CHARACTERS = 200
-"""Shorter pieces are headings, stubs and lists of names, not prose."""
+"""Shortest document. Shorter pieces are headings, stubs and lists of names, not prose."""
 
 
 def read_play(data: bytes) -> Iterator[str]:
@@ -33,9 +33,10 @@ def read_play(data: bytes) -> Iterator[str]:
 
 
 def read_bible(data: bytes) -> Iterator[str]:
-    """Yield the chapters of the literal in a generated `pythonbible` module; the module itself never runs.
+    """Yield the chapters of the text in a generated `pythonbible` module. The module is parsed, never executed.
 
-    The module holds one long string and the offset of every verse, numbered BBCCCVVV (book, chapter, verse).
+    The module holds one long string literal and the offset of every verse. Verses are numbered BBCCCVVV (book, chapter,
+    verse).
 
     >>> module = 'Bible(' + '"' * 3 + "a" * 200 + "b" * 300 + '"' * 3 + ", {1001001: 0, 1001002: 9, 1002001: 200})"
     >>> [chapter[:3] for chapter in read_bible(module.encode())]
@@ -77,7 +78,7 @@ def read_wikipedia(data: bytes) -> Iterator[str]:
 
 
 def is_prose(line: str) -> bool:
-    """Say whether a line is running text rather than a remnant of a table, a list of links or a caption.
+    """Return whether a line is running text, not the remainder of a table, a list of links or a caption.
 
     >>> is_prose("A wiki is a site that its readers edit together."), is_prose("thumb|left|x")
     (True, False)

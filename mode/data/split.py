@@ -1,8 +1,8 @@
-"""Divide documents by hash and drop those that occur twice.
+"""Assign documents to splits by hash and drop duplicates.
 
-Which split a document is in depends on its text alone, so adding, removing or reordering documents moves no other.
-Near duplicates are found by MinHash (Broder, 1997) over shingles of words with banding, and dropped where they would
-leak: of two alike documents in different splits only the one in the more protected split stays.
+The split of a document depends only on its text, so adding, removing or reordering documents moves no other document.
+Near duplicates are found by MinHash (Broder, 1997) over word shingles, with banding. They are dropped across splits: if
+two documents in different splits are near duplicates, only the one in the more protected split is kept.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from mode.config.data import SPLITS, Split
 SHINGLE = 5
 """Words per shingle."""
 BANDS, ROWS = 16, 8
-"""Documents of similarity s become candidates with probability 1 - (1 - s^8)^16: 6 % at 0.5, 95 % at 0.8."""
+"""Documents of similarity s are compared with probability 1 - (1 - s^8)^16: 6 % at 0.5, 95 % at 0.8."""
 THRESHOLD = 0.8
-"""Estimated Jaccard similarity from which two documents count as near duplicates."""
+"""Smallest estimated Jaccard similarity of near duplicates."""
 
 
 @dataclass(frozen=True)
-class Divided:
-    """Documents per split, and how many were dropped as duplicates of another."""
+class SplitDocuments:
+    """Documents of each split, and the numbers of dropped exact and near duplicates."""
 
     documents: dict[Split, list[str]]
     exact_dropped: int
@@ -34,7 +34,7 @@ class Divided:
 
 
 def choose_split(text: str, shares: dict[Split, float]) -> Split:
-    """Return the split that a document's hash puts it in.
+    """Return the split of a document, which follows from the document's hash.
 
     >>> choose_split("a text", {"train": 1.0})
     'train'
@@ -47,31 +47,31 @@ def choose_split(text: str, shares: dict[Split, float]) -> Split:
     return "train"
 
 
-def split_documents(texts: list[str], shares: dict[Split, float]) -> Divided:
-    """Split documents by hash, then drop exact duplicates and near duplicates across splits.
+def split_documents(texts: list[str], shares: dict[Split, float]) -> SplitDocuments:
+    """Drop exact duplicates, split the documents by hash, and drop near duplicates across splits.
 
     Args:
         texts: Documents.
-        shares: Share of each split.
+        shares: Share of each split; splits without a share are left out.
 
     Returns:
-        The documents of each split in their given order, and the number of documents dropped.
+        The documents of each split in their given order, and the numbers of dropped documents.
     """
     unique = list(dict.fromkeys(texts))
     by_split: dict[Split, list[str]] = {name: [] for name in SPLITS if shares.get(name, 0.0) > 0.0}
     for text in unique:
         by_split[choose_split(text, shares)].append(text)
     ordered = [(name, text) for name, members in by_split.items() for text in members]
-    twins = find_near_duplicates([text for _, text in ordered], [name for name, _ in ordered])
+    duplicates = find_near_duplicates([text for _, text in ordered], [name for name, _ in ordered])
     kept: dict[Split, list[str]] = {name: [] for name in by_split}
     for index, (name, text) in enumerate(ordered):
-        if index not in twins:
+        if index not in duplicates:
             kept[name].append(text)
-    return Divided(documents=kept, exact_dropped=len(texts) - len(unique), near_dropped=len(twins))
+    return SplitDocuments(documents=kept, exact_dropped=len(texts) - len(unique), near_dropped=len(duplicates))
 
 
 def find_near_duplicates(texts: list[str], groups: list[Split]) -> set[int]:
-    """Find the documents that are nearly the same as an earlier one of another group."""
+    """Return the indices of documents that are near duplicates of an earlier document of another group."""
     signatures = (
         np.stack([compute_signature(text) for text in texts]) if texts else np.zeros((0, BANDS * ROWS), np.uint64)
     )
@@ -100,13 +100,13 @@ def compute_signature(text: str) -> NDArray[np.uint64]:
     shingles = {zlib.crc32(" ".join(words[i : i + SHINGLE]).encode()) for i in range(count)}
     values = np.fromiter(shingles, np.uint64, len(shingles))
     result = np.full(BANDS * ROWS, np.iinfo(np.uint64).max, np.uint64)
-    for start in range(0, len(values), 8192):  # a long document's shingles times all hashes would not fit in memory
+    for start in range(0, len(values), 8192):  # all hashes of a long document would not fit in memory
         hashes = values[start : start + 8192, None] * MULTIPLIERS + OFFSETS
         result = np.minimum(result, hashes.min(axis=0))
     return result
 
 
-# Multiply-shift hashing modulo 2^64: odd multipliers make each a permutation of the 64-bit integers.
+# Multiply-add hashing modulo 2^64. The multipliers are odd, so each hash is a permutation of the 64-bit integers.
 _generator = np.random.Generator(np.random.PCG64(20241014))
 MULTIPLIERS = _generator.integers(0, 2**63, BANDS * ROWS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 OFFSETS = _generator.integers(0, 2**63, BANDS * ROWS, dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""The layout that a run asks for."""
+"""Choose the layout of a run over its processes."""
 
 from __future__ import annotations
 
@@ -17,50 +17,55 @@ if TYPE_CHECKING:
 
 
 def check_processes(settings: Train) -> None:
-    """Refuse settings of the loop that do not go with the number of processes.
+    """Check that the settings of the loop go with the number of processes.
 
     Raises:
-        ConfigError: A layout is for several, or rows do not divide over them.
+        ConfigError: The layout needs several processes, or the rows do not divide over the processes.
     """
     size = processes.world_size()
-    if settings.layout != "ddp" and size == 1:
-        raise ConfigError(f"train.layout={settings.layout} needs several processes: `mode launch --nproc 2 train ...`")
-    rows, accumulate, in_flight = settings.batch_size, settings.accumulate, settings.in_flight
-    if settings.layout != "tp" and rows % (accumulate * in_flight * size):
-        parts = {"train.accumulate": accumulate, "train.in_flight": in_flight}
-        told = "".join(f" and {name}={count}" for name, count in parts.items() if count > 1)
-        raise ConfigError(f"train.batch_size={rows} does not divide over {size} processes{told}")
+    strategy, in_flight = settings.parallelism.strategy, settings.parallelism.microbatches_in_flight
+    if strategy != "ddp" and size == 1:
+        raise ConfigError(
+            f"train.parallelism.strategy={strategy} needs several processes: `mode launch --nproc 2 train ...`"
+        )
+    rows, accumulate = settings.batch.size, settings.batch.gradient_accumulation_steps
+    if strategy != "tp" and rows % (accumulate * in_flight * size):
+        parts = {
+            "train.batch.gradient_accumulation_steps": accumulate,
+            "train.parallelism.microbatches_in_flight": in_flight,
+        }
+        others = "".join(f" and {name}={count}" for name, count in parts.items() if count > 1)
+        raise ConfigError(f"train.batch.size={rows} does not divide over {size} processes{others}")
 
 
-def choose_layout(model: nn.Module, held: bool, settings: Train, device: torch.device) -> DDP | MPMD:
-    """Spread a model over the processes that there are.
+def choose_layout(model: nn.Module, settings: Train, device: torch.device, *, anchored: bool) -> DDP | MPMD:
+    """Return the layout of a model over the processes of this run.
 
     Args:
         model: The model.
-        held: Whether it is held to its backbone on some rows.
-        settings: The loop's.
-        device: This process's.
+        settings: Settings of the loop.
+        device: Device of this process.
+        anchored: Whether the objective has an anchor term.
 
     Raises:
-        ConfigError: The layout does not fit the model or the number of processes, or rows do not divide.
+        ConfigError: The layout does not fit the model or the number of processes, or the rows do not divide.
     """
-    layout = settings.layout
+    layout = settings.parallelism.strategy
     check_processes(settings)
-    if layout == "mpmd" and held:
-        raise ConfigError("train.layout=mpmd: an anchored model needs its backbone everywhere; take ddp, fsdp or tp")
-    made: DDP | MPMD
+    if layout == "mpmd" and anchored:
+        raise ConfigError(
+            "train.parallelism.strategy=mpmd: an anchored model needs its backbone everywhere; take ddp, fsdp or tp"
+        )
     if layout == "mpmd":
         from mode.distributed.mpmd import MPMD
 
-        made = MPMD(model, device, settings.in_flight, settings.placement)
-    elif layout == "fsdp":
+        return MPMD(model, device, settings.parallelism.microbatches_in_flight, settings.parallelism.placement)
+    if layout == "fsdp":
         from mode.distributed.fsdp import FSDP
 
-        made = FSDP(model)
-    elif layout == "tp":
+        return FSDP(model)
+    if layout == "tp":
         from mode.distributed.tensor_parallel import TensorParallel
 
-        made = TensorParallel(model)
-    else:
-        made = DDP(model)
-    return made
+        return TensorParallel(model)
+    return DDP(model)

@@ -1,7 +1,7 @@
-"""A model whose weights, gradients and moments are in shards over all processes: torch's FSDP2.
+"""A model whose weights, gradients and optimizer state are sharded over all processes, by torch's FSDP2.
 
-What trains is a copy in shards. The model that the loop was given is empty during steps and whole at points of the
-curve, where it is scored as ever.
+A sharded copy of the model trains. The weights of the original are freed during steps and gathered at points of the
+curve, where the original is scored.
 """
 
 from __future__ import annotations
@@ -27,69 +27,70 @@ from mode.ops.loss import find_auxiliary_modules
 
 
 class FSDP(DDP):
-    """A model in shards over all processes, each with its part of the rows."""
+    """A model sharded over all processes, each with its part of the rows."""
 
-    halves = False
+    supports_bf16_weights = False
     layout = "fsdp"
 
     def __init__(self, model: nn.Module) -> None:
         """Take a model.
 
         Raises:
-            ConfigError: One of its weights is a number alone.
+            ConfigError: One of its parameters is a scalar.
         """
         super().__init__(model)
         if any(parameter.ndim == 0 for parameter in model.parameters()):
             raise ConfigError(
-                f"train.layout={self.layout}: a number alone, such as a temperature, has no shards; ddp is for all"
+                f"train.parallelism.strategy={self.layout}: a scalar parameter, such as a temperature, cannot be "
+                "sharded; ddp goes with every model"
             )
         self.whole = model
 
-    def wrap(self, objective: Any, make: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
-        """Return what a step runs, in shards, and its optimizer."""
+    def wrap(self, objective: Any, make_optimizer: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
+        """Return the objective of the sharded copy, and its optimizer."""
         processes.ensure_initialized()
         device = next(self.whole.parameters()).device
         mesh = init_device_mesh(device.type, (processes.world_size(),))
         for module in find_auxiliary_modules(self.whole):
-            module.auxiliary = None  # what a pass before left belongs to that pass, and cannot be copied
-        mine = objective.around(copy.deepcopy(self.whole))
-        self.distribute(mine, mesh)
-        self.model = mine.model
-        self.learning = list(trainable_parameters(self.model).values())
-        return mine, self.remade(make(self.model))
+            module.auxiliary = None  # it belongs to the graph of an earlier forward pass, which cannot be copied
+        sharded = objective.around(copy.deepcopy(self.whole))
+        self.distribute(sharded, mesh)
+        self.model = sharded.model
+        self.trained = list(trainable_parameters(self.model).values())
+        return sharded, self.split_groups(make_optimizer(self.model))
 
     def distribute(self, objective: nn.Module, mesh: Any) -> None:
-        """Put the weights of every layer, and of all that is outside layers, in shards."""
+        """Shard the weights of every layer, and those outside the layers."""
         for layer in find_decoder_layers(objective):
             fully_shard(layer, mesh=mesh)
         fully_shard(objective, mesh=mesh)
         stop_prefetch(objective)
 
-    def remade(self, optimizer: Any) -> Any:
-        """Return an optimizer of what is in shards, as it is."""
+    def split_groups(self, optimizer: Any) -> Any:
+        """Return the optimizer as it is: all weights are sharded, so its parameter groups are uniform."""
         return optimizer
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Empty the whole model for a step."""
+    def enter_step(self) -> Iterator[None]:
+        """Free the weights of the original for a step."""
         for parameter in self.whole.parameters():
             parameter.data = torch.empty(0, device=parameter.device)
         yield
 
-    def collect(self, due: bool) -> None:
-        """Make the model whole, on every process. For all."""
-        for mine, theirs in zip(self.model.parameters(), self.whole.parameters(), strict=True):
-            theirs.data = gather_tensor(mine.data)
-        for one, other in zip(find_blocks(self.whole), find_blocks(self.model), strict=True):
-            if isinstance(one, Block):
-                one.weights = other.weights
+    def gather_weights(self, due: bool) -> None:
+        """Gather the weights of the original in every process. Collective: all processes must call it."""
+        for sharded, whole in zip(self.model.parameters(), self.whole.parameters(), strict=True):
+            whole.data = gather_tensor(sharded.data)
+        for original, copied in zip(find_blocks(self.whole), find_blocks(self.model), strict=True):
+            if isinstance(original, Block):
+                original.weights = copied.weights
 
 
 def stop_prefetch(model: nn.Module) -> None:
-    """Let the last layer that a backward pass goes through not gather the one before it.
+    """Stop the last layer of the backward pass from prefetching the layer before it.
 
-    In a modular model's first block no gradient goes through what is frozen, but a layer's backward pass gathers the
-    layer that ran before it, needed or not, unless it is told of another: itself, which is gathered already.
+    No gradient flows through the frozen layers of a modular model's first block. A layer's backward pass prefetches the
+    layer that ran before it, needed or not, unless another layer is set: itself, which is gathered already.
     """
     first = {id(module) for block in find_blocks(model)[:1] for module in block.modules()}
     for layer in find_decoder_layers(model):
@@ -99,5 +100,5 @@ def stop_prefetch(model: nn.Module) -> None:
 
 
 def gather_tensor(value: Tensor) -> Tensor:
-    """Return a tensor in shards as a whole one of this process's own. For all."""
+    """Return a sharded tensor as a full tensor of this process. Collective: all processes must call it."""
     return value.full_tensor().clone() if isinstance(value, DTensor) else value

@@ -1,4 +1,4 @@
-"""Copies of a model that share the rows of a step (DDP)."""
+"""A model replicated in every process, each with its part of the rows of a step (DDP)."""
 
 from __future__ import annotations
 
@@ -14,58 +14,61 @@ from mode.core.tensors import trainable_parameters
 
 
 class DDP:
-    """A model that every process has all of, each with its part of the rows (DDP); or a single process's.
+    """Data parallelism, and the layout of a single process: every process has the whole model and a part of the rows.
+
+    The other layouts have the same methods.
 
     Attributes:
-        slots: Processes that a row is shared by: 1.
-        halves: Whether frozen matrices can be held in bf16 in a step.
-        model: What trains.
+        slots: Processes that share every row: 1.
+        supports_bf16_weights: Whether frozen matrices can be in bf16 during a step.
+        model: The model that trains.
+        trained: Its trainable parameters.
     """
 
     slots = 1
-    halves = True
+    supports_bf16_weights = True
 
     def __init__(self, model: nn.Module) -> None:
-        """Take a model, with what is frozen frozen."""
+        """Take a model, with its frozen parameters marked."""
         self.model = model
-        self.learning = list(trainable_parameters(model).values())
+        self.trained = list(trainable_parameters(model).values())
 
-    def __call__(self) -> AbstractContextManager[None]:
-        """Do nothing about a step."""
+    def enter_step(self) -> AbstractContextManager[None]:
+        """Return the context of forward and backward: nothing changes."""
         return nullcontext()
 
-    def rows(self, values: Any) -> Any:
-        """Return the rows of a step that this process reads."""
+    def select_rows(self, values: Tensor) -> Tensor:
+        """Return those rows of a step, (B, ...), that this process reads."""
         return processes.shard_rows(values)
 
-    def part(self, rows: Tensor) -> Tensor:
-        """Return the rows whose loss this process has: all that it reads."""
+    def select_loss_rows(self, rows: Tensor) -> Tensor:
+        """Return those of the rows read, (B, ...), whose loss this process computes: all of them."""
         return rows
 
-    def seed(self, seed: int) -> int:
-        """Return a seed of this process's own."""
+    def derive_seed(self, seed: int) -> int:
+        """Return this process's own seed."""
         return processes.derive_seed(seed, processes.rank())
 
-    def wrap(self, objective: Any, make: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
-        """Return what a step runs, with gradients that are the mean over all processes, and its optimizer.
+    def wrap(self, objective: Any, make_optimizer: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
+        """Return the objective with gradients averaged over all processes, and its optimizer.
 
         Args:
-            objective: What a step minimises: a module that can be put `around` another model.
-            make: Makes an optimizer of a model.
+            objective: The objective; a module whose method `around` returns the same objective of another model.
+            make_optimizer: Makes the optimizer of a model.
         """
-        return processes.replicate(objective), make(self.model)
+        return processes.replicate(objective), make_optimizer(self.model)
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Return what trains and is here, by name; of a weight in shards this process's."""
+    def find_local_parameters(self) -> dict[str, nn.Parameter]:
+        """Return this process's trainable parameters, by name; of a sharded weight, this process's shard."""
         return trainable_parameters(self.model)
 
-    def clip(self, most: float) -> None:
-        """Scale gradients so that their norm is `most` at most."""
-        torch.nn.utils.clip_grad_norm_(self.learning, most)
+    def clip_gradients(self, max_norm: float) -> None:
+        """Scale the gradients so that their global norm is at most `max_norm`."""
+        torch.nn.utils.clip_grad_norm_(self.trained, max_norm)
 
-    def collect(self, due: bool) -> None:
-        """Do nothing to make the model whole, since every process has all of it.
+    def gather_weights(self, due: bool) -> None:
+        """Complete the weights of the model that is scored: here every process has all of them.
 
         Args:
-            due: Whether the whole model is wanted now.
+            due: Whether the model is scored or saved now.
         """

@@ -1,17 +1,18 @@
-"""Branches of a MoDE model side by side on different processes: the paper's MPMD layout, on DTensor placements.
+"""Branches of a MoDE model side by side in different processes: the paper's MPMD layout, on DTensor placements.
 
-K slots of D / K processes each. A process runs the branches of its slot alone; every process has the gates and the
-head. Before a block its input is the same in all slots, and its gradient is summed over them; after it the slots'
-outputs are summed (equation 2). The last block's sum leaves each slot a part of the rows, so that head and loss are
-shared. A branch's weights, gradients and moments exist in its slot alone, but for the weights while the model is
-scored, when all have all of it.
+D processes form K slots of D / K processes each. A process runs the branches of its slot alone; every process has the
+gates and the head. The input of a block is the same in all slots, and its gradient is summed over the slots; the
+slots' outputs are summed (equation 2). The sum after the last block is scattered: each slot gets a part of the rows, so
+that head and loss are shared. A branch's weights, gradients and optimizer state exist in its slot alone; while the
+model is scored, every process has all weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -23,27 +24,23 @@ from mode.core import processes
 from mode.core.errors import ConfigError
 from mode.core.processes import world_size
 from mode.core.tensors import trainable_parameters
-from mode.distributed import mpmd
 from mode.modular.block import Block, find_blocks
 from mode.modular.branches import Call
 
-if TYPE_CHECKING:
-    from torch import nn
-
 
 class MPMD:
-    """A modular model whose branches are spread over the slots of all processes.
+    """A modular model whose branches are placed in the slots of all processes.
 
     Attributes:
         slots: K.
-        slot: This process's slot.
-        owners: The slot of every branch, by its number; 0 is the backbone's.
-        mine: The branches that this process runs.
-        halves: Whether frozen matrices can be held in bf16 in a step.
-        model: What trains.
+        slot: Slot of this process.
+        owners: Slot of every branch, by index; branch 0 is the backbone.
+        local: Branches that this process runs.
+        supports_bf16_weights: Whether frozen matrices can be in bf16 during a step.
+        model: The model that trains.
     """
 
-    halves = True
+    supports_bf16_weights = True
 
     def __init__(
         self,
@@ -56,19 +53,19 @@ class MPMD:
 
         Args:
             model: A modular model.
-            device: This process's.
+            device: Device of this process.
             in_flight: Micro-batches in which rows pass through the blocks.
-            placement: The branches of every slot; by default as even as can be.
+            placement: Branches of every slot; balanced by default.
 
         Raises:
-            ConfigError: There are no branches to spread, too few processes, or gates that read what only one slot has;
-                or the placement is not one of this model's branches.
+            ConfigError: The model has no branches, there are too few processes, gates read what only one slot has, or
+                the placement does not match the model's branches.
         """
         self.model, self.in_flight = model, in_flight
         self.blocks = [block for block in find_blocks(model) if isinstance(block, Block)]
-        self.check()
-        placement = self.even() if placement is None else placement
-        mpmd.check_placement(placement, 1 + len(self.blocks[0].experts))
+        self.check_model()
+        placement = self.balance_branches() if placement is None else placement
+        check_placement(placement, 1 + len(self.blocks[0].experts))
         self.slots = len(placement)
         processes.ensure_initialized()
         names = ("branch", "data")
@@ -78,21 +75,21 @@ class MPMD:
         self.slot = self.branch.get_local_rank()
         slots = {index: slot for slot, chosen in enumerate(placement) for index in chosen}
         self.owners = [slots[index] for index in range(len(slots))]
-        self.mine = [index for index, owner in enumerate(self.owners) if owner == self.slot]
-        self.shapes = {parameter: parameter.shape for _, parameter in self.branch_weights()}
+        self.local = [index for index, owner in enumerate(self.owners) if owner == self.slot]
+        self.shapes = {parameter: parameter.shape for _, parameter in self.iterate_branch_parameters()}
 
-    def check(self) -> None:
-        """Refuse what cannot be spread."""
+    def check_model(self) -> None:
+        """Check that the model has blocks whose branches can run in different processes."""
         if not self.blocks:
-            raise ConfigError("layout mpmd: MoDE alone has branches to spread")
+            raise ConfigError("layout mpmd: MoDE alone has branches to place")
         if len(self.blocks) < len(find_blocks(self.model)) or self.blocks[0].gate.settings.reads == "output":
             raise ConfigError("layout mpmd goes with method.head_rank=0 and method.gate.reads=input")
 
-    def even(self) -> list[list[int]]:
-        """Return as many slots as the processes allow, of as even work as can be: the longest branch first.
+    def balance_branches(self) -> list[list[int]]:
+        """Return a placement in as many slots as the processes allow, with balanced work: the longest branch first.
 
         Raises:
-            ConfigError: The number of processes is no multiple of any number of slots.
+            ConfigError: The number of processes is a multiple of no possible number of slots.
         """
         branches = [self.blocks[0].backbone, *self.blocks[0].experts]
         counts = [count for count in range(2, len(branches) + 1) if processes.world_size() % count == 0]
@@ -100,94 +97,96 @@ class MPMD:
             raise ConfigError(
                 f"layout mpmd: {processes.world_size()} processes are no multiple of 2 to {len(branches)} slots"
             )
-        # A weight is read once forward and, for what comes before it and for itself if it trains, once each backward.
+        # A weight is used once forward, and backward once for the input and once for its own gradient if it trains.
         work = [sum(2 + each.requires_grad for each in branch.parameters()) for branch in branches]
         chosen: list[list[int]] = [[] for _ in range(max(counts))]
         for index in sorted(range(len(branches)), key=lambda index: -work[index]):
             min(chosen, key=lambda slot: sum(work[each] for each in slot)).append(index)
         return sorted(sorted(slot) for slot in chosen)
 
-    def branch_weights(self) -> Iterator[tuple[int, nn.Parameter]]:
-        """Return every branch's weights with the number of the branch, block by block."""
+    def iterate_branch_parameters(self) -> Iterator[tuple[int, nn.Parameter]]:
+        """Yield every branch's parameters with the index of the branch, block by block."""
         for block in self.blocks:
             for index, layers in enumerate([block.backbone, *block.experts]):
                 for parameter in layers.parameters():
                     yield index, parameter
 
-    def forget(self) -> None:
-        """Let go of the weights of other slots' branches."""
-        for index, parameter in self.branch_weights():
-            if index not in self.mine and parameter.numel():
+    def free_remote_branches(self) -> None:
+        """Free the weights of the other slots' branches."""
+        for index, parameter in self.iterate_branch_parameters():
+            if index not in self.local and parameter.numel():
                 parameter.data = torch.empty(0, device=parameter.device)
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Let the blocks run their slot's branches alone for a while, and forget the others'."""
-        self.forget()
-        for number, block in enumerate(self.blocks):
-            last = number == len(self.blocks) - 1
-            block.spread = BlockExchange(self.branch, self.mine, self.in_flight, splits=last)
+    def enter_step(self) -> Iterator[None]:
+        """Run the local branches alone in every block, and free the weights of the others."""
+        self.free_remote_branches()
+        last = self.blocks[-1]
+        for block in self.blocks:
+            exchange = BlockExchange(self.branch, self.local, self.in_flight, splits=block is last)
+            block.execution = replace(block.execution, exchange=exchange)
         try:
             yield
         finally:
             for block in self.blocks:
-                block.spread = None
+                block.execution = replace(block.execution, exchange=None)
 
-    def part_for_good(self) -> None:
-        """Forget the other slots' branches, and let blocks run their own from now on, for text token by token.
+    def distribute_for_generation(self) -> None:
+        """Run the local branches alone from now on, for text token by token, and free the weights of the others.
 
-        What an expert knows stays in its slot: it sends hidden states alone.
+        An expert's weights stay in its slot, which sends hidden states alone.
         """
-        self.forget()
+        self.free_remote_branches()
         for block in self.blocks:
-            block.spread = BlockExchange(self.branch, self.mine, splits=False)
+            exchange = BlockExchange(self.branch, self.local, splits=False)
+            block.execution = replace(block.execution, exchange=exchange)
 
-    def rows(self, values: Any) -> Any:
-        """Return the rows of a step that this process reads: all of its slot's."""
+    def select_rows(self, values: Tensor) -> Tensor:
+        """Return those rows of a step, (B, ...), that this process reads: the same in all slots."""
         part = len(values) // self.data.size()
         return values[self.data.get_local_rank() * part :][:part]
 
-    def part(self, rows: Tensor) -> Tensor:
-        """Return the rows that are left to this slot after the last block: its part of every micro-batch in flight."""
+    def select_loss_rows(self, rows: Tensor) -> Tensor:
+        """Return the rows of this slot after the last block, (B / K, ...): its part of every micro-batch in flight."""
         return torch.cat([some.chunk(self.slots)[self.slot] for some in rows.chunk(self.in_flight)])
 
-    def seed(self, seed: int) -> int:
+    def derive_seed(self, seed: int) -> int:
         """Return a seed that is the same in all slots."""
         return processes.derive_seed(seed, self.data.get_local_rank())
 
-    def wrap(self, objective: Any, make: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
-        """Forget the other slots' branches, and return what a step runs, and its optimizer."""
-        optimizer = make(self.model)
-        self.forget()
+    def wrap(self, objective: Any, make_optimizer: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
+        """Free the other slots' branches, and return the objective and its optimizer."""
+        optimizer = make_optimizer(self.model)
+        self.free_remote_branches()
         return objective, optimizer
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Return what trains in this slot, by name."""
-        others = {id(parameter) for index, parameter in self.branch_weights() if index not in self.mine}
+    def find_local_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trainable parameters of this slot, by name."""
+        others = {id(parameter) for index, parameter in self.iterate_branch_parameters() if index not in self.local}
         return {
             name: parameter
             for name, parameter in trainable_parameters(self.model).items()
             if id(parameter) not in others
         }
 
-    def clip(self, most: float) -> None:
-        """Bring gradients together, and scale them so that the norm of all slots' together is `most` at most."""
+    def clip_gradients(self, max_norm: float) -> None:
+        """Reduce the gradients over processes, and scale them so that the norm over all slots is at most `max_norm`."""
         own = {id(parameter) for block in self.blocks for parameter in block.experts.parameters()}
         found = [parameter for parameter in trainable_parameters(self.model).values() if parameter.grad is not None]
-        apart = [each.grad for each in found if id(each) in own and each.grad is not None]
+        local = [each.grad for each in found if id(each) in own and each.grad is not None]
         shared = [each.grad for each in found if id(each) not in own and each.grad is not None]
         sum_gradients(shared, self.branch.get_group())
         if self.data.size() > 1:
-            sum_gradients([*apart, *shared], self.data.get_group(), self.data.size())
-        squares = torch.stack([grad.square().sum() for grad in apart]).sum() if apart else torch.zeros(())
+            sum_gradients([*local, *shared], self.data.get_group(), self.data.size())
+        squares = torch.stack([grad.square().sum() for grad in local]).sum() if local else torch.zeros(())
         squares = squares.to(found[0].device)
         distributed.all_reduce(squares, group=self.branch.get_group())
         norm = (squares + sum(grad.square().sum() for grad in shared)).sqrt()
-        torch.nn.utils.clip_grads_with_norm_(found, most, norm)
+        torch.nn.utils.clip_grads_with_norm_(found, max_norm, norm)
 
-    def collect(self, due: bool) -> None:
-        """Give every process all slots' branches where that is due. For all."""
-        for index, parameter in self.branch_weights() if due else ():
+    def gather_weights(self, due: bool) -> None:
+        """Give every process the branches of all slots, if due. Collective: all processes must call it."""
+        for index, parameter in self.iterate_branch_parameters() if due else ():
             owner = self.owners[index]
             if self.slot != owner:
                 parameter.data = torch.empty(self.shapes[parameter], dtype=parameter.dtype, device=parameter.device)
@@ -195,7 +194,7 @@ class MPMD:
 
 
 def sum_gradients(grads: list[Tensor], group: Any, count: int = 1) -> None:
-    """Sum gradients over a group, in place and all at once, and divide them by a number."""
+    """Sum gradients over a group, in place and in one collective, and divide them by a number."""
     if grads:
         flat = torch.cat([grad.flatten() for grad in grads])
         distributed.all_reduce(flat, group=group)
@@ -204,56 +203,56 @@ def sum_gradients(grads: list[Tensor], group: Any, count: int = 1) -> None:
 
 
 class BlockExchange:
-    """What a block of a model whose branches are spread does with its input.
+    """Runs a block whose branches are in different slots.
 
     Attributes:
-        mine: The branches that run here.
+        local: Branches that run in this process.
     """
 
-    def __init__(self, mesh: Any, mine: Sequence[int], in_flight: int = 1, *, splits: bool) -> None:
-        """Take a block's place.
+    def __init__(self, mesh: Any, local: Sequence[int], in_flight: int = 1, *, splits: bool) -> None:
+        """Describe the placement of a block.
 
         Args:
-            mesh: The slots'.
-            mine: The branches that run here.
+            mesh: Device mesh of the slots.
+            local: Branches that run in this process.
             in_flight: Micro-batches in which rows pass through the blocks.
-            splits: Whether each slot is left a part of the rows of its output: the last block, in training.
+            splits: Whether each slot gets a part of the rows of the output: the last block, in training.
         """
-        self.mesh, self.mine, self.in_flight, self.splits = mesh, mine, in_flight, splits
+        self.mesh, self.local, self.in_flight, self.splits = mesh, local, in_flight, splits
 
     def __call__(self, block: Block, states: Tensor | list[Tensor], calls: Sequence[Call]) -> Any:
-        """Return a block's output, (B, S, d), or (B / K, S, d) where it splits; of micro-batches in flight a list.
+        """Return a block's output, (B, S, d), or (B / K, S, d) where it splits; a list of micro-batches in flight.
 
-        Between blocks these stay apart: the next block's first begins while the second's sum is on its way. Each is
-        waited for where it is used. In the backward pass torch goes through what was computed last first, which is the
-        other way round and as much apart.
+        Between blocks the micro-batches stay separate: the next block starts on the first while the sum of the second
+        is in transit. Each is waited for where it is used. The backward pass runs in reverse order, and overlaps in the
+        same way.
         """
         parts = list(states.chunk(self.in_flight)) if isinstance(states, Tensor) else states
-        left, means, wanted = [], [], []
+        outputs, means, auxiliary = [], [], []
         for number, part in enumerate(parts):
-            mine = calls if len(parts) == 1 else select_rows(calls, number, len(parts), len(part))
-            left.append(self.leave(block.mix(self.enter(part), mine, self.mine)))
+            part_calls = calls if len(parts) == 1 else select_rows(calls, number, len(parts), len(part))
+            outputs.append(self.sum_outputs(block.mix(self.replicate_input(part), part_calls, self.local)))
             means.append(block.weights)
-            wanted.append(block.gate.auxiliary)
+            auxiliary.append(block.gate.auxiliary)
         if len(parts) == 1:
-            return left[0]
+            return outputs[0]
         block.weights = torch.stack([mean for mean in means if mean is not None]).mean(dim=0)
-        if losses := [each for each in wanted if each is not None]:
-            block.gate.auxiliary = torch.stack(losses).mean()  # as of micro-batches that are accumulated
-        return torch.cat(left) if self.splits else left
+        if losses := [each for each in auxiliary if each is not None]:
+            block.gate.auxiliary = torch.stack(losses).mean()  # as over accumulated micro-batches
+        return torch.cat(outputs) if self.splits else outputs
 
-    def enter(self, states: Tensor) -> Tensor:
-        """Return a block's input, (B, S, d), whose gradient is the sum of all slots'."""
+    def replicate_input(self, states: Tensor) -> Tensor:
+        """Return a block's input, (B, S, d), with a gradient that is summed over the slots."""
         if not states.requires_grad:
             return states
         same = DTensor.from_local(states, self.mesh, [Replicate()], run_check=False)
-        if self.in_flight > 1:  # nothing forward; backward it sums without waiting
+        if self.in_flight > 1:  # no communication in the forward pass; in the backward pass the sum is asynchronous
             same = same.redistribute(placements=[Replicate()], async_op=True)
         entered: Tensor = same.to_local(grad_placements=[Partial()])
         return entered
 
-    def leave(self, mixed: Tensor) -> Tensor:
-        """Return the sum of all slots' outputs, (B, S, d), or this slot's rows of it, (B / K, S, d)."""
+    def sum_outputs(self, mixed: Tensor) -> Tensor:
+        """Return the sum of all slots' outputs, (B, S, d), or the rows of this slot, (B / K, S, d)."""
         parts = DTensor.from_local(mixed, self.mesh, [Partial()], run_check=False)
         goal = [Shard(0) if self.splits else Replicate()]
         summed: Tensor = parts.redistribute(placements=goal, async_op=self.in_flight > 1).to_local()
@@ -261,9 +260,9 @@ class BlockExchange:
 
 
 def select_rows(calls: Sequence[Call], number: int, parts: int, count: int) -> list[Call]:
-    """Return what is meant for the layers, for one of several micro-batches of so many rows.
+    """Return the layers' arguments for micro-batch `number` of `parts`, each with `count` rows.
 
-    What has as many rows as all of them together, such as a mask, has its own for each.
+    Tensors with a row for every row of the batch, such as a mask, are sliced; all others are shared.
     """
 
     def cut(value: Any) -> Any:
@@ -273,28 +272,29 @@ def select_rows(calls: Sequence[Call], number: int, parts: int, count: int) -> l
     return [tree_map(cut, call) for call in calls]
 
 
-def spread_finished(model: nn.Module) -> None:
-    """Spread a finished model's branches over all processes, each of which forgets the others'.
+def distribute_branches(model: nn.Module) -> None:
+    """Place a finished model's branches in all processes; each frees the weights of the others.
 
     Raises:
-        ConfigError: There is one process, or nothing to spread.
+        ConfigError: There is one process alone, or the model has no branches.
     """
     if processes.world_size() == 1:
         raise ConfigError("--layout mpmd needs several processes: `mode launch --nproc 2 generate ... --layout mpmd`")
-    MPMD(model, next(model.parameters()).device).part_for_good()
+    MPMD(model, next(model.parameters()).device).distribute_for_generation()
 
 
 def check_placement(placement: Sequence[Sequence[int]], branches: int) -> None:
-    """Refuse a placement over slots that does not have every branch once, or whose slots do not divide the processes.
+    """Check that a placement has every branch in exactly one slot, and that the slots divide the processes.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: A branch is missing or repeated, or the slots do not divide the processes.
     """
-    from mode.core.errors import ConfigError
-
     if sorted(index for slot in placement for index in slot) != list(range(branches)) or not all(placement):
         raise ConfigError(
-            f"train.placement: not each of the branches {list(range(branches))}, the backbone being 0, in one slot"
+            f"train.parallelism.placement: not each of the branches {list(range(branches))}, the backbone being 0, "
+            "in one slot"
         )
     if len(placement) < 2 or world_size() % len(placement):
-        raise ConfigError(f"train.placement: {world_size()} processes do not divide over {len(placement)} slots")
+        raise ConfigError(
+            f"train.parallelism.placement: {world_size()} processes do not divide over {len(placement)} slots"
+        )

@@ -1,8 +1,8 @@
-"""A model each of whose matrices is in slices over all processes: tensor parallelism, by `transformers`' own plan.
+"""Tensor parallelism: every matrix of a layer is split over all processes, by the plan of `transformers`.
 
-A family's plan says of every matrix of a layer whether its rows or its columns are dealt out; torch's DTensor does the
-rest: products whose results are parts, or sums of parts. Every process has all rows of a step, and all of what is
-outside the layers. What trains is a copy in slices, as with shards (`mode.distributed.fsdp`).
+A family's plan says for every matrix of a layer whether it is split by rows or by columns; torch's DTensor does the
+rest: products whose results are parts, or sums of parts. Every process has all rows of a step, and all weights outside
+the layers. A split copy of the model trains, as with FSDP (`mode.distributed.fsdp`).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ STYLES: dict[str, type[ParallelStyle] | Any] = {
     "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
     "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
 }
-"""Torch's style for each of the library's names."""
+"""Torch's parallel style for each name in a plan."""
 
 
 SUMMED = "replicated_with_grad_allreduce"
-"""The library's name for what every process has whole, while it sees a part of what reads it."""
+"""A plan's name for a module that every process has whole but applies to a part of the heads: gradients are summed."""
 
 
 class TensorParallel(FSDP):
-    """A model in slices over all processes, each with all rows."""
+    """A model whose matrices are split over all processes, each with all rows."""
 
     layout = "tp"
 
@@ -41,29 +41,30 @@ class TensorParallel(FSDP):
         """Take a model.
 
         Raises:
-            ConfigError: Its family has no plan, the plan does not fit its layers, or its heads do not divide.
+            ConfigError: The family has no plan, the plan does not fit the layers, or the heads do not divide.
         """
         super().__init__(model)
         self.plan = find_plan(model)
         config = model.config.get_text_config()
         for name in ("num_attention_heads", "num_key_value_heads"):
             if (count := getattr(config, name, None)) and count % processes.world_size():
+                size = processes.world_size()
                 raise ConfigError(
-                    f"train.layout=tp: {name}={count} does not divide over {processes.world_size()} processes"
+                    f"train.parallelism.strategy=tp: {name}={count} does not divide over {size} processes"
                 )
         for layer in find_decoder_layers(model):
             check_layer(layer, self.plan, config.model_type, processes.world_size())
 
-    def rows(self, values: Any) -> Any:
+    def select_rows(self, values: Tensor) -> Tensor:
         """Return all rows of a step."""
         return values
 
-    def seed(self, seed: int) -> int:
-        """Return a seed that is the same for all."""
+    def derive_seed(self, seed: int) -> int:
+        """Return the seed, the same in all processes."""
         return seed
 
     def distribute(self, objective: nn.Module, mesh: Any) -> None:
-        """Put the matrices of all layers in slices."""
+        """Split the matrices of all layers."""
         for layer in find_decoder_layers(objective):
             parallelize_module(
                 layer, mesh, {path: STYLES[kind]() for path, kind in self.plan.items() if kind != SUMMED}
@@ -77,42 +78,42 @@ class TensorParallel(FSDP):
             if parameter.requires_grad
         ]
 
-    def remade(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Return an optimizer in whose groups no slices are beside whole weights: one operation updates a group."""
+    def split_groups(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Return the optimizer with split and whole weights in separate groups: one fused kernel updates a group."""
         optimizer.param_groups[:] = [
             group | {"params": some}
             for group in optimizer.param_groups
-            for sliced in (True, False)
-            if (some := [each for each in group["params"] if isinstance(each, DTensor) is sliced])
+            for split in (True, False)
+            if (some := [each for each in group["params"] if isinstance(each, DTensor) is split])
         ]
         return optimizer
 
-    def clip(self, most: float) -> None:
-        """Sum what gradients are parts, and scale all so that their norm is `most` at most."""
+    def clip_gradients(self, max_norm: float) -> None:
+        """Sum the partial gradients, and scale all gradients so that their global norm is at most `max_norm`."""
         for parameter in self.summed:
             if parameter.grad is not None:
                 distributed.all_reduce(parameter.grad)
-        found = [each for each in self.learning if each.grad is not None]
+        found = [each for each in self.trained if each.grad is not None]
         norms = []
-        for sliced in (True, False):
-            grads = [each.grad for each in found if each.grad is not None and isinstance(each, DTensor) is sliced]
-            norms += [gather_number(torch.nn.utils.get_total_norm(grads))] if grads else []
+        for split in (True, False):
+            grads = [each.grad for each in found if each.grad is not None and isinstance(each, DTensor) is split]
+            norms += [gather_scalar(torch.nn.utils.get_total_norm(grads))] if grads else []
         total = torch.stack(norms).norm()
-        for sliced in (True, False):
-            some = [each for each in found if isinstance(each, DTensor) is sliced]
-            torch.nn.utils.clip_grads_with_norm_(some, most, total)
+        for split in (True, False):
+            some = [each for each in found if isinstance(each, DTensor) is split]
+            torch.nn.utils.clip_grads_with_norm_(some, max_norm, total)
 
 
-def gather_number(value: Tensor) -> Tensor:
-    """Return a number that is in parts as one."""
+def gather_scalar(value: Tensor) -> Tensor:
+    """Return a scalar as a full tensor. Collective where it is distributed."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def find_plan(model: Any) -> dict[str, str]:
-    """Return a family's plan for a layer: of modules, by their paths within it, how they are dealt out.
+    """Return a family's plan for a layer: for every module, by its path in the layer, how it is split.
 
     Raises:
-        ConfigError: `transformers` has none.
+        ConfigError: `transformers` has no plan for the family.
     """
     config = model.config.get_text_config()
     found = {
@@ -122,33 +123,37 @@ def find_plan(model: Any) -> dict[str, str]:
     }
     if not found:
         raise ConfigError(
-            f"train.layout=tp: transformers has no plan for {config.model_type}; fsdp goes with every family"
+            f"train.parallelism.strategy=tp: transformers has no plan for {config.model_type}; "
+            "fsdp goes with every family"
         )
     return found
 
 
 def check_layer(layer: nn.Module, plan: dict[str, str], family: str, count: int) -> None:
-    """Refuse a layer that a plan does not fit.
+    """Check that a plan fits a layer.
 
     Args:
         layer: A decoder layer.
-        plan: Of every module, how it is dealt out.
-        family: What has the plan.
+        plan: How every module is split.
+        family: The family of the plan.
         count: Number of processes.
 
     Raises:
-        ConfigError: A matrix is no linear map any more, or in none of the plan's modules, or does not divide; or a
-            style is not known.
+        ConfigError: A matrix belongs to no linear layer, is missing in the plan or does not divide, or a style of the
+            plan is unknown.
     """
     for path, kind in plan.items():
         if kind not in (*STYLES, SUMMED):
-            raise ConfigError(f"train.layout=tp: {family} has {path} as {kind}, which is not known here")
+            raise ConfigError(f"train.parallelism.strategy=tp: {family} has {path} as {kind}, which is not known here")
     matrices = {name.removesuffix(".weight"): each for name, each in layer.named_parameters() if each.ndim > 1}
     for path, matrix in matrices.items():
         if path not in plan or type(layer.get_submodule(path)) is not nn.Linear:
             raise ConfigError(
-                f"train.layout=tp: the plan of {family} does not know {path}, which this method adds or changes"
+                f"train.parallelism.strategy=tp: the plan of {family} does not know {path}, "
+                "which this method adds or changes"
             )
         size = matrix.shape[0 if plan[path].startswith("colwise") else 1]
         if size % count:
-            raise ConfigError(f"train.layout=tp: {path} has {size}, which does not divide over {count} processes")
+            raise ConfigError(
+                f"train.parallelism.strategy=tp: {path} has {size}, which does not divide over {count} processes"
+            )

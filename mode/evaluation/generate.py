@@ -1,4 +1,4 @@
-"""Text from a model, token by token, with the branches that its gates chose."""
+"""Generate text token by token, with the branch weights of a modular model's gates."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Settings of sampling.
 
     Attributes:
-        max_tokens: Tokens to make at most.
-        temperature: Divides the logits; 0 takes the most likely token.
-        top_p: Share of probability that the candidates hold.
-        seed: Seeds the choice.
+        max_tokens: Largest number of new tokens.
+        temperature: Divisor of the logits; 0 takes the most likely token.
+        top_p: Probability mass of the candidates: the fewest most likely tokens that reach it (nucleus sampling).
+        seed: Seed of the random choices.
     """
 
     max_tokens: int = 100
@@ -37,8 +37,8 @@ class Piece:
     """A token of the output.
 
     Attributes:
-        text: What the token adds to the text; empty while a character is not whole yet.
-        gates: Weights with which it was predicted: per block, one per branch; empty without gates.
+        text: Text that the token adds; empty while a character is incomplete.
+        gates: Gate weights of the token's prediction: for each block, one weight per branch; empty without gates.
     """
 
     text: str
@@ -55,20 +55,22 @@ class Piece:
 def generate(
     model: PreTrainedModel, tokenizer: BackboneTokenizer, prompt: str, sampling: Sampling, *, cached: bool = True
 ) -> Iterator[Piece]:
-    """Continue a prompt until the end-of-sequence token, yielding each token as it is made.
+    """Continue a prompt until the end-of-sequence token or the limit, and yield each token as it is generated.
+
+    A prompt that is too long for the model's context is cut at its beginning.
 
     Args:
         model: A causal LM with a key-value cache.
-        tokenizer: Its tokenizer.
-        prompt: The text to continue; an empty one starts a document.
-        sampling: How to choose.
-        cached: Whether to keep keys and values; else every token reads all before it anew.
+        tokenizer: Tokenizer of the model.
+        prompt: Text to continue. An empty prompt starts a document.
+        sampling: Settings of sampling.
+        cached: Whether to use a key-value cache. Otherwise every step recomputes all earlier tokens.
     """
     device = next(model.parameters()).device
     random = torch.Generator(device).manual_seed(sampling.seed)
     ids = tokenizer.encode([prompt])[0] or [tokenizer.eos_id]
     window = max(1, count_context(model) - sampling.max_tokens)
-    step, cache, made, shown = torch.tensor([ids[-window:]], device=device), None, [], ""
+    step, cache, generated, shown = torch.tensor([ids[-window:]], device=device), None, [], ""
     with watch_gates(model) as latest:
         for _ in range(sampling.max_tokens):
             out: Any = model(input_ids=step, past_key_values=cache, use_cache=cached, logits_to_keep=1)
@@ -76,39 +78,50 @@ def generate(
             token = choose_token(out.logits[0, -1].float(), sampling, random)
             if token == tokenizer.eos_id:
                 return
-            made.append(token)
-            fresh = decode_addition(tokenizer, made, shown)
-            shown += fresh
-            yield Piece(fresh, tuple(tuple(weights[0, -1].tolist()) for weights in latest))
+            generated.append(token)
+            text = decode_addition(tokenizer, generated, shown)
+            shown += text
+            yield Piece(text, tuple(tuple(weights[0, -1].tolist()) for weights in latest))
             new = torch.tensor([[token]], device=device)
             step = new if cached else torch.cat([step, new], dim=1)
 
 
 def decode_addition(tokenizer: BackboneTokenizer, ids: Sequence[int], shown: str) -> str:
-    """Return what the last token adds to the text shown so far; nothing while a character is not whole yet."""
+    """Return the text that the last token adds to the text shown so far; empty while a character is incomplete."""
     text = tokenizer.decode(list(ids))
     return "" if text.endswith("\N{REPLACEMENT CHARACTER}") else text[len(shown) :]
 
 
 def score_text(model: PreTrainedModel, tokenizer: BackboneTokenizer, ids: Sequence[int]) -> list[Piece]:
-    """Return the tokens of a text with the weights that predicted each; the first was predicted by none."""
+    """Return the tokens of a text with the gate weights of their predictions. The first token has no weights.
+
+    Args:
+        model: A model with gates.
+        tokenizer: Tokenizer of the model.
+        ids: Tokens of the text.
+    """
     pieces, shown = [], ""
     gates = [(), *read_token_gates(model, list(ids)).tolist()]
     for number, weights in enumerate(gates):
-        fresh = decode_addition(tokenizer, ids[: number + 1], shown)
-        shown += fresh
-        pieces.append(Piece(fresh, tuple(tuple(row) for row in weights)))
+        text = decode_addition(tokenizer, ids[: number + 1], shown)
+        shown += text
+        pieces.append(Piece(text, tuple(tuple(row) for row in weights)))
     return pieces
 
 
 def count_context(model: PreTrainedModel) -> int:
-    """Return how many tokens a model is made to read."""
+    """Return the context length of a model in tokens; a very large number if the configuration has no limit."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return longest if isinstance(longest, int) else 1 << 30
 
 
 def choose_token(logits: torch.Tensor, sampling: Sampling, random: torch.Generator) -> int:
-    """Choose the next token from its logits, (V,).
+    """Choose the next token.
+
+    Args:
+        logits: Logits of the next token, (V,).
+        sampling: Settings of sampling.
+        random: Generator of the random choice.
 
     >>> choose_token(torch.tensor([0.0, 2.0, 1.0]), Sampling(), torch.Generator())
     1

@@ -1,4 +1,4 @@
-"""Log-likelihoods of many short texts at once: whole texts side by side in a row, each blind to the others."""
+"""Log-likelihoods of many short texts. Several whole texts share a row, and no text attends to another."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mode.ops.loss import score_tokens
 
 @dataclass(frozen=True)
 class Text:
-    """A text whose end is scored.
+    """A text of which the last tokens are scored.
 
     Attributes:
-        tokens: Its tokens.
-        given: Tokens at its beginning, one at least, that are not scored.
+        tokens: Tokens of the text.
+        given: Number of first tokens that are not scored, at least one.
     """
 
     tokens: Sequence[int]
@@ -27,11 +27,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How likely a model finds the end of a text.
+    """Likelihood of the scored tokens of a text.
 
     Attributes:
-        total: Sum of the tokens' log-likelihoods, in nats.
-        greedy: Whether every token was the most likely one.
+        total: Sum of the tokens' log-likelihoods in nats.
+        greedy: Whether every scored token was the most likely one.
     """
 
     total: float
@@ -49,26 +49,26 @@ def compute_log_likelihoods(
 ) -> list[Likelihood]:
     """Score texts, packed into rows without padding between them.
 
-    Positions begin anew with every text, from which `transformers` makes masks that are blind across texts. A model
-    that looks back by other ways than attention, as gates of the prefix's mean do (`looks_back`), gets a row for
-    every text.
+    Position ids restart at every text. From them `transformers` builds masks under which no text attends to another. A
+    model that reads earlier tokens by other means than attention (`looks_back`), such as a gate over the mean of the
+    prefix, gets one row per text.
 
     Args:
-        model: A causal LM, not training.
-        texts: The texts, each of two tokens or more.
-        row: Tokens of a row, unless a text is longer.
-        batch_size: Rows per forward pass, at most.
-        done: Told after every forward pass how many texts are scored.
+        model: A causal LM in evaluation mode.
+        texts: The texts, each of at least two tokens.
+        row: Tokens per row. A longer text gets a longer row.
+        batch_size: Most rows per forward pass.
+        done: Called after every forward pass with the number of texts scored so far.
 
     Returns:
-        One for each text, in their order.
+        One likelihood per text, in the order of the texts.
     """
     device = next(model.parameters()).device
     if any(getattr(module, "looks_back", False) for module in model.modules()):
         row = 1
     rows = pack_texts([len(text.tokens) - 1 for text in texts], row)
     batch_size = choose_rows_per_pass(device, batch_size, row)
-    found: dict[int, Likelihood] = {}
+    results: dict[int, Likelihood] = {}
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         inputs, targets, positions = (part.to(device) for part in lay_out_rows(texts, batch))
@@ -80,13 +80,20 @@ def compute_log_likelihoods(
                 begin, end = end, end + len(texts[index].tokens) - 1
                 scored = slice(begin + texts[index].given - 1, end)
                 total = -float(nll[line, scored].double().sum())
-                found[index] = Likelihood(total, bool(hit[line, scored].all()))
-        done(len(found))
-    return [found[index] for index in range(len(texts))]
+                results[index] = Likelihood(total, bool(hit[line, scored].all()))
+        done(len(results))
+    return [results[index] for index in range(len(texts))]
 
 
 def pack_texts(lengths: Sequence[int], row: int) -> list[list[int]]:
-    """Return which texts share a row: the longest first, each into the first row that has room for it.
+    """Assign texts to rows: longest text first, each to the first row with enough room (first-fit decreasing).
+
+    Args:
+        lengths: Lengths of the texts.
+        row: Tokens per row. A longer text gets a row of its own length.
+
+    Returns:
+        For each row, the indices of its texts.
 
     >>> pack_texts([3, 7, 5, 2], 10)
     [[1, 0], [2, 3]]
@@ -105,7 +112,10 @@ def pack_texts(lengths: Sequence[int], row: int) -> list[list[int]]:
 
 
 def lay_out_rows(texts: Sequence[Text], rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return inputs, targets and positions of rows of texts, each (rows, longest row); what is left is zeros."""
+    """Return the inputs, targets and position ids of rows of texts, each (rows, longest row).
+
+    Inputs and targets are padded with zeros at the end of a row. The padding has positions of its own, like a text.
+    """
     longest = max(sum(len(texts[index].tokens) - 1 for index in members) for members in rows)
     inputs, targets, positions = (torch.zeros(len(rows), longest, dtype=torch.long) for _ in range(3))
     for line, members in enumerate(rows):

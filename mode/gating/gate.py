@@ -1,6 +1,6 @@
-"""The gate: which branch of a block a token hears (paper, equation 1), and the gatings that the paper leaves to others.
+"""The gate of a block: weights of the branches for every token (paper, equation 1), and variants from other papers.
 
-Shapes: B rows, S tokens per row, d hidden size, N experts; branch 0 is the backbone.
+Shapes: B rows, S tokens per row, d hidden size, N experts. Branch 0 is the backbone.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ PLAIN = GateSettings()
 
 
 class Gate(nn.Linear):
-    """Weights of a block's branches: the backbone first, then the experts (equation 1).
+    """Gate that computes the weights of a block's branches: the backbone first, then the experts (equation 1).
 
     Attributes:
-        settings: How logits become weights.
-        inner: Its hidden layer, if it has one; then the logits are Linear(gelu(inner(x))).
-        slot: Slot of a gate that sees the whole prefix in the key-value cache.
-        padding: Which tokens of the rows so far are text, (B, S), where a caller knows of padding.
-        auxiliary: Load-balance loss of the last forward pass in training, if one is asked for.
-        looks_back: Whether it sees more of a row than what it weighs.
-        weighs: That its output are weights of experts.
+        settings: Settings of the map from logits to weights.
+        inner: Hidden layer, or None. With a hidden layer the logits are Linear(gelu(inner(x))).
+        slot: Slot of the gate in the key-value cache, for a gate with scope `prefix`.
+        padding: Attention mask of the rows so far, (B, S): 1 for text, 0 for padding; None if all tokens are text.
+        auxiliary: Load-balance loss of the last forward pass in training; None if the loss is not set.
+        looks_back: Whether the gate reads earlier tokens of the row by other means than attention.
+        weighs: True: the module's output is weights of experts.
     """
 
     weighs = True
@@ -38,7 +38,14 @@ class Gate(nn.Linear):
     def __init__(
         self, hidden_size: int, num_experts: int, backbone_bias: float = 0.0, settings: GateSettings = PLAIN
     ) -> None:
-        """Start with the same weights for every token: the softmax of `backbone_bias` and, for each expert, 0."""
+        """Initialise the output layer so that every token has the same weights, softmax(backbone_bias, 0, ..., 0).
+
+        Args:
+            hidden_size: d.
+            num_experts: N.
+            backbone_bias: Initial logit of the backbone.
+            settings: Settings of the map from logits to weights.
+        """
         super().__init__(settings.hidden or hidden_size, num_experts + 1)
         with torch.no_grad():
             self.weight.zero_()
@@ -52,16 +59,18 @@ class Gate(nn.Linear):
         self.looks_back = settings.scope == "prefix"
 
     def forward(self, states: Tensor, cache: Cache | None = None) -> Tensor:
-        """Map a block's input, (B, S, d), to branch weights, (B, S, N + 1), in fp32.
+        """Compute branch weights, (B, S, N + 1), in fp32. They sum to one, unless `renormalize=false` drops branches.
 
-        They sum to one, unless `renormalize=false` drops branches without making up for them.
+        Args:
+            states: Input of the block, (B, S, d).
+            cache: Key-value cache of the model, which a gate with scope `prefix` reads and updates.
         """
         with torch.autocast(states.device.type, enabled=False):
             x = states.float()
             if self.settings.norm:
                 x = functional.rms_norm(x, (x.shape[-1],), eps=1e-6)
             if self.settings.scope == "prefix":
-                x = self.prefix_mean(x, cache)
+                x = self.average_prefix(x, cache)
             if self.inner is not None:
                 x = functional.gelu(functional.linear(x, self.inner.weight.float(), self.inner.bias.float()))
             logits = functional.linear(x, self.weight.float(), self.bias.float())
@@ -73,12 +82,12 @@ class Gate(nn.Linear):
                 self.auxiliary = self.settings.balance * compute_load_balance(weights, chosen)
         return keep_chosen(weights, chosen, renormalize=self.settings.renormalize)
 
-    def prefix_mean(self, x: Tensor, cache: Cache | None) -> Tensor:
-        """Return the mean of every token's prefix, itself included, (B, S, d): sequence-level, yet causal."""
+    def average_prefix(self, x: Tensor, cache: Cache | None) -> Tensor:
+        """Return the causal mean of the states, (B, S, d): for every token, over the token and all tokens before it."""
         new = x.shape[1]
         if cache is not None and self.slot is not None:
-            seen, _ = cache.update(x[:, None], x[:, None, :, :0], self.slot)
-            x = seen[:, 0]
+            states, _ = cache.update(x[:, None], x[:, None, :, :0], self.slot)
+            x = states[:, 0]
         text = torch.ones(x.shape[:2], device=x.device) if self.padding is None else self.padding[:, : x.shape[1]]
         text = text.to(x.dtype)[..., None]
         mean = (x * text).cumsum(1) / text.cumsum(1).clamp(min=1.0)

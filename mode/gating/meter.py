@@ -1,4 +1,4 @@
-"""Look at what weighs experts while a model runs, gates, routers or a posterior: by domain, or token by token."""
+"""Measure the expert weights of gates, routers and posteriors while a model runs: by domain, or token by token."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from mode.core import processes
 
 
 def find_gates(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules whose output are weights of experts (`weighs`), by their paths, in order."""
+    """Return the modules whose output is weights of experts (`weighs`), by path, in the order of the model."""
     return {name: module for name, module in model.named_modules() if getattr(module, "weighs", False)}
 
 
 @contextmanager
 def watch_gates(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Hold what every gate gave in the latest forward pass: one tensor (B, S, branches) per gate, in order."""
+    """Yield a list that holds every gate's output in the latest forward pass: one tensor (B, S, branches) per gate."""
     gates = list(find_gates(model).values())
     latest: list[Tensor] = [torch.empty(0) for _ in gates]
 
-    def keep(number: int) -> Any:
+    def make_hook(number: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             latest[number] = output.detach()
 
         return hook
 
-    hooks = [gate.register_forward_hook(keep(number)) for number, gate in enumerate(gates)]
+    hooks = [gate.register_forward_hook(make_hook(number)) for number, gate in enumerate(gates)]
     try:
         yield latest
     finally:
@@ -39,7 +39,9 @@ def watch_gates(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def name_places(names: Sequence[str]) -> list[str]:
-    """Return the part of a block or decoder layer of every gate, by its path: a part may have several.
+    """Return the place of every gate: the part of a block or decoder layer that the gate's path names.
+
+    Several gates can have the same place.
 
     >>> name_places(["blocks.0.gate", "head.gate", "h.1.mlp.up.router", "h.1.mlp.down.router"])
     ['blocks.0.gate', 'head.gate', 'h.1.mlp', 'h.1.mlp']
@@ -48,14 +50,14 @@ def name_places(names: Sequence[str]) -> list[str]:
 
 
 class GateMeter:
-    """Adds up the gates' weights over the tokens that are scored, by domain."""
+    """Sums the gates' weights over the scored tokens, by domain."""
 
     def __init__(self, latest: list[Tensor], names: Sequence[str] | None = None) -> None:
-        """Measure what `watch_gates` holds.
+        """Measure the list that `watch_gates` yields.
 
         Args:
-            latest: The gates' latest weights.
-            names: Their paths in the model, if those of one layer are to be told as one.
+            latest: Weights of every gate in the latest forward pass.
+            names: Paths of the gates in the model. If given, gates with the same place are averaged.
         """
         self.latest = latest
         self.places = list(range(len(latest))) if names is None else name_places(names)
@@ -63,49 +65,58 @@ class GateMeter:
         self.tokens: dict[str, int] = {}
 
     def add(self, domain: str, count: int) -> None:
-        """Add the first `count` tokens of the latest forward pass; those after them are padding."""
-        found = [sum_weights(output.flatten(0, 1)[:count].double()) for output in self.latest]
+        """Add the first `count` tokens of the latest forward pass. The tokens after them are padding.
+
+        Args:
+            domain: Domain of the tokens.
+            count: Number of tokens to add.
+        """
+        new = [sum_weights(output.flatten(0, 1)[:count].double()) for output in self.latest]
         before = self.sums.get(domain)
-        self.sums[domain] = found if before is None else [add_sums(a, b) for a, b in zip(before, found, strict=True)]
+        self.sums[domain] = new if before is None else [add_sums(a, b) for a, b in zip(before, new, strict=True)]
         self.tokens[domain] = self.tokens.get(domain, 0) + count
 
     def result(self) -> dict[str, dict[str, Any]]:
-        """Return, by domain, of every place the mean weights, their mean entropy in nats, and the mean number in use.
+        """Return the means of every domain, over all processes.
 
-        Of a MoDE block, branch 0 is the backbone.
+        Returns:
+            For each domain, three lists with one entry per place: `mean`, the mean weights of the branches; `entropy`,
+            the mean entropy of the weights in nats; `active`, the mean number of branches with a positive weight.
+            Branch 0 of a MoDE block is the backbone.
         """
-        found = {}
+        means = {}
         for domain, sums in self.sums.items():
-            everyone = [{key: processes.all_reduce_sum(value) for key, value in one.items()} for one in sums]
-            found[domain] = self.told(everyone, int(processes.all_reduce_sum(torch.tensor(self.tokens[domain]))))
-        return found
+            totals = [{key: processes.all_reduce_sum(value) for key, value in gate.items()} for gate in sums]
+            tokens = int(processes.all_reduce_sum(torch.tensor(self.tokens[domain])))
+            means[domain] = self.compute_means(totals, tokens)
+        return means
 
-    def told(self, sums: Sequence[Mapping[str, Tensor]], tokens: int) -> dict[str, Any]:
-        """Return the means of one domain, over its tokens and the gates of a place."""
-        places_once = dict.fromkeys(self.places)
-        groups = [[one for one, here in zip(sums, self.places, strict=True) if here == place] for place in places_once]
+    def compute_means(self, sums: Sequence[Mapping[str, Tensor]], tokens: int) -> dict[str, Any]:
+        """Return the means of one domain, over the domain's tokens and the gates of a place."""
+        places = dict.fromkeys(self.places)
+        groups = [[gate for gate, own in zip(sums, self.places, strict=True) if own == place] for place in places]
         means = {
-            key: [sum(one[key] for one in group) / (len(group) * tokens) for group in groups]
+            key: [sum(gate[key] for gate in group) / (len(group) * tokens) for group in groups]
             for key in ("mean", "entropy", "active")
         }
-        return {key: [average(value) for value in values] for key, values in means.items()}
+        return {key: [round_mean(value) for value in values] for key, values in means.items()}
 
 
 def sum_weights(weights: Tensor) -> dict[str, Tensor]:
-    """Sum over tokens, (tokens, branches), what is told of weights."""
+    """Sum weights, (tokens, branches), their entropy, and the number of positive weights over tokens."""
     entropy = torch.special.entr(weights).sum()
     return {"mean": weights.sum(0).cpu(), "entropy": entropy.cpu(), "active": (weights > 0).sum().double().cpu()}
 
 
 def add_sums(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add what was summed over two batches."""
+    """Add the sums of two batches."""
     return {key: value + other[key] for key, value in one.items()}
 
 
-def average(value: Any) -> Any:
-    """Return a mean as plain numbers.
+def round_mean(value: Any) -> Any:
+    """Return a mean as plain numbers, rounded to six decimals.
 
-    >>> average(torch.tensor([0.25, 0.75]))
+    >>> round_mean(torch.tensor([0.25, 0.75]))
     [0.25, 0.75]
     """
     return [round(float(x), 6) for x in value] if value.ndim else round(float(value), 6)
@@ -113,7 +124,12 @@ def average(value: Any) -> Any:
 
 @torch.no_grad()
 def read_token_gates(model: nn.Module, ids: list[int]) -> Tensor:
-    """Return the weights with which every token of a text was predicted, (S - 1, B, N + 1); the first has none."""
+    """Return the branch weights behind every prediction of a text, (S - 1, blocks, N + 1). No weights predict token 0.
+
+    Args:
+        model: A model with gates.
+        ids: Tokens of the text, S of them.
+    """
     device = next(model.parameters()).device
     with watch_gates(model) as latest:
         base: Any = model.base_model

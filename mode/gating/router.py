@@ -1,6 +1,6 @@
-"""The router of a mixture of experts: weights per token, by any of the published conventions, and its losses.
+"""Routers of mixtures of experts: weights per token in the published conventions, and auxiliary losses.
 
-Shapes: N experts, d inputs.
+Shapes: B rows, S tokens per row, N experts, d inputs.
 """
 
 from __future__ import annotations
@@ -15,59 +15,72 @@ from mode.config.method import Choice, RouterSettings
 from mode.gating.select import choose_branches, compute_load_balance, keep_chosen
 
 DENSE = RouterSettings()
+"""Default settings: all experts run."""
 
 
 STD = 0.02
-"""Standard deviation of a router's first weights, unless a method says otherwise."""
+"""Default standard deviation of a router's initial weights."""
 
 
 class Router(nn.Linear):
     """softmax(W x) over N experts, in fp32, without a bias.
 
-    All experts run by default. With `top_k` or `top_p` the others' weights are zero, and those that stay sum to one
-    (top-k before the softmax, or after it and renormalised: the two are the same) or, without `renormalize`, keep
-    what the softmax gave them.
+    All experts run by default. With `top_k` or `top_p`, experts that are not chosen have weight zero. The weights of
+    the chosen experts are renormalised to sum to one, which equals top-k before the softmax. Without `renormalize`, the
+    chosen experts keep their softmax weights.
 
     Attributes:
-        settings: How logits become weights, and the losses.
-        auxiliary: Sum of the losses of the last forward pass in training, if any is asked for.
-        weighs: That its output are weights of experts.
+        settings: Settings of the map from logits to weights, and of the losses.
+        auxiliary: Weighted sum of the losses of the last forward pass in training; None if no loss is set.
+        weighs: True: the module's output is weights of experts.
     """
 
     weighs = True
 
     def __init__(self, inputs: int, num_experts: int, settings: RouterSettings = DENSE, std: float = STD) -> None:
-        """Start at random: experts that begin alike grow apart only where their weights differ."""
+        """Draw the weights from a normal distribution. Identical experts diverge only if their router weights differ.
+
+        Args:
+            inputs: d.
+            num_experts: N.
+            settings: Settings of the map from logits to weights, and of the losses.
+            std: Standard deviation of the initial weights.
+        """
         super().__init__(inputs, num_experts, bias=False)
         nn.init.normal_(self.weight, std=std)
         self.settings = settings
         self.auxiliary: Tensor | None = None
 
     def forward(self, states: Tensor) -> Tensor:
-        """Map what a router reads, (..., d), to weights of experts, (..., N), in fp32."""
+        """Map inputs, (..., d), to weights of experts, (..., N), in fp32."""
         with torch.autocast(states.device.type, enabled=False):
             logits = functional.linear(states.float(), self.weight.float())
             weights = logits.softmax(-1)
             if self.settings.sample:
-                return self.one(logits, weights)
+                return self.sample_expert(logits, weights)
             chosen = choose_branches(weights, self.settings)
-            self.auxiliary = self.losses(logits, weights, chosen) if self.training else None
+            self.auxiliary = self.compute_losses(logits, weights, chosen) if self.training else None
         return keep_chosen(weights, chosen, renormalize=self.settings.renormalize)
 
-    def one(self, logits: Tensor, weights: Tensor) -> Tensor:
-        """Return 1 for one expert of every token and 0 for the others, with the gradient of its probability.
+    def sample_expert(self, logits: Tensor, weights: Tensor) -> Tensor:
+        """Return one-hot weights of one expert per token, with the gradient of a softmax (straight-through).
 
-        In training the expert is drawn: the largest logit after Gumbel noise, and the gradient is of its softmax.
+        In training, Gumbel noise is added to the logits: the expert with the largest noisy logit is chosen, and the
+        gradient is that of the softmax of the noisy logits. In evaluation the most likely expert is chosen.
+
+        Args:
+            logits: Logits of the experts, (..., N).
+            weights: Softmax of the logits, (..., N).
         """
         soft = weights
         if self.training:
             soft = (logits - torch.empty_like(logits).exponential_().log()).softmax(-1)
         hard = torch.zeros_like(soft).scatter(-1, soft.argmax(-1, keepdim=True), 1.0)
-        self.auxiliary = self.losses(logits, weights, hard > 0) if self.training else None
+        self.auxiliary = self.compute_losses(logits, weights, hard > 0) if self.training else None
         return hard + (soft - soft.detach())
 
-    def losses(self, logits: Tensor, weights: Tensor, chosen: Tensor | None) -> Tensor | None:
-        """Return the weighted sum of the losses that are asked for, or None."""
+    def compute_losses(self, logits: Tensor, weights: Tensor, chosen: Tensor | None) -> Tensor | None:
+        """Return the weighted sum of the load-balance, z and entropy losses that are set; None if no loss is set."""
         parts = []
         if self.settings.balance:
             parts.append(self.settings.balance * compute_load_balance(weights, chosen))
@@ -79,26 +92,33 @@ class Router(nn.Linear):
 
 
 class LocalizedRouter(Router):
-    """A router over experts of two kinds, the first half and the second, each for rows of its kind (LoRAMoE).
+    """A router over experts of two kinds, the first half and the second half, with a localized balance loss (LoRAMoE).
 
-    All experts run. The loss is even where experts of a row's kind together get more of it than the others, by as much
-    as (1 + spread) / (1 - spread).
+    Each kind of expert is meant for rows of the same kind. All experts run. The loss scales an expert's weight by
+    1 + spread in rows of the expert's kind and by 1 - spread in other rows, before it measures the balance.
 
     Attributes:
         balance: Weight of the loss.
         spread: delta.
-        row_kinds: Kind of every row, (B,), 0 or 1, as the loop tells it in training.
+        row_kinds: Kind of every row, (B,), 0 or 1. The training loop sets it.
     """
 
     def __init__(self, inputs: int, num_experts: int, balance: float, spread: float) -> None:
-        """Start at random, as a linear layer does."""
+        """Initialise the weights like those of a linear layer.
+
+        Args:
+            inputs: d.
+            num_experts: N.
+            balance: Weight of the loss.
+            spread: delta.
+        """
         super().__init__(inputs, num_experts)
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         self.balance, self.spread = balance, spread
         self.row_kinds: Tensor | None = None
 
     def forward(self, states: Tensor) -> Tensor:
-        """Map what a router reads, (B, S, d), to weights of experts, (B, S, N), in fp32."""
+        """Map inputs, (B, S, d), to weights of experts, (B, S, N), in fp32."""
         weights = super().forward(states)
         if self.training and self.balance and self.row_kinds is not None:
             self.auxiliary = self.balance * compute_localized_balance(weights, self.row_kinds, self.spread)
@@ -106,14 +126,15 @@ class LocalizedRouter(Router):
 
 
 def compute_localized_balance(weights: Tensor, kinds: Tensor, spread: float) -> Tensor:
-    """Return the squared coefficient of variation of Z, an expert's weight in a row, scaled by whether kinds agree.
+    """Return LoRAMoE's localized balance loss: the squared coefficient of variation of the scaled loads Z, (B, N).
 
-    Z = (1 + spread) Q where expert and row are of one kind, else (1 - spread) Q, with Q the sum of the expert's weights
-    over the row. The paper divides the variance by the mean, its code by the mean's square, as here.
+    Z = (1 + spread) Q if expert and row are of the same kind, otherwise (1 - spread) Q. Q is the sum of the expert's
+    weights over the row. The paper divides the variance by the mean. The paper's code divides it by the square of the
+    mean, and so does this function.
 
     Args:
-        weights: (B, S, N).
-        kinds: Of the rows, (B,), 0 or 1.
+        weights: Weights of the experts, (B, S, N).
+        kinds: Kinds of the rows, (B,), 0 or 1.
         spread: delta.
     """
     count = weights.shape[-1]
@@ -123,21 +144,21 @@ def compute_localized_balance(weights: Tensor, kinds: Tensor, spread: float) -> 
 
 
 class Posterior(nn.Module):
-    """Which of several models a text is by: softmax(log p(text so far | model j)) over models, all as likely at first.
+    """Posterior over models given the text so far, softmax_j(log p(text so far | model j)), with a uniform prior.
 
     Attributes:
-        settings: Which models stay.
-        weighs: That its output are weights of models.
+        settings: Choice of the models that keep a weight.
+        weighs: True: the module's output is weights of models.
     """
 
     weighs = True
 
     def __init__(self, settings: Choice) -> None:
-        """Nothing is learned."""
+        """Store the settings. The module has no parameters."""
         super().__init__()
         self.settings = settings
 
     def forward(self, evidence: Tensor) -> Tensor:
-        """Map the log-likelihoods of prefixes, (..., N), to weights of models, (..., N)."""
+        """Map log-likelihoods of prefixes, (..., N), to weights of models, (..., N)."""
         weights = evidence.softmax(-1)
         return keep_chosen(weights, choose_branches(weights, self.settings), renormalize=True)

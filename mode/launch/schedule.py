@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from mode.config.data import Domain
 from mode.config.run import Run
 from mode.core.errors import ConfigError
-from mode.data.pack import Tokenizer, is_whole, locate_packed, prepare_domain
+from mode.data.pack import Tokenizer, is_complete, locate_packed, prepare_domain
 from mode.launch.worker import try_execute
 from mode.methods.base import Method
 from mode.runs.forecast import Forecast, forecast
@@ -152,7 +152,7 @@ def prepare_data(runs: Sequence[Run], jobs: int, context: Any) -> None:
     for run in (run for run in runs if isinstance(run.method, Method)):
         for name in run.scored:
             wanted.setdefault(f"{name} {run.domains[name]} {run.backbone} {run.paths.cache}", (run, name))
-    missing = [(run, name) for run, name in wanted.values() if not is_whole(locate_packed(*list_parts(run, name)))]
+    missing = [(run, name) for run, name in wanted.values() if not is_complete(locate_packed(*list_parts(run, name)))]
     if min(jobs, len(missing)) < 2:
         return
     with ignore_interrupts():

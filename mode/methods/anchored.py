@@ -1,4 +1,4 @@
-"""Methods that can be held to their backbone on some of the rows that they train on."""
+"""Methods that can train with an anchor: the divergence from the backbone on some rows of the mix."""
 
 from __future__ import annotations
 
@@ -23,44 +23,44 @@ if TYPE_CHECKING:
 
 @settings(frozen=True, kw_only=True, config=STRICT)
 class Adaptation(Method):
-    """A way to adapt a backbone that can be held to that backbone on some of the rows that it trains on.
+    """A method that adapts a backbone, with an optional anchor.
 
     Attributes:
-        anchor: Those rows; none by default, as published.
+        anchor: Source, share and weight of the anchored rows; none by default, as published.
     """
 
     anchor: Anchor = Anchor()
 
     def reads(self) -> tuple[str, ...]:
-        """Return the domain that gives the rows on which the model is held to its backbone."""
+        """Return the domain of the anchored rows, if a domain is their source."""
         return () if self.anchor.domain is None else (self.anchor.domain,)
 
     def mixture(self, run: Run) -> dict[str, int]:
-        """Return the rows that each source gives in a cycle of the training mix, those of the anchor last."""
+        """Return the rows of every source in a cycle of the training mix, those of the anchor last."""
         rows = super().mixture(run)
         if self.anchor.source == "none":
             return rows
-        free, held = sum(rows.values()), as_fraction(self.anchor.share)
-        shares = {name: Fraction(count, free) * (1 - held) for name, count in rows.items()}
-        shares[self.anchor.source] = held
+        free, anchored = sum(rows.values()), as_fraction(self.anchor.share)
+        shares = {name: Fraction(count, free) * (1 - anchored) for name, count in rows.items()}
+        shares[self.anchor.source] = anchored
         common = math.lcm(*(share.denominator for share in shares.values()))
         return {name: int(share * common) for name, share in shares.items()}
 
     def anchoring_flops(self, run: Run) -> float:
-        """Return the operations per token of the mix that the backbone's own predictions take."""
+        """Return the operations of the backbone's predictions on anchored rows, per token of the mix."""
         if self.anchor.source == "none":
             return 0.0
         shape = read_shape(run.backbone)
         return self.anchor.share * untouched_cost(shape, run.train.sequence_length).flops.forward
 
     def reference(self, backbone: Callable[[], PreTrainedModel], device: torch.device) -> Reference:
-        """Return what gives the backbone's final hidden states and head, for the model that trains and rows of tokens.
+        """Return a function from the model that trains and rows of tokens to the backbone's hidden states and head.
 
-        Here it is a frozen copy of the backbone that says them.
+        By default a frozen copy of the backbone computes them.
 
         Args:
             backbone: Loads a fresh copy of the backbone.
-            device: Where the model trains.
+            device: Device of the model that trains.
         """
         from mode.ops.loss import compute_hidden_states, output_head
 

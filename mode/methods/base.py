@@ -1,4 +1,4 @@
-"""What a method is: settings that know how to build a model and which earlier runs it stands on."""
+"""The interface of a method: settings that build a model and name the earlier stages that it needs."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Material:
-    """What a method builds its model from.
+    """The inputs of `Method.build`.
 
     Attributes:
         backbone: Loads a fresh copy of the backbone in fp32.
-        needs: Work folders of the runs that `Method.needs` asked for, in its order.
-        source: Where the backbone comes from: name, path, revision, fingerprint.
+        needs: Work folders of the runs that `Method.needs` returned, in order.
+        source: Source of the backbone: name, path, revision, fingerprint.
     """
 
     backbone: Callable[[], PreTrainedModel]
@@ -46,39 +46,49 @@ class Material:
 
 
 Reference = Callable[["nn.Module", "Tensor"], tuple["Tensor", "Tensor"]]
-"""From rows of tokens, (B, S), to a backbone's final hidden states, (B, S, d), and its head, (V, d)."""
+"""From the model that trains and rows of tokens, (B, S), to the backbone's final hidden states, (B, S, d), and head,
+(V, d)."""
 
 
 class Probe(Protocol):
-    """Measures the inside of a model while it is scored."""
+    """Measures a model's gates while the model is scored."""
 
     def add(self, domain: str, count: int) -> None:
-        """Take in the first `count` tokens of the latest forward pass."""
+        """Add the first `count` tokens of the latest forward pass."""
 
     def result(self) -> dict[str, dict[str, Any]]:
-        """Return what was measured, by domain."""
+        """Return the measurements, by domain."""
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
 class Method(MethodSettings):
-    """A way to adapt a backbone: a frozen dataclass whose fields are its YAML's schema.
+    """A method that trains a model: a frozen dataclass whose fields are the schema of its YAML.
 
-    A run is one stage of a method. A method with several stages asks for the runs of its earlier ones with `needs`;
-    they are ordinary runs, found by their identity and never trained twice.
+    A run is one stage of a method. A method with several stages returns the runs of the earlier ones from `needs`; they
+    are ordinary runs, found by their identity and never trained twice.
     """
 
     split: ClassVar[Split] = "train"
     """Split of the domains that the method trains on."""
+    identical_at_start: ClassVar[bool] = False
+    """Whether the untrained model predicts what the backbone predicts, under the settings of the method's YAML."""
+    groups_tokens: ClassVar[bool] = False
+    """Whether an expert runs on the tokens that chose it, in one batch: the batch's size changes the last bits."""
+
+    @property
+    def weighs_experts(self) -> bool:
+        """Whether the model weighs experts token by token; the record then has the weights."""
+        return False
 
     def needs(self, run: Run) -> tuple[Run, ...]:
-        """Return the earlier stages that this run stands on, in order."""
+        """Return the earlier stages that this run needs, in order."""
         return ()
 
     def steps(self, run: Run) -> int:
-        """Return the optimizer steps of this run's own stage, given the row's budget.
+        """Return the optimizer steps of this run's own stage, given the run's budget.
 
         Raises:
-            ConfigError: The budget is one of operations, and the method does not say what it takes.
+            ConfigError: The budget is in operations, and the method does not implement `cost`.
         """
         if run.budget.shares_steps:
             return run.train.steps - sum(stage.train.steps for stage in self.needs(run))
@@ -88,21 +98,21 @@ class Method(MethodSettings):
         return run.train.steps
 
     def effective(self, run: Run) -> Budget:
-        """Return the plainest budget under which this run is the same: sharing steps is nothing for a single stage."""
+        """Return the simplest budget with the same result: a single stage has nothing to share steps with."""
         if run.budget.shares_steps:
             return Budget(policy="data" if self.needs(run) else "paper")
         return run.budget
 
     def cost(self, run: Run) -> Cost | None:
-        """Return what this run's own stage takes, by closed form, or None where the method does not say."""
+        """Return the operations and parameters of this run's own stage, by closed form; None where unknown."""
         return None
 
     def anchoring_flops(self, run: Run) -> float:
-        """Return the operations per token of the mix that the backbone's own predictions take."""
+        """Return the operations of the backbone's predictions on anchored rows, per token of the mix."""
         return 0.0
 
     def tokenizer(self, run: Run) -> BackboneTokenizer:
-        """Return the tokenizer that the run's data are prepared with: the backbone's own."""
+        """Return the tokenizer of the run's data: the backbone's."""
         return load_tokenizer(run.backbone)
 
     def backbone_fingerprint(self, run: Run) -> str:
@@ -118,7 +128,7 @@ class Method(MethodSettings):
         return count_parameters(run.backbone)
 
     def artefacts(self, run: Run) -> dict[str, str]:
-        """Return the digests of the files that the run stands on besides data and backbone; part of its identity.
+        """Return the digests of the run's input files other than data and backbone, which are part of its identity.
 
         Raises:
             ConfigError: A file is missing, damaged, or made for something else.
@@ -126,47 +136,47 @@ class Method(MethodSettings):
         return {}
 
     def mixture(self, run: Run) -> dict[str, int]:
-        """Return the rows that each domain gives in a cycle of the training mix: targets equal ones, after replay."""
-        replay = {name: as_fraction(share) for name, share in (run.train.replay or {}).items()}
+        """Return the rows of every domain in a cycle of the training mix: equal ones of all targets, after replay."""
+        replay = {name: as_fraction(share) for name, share in (run.train.batch.replay or {}).items()}
         each = (1 - sum(replay.values(), start=Fraction())) / len(run.targets)
         shares = dict.fromkeys(run.targets, each) | replay
         common = math.lcm(*(share.denominator for share in shares.values()))
         return {name: int(share * common) for name, share in shares.items()}
 
     def stream(self, run: Run, packed: Mapping[str, Packed], name: str) -> Tokens | None:
-        """Return the tokens of a source of the mix that is no domain, if the method makes them; None for the others."""
+        """Return the tokens of a source that the method itself generates; None for all other sources."""
         return None
 
     def order(self, run: Run) -> int:
-        """Return a number that, with the seed, fixes the order of the training rows.
+        """Return a number that determines the order of the training rows, together with the seed.
 
-        It depends on the mixture alone: every method sees the same mix in the same order, and a stage on one domain
-        does not see the rows that the mix will draw from that domain.
+        It depends on the mixture alone. So every method sees the same mix in the same order, and a stage on one domain
+        does not see the rows that the mix draws from that domain.
         """
         return zlib.crc32(",".join(self.mixture(run)).encode())
 
     def row_kinds(self, run: Run) -> Mapping[str, int]:
-        """Return a number for the rows of every source of the mix, if the model wants to know (`row_kinds`)."""
+        """Return the kind of every source's rows, if the model conditions on it (`row_kinds`); else nothing."""
         return {}
 
     def lr_scales(self) -> Mapping[str, float]:
-        """Return factors on the learning rate for parameters, by a part of their name."""
+        """Return factors on the learning rate of parameters, by a part of their name."""
         return {}
 
     def inspect(self, model: nn.Module) -> dict[str, float]:
-        """Return what a point of the training curve says about the model, such as gate means."""
+        """Return the method's values for a point of the training curve, such as gate means."""
         return {}
 
     @contextmanager
     def probed(self, model: nn.Module) -> Iterator[Probe | None]:
-        """Measure, while the finished model is scored, what weighs its experts, if it has any."""
+        """Measure the weights of the finished model's experts while it is scored; None without experts."""
         from mode.gating.meter import GateMeter, find_gates, watch_gates
 
         with watch_gates(model) as latest:
             yield GateMeter(latest, list(find_gates(model))) if latest else None
 
     def branches(self, run: Run) -> tuple[str, ...]:
-        """Return the names of what is weighed; here of experts that have none but their numbers."""
+        """Return the names of the gates' branches; empty where branches have indices alone."""
         return ()
 
     def build(self, run: Run, material: Material) -> nn.Module:
@@ -174,15 +184,15 @@ class Method(MethodSettings):
         raise NotImplementedError
 
     def plain(self, model: Any) -> PreTrainedModel:
-        """Return a finished model as one that its library saves and loads without this method."""
+        """Return a finished model as a plain `transformers` or PEFT model, which loads without this project."""
         plain: PreTrainedModel = model
         return plain
 
     def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
-        """Write what people may keep of a finished run, beside the trained parameters that are always kept."""
+        """Write the artefacts of a finished run; the trained parameters are always written."""
 
     def kept(self, folder: Path) -> Path:
-        """Return the file that a finished run's domain needs beside the backbone: here all that was trained."""
+        """Return the file that a domain needs in addition to the backbone: by default all trained parameters."""
         return folder / WEIGHTS
 
 
@@ -190,7 +200,7 @@ def flops_per_token(run: Run) -> float:
     """Return the floating-point operations per token of a run's training, by closed form.
 
     Raises:
-        ConfigError: The method does not say.
+        ConfigError: The method does not implement `cost`.
     """
     method = run.method
     cost = method.cost(run) if isinstance(method, Method) else None
@@ -202,26 +212,27 @@ def flops_per_token(run: Run) -> float:
 
 
 def full_tuning_flops(run: Run) -> float:
-    """Return what full fine-tuning takes in `train.steps` steps, in operations per token of a step."""
+    """Return the operations of full fine-tuning in `train.steps` steps, per token of a step."""
     return run.train.steps * full_cost(read_shape(run.backbone), run.train.sequence_length).flops.total
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
 class Untouched(Method):
-    """The bare backbone: the zero point of retention, scored before anything wraps it."""
+    """The backbone without adaptation: the reference of retention."""
 
     recorded_as: ClassVar[str] = "mode.method.Untouched"
+    identical_at_start: ClassVar[bool] = True
 
     def steps(self, run: Run) -> int:
-        """Return 0: nothing trains."""
+        """Return 0: the backbone does not train."""
         return 0
 
     def effective(self, run: Run) -> Budget:
-        """Return the plainest budget: without training they are all the same."""
+        """Return the simplest budget: without training all budgets are equal."""
         return Budget(policy="paper")
 
     def cost(self, run: Run) -> Cost:
-        """Return what a forward pass takes; nothing trains."""
+        """Return the operations of a forward pass; the backbone does not train."""
         return untouched_cost(read_shape(run.backbone), run.train.sequence_length)
 
     def build(self, run: Run, material: Material) -> nn.Module:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.shape import Flops, read_shape
+from mode.backbone.shape import read_shape
 from mode.config.base import STRICT
 from mode.config.check import replace_settings
 from mode.config.method import Anchor, GateSettings
 from mode.config.run import Run
 from mode.core.errors import ConfigError
-from mode.cost.flops import Cost, add_flops
-from mode.cost.modular import WORTH, block_layers, compute_branch_flops, count_added, count_gate_weights
+from mode.cost.flops import Cost
+from mode.cost.modular import estimate_kept_shares, modular_cost
 from mode.methods.anchored import Adaptation
 from mode.methods.base import Material, Reference
 from mode.methods.stages import stages_by_domain
@@ -48,31 +48,46 @@ class MoDE(Adaptation):
         init: Initialisation of fresh experts: `random`, or `copy` of the block's first layers.
         backbone_bias: Initial logit of the backbone in fresh gates, against 0 for every expert.
         gate_noise: Standard deviation of the first weights of gates whose experts begin as copies of the same layers:
-            without it these would have the same gradients and stay the same. All other gates begin at zero.
+            without it they would have equal gradients and stay equal. All other gates are initialised to zero.
         handover: Gates of stage 2: `odds` keeps every expert's odds against the backbone; `fresh` starts anew.
         gate_lr_scale: Learning rate of gates as a factor on that of experts.
         train_experts: Whether stage 2 trains the experts too, or gates alone.
-        gate: How gates choose; the paper's way by default.
-        head_rank: r, rank of the change that every expert makes of the head; 0, the paper's way, for none.
-        anchor_experts: Whether an anchor holds in stage 1 too, and not in stage 2 alone.
-        experts: Folders of experts that are at hand, or of saved models whose experts are; the other targets' experts
-            are stage-1 runs.
+        gate: How gates choose; as in the paper by default.
+        head_rank: r, rank of every expert's update of the head; 0, as in the paper, for none.
+        anchor_experts: Whether the anchor applies to stage 1 too; else to stage 2 alone.
+        experts: Folders of trained experts, or of saved models with experts; the other targets' experts are stage-1
+            runs.
     """
 
     recorded_as: ClassVar[str] = "mode.modular_method.MoDE"
+    weighs_experts: ClassVar[bool] = True
+
+    always_recorded: ClassVar[frozenset[str]] = frozenset(
+        {
+            "start",
+            "num_experts",
+            "expert_layers",
+            "init",
+            "backbone_bias",
+            "gate_noise",
+            "handover",
+            "gate_lr_scale",
+            "train_experts",
+        }
+    )
 
     compose_lr: Annotated[float, Field(gt=0.0)]
     gates_lr: Annotated[float, Field(gt=0.0)]
-    start: Literal["fresh", "experts"]
-    num_experts: Annotated[int, Field(gt=0)]
+    start: Literal["fresh", "experts"] = "experts"
+    num_experts: Annotated[int, Field(gt=0)] = 2
     num_blocks: Annotated[int, Field(gt=0)]
-    expert_layers: Annotated[int, Field(gt=0)]
-    init: Literal["random", "copy"]
-    backbone_bias: float
-    gate_noise: Annotated[float, Field(gt=0.0)]
-    handover: Literal["odds", "fresh"]
-    gate_lr_scale: Annotated[float, Field(gt=0.0)]
-    train_experts: bool
+    expert_layers: Annotated[int, Field(gt=0)] = 1
+    init: Literal["random", "copy"] = "copy"
+    backbone_bias: float = 2.0
+    gate_noise: Annotated[float, Field(gt=0.0)] = 0.02
+    handover: Literal["odds", "fresh"] = "odds"
+    gate_lr_scale: Annotated[float, Field(gt=0.0)] = 1.0
+    train_experts: bool = True
     gate: GateSettings = GateSettings()
     head_rank: Annotated[int, Field(ge=0)] = 0
     anchor_experts: bool = False
@@ -90,7 +105,7 @@ class MoDE(Adaptation):
 
     @property
     def alike(self) -> bool:
-        """Whether several experts begin as copies of the same layers."""
+        """Whether several experts are initialised as copies of the same layers."""
         return self.start == "fresh" and self.init == "copy" and self.num_experts > 1
 
     def peak_lr(self) -> float:
@@ -100,7 +115,7 @@ class MoDE(Adaptation):
         return self.compose_lr if self.train_experts else self.gates_lr
 
     def unused(self) -> tuple[str, ...]:
-        """Stage 1 has no use for what belongs to stage 2, and stage 2 counts its experts by its targets."""
+        """Return the settings without effect: those of stage 2 in stage 1, and the number of experts in stage 2."""
         if self.start == "fresh":
             same = () if self.alike else ("gate_noise",)
             return ("compose_lr", "gates_lr", "handover", "experts", "anchor_experts", *same)
@@ -109,63 +124,45 @@ class MoDE(Adaptation):
         return ("num_experts", "gate_noise", lr, "experts", *alone)  # experts count by their digest
 
     def needs(self, run: Run) -> tuple[Run, ...]:
-        """Return one stage-1 run per target when experts are to be composed that are not at hand."""
+        """Return one stage-1 run per target whose expert is not given by `experts`."""
         anchor = self.anchor if self.anchor_experts else Anchor()
         stage = replace_settings(self, start="fresh", num_experts=1, train_experts=True, experts=(), anchor=anchor)
         return stages_by_domain(run, stage, self.missing(run))
 
     def cost(self, run: Run) -> Cost:
-        """Return what this stage takes; in block 1 no gradient goes through what is frozen.
-
-        Of branches that `top_k` leaves out, with an even load, the last layers run on the tokens that keep them.
-        """
-        shape, count, length = read_shape(run.backbone), self.count(run), run.train.sequence_length
-        changed = count * self.head_rank
-        shared, chosen = self.kept_shares(run)
-        gate = 2.0 * count_gate_weights(shape.hidden, count, self.gate.hidden)
-        parts, idle = [shape.head(trains=bool(changed) and self.train_experts, extra=changed)], 0
-        if changed:
-            down = 2.0 * shape.hidden * changed
-            parts += [Flops(down, down * (1 + self.train_experts)), Flops(gate, 2.0 * gate)]
-        for number, (block, expert) in enumerate(block_layers(shape, self.num_blocks, self.expert_layers)):
-            later = number > 0
-            parts.append(compute_branch_flops(block, length, shared, trains=False, upstream=later))
-            parts += [compute_branch_flops(expert, length, chosen, trains=self.train_experts, upstream=later)] * count
-            parts.append(Flops(gate, gate * (1 + later)))
-            sizes = [sum(layer.parameters for layer in stack) for stack in (block, *[expert] * count)]
-            idle += sum(sorted(sizes)[: -self.gate.top_k]) if self.gate.top_k else 0
-        experts, gates = count_added(
-            shape, count, self.num_blocks, self.expert_layers, self.head_rank, self.gate.hidden
-        )
-        total = shape.parameters + experts + gates
-        return Cost(
-            flops=add_flops(parts),
-            total=total,
-            trainable=gates + (experts if self.train_experts else 0),
-            added=experts + gates,
-            active=total - idle,
+        """Return what this stage takes by closed form (`mode.cost.modular`)."""
+        return modular_cost(
+            read_shape(run.backbone),
+            run.train.sequence_length,
+            num_experts=self.count(run),
+            num_blocks=self.num_blocks,
+            expert_layers=self.expert_layers,
+            head_rank=self.head_rank,
+            gate_hidden=self.gate.hidden,
+            top_k=self.gate.top_k,
+            shares=self.kept_shares(run),
+            experts_train=self.train_experts,
         )
 
     def kept_shares(self, run: Run) -> tuple[float, float]:
-        """Return the shares of tokens that the backbone's and an expert's last layers run on, when the load is even."""
-        train, branches = run.train, self.count(run) + 1
-        share = min(self.gate.top_k or branches, branches) / branches
-        again = train.activation_checkpointing
-        if share > WORTH or train.graph or train.branches != "loop" or train.layout in ("fsdp", "tp"):
-            return 1.0, 1.0
-        if train.attention == "flex" or again in ("all", "auto") or (again == "frozen" and not self.train_experts):
-            return 1.0, 1.0
-        return 1.0 if again == "frozen" or self.gate.reads == "output" else share, share
+        """Return the shares of tokens that the last layers of the backbone's and of an expert's branch run on."""
+        return estimate_kept_shares(
+            run.train,
+            num_branches=self.count(run) + 1,
+            top_k=self.gate.top_k,
+            reads_output=self.gate.reads == "output",
+            experts_train=self.train_experts,
+        )
 
     def count(self, run: Run) -> int:
         """Return N, the experts of this stage's model."""
         return self.num_experts if self.start == "fresh" else len(run.targets)
 
     def at_hand(self) -> dict[str, Path]:
-        """Return the folders of the experts that are at hand, by domain.
+        """Return the folders of the given experts, by domain.
 
         Raises:
-            ConfigError: A folder holds no expert, or two are for one domain.
+            ConfigError: A folder has no expert, or two have experts for the same domain.
         """
         if not self.experts:
             return {}
@@ -185,7 +182,7 @@ class MoDE(Adaptation):
         return () if self.start == "fresh" else tuple(name for name in run.targets if name not in found)
 
     def artefacts(self, run: Run) -> dict[str, str]:
-        """Return the weights' digests of the experts that are at hand, checked against the run's backbone and blocks.
+        """Return the weight digests of the given experts, checked against the run's backbone and blocks.
 
         Raises:
             ConfigError: An expert is damaged, made for another model, or for no target.
@@ -211,7 +208,7 @@ class MoDE(Adaptation):
         return found
 
     def lr_scales(self) -> Mapping[str, float]:
-        """Scale the learning rate of gates when experts train beside them."""
+        """Scale the learning rate of gates where experts train too."""
         return {".gate.": self.gate_lr_scale} if self.train_experts else {}
 
     def inspect(self, model: nn.Module) -> dict[str, float]:
@@ -226,7 +223,7 @@ class MoDE(Adaptation):
         return ("backbone", *(run.targets if self.start == "experts" else numbers))
 
     def reference(self, backbone: Callable[[], PreTrainedModel], device: torch.device) -> Reference:
-        """Return what gives the backbone's states and head: frozen layers are in the model, so nothing is loaded."""
+        """Return a function to the backbone's states and head, computed by the model itself without its experts."""
         from mode.modular.block import bypass_experts
         from mode.ops.loss import compute_hidden_states, output_head
 
@@ -271,20 +268,20 @@ class MoDE(Adaptation):
         return model
 
     def names(self, run: Run) -> tuple[str, ...]:
-        """Return the experts' names: the domain of each, or numbers where all train on the same mix."""
+        """Return the experts' names: their domains, or numbered names where all train on the same mix."""
         if self.start == "experts" or (self.num_experts == 1 and len(run.targets) == 1):
             return run.targets
         return tuple(f"mix-{number + 1}" for number in range(self.num_experts))
 
     def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
-        """Write a single-domain run's expert as an artefact of its own, if its gates come apart into experts' own."""
+        """Write a single-domain run's expert as an artefact, unless its gates have a hidden layer."""
         if not self.gate.hidden and self.start == "fresh" and self.num_experts == 1 and len(run.targets) == 1:
             from mode.modular.artefact import describe_fit, save_expert
 
             save_expert(model, folder / "expert", {"domain": run.targets[0], **describe_fit(self, self.gate), **about})
 
     def kept(self, folder: Path) -> Path:
-        """Return the expert's weights where there is one for a single domain."""
+        """Return the expert's weights, if the run has trained one for a single domain."""
         from mode.modular.artefact import TENSORS
 
         expert = folder / "expert" / TENSORS

@@ -58,7 +58,7 @@ class Pretrain(Method):
             raise ValueError(f"hidden_size {self.hidden_size} does not divide into {self.num_heads} heads of even size")
 
     def check(self, run: Run) -> None:
-        """Refuse a mix that is not of the run's targets.
+        """Check that the mix consists of the run's targets.
 
         Raises:
             ConfigError: The weights name other domains.
@@ -72,7 +72,7 @@ class Pretrain(Method):
                 raise ConfigError(f"domain {name} has no pretrain split, so nothing can be pretrained on it")
 
     def tokenizer(self, run: Run) -> BackboneTokenizer:
-        """Train the tokenizer on the pretraining splits, or take it from the cache."""
+        """Train the tokenizer on the pretraining splits, or read it from the cache."""
         from tokenizers import Tokenizer
 
         self.check(run)
@@ -91,23 +91,23 @@ class Pretrain(Method):
         return BackboneTokenizer(backend, backend.token_to_id(EOS))
 
     def backbone_fingerprint(self, run: Run) -> str:
-        """Nothing is loaded: the weights start from the seed."""
+        """Return `none`: the weights are initialised from the seed."""
         return "none"
 
     def pretraining_data(self, run: Run) -> dict[str, str]:
-        """Nothing is loaded."""
+        """Return nothing: no weights are loaded."""
         return {}
 
     def backbone_size(self, run: Run) -> int:
-        """Nothing is loaded."""
+        """Return 0: no weights are loaded."""
         return 0
 
     def mixture(self, run: Run) -> dict[str, int]:
-        """Return the mix as its settings say."""
+        """Return the mix of the settings."""
         return dict(self.weights)
 
     def order(self, run: Run) -> int:
-        """Return the order that the embedded backbone was made with."""
+        """Return 0, the order that the embedded backbone was trained with."""
         return 0
 
     def build(self, run: Run, material: Material) -> nn.Module:

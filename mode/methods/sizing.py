@@ -1,4 +1,4 @@
-"""Adapters whose size can be matched to that of MoDE."""
+"""Adapters whose number of parameters can be matched to that of MoDE."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mode.methods.anchored import Adaptation
 
 @settings(frozen=True, kw_only=True, config=STRICT)
 class ParameterMatched(Adaptation):
-    """A method of which one number, such as a rank, decides how many parameters it adds, in proportion."""
+    """A method whose number of added parameters is linear in one size, such as a rank."""
 
     @property
     def least(self) -> int:
-        """Return the least size, of which others are multiples."""
+        """Return the smallest size; all sizes are multiples of it."""
         return 1
 
     def at(self, size: int) -> Self:
@@ -30,14 +30,14 @@ class ParameterMatched(Adaptation):
         raise NotImplementedError
 
     def effective(self, run: Run) -> Budget:
-        """Return the budget that identifies a run: one of parameters decides the size."""
+        """Return the budget that identifies a run; a budget of parameters decides the size."""
         return run.budget if run.budget.policy == "params" else super().effective(run)
 
     def sized(self, run: Run) -> Self:
-        """Return the method at its own size, or at that with which it adds as much as a budget's MoDE model.
+        """Return the method at its own size or, with a budget of parameters, at the size that matches a MoDE model.
 
         Raises:
-            ConfigError: What it adds is not known, or no matter of the size.
+            ConfigError: The added parameters are unknown, or do not depend on the size.
         """
         budget, least = run.budget, self.least
         if budget.num_blocks is None or budget.expert_layers is None:
@@ -49,7 +49,7 @@ class ParameterMatched(Adaptation):
         return self.at(least * max(1, round(1 + (wanted - one) / (two - one))))
 
     def adds(self, run: Run, size: int) -> int:
-        """Return the parameters beside the backbone's at some size, trained in this stage or in an earlier one."""
+        """Return the parameters added to the backbone's at a size, trained in this stage or in an earlier one."""
         cost = self.at(size).cost(replace_settings(run, budget=Budget(policy="paper")))
         if cost is None:
             raise ConfigError(f"budget=params: {type(self).__name__} does not say what it adds with these settings")
@@ -58,7 +58,7 @@ class ParameterMatched(Adaptation):
 
 @settings(frozen=True, kw_only=True, config=STRICT)
 class LowRank(ParameterMatched):
-    """A method that adds products of two thin matrices.
+    """A method that adds low-rank matrices, products of two thin ones.
 
     Attributes:
         rank: r.
@@ -70,10 +70,10 @@ class LowRank(ParameterMatched):
 
     @property
     def scale(self) -> float:
-        """Return the factor on what is added."""
+        """Return the factor on the low-rank matrices, alpha / r."""
         return self.alpha / self.rank
 
     def at(self, rank: int) -> Self:
-        """Return the method at another rank; alpha / r, and so the scale of what is added, stays."""
+        """Return the method at another rank, with the same alpha / r."""
         changed: Self = replace_settings(self, rank=rank, alpha=self.alpha * (rank / self.rank))
         return changed

@@ -1,4 +1,4 @@
-"""Methods that stand on one earlier run per domain."""
+"""Methods with earlier stages: one run per domain."""
 
 from __future__ import annotations
 
@@ -24,14 +24,21 @@ def stages_by_domain(
 ) -> tuple[Run, ...]:
     """Return the runs that train a method on one domain each, as the earlier stages of a run.
 
-    They share its steps, or its operations, with its own stage, if that trains too, where its budget says so. They are
-    the runs that anyone has who asks for that method on that domain, so they are trained once for all methods that
-    stand on them.
+    Where the run's budget asks for it, they share its steps or its operations with its own stage, if that trains. Each
+    is the ordinary run of that method on that domain, so it is trained once for all runs that need it.
+
+    Args:
+        run: The run.
+        method: Method of the earlier stages.
+        domains: Their domains.
+        trains: Whether the run's own stage trains too.
     """
     if not domains:
         return ()
     stages = len(domains) + trains
-    train = replace_settings(run.train, lr=None, examples=None, replay=None, placement=None)
+    train = replace_settings(
+        run.train, lr=None, **{"batch.examples": None, "batch.replay": None, "parallelism.placement": None}
+    )
     alone = replace_settings(run, targets=tuple(domains[:1]), method=method, budget=Budget(policy="paper"), train=train)
     steps = run.train.steps
     if run.budget.shares_steps:
@@ -44,10 +51,10 @@ def stages_by_domain(
 
 @settings(frozen=True, kw_only=True, config=STRICT)
 class Mixture(Adaptation):
-    """A mixture of the backbone and of copies of it that were trained a domain each before.
+    """A mixture of the backbone and of copies of it, each trained on one domain in an earlier stage.
 
     Attributes:
-        branch: The method that trains a copy on a domain, as its YAML has it: full fine-tuning.
+        branch: The method that trains a copy on a domain, as in its YAML: full fine-tuning.
     """
 
     branch: dict[str, Any]
@@ -57,15 +64,16 @@ class Mixture(Adaptation):
         return stages_by_domain(run, build_method(self.branch), run.targets)
 
     def branches(self, run: Run) -> tuple[str, ...]:
-        """Return the names of the models that the experts come from."""
+        """Return the names of the models that become the experts."""
         return "backbone", *run.targets
 
 
 def merge_branches(material: Material) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
-    """Merge a backbone with the models that were trained from it before.
+    """Average a backbone with the models of the earlier stages.
 
     Returns:
-        The backbone with the mean of all weights, trainable; and everyone's weights, by name, its own first.
+        The backbone with the mean of all weights, trainable; and the weights of every model by name, the backbone's
+        first.
     """
     from mode.core.tensors import average_weights, load_tensors
 

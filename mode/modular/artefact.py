@@ -1,4 +1,4 @@
-"""An expert as an artefact that people keep: layers, stage-1 gates, and what it was made for."""
+"""An expert as an artefact: layers, stage-1 gates, and a description of its backbone, blocks and training."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ ABOUT, TENSORS = "expert.json", "model.safetensors"
 
 
 KEYS = ("schema", "domain", "backbone", "backbone_fingerprint", "num_blocks", "expert_layers", "weights")
-"""What expert.json must say for an expert to be used."""
+"""Required keys of expert.json."""
 
 
 CARD = """# MoDE expert: {domain}
 
 One domain expert for the backbone `{backbone}` (weights {backbone_fingerprint}): {expert_layers} transformer layers in
-each of {num_blocks} blocks, with the gates of its stage-1 training. `mode compose` takes this folder in the place of a
-domain's name and puts the expert beside others on the same backbone; `mode expert add` puts it into a composed model.
+each of {num_blocks} blocks, with the gates of its stage-1 training. `mode compose` accepts this folder in place of a
+domain's name and composes the expert with others on the same backbone; `mode expert add` adds it to a composed model.
 
 Trained for {steps} steps on {tokens} tokens, seed {seed}. `expert.json` has the whole description; the weights are
-safetensors. The backbone is not in here.
+safetensors. The backbone is not included.
 """
 
 
@@ -53,7 +53,7 @@ def save_expert(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> Non
 
     Args:
         model: A modular model with one expert.
-        folder: Folder to write; one that is there is replaced.
+        folder: Folder to write; an existing one is replaced.
         about: Domain, backbone, shape and training of the expert.
     """
     tensors = extract_expert_state(model, 0)
@@ -72,12 +72,12 @@ def save_expert(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> Non
 
 
 def read_descriptions(folder: Path) -> dict[str, dict[str, Any]]:
-    """Read what a folder says of its experts, by domain, without their weights.
+    """Return the descriptions of a folder's experts, by domain, without their weights.
 
-    An expert's own folder holds that one; a saved modular model's folder holds all of the model's, in order.
+    The folder is an expert's own, or a saved modular model's, which has all experts of the model, in order.
 
     Raises:
-        ConfigError: It is neither, or does not say what it must.
+        ConfigError: It is neither, or a required key is missing.
     """
     if not (folder / ABOUT).exists() and (folder / "config.json").exists():
         return read_model_descriptions(folder)
@@ -86,7 +86,7 @@ def read_descriptions(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_model_descriptions(folder: Path) -> dict[str, dict[str, Any]]:
-    """Read what a saved modular model says of its experts, by domain."""
+    """Return the descriptions of a saved modular model's experts, by domain."""
     from mode.modular.model import MoDEConfig
 
     try:
@@ -109,11 +109,11 @@ def read_model_descriptions(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def describe_fit(shape: object, gate: GateSettings) -> dict[str, Any]:
-    """Return what an expert fits besides its backbone: the shape of a modular model, and what its gates see.
+    """Return what a model must share with an expert besides the backbone: its shape, and the input of its gates.
 
     Args:
-        shape: Says `num_blocks`, `expert_layers` and `head_rank`: the method, or a model's configuration.
-        gate: Settings of the gates; those that are not named here may change afterwards.
+        shape: The method or a model's configuration, with `num_blocks`, `expert_layers` and `head_rank`.
+        gate: Settings of the gates; those that are not returned may differ.
     """
     return {name: getattr(shape, name) for name in ("num_blocks", "expert_layers", "head_rank")} | describe_gate_input(
         gate
@@ -121,15 +121,15 @@ def describe_fit(shape: object, gate: GateSettings) -> dict[str, Any]:
 
 
 def describe_gate_input(gate: GateSettings) -> dict[str, Any]:
-    """Return what an expert's gates were trained to see."""
+    """Return the settings of the gates' input."""
     return {"gate_reads": gate.reads, "gate_scope": gate.scope, "gate_norm": gate.norm}
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Read what an expert in a folder of its own says of itself.
+    """Return the description of an expert in its own folder.
 
     Raises:
-        ConfigError: There is no expert.json, or it does not say what it must.
+        ConfigError: There is no expert.json, or a required key is missing.
     """
     path = folder / ABOUT
     try:
@@ -175,7 +175,7 @@ def load_model_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def extract_expert(folder: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Expert:
-    """Pick one expert out of a saved model's tensors, named as `expert_state` names them."""
+    """Return one expert of a saved model's tensors, named as by `extract_expert_state`."""
     state: dict[str, Tensor] = {}
     places = [f"blocks.{block}" for block in range(about["num_blocks"])] + ["head"] * bool(about["head_rank"])
     for block, place in enumerate(places):
@@ -191,18 +191,18 @@ def extract_expert(folder: Path, tensors: Mapping[str, Tensor], about: Mapping[s
 
 
 def check_fits(about: Mapping[str, Any], wanted: Mapping[str, Any], where: object) -> None:
-    """Refuse an expert that was made for another model.
+    """Check that an expert was trained for a model.
 
     Args:
-        about: What the expert says of itself.
-        wanted: What it has to say: backbone, backbone_fingerprint, num_blocks, expert_layers, head_rank, and what its
-            gates see.
-        where: What to call the expert.
+        about: Description of the expert.
+        wanted: Required values: backbone, backbone_fingerprint, num_blocks, expert_layers, head_rank, and the input of
+            the gates.
+        where: Name of the expert in messages.
 
     Raises:
-        ConfigError: Something differs; the message says what.
+        ConfigError: A value differs.
     """
-    # Experts of earlier versions do not say what their gates see, and change no head.
+    # Descriptions of earlier versions lack the input of the gates; their experts do not update the head.
     about = {"head_rank": 0, **describe_gate_input(GateSettings())} | dict(about)
     differing = [key for key in wanted if key != "backbone" and about[key] != wanted[key]]
     if not differing:
@@ -212,6 +212,6 @@ def check_fits(about: Mapping[str, Any], wanted: Mapping[str, Any], where: objec
             f"{where}: made for backbone {about['backbone']} with weights {about['backbone_fingerprint']}; "
             f"here it is {wanted['backbone']} with weights {wanted['backbone_fingerprint']}"
         )
-    told = ", ".join(f"method.{key.replace('gate_', 'gate.')}={about[key]}" for key in differing)
+    found = ", ".join(f"method.{key.replace('gate_', 'gate.')}={about[key]}" for key in differing)
     asked = ", ".join(f"{key.replace('gate_', 'gate.')}={wanted[key]}" for key in differing)
-    raise ConfigError(f"{where}: made with {told}; here {asked}")
+    raise ConfigError(f"{where}: made with {found}; here {asked}")

@@ -1,4 +1,4 @@
-"""How the branches of a block run beside each other: experts of one shape as one computation, or on CUDA streams.
+"""Execute the branches of a block: one after the other, experts of one shape as one computation, or on CUDA streams.
 
 Shapes: N experts, B rows, S tokens per row, d hidden size.
 """
@@ -15,7 +15,7 @@ from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_leaves
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""What the decoder gives to a layer besides its input."""
+"""Positional and keyword arguments that the decoder passes to a layer after its input."""
 
 
 def run_layers(layers: Any, states: Tensor, calls: Sequence[Call]) -> Tensor:
@@ -29,13 +29,13 @@ def run_layers(layers: Any, states: Tensor, calls: Sequence[Call]) -> Tensor:
 def run_batched(experts: Sequence[Any], states: Tensor, calls: Sequence[Call]) -> list[Tensor]:
     """Run experts of one shape as one computation, a layer of all of them at a time.
 
-    Their weights are stacked anew every time, so that each remains a parameter of its own: worth it where launches
-    take longer than products, as on a GPU with few tokens.
+    The weights are stacked in every forward pass, so that each stays a parameter of its own. This pays where kernel
+    launches take longer than matrix products, as on a GPU with few tokens.
 
     Args:
         experts: N stacks of decoder layers.
         states: Input, (B, S, d).
-        calls: What is meant for each layer; without a cache.
+        calls: Arguments of each layer, without a cache.
 
     Returns:
         N outputs, (B, S, d).
@@ -57,20 +57,22 @@ def run_batched(experts: Sequence[Any], states: Tensor, calls: Sequence[Call]) -
 
 
 def run_on_streams(branches: Sequence[Any], states: Tensor, calls: Sequence[Call]) -> list[Tensor]:
-    """Run branches on CUDA streams of their own, the first on the current one; their backward passes follow them.
+    """Run each branch on a CUDA stream, the first on the current stream; the backward passes use the same streams.
 
     Args:
         branches: Stacks of decoder layers.
         states: Input, (B, S, d).
-        calls: What is meant for each layer.
+        calls: Arguments of each layer.
 
     Returns:
-        Outputs, (B, S, d), which the current stream waits for.
+        Outputs, (B, S, d); the current stream waits for them.
     """
     here = torch.cuda.current_stream()
     streams = [here, *(get_stream(number) for number in range(1, len(branches)))]
     outputs = []
-    for other in streams[1:]:  # before anything of a branch is on the current stream, which they would wait for
+    for other in streams[
+        1:
+    ]:  # before the first branch is launched on the current stream: the others must not wait for it
         other.wait_stream(here)
     for layers, other in zip(branches, streams, strict=True):
         with torch.cuda.stream(other):
@@ -84,12 +86,12 @@ def run_on_streams(branches: Sequence[Any], states: Tensor, calls: Sequence[Call
 
 
 def collect_tensors(calls: Sequence[Call]) -> list[Tensor]:
-    """Return the tensors that layers are given besides their input: masks and rotary embeddings."""
+    """Return the tensors among the layers' arguments: masks and rotary embeddings."""
     leaves = tree_leaves([(args, options) for args, options in calls])
     return [each for each in leaves if isinstance(each, Tensor)]
 
 
 @cache
 def get_stream(number: int) -> torch.cuda.Stream:
-    """Return a stream, the same one for the same number: memory that was freed on it is free for it again."""
+    """Return the stream of a number, always the same one, so that memory freed on it is reused."""
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]

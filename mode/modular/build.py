@@ -1,4 +1,4 @@
-"""Put MoDE blocks into a backbone."""
+"""Insert MoDE blocks into a backbone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def insert_blocks(
     backbone_bias: float = 0.0,
     gate: GateSettings = PLAIN,
 ) -> nn.ModuleList:
-    """Freeze a backbone and put turns in the place of its layers.
+    """Freeze a backbone and replace its layers by block slots.
 
     Args:
         model: A causal LM with L layers.
@@ -40,7 +40,7 @@ def insert_blocks(
         gate: How gates choose.
 
     Returns:
-        The blocks, which now hold the backbone's layers; the caller must keep them.
+        The blocks, which now own the backbone's layers; the caller must keep a reference.
 
     Raises:
         ConfigError: B does not divide L, or `copy` asks for more layers than a block has.
@@ -72,10 +72,10 @@ def insert_blocks(
 def plan_cache_slots(
     num_layers: int, num_blocks: int, num_experts: int, expert_layers: int, gate: GateSettings
 ) -> list[int]:
-    """Return the backbone layer that every slot of the key-value cache is like; -1 for one that sees everything.
+    """Return, for every slot of the key-value cache, the backbone layer with the same attention; -1 for full attention.
 
-    The backbone's layers keep their slots, the experts' come after them, block by block, and gates that see the whole
-    prefix have the last ones.
+    The backbone's layers keep their slots. The experts' slots follow, block by block, and the slots of gates that see
+    the whole prefix come last.
 
     >>> plan_cache_slots(4, 2, 1, 1, GateSettings(scope="prefix"))
     [0, 1, 2, 3, 0, 2, -1, -1]
@@ -92,7 +92,7 @@ def plan_cache_slots(
 
 
 def copy_layer(model: PreTrainedModel, template: nn.Module, slot: int, init: str) -> nn.Module:
-    """Make a trainable decoder layer like `template`, with its own cache slot."""
+    """Return a trainable copy of the decoder layer `template`, with its own cache slot."""
     layer: Any = copy.deepcopy(template)
     layer.requires_grad_(True)
     for module in layer.modules():

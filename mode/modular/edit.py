@@ -1,4 +1,4 @@
-"""Experts of a model in memory: chosen, and exchanged."""
+"""Replace and swap the experts of a model in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mode.modular.model import MoDEForCausalLM, make_modular
 
 
 def extract_backbone(model: MoDEForCausalLM) -> PreTrainedModel:
-    """Take the backbone out of a modular model, which is no model any more after this."""
+    """Extract the backbone from a modular model, which must not be used afterwards."""
     trunk: Any = model.base_model
     blocks: Any = model.blocks
     layers = nn.ModuleList(layer for block in blocks for layer in block.backbone)
@@ -30,14 +30,14 @@ def extract_backbone(model: MoDEForCausalLM) -> PreTrainedModel:
 
 
 def replace_experts(model: MoDEForCausalLM, experts: Mapping[str, Mapping[str, Tensor]]) -> MoDEForCausalLM:
-    """Return a modular model on the same backbone with other experts, without training; consumes the one given.
+    """Return a modular model on the same backbone with other experts, without training; consumes the given model.
 
-    Every gate keeps each expert's odds against the backbone. So an expert that joins changes no odds of the others,
-    and one that leaves neither; with one left, the model is what that expert was on its own.
+    Every gate keeps each expert's odds against the backbone, so adding or removing an expert does not change the odds
+    of the others. With one expert, the model equals that expert's stage-1 model.
 
     Args:
         model: A modular model.
-        experts: Tensors of every expert (`expert_state`) by name, in order.
+        experts: Tensors of every expert (`extract_expert_state`) by name, in order.
 
     Raises:
         ConfigError: An expert's tensors are not those of this model's blocks.
@@ -62,17 +62,17 @@ def replace_experts(model: MoDEForCausalLM, experts: Mapping[str, Mapping[str, T
 
 
 def swap_expert(model: MoDEForCausalLM, leaves: str, comes: str, tensors: Mapping[str, Tensor]) -> None:
-    """Put one expert in the place of another in a model at work; nothing else of the model changes.
+    """Replace one expert of a model in use by another; nothing else of the model changes.
 
     Args:
         model: A modular model.
-        leaves: Expert that goes.
-        comes: Name of the one that takes its place.
-        tensors: Its tensors (`expert_state`).
+        leaves: Name of the expert to remove.
+        comes: Name of the expert to insert.
+        tensors: Its tensors (`extract_expert_state`).
 
     Raises:
-        ConfigError: There is no such expert to go, the name is taken, or the tensors are not those of an expert of this
-            model's blocks; the model is as it was then.
+        ConfigError: There is no such expert to remove, the new name is taken, or the tensors do not fit the model's
+            blocks. The model is then unchanged.
     """
     names = model.config.experts
     if leaves not in names:
@@ -86,7 +86,11 @@ def swap_expert(model: MoDEForCausalLM, leaves: str, comes: str, tensors: Mappin
 
 
 def check_shapes(model: MoDEForCausalLM, index: int, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not those of an expert of this model's blocks, before any is copied."""
+    """Check names and shapes of an expert's tensors, before any is copied.
+
+    Raises:
+        ConfigError: A tensor is missing, unexpected or of another shape.
+    """
     check_separable(model)
     expected: dict[str, Any] = {}
     for number, block in enumerate(find_blocks(model)):
@@ -97,7 +101,7 @@ def check_shapes(model: MoDEForCausalLM, index: int, tensors: Mapping[str, Tenso
     found = {name: value.shape for name, value in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            told = [tuple(shapes[name]) if name in shapes else "nothing" for shapes in (found, expected)]
+            shown = [tuple(shapes[name]) if name in shapes else "nothing" for shapes in (found, expected)]
             raise ConfigError(
-                f"not an expert for this model's blocks: {name} is {told[0]}, where {told[1]} is expected"
+                f"not an expert for this model's blocks: {name} is {shown[0]}, where {shown[1]} is expected"
             )

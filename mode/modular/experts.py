@@ -1,4 +1,4 @@
-"""An expert's tensors: taken out of a model, composed, and put into one."""
+"""An expert's tensors: extracted from a model, composed, and inserted into a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mode.core.errors import ConfigError
 from mode.modular.block import find_blocks
 
-SHARED_GATE = "its gates have a hidden layer (gate.hidden), which all experts share: none can come or go"
+SHARED_GATE = "its gates have a hidden layer (gate.hidden), which all experts share: none can be added or removed"
 
 
 def extract_expert_state(model: nn.Module, index: int) -> dict[str, Tensor]:
@@ -31,11 +31,11 @@ def extract_expert_state(model: nn.Module, index: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def compose_experts(model: nn.Module, states: Sequence[Mapping[str, Tensor]], handover: str) -> None:
-    """Put trained experts into a modular model with as many slots.
+    """Insert trained experts into a modular model with as many experts.
 
     With `handover="odds"` the gates keep each expert's odds against the backbone as learned in stage 1: the backbone's
     logit becomes 0 and expert j's becomes (w_j - w_bb) x + (b_j - b_bb). Masking all experts but j then gives exactly
-    the stage-1 model of j. With `fresh` the gates stay as they are.
+    the stage-1 model of j. With `fresh` the gates do not change.
 
     Args:
         model: A modular model with len(states) experts.
@@ -55,12 +55,12 @@ def compose_experts(model: nn.Module, states: Sequence[Mapping[str, Tensor]], ha
 
 @torch.no_grad()
 def put_expert(model: nn.Module, index: int, state: Mapping[str, Tensor], handover: str = "odds") -> None:
-    """Copy a trained expert over one of a modular model's, in place; the other experts keep their odds.
+    """Replace one expert of a modular model by a trained one, in place; the other experts keep their odds.
 
     Args:
         model: A modular model.
-        index: Which of its experts.
-        state: The expert that takes its place, as `extract_expert_state` returns it.
+        index: Index of the expert that is replaced.
+        state: The new expert, as `extract_expert_state` returns it.
         handover: `odds`: its rows of the gates keep its odds against the backbone; `fresh`: the gates stay as they are.
 
     Raises:
@@ -81,11 +81,15 @@ def put_expert(model: nn.Module, index: int, state: Mapping[str, Tensor], handov
 
 
 def check_separable(model: nn.Module) -> None:
-    """Refuse a model whose gates do not come apart into rows for each expert."""
+    """Check that a model's gates have separate rows for each expert.
+
+    Raises:
+        ConfigError: They have a hidden layer.
+    """
     if any(block.gate.inner is not None for block in find_blocks(model)):
         raise ConfigError(SHARED_GATE)
 
 
 def extract_gate_rows(state: Mapping[str, Tensor], number: int) -> tuple[Tensor, Tensor]:
-    """Return an expert's gate in one block, weight and bias: the backbone's row and its own."""
+    """Return weight and bias of an expert's gate in one block: the backbone's row and the expert's."""
     return state[f"{number}.gate.weight"], state[f"{number}.gate.bias"]

@@ -1,11 +1,11 @@
-"""Experts of the head: low-rank changes of a frozen output head, mixed per token as a block's branches are.
+"""Experts of the head: low-rank updates of a frozen output head, mixed per token as a block's branches are.
 
 With a gate a = softmax(Linear(h)) over the backbone's head W and N experts, the logits of a final hidden state h are
 
     W h + sum_j a_j s U_j V_j h
 
-So every branch is the head with its own change, and the backbone's branch has none. Nothing of the size of W is trained
-or copied: U_j has r columns and V_j r rows. U_j begins at zero, so that a fresh expert changes nothing.
+Every branch is the head with its own low-rank update, and the backbone's branch has none. Nothing of the size of W is
+trained or copied: U_j has r columns and V_j r rows. U_j is initialised to zero, so a fresh expert changes nothing.
 
 Shapes: B rows, S tokens per row, d hidden size, V vocabulary size, r rank, N experts.
 """
@@ -21,6 +21,7 @@ from torch.nn import functional
 from mode.config.method import GateSettings
 from mode.core.errors import ConfigError
 from mode.gating.gate import Gate
+from mode.modular.execution import Execution
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,10 +31,10 @@ SCALE = 2.0
 
 
 class HeadExpert(nn.Module):
-    """A low-rank change of the head, U V."""
+    """A low-rank update of the head, U V."""
 
     def __init__(self, hidden: int, vocabulary: int, rank: int) -> None:
-        """Begin without any change."""
+        """Initialise U to zero."""
         super().__init__()
         self.down = nn.Linear(hidden, rank, bias=False)
         self.up = nn.Linear(rank, vocabulary, bias=False)
@@ -44,29 +45,29 @@ class HeadExpert(nn.Module):
 class HeadBlock(nn.Module):
     """The experts of a head and their gate.
 
-    The loss forms logits chunk by chunk from hidden states and a weight. For it `widen` appends every expert's gated
-    values to a hidden state, and `wide` every expert's U to W: their product is the mixed logits.
+    The loss computes logits chunk by chunk from hidden states and one weight. So `widen` appends every expert's gated
+    values to the hidden states, and `wide` appends every expert's U to W: their product is the mixed logits.
 
     Attributes:
         experts: The experts.
         gate: Weights of the branches; reads the final hidden state.
         weights: Mean branch weights of the last forward pass, (N + 1,).
-        alone: Whether the experts are left out, so that the head is the backbone's.
+        execution: Of its fields `bypass_experts` alone has a meaning here: the head is then the backbone's.
     """
 
     def __init__(
         self, hidden: int, vocabulary: int, num_experts: int, rank: int, backbone_bias: float, gate: GateSettings
     ) -> None:
-        """Put fresh experts side by side."""
+        """Initialise fresh experts and their gate."""
         super().__init__()
         self.experts = nn.ModuleList(HeadExpert(hidden, vocabulary, rank) for _ in range(num_experts))
         self.gate = Gate(hidden, num_experts, backbone_bias, gate)
         self.weights: Tensor | None = None
-        self.alone = False
+        self.execution = Execution()
 
     def widen(self, states: Tensor) -> Tensor:
-        """Return final hidden states, (B, S, d), with every expert's gated values behind them, (B, S, d + N r)."""
-        if self.alone:
+        """Return final hidden states, (B, S, d), followed by every expert's gated values, (B, S, d + N r)."""
+        if self.execution.bypass_experts:
             return states
         weights = self.gate(states)
         self.weights = weights.detach().mean(dim=tuple(range(weights.ndim - 1)))
@@ -78,7 +79,7 @@ class HeadBlock(nn.Module):
 
     def wide(self, weight: Tensor) -> Tensor:
         """Return the head that goes with `widen`, (V, d + N r)."""
-        if self.alone:
+        if self.execution.bypass_experts:
             return weight
         return torch.cat([weight, *(expert.up.weight for expert in self.each())], dim=1)
 
@@ -88,13 +89,13 @@ class HeadBlock(nn.Module):
 
 
 class ModularHead(nn.Linear):
-    """The backbone's head, with its own weight, where experts are beside it."""
+    """The backbone's head with its own weight, and the experts of a `HeadBlock`."""
 
     def __init__(self, base: nn.Linear, block: HeadBlock) -> None:
-        """Take the place of a head."""
+        """Replace a head."""
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight = base.weight
-        self.block = (block,)  # inside a tuple the block is not a part of this module: its weights belong elsewhere
+        self.block = (block,)  # in a tuple, so that the block is not registered as a submodule here
 
     def forward(self, states: Tensor) -> Tensor:
         """Map final hidden states, (B, S, d), to logits, (B, S, V)."""
@@ -114,7 +115,7 @@ class ModularHead(nn.Linear):
 def insert_head(
     model: PreTrainedModel, *, num_experts: int, rank: int, backbone_bias: float, gate: GateSettings
 ) -> HeadBlock:
-    """Put experts beside a causal LM's head, in place.
+    """Add experts to a causal LM's head, in place.
 
     Returns:
         The experts and their gate, which the caller must keep.
@@ -124,7 +125,9 @@ def insert_head(
     """
     base: nn.Linear = model.get_output_embeddings()
     if base.bias is not None:
-        raise ConfigError("method.head_rank: the head of this backbone has a bias, which changes of a head do not know")
+        raise ConfigError(
+            "method.head_rank: the head of this backbone has a bias, which low-rank experts do not support"
+        )
     block = HeadBlock(base.in_features, base.out_features, num_experts, rank, backbone_bias, gate)
     model.set_output_embeddings(ModularHead(base, block))
     return block

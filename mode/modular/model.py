@@ -28,7 +28,7 @@ from mode.modular.head import insert_head
 
 
 class MoDEConfig(PreTrainedConfig):  # type: ignore[misc]  # the library is untyped
-    """What a modular model is: its decoder's own configuration, its blocks, its experts.
+    """Configuration of a modular model: its decoder, its blocks, its experts.
 
     Attributes:
         decoder: Configuration of the backbone, with its L layers.
@@ -36,9 +36,9 @@ class MoDEConfig(PreTrainedConfig):  # type: ignore[misc]  # the library is unty
         expert_layers: l.
         experts: Domain of every expert; their number is N.
         gate: Settings of the gates (`mode.config.method.GateSettings`).
-        head_rank: r, rank of the experts' changes of the head; 0 for none.
-        backbone: Where the backbone comes from: name, path, revision, fingerprint; empty if unknown.
-        embedded: Whether a saved folder holds the backbone's weights; if not, they are loaded from `backbone`.
+        head_rank: r, rank of the experts' updates of the head; 0 for none.
+        backbone: Source of the backbone: name, path, revision, fingerprint; empty if unknown.
+        embedded: Whether a saved folder contains the backbone's weights; if not, they are loaded from `backbone`.
     """
 
     model_type = "mode"
@@ -82,12 +82,12 @@ class MoDEConfig(PreTrainedConfig):  # type: ignore[misc]  # the library is unty
 
 
 class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the library is untyped
-    """A frozen backbone with experts beside its blocks; called, generated with and saved as any causal LM.
+    """A frozen backbone with experts in its blocks; a causal LM like any other in calls, generation and saving.
 
     Attributes:
         backbone: The backbone's own class; its layers are in `blocks`.
         blocks: The B blocks.
-        head: The block of the head, if experts change that too.
+        head: The block of the head, if experts update the head too.
     """
 
     config_class = MoDEConfig
@@ -106,10 +106,10 @@ class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         init: str = "copy",
         backbone_bias: float = 0.0,
     ) -> None:
-        """Put experts beside a backbone's blocks, in place.
+        """Add experts to a backbone's blocks, in place.
 
         Args:
-            config: What the model is.
+            config: Configuration of the model.
             backbone: A causal LM to build on; without one, a fresh one of `config.decoder`.
             init: Initialisation of the experts, `random` or `copy` of the block's first layers.
             backbone_bias: The gates' initial logit of the backbone; the experts' is 0.
@@ -120,7 +120,7 @@ class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         super().__init__(config)
         if backbone is None:
             backbone = AutoModelForCausalLM.from_config(config.decoder)
-            init = "random"  # a block may have fewer layers than an expert, and saved weights come over these anyway
+            init = "random"  # a block may have fewer layers than an expert, and saved weights replace these
         self.backbone = backbone
         self.blocks = insert_blocks(
             backbone,
@@ -139,7 +139,7 @@ class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
                 backbone_bias=backbone_bias,
                 gate=config.gates,
             )
-        with no_init_weights():  # every part has its weights already
+        with no_init_weights():  # all weights are initialised already
             self.post_init()
 
     @property
@@ -148,7 +148,7 @@ class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         return self.backbone.base_model
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise what a file lacks as the backbone's family does."""
+        """Initialise weights that a file lacks, as the backbone's family does."""
         self.backbone._init_weights(module)
 
     def get_input_embeddings(self) -> Any:
@@ -179,7 +179,7 @@ class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         logits_to_keep: int | Tensor = 0,
         **options: Any,
     ) -> Any:
-        """Run the backbone's own forward pass, whose layers are the blocks; same arguments, same output."""
+        """Run the backbone's forward pass, with blocks as layers; same arguments, same output."""
         blocks: Any = self.blocks
         for block in blocks:
             block.gate.padding = attention_mask
@@ -201,12 +201,12 @@ class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         Args:
             save_directory: Folder to write to.
             args: As the library's.
-            embed: Whether the folder holds the backbone's weights too; by default, as `config.embedded` says. Without
-                them it holds experts and gates alone, and loading needs the backbone they were trained on.
+            embed: Whether the folder contains the backbone's weights too; `config.embedded` by default. If not, it
+                contains experts and gates alone, and loading needs the backbone that they were trained on.
             options: As the library's.
 
         Raises:
-            ConfigError: `embed=False` and nothing is known of where the backbone comes from.
+            ConfigError: `embed=False`, and the source of the backbone is unknown.
         """
         embed = self.config.embedded if embed is None else embed
         if not embed and not self.config.backbone:
@@ -217,7 +217,7 @@ class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         super().save_pretrained(save_directory, *args, **options)
 
     def own_state(self) -> dict[str, Tensor]:
-        """Return experts and gates by name: all that is not the backbone's."""
+        """Return the tensors of experts and gates, by name."""
         return {
             name: value
             for name, value in self.state_dict().items()
@@ -226,10 +226,10 @@ class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **options: Any) -> Any:
-        """Load a saved model, with its backbone from the same folder or from where the configuration says.
+        """Load a saved model; its backbone comes from the same folder or from the source in the configuration.
 
         Raises:
-            ConfigError: The backbone cannot be had, is another one, or the weights do not fit it.
+            ConfigError: The backbone cannot be loaded, is another one, or the weights do not fit it.
         """
         config = options.pop("config", None) or MoDEConfig.from_pretrained(path)
         if config.embedded:
@@ -262,7 +262,7 @@ def make_modular(
     head_rank: int = 0,
     source: Mapping[str, Any] | None = None,
 ) -> MoDEForCausalLM:
-    """Freeze a backbone and put experts beside its blocks, in place.
+    """Freeze a backbone and add experts to its blocks, in place.
 
     Args:
         backbone: A causal LM with L layers.
@@ -271,9 +271,9 @@ def make_modular(
         expert_layers: l, layers per expert and block.
         init: `random`: as the backbone's family initialises its layers; `copy`: the first l layers of the block.
         backbone_bias: The gates' initial logit of the backbone; the experts' is 0.
-        gate: How gates choose; the paper's way by default.
-        head_rank: r, rank of the experts' changes of the head; 0 for none.
-        source: Where the backbone comes from: name, path, revision, fingerprint.
+        gate: How gates choose; as in the paper by default.
+        head_rank: r, rank of the experts' updates of the head; 0 for none.
+        source: Source of the backbone: name, path, revision, fingerprint.
 
     Raises:
         ConfigError: B does not divide L, or `copy` asks for more layers than a block has.

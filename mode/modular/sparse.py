@@ -1,9 +1,9 @@
-"""A branch on the tokens that keep it: what a gate with `top_k` or `top_p` saves.
+"""Run a branch on the tokens that choose it: what a gate with `top_k` or `top_p` saves.
 
-A branch is layers with attention, so a token that keeps it needs keys and values of tokens that do not. But nobody
-reads what a branch's last layer makes of those: there they give keys and values alone, which are a fraction of a
-layer, and queries, the rest of attention and the feed-forward part are run on the tokens that keep the branch. With one
-layer per expert that is all of the expert.
+A branch is a stack of layers with attention, so a token that chooses it attends to tokens that do not. But the last
+layer's outputs of those tokens are not used. The last layer computes their keys and values alone, a fraction of a
+layer; queries, the rest of attention and the feed-forward part run on the tokens that choose the branch. With one layer
+per expert, that is the whole expert.
 
 Shapes: B rows, S tokens per row, K tokens of a row that are run, H heads, D size of a head, d hidden size.
 """
@@ -22,16 +22,16 @@ from mode.modular.branches import Call, run_layers
 from mode.ops.attention import UNMASKED
 
 NEEDED = ("past_key_values", "position_embeddings", "position_ids", "attention_mask")
-"""What a decoder has to give to its layers by these names."""
+"""Arguments that a decoder must pass to its layers by these names."""
 
 
 def can_skip(layers: Sequence[Any], calls: Sequence[Call]) -> bool:
-    """Say whether a branch's last layer may leave tokens out.
+    """Say whether a branch's last layer can skip tokens.
 
-    Not with a cache, nor where activations are formed again, for then a layer gets none; nor with weights in shards or
-    in slices; nor where attention takes no mask of tokens by tokens, as FlashAttention and FlexAttention take none; nor
-    with anything of tokens among what the layer is given that is not known here. A layer that is compiled is so for
-    whole rows: it runs as it is written.
+    It cannot with a key-value cache, with recomputed activations (the library then passes no cache object), with
+    sharded or split weights, with attention that takes no mask of queries by keys (FlashAttention, FlexAttention), or
+    with an unknown argument that has a token dimension. A layer is compiled for whole rows, so here its uncompiled code
+    runs.
     """
     layer, (args, options) = find_last_layer(layers, calls)
     if args or any(name not in options for name in NEEDED) or options["past_key_values"] is not None:
@@ -50,31 +50,31 @@ def can_skip(layers: Sequence[Any], calls: Sequence[Call]) -> bool:
 
 
 def find_attention(layer: nn.Module) -> str | None:
-    """Return how a layer attends, by the name that `transformers` knows it by."""
+    """Return the attention implementation of a layer, by its name in `transformers`."""
     configs = (getattr(module, "config", None) for module in layer.modules())
     return next((each._attn_implementation for each in configs if each is not None), None)
 
 
 def find_last_layer(layers: Sequence[Any], calls: Sequence[Call]) -> tuple[Any, Call]:
-    """Return a branch's last layer, and what is meant for it."""
+    """Return a branch's last layer, and its arguments."""
     return layers[-1], calls[(len(layers) - 1) % len(calls)]
 
 
-def add_kept_branch(
+def add_chosen_branch(
     total: Tensor, layers: Sequence[Any], states: Tensor, calls: Sequence[Call], weight: Tensor, counts: Sequence[int]
 ) -> Tensor:
-    """Add a branch to the weighted sum of branches, run on what keeps it: some rows, and in the last layer some tokens.
+    """Add a branch to the weighted sum, run on the rows that choose it and, in its last layer, on those tokens alone.
 
-    In training a branch that nobody keeps runs on one token all the same, so that the gradients of its weights are
-    zero and not missing.
+    In training, a branch that no token chooses still runs on one token, so that the gradients of its weights are zero
+    instead of missing.
 
     Args:
-        total: The sum, (B, S, d), which is changed.
+        total: The sum, (B, S, d), changed in place.
         layers: The branch.
         states: Input, (B, S, d).
-        calls: What is meant for each layer.
-        weight: The branch's, (B, S, 1); a token keeps it where that is not zero.
-        counts: Tokens of every row that keep it.
+        calls: Arguments of each layer.
+        weight: Weight of the branch, (B, S, 1); a token chooses the branch where the weight is not zero.
+        counts: Number of tokens that choose the branch, by row.
     """
     rows = [row for row, count in enumerate(counts) if count]
     if not rows:
@@ -82,7 +82,7 @@ def add_kept_branch(
             return total
         rows = [0]
     number, most = states.shape[1], max(1, *counts)
-    if any(layer._compiled_call_impl is not None for layer in layers):  # for as many rows as these alone
+    if any(layer._compiled_call_impl is not None for layer in layers):  # compiled for this number of rows
         rows = list(range(len(counts)))
     if len(rows) < len(counts):
         some = torch.tensor(rows, device=states.device)
@@ -99,7 +99,7 @@ def add_kept_branch(
 
 
 def select_rows(call: Call, some: Tensor, count: int) -> Call:
-    """Return what is meant for a layer, of some rows of all."""
+    """Return a layer's arguments for some of `count` rows."""
 
     def cut(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -113,14 +113,14 @@ def select_rows(call: Call, some: Tensor, count: int) -> Call:
 def run_some(
     layers: Sequence[Any], states: Tensor, calls: Sequence[Call], kept: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Run a branch whose last layer makes an output of some tokens alone.
+    """Run a branch whose last layer computes the outputs of some tokens alone.
 
     Args:
         layers: The branch.
         states: Input, (B, S, d).
-        calls: What is meant for each layer; the last may leave tokens out.
-        kept: Which tokens keep the branch, (B, S).
-        count: K, the most of any row; rows with fewer run others besides.
+        calls: Arguments of each layer; the last layer must be able to skip tokens (`can_skip`).
+        kept: Which tokens choose the branch, (B, S).
+        count: K, the largest number of such tokens in a row; rows with fewer run other tokens too.
 
     Returns:
         The output, (B, K, d), and the positions of its tokens, (B, K).
@@ -142,16 +142,16 @@ def run_some(
 
 
 def gather_tokens(values: Tensor, chosen: Tensor) -> Tensor:
-    """Return what chosen tokens have of values, (B or 1, S, n) to (B, K, n)."""
+    """Return the values of chosen tokens, (B or 1, S, n) to (B, K, n)."""
     wide = values.expand(len(chosen), -1, -1)
     return wide.gather(1, chosen[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def make_mask(mask: Tensor | None, chosen: Tensor, length: int) -> Tensor:
-    """Return which of a row's tokens every chosen one sees, (B, 1, K, S), as the decoder's mask has it for all.
+    """Return the rows of an attention mask for the chosen queries, (B, 1, K, S).
 
     Args:
-        mask: The decoder's, (B or 1, 1, S, S), of any kind; None where attention is causal.
+        mask: The decoder's mask, (B or 1, 1, S, S), boolean or additive; None for causal attention.
         chosen: Positions, (B, K).
         length: S.
     """
@@ -162,21 +162,21 @@ def make_mask(mask: Tensor | None, chosen: Tensor, length: int) -> Tensor:
 
 
 class KeysTakenError(Exception):
-    """Ends a pass that was for keys and values."""
+    """Ends a forward pass that computes keys and values alone."""
 
 
 class Context:
-    """Keys and values of all tokens in the place of a cache: taken in a first pass, which ends there, given after."""
+    """Replaces a cache: stores all tokens' keys and values in a first pass, which ends there, and returns them next."""
 
     def __init__(self) -> None:
-        """Wait for them."""
+        """Store nothing yet."""
         self.found: tuple[Tensor, Tensor] | None = None
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Take those of all tokens, (B, H, S, D), or return them instead of some tokens' own.
+        """Store keys and values of all tokens, (B, H, S, D), or return the stored ones in place of some tokens' own.
 
         Raises:
-            FoundError: They have been taken.
+            KeysTakenError: They have been stored just now.
         """
         if self.found is None:
             self.found = keys, values

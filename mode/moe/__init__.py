@@ -1,1 +1,1 @@
-"""Other mixtures: low-rank banks, feed-forward and attention experts, ensembles, task routers."""
+"""Mixtures other than MoDE: low-rank banks, feed-forward and attention experts, ensembles, task routers."""

@@ -1,4 +1,4 @@
-"""Attention layers as experts: in every decoder layer a router mixes what several of them say (BAM).
+"""Attention layers as experts: in every decoder layer a router mixes the outputs of several (BAM).
 
 Shapes: N experts, B rows, S tokens per row, d hidden size.
 """
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHARED = ("k_proj", "v_proj")
-"""Maps into keys and values, where they are maps of their own."""
+"""Names of the layers that compute keys and values, in families where these are separate layers."""
 
 
 class AttentionBank(nn.Module):
-    """sum_j g_j(x) A_j(x), with weights g of a router; all experts run, each on keys and values of its own.
+    """Mixture of attention layers, sum_j g_j(x) A_j(x), with weights g of a router. All experts run.
 
     Attributes:
-        experts: The attention layers.
-        router: Their weights.
+        experts: The attention layers, each with its own slot in the key-value cache.
+        router: Computes the weights of the experts.
     """
 
     def __init__(self, experts: Sequence[nn.Module], router: Router) -> None:
-        """Put experts side by side."""
+        """Store the experts and their router."""
         super().__init__()
         self.experts = nn.ModuleList(experts)
         self.router = router
 
     def forward(self, *args: Any, **options: Any) -> tuple[Any, ...]:
-        """Map (B, S, d) to (B, S, d), and what else the library's attention returns, of the first expert."""
+        """Map (B, S, d) to (B, S, d). The other results of the library's attention are those of the first expert."""
         x: Tensor = args[0] if args else options["hidden_states"]
         weights = self.router(x)
         outputs = [expert(*args, **options) for expert in self.experts]
@@ -54,22 +54,22 @@ def insert_attention_banks(
     *,
     shares_keys: bool = False,
 ) -> list[AttentionBank]:
-    """Put experts in the place of the attention of every decoder layer, each with its own slots of the cache.
+    """Replace the attention of every decoder layer by a bank of experts with separate slots in the key-value cache.
 
     Args:
         model: A causal LM, changed in place.
-        states: For every expert the weights of the whole model that it comes from, by name.
-        settings: How the router chooses.
-        shares_keys: Whether all experts of a layer have one map into keys and one into values, the model's own.
+        states: For every expert, the weights of the whole model that the expert comes from, by name.
+        settings: Settings of the routers.
+        shares_keys: Whether all experts of a layer share the model's own layers for keys and values.
 
     Returns:
-        The banks, in order.
+        The banks, in the order of the layers.
     """
     trunk, name = find_layer_stack(model)
     layers: Any = getattr(trunk, name)
     prefix = next(path for path, module in model.named_modules() if module is layers)
     hidden, depth = model.config.get_text_config().hidden_size, len(layers)
-    made = []
+    banks = []
     for number, layer in enumerate(layers):
         part = next(part for name in ATTENTION if hasattr(layer, part := name.removesuffix(".")))
         own, experts = getattr(layer, part), []
@@ -83,6 +83,6 @@ def insert_attention_banks(
             experts.append(expert)
         bank = AttentionBank(experts, Router(hidden, len(states), settings))
         setattr(layer, part, bank)
-        made.append(bank)
+        banks.append(bank)
     model.config = trunk.config = resize_cache_slots(model.config, [*range(depth)] * len(states))
-    return made
+    return banks

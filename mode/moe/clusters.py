@@ -1,8 +1,8 @@
-"""Clusters of rows of text by the tokens in them, and which of them the text so far is nearest to (c-BTM).
+"""Clusters of rows by their tokens, and weights of the clusters by their distance to the text so far (c-BTM).
 
-Every token of the vocabulary has a vector: its weight against common tokens, log(rows / rows that have it), times its
-loadings on the first components of all rows' weighted counts. A text is the sum of its tokens' vectors, scaled to
-length one, so a prefix costs one addition per token and looks at nothing after it.
+Every token of the vocabulary has a vector: its inverse document frequency, log(rows / rows that contain the token),
+times its loadings on the first singular vectors of the rows' weighted counts. The vector of a text is the sum of
+its tokens' vectors, normalised to length one. So the vector of a prefix costs one addition per token and is causal.
 
 Shapes: K clusters, V vocabulary size, c components, B rows, S tokens per row.
 """
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 COMPONENTS = 100
-"""c, as published."""
+"""Number of singular vectors, c, as published."""
 
 
 ROUNDS = 50
-"""Rounds of k-means at most."""
+"""Largest number of rounds of k-means."""
 
 
 SEED = 20230324
-"""Of the decomposition and of the first centres: clusters are the same for every run on the same text."""
+"""Seed of the decomposition and of the first centres. All runs on the same text have the same clusters."""
 
 
 class ClusterWeights(nn.Module):
-    """Weights of clusters by the distance of the text so far to their centres: softmax(- |z - centre|^2 / T) over K.
+    """Weights of clusters, softmax over K of - |z - centre|^2 / T, for the vector z of the text so far.
 
     Attributes:
-        settings: Which clusters stay.
+        settings: Choice of the clusters that keep a weight.
         temperature: T.
-        vectors: Of the tokens, (V, c).
-        centres: (K, c).
-        weighs: That its output are weights of models.
+        vectors: Vectors of the tokens, (V, c).
+        centres: Centres of the clusters, (K, c).
+        weighs: True: the module's output is weights of models.
     """
 
     weighs = True
@@ -51,35 +51,42 @@ class ClusterWeights(nn.Module):
     centres: Tensor
 
     def __init__(self, vectors: Tensor, centres: Tensor, temperature: float, settings: Choice) -> None:
-        """Take clusters as they were found."""
+        """Store the result of `find_clusters`, the temperature and the choice.
+
+        Args:
+            vectors: Vectors of the tokens, (V, c).
+            centres: Centres of the clusters, (K, c).
+            temperature: T.
+            settings: Choice of the clusters that keep a weight.
+        """
         super().__init__()
         self.settings, self.temperature = settings, temperature
         self.register_buffer("vectors", vectors, persistent=False)
         self.register_buffer("centres", centres, persistent=False)
 
     def forward(self, sums: Tensor) -> Tensor:
-        """Map the sums of prefixes' vectors, (..., c), to weights of clusters, (..., K)."""
+        """Map sums of the token vectors of prefixes, (..., c), to weights of clusters, (..., K)."""
         weights = (-compute_squared_distances(sums, self.centres.double()) / self.temperature).softmax(-1)
         return keep_chosen(weights, choose_branches(weights, self.settings), renormalize=True)
 
 
 def compute_squared_distances(sums: Tensor, centres: Tensor) -> Tensor:
-    """Return the squared distances of sums of vectors, (..., c), at length one, to centres, (K, c): (..., K)."""
-    places = functional.normalize(sums, dim=-1)
-    distances: Tensor = (places[..., None, :] - centres).square().sum(-1)
+    """Return squared distances, (..., K), of normalised sums of vectors, (..., c), to centres, (K, c)."""
+    points = functional.normalize(sums, dim=-1)
+    distances: Tensor = (points[..., None, :] - centres).square().sum(-1)
     return distances
 
 
 def find_clusters(rows: NDArray[Any], count: int, vocabulary: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Cluster rows of tokens into as many clusters of one size.
+    """Cluster rows of tokens by balanced k-means, into clusters of equal size.
 
     Args:
         rows: Tokens, (rows, S).
-        count: K.
-        vocabulary: V.
+        count: Number of clusters, K.
+        vocabulary: Vocabulary size, V.
 
     Returns:
-        Vectors of the tokens, (V, c); centres, (K, c); and the cluster of every row.
+        The vectors of the tokens, (V, c); the centres, (K, c); and the cluster of every row.
     """
     counts = torch.zeros(len(rows), vocabulary, dtype=torch.float64)
     tokens = torch.from_numpy(np.asarray(rows, np.int64))
@@ -90,20 +97,27 @@ def find_clusters(rows: NDArray[Any], count: int, vocabulary: int) -> tuple[Tens
         torch.manual_seed(SEED)
         _, _, loadings = torch.svd_lowrank(weighted, q=min(COMPONENTS, *weighted.shape), niter=4)
         vectors = rarity[:, None] * loadings
-        places = functional.normalize(counts @ vectors, dim=1)
-        centres = places[torch.randperm(len(places))[:count]]
+        points = functional.normalize(counts @ vectors, dim=1)
+        centres = points[torch.randperm(len(points))[:count]]
     members: list[int] = []
     for _ in range(ROUNDS):
-        before, members = members, assign_rows(compute_squared_distances(places, centres))
+        before, members = members, assign_rows(compute_squared_distances(points, centres))
         if members == before:
             break
-        of = torch.tensor(members)
-        centres = torch.stack([functional.normalize(places[of == number].mean(0), dim=0) for number in range(count)])
+        clusters = torch.tensor(members)
+        means = [points[clusters == number].mean(0) for number in range(count)]
+        centres = torch.stack([functional.normalize(mean, dim=0) for mean in means])
     return vectors.float(), centres.float(), members
 
 
 def assign_rows(distances: Tensor) -> list[int]:
-    """Assign rows to clusters of one size: those first that have most to lose by their second choice.
+    """Assign rows to clusters of equal size, greedily. Rows that lose most by their second choice are assigned first.
+
+    Args:
+        distances: Distances of the rows to the centres, (rows, K).
+
+    Returns:
+        The cluster of every row. Cluster sizes differ by at most one.
 
     >>> assign_rows(torch.tensor([[0.0, 0.1], [0.0, 0.9], [0.2, 0.8], [0.3, 0.4]]))
     [1, 0, 0, 1]
@@ -114,12 +128,12 @@ def assign_rows(distances: Tensor) -> list[int]:
     regret = ordered.values[:, min(1, count - 1)] - ordered.values[:, 0]
     members = [0] * total
     for row in regret.argsort(descending=True, stable=True).tolist():
-        wanted = next(number for number in ordered.indices[row].tolist() if room[number])
-        room[wanted] -= 1
-        members[row] = wanted
+        nearest = next(number for number in ordered.indices[row].tolist() if room[number])
+        room[nearest] -= 1
+        members[row] = nearest
     return members
 
 
 def cut_rows(streams: Sequence[NDArray[Any]], length: int) -> NDArray[Any]:
-    """Cut streams of tokens into rows, (rows, length), one stream after the other; what does not fill a row is left."""
-    return np.concatenate([one[: len(one) // length * length].reshape(-1, length) for one in streams])
+    """Cut token streams into rows, (rows, length), one stream after the other. Incomplete rows are dropped."""
+    return np.concatenate([stream[: len(stream) // length * length].reshape(-1, length) for stream in streams])

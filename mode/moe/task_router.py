@@ -1,4 +1,4 @@
-"""Experts weighed by the task that a row is from, told or guessed from what came before it (MOELoRA).
+"""Weights of experts by the task of a row, which is given or predicted from the row's prefix (MOELoRA).
 
 Shapes: T tasks, N experts, B rows, S tokens per row, d hidden size.
 """
@@ -24,75 +24,87 @@ WIDTH = 64
 
 
 class Tasks(nn.Module):
-    """Which task every row is from: told, or guessed token by token from the mean embedding of the prefix.
+    """Weights of the tasks of every row. Tasks are given, or predicted at every token from the mean embedding so far.
 
     Attributes:
         embedding: Embeddings of the tasks, (T, 64).
-        guess: What guesses, by a softmax over tasks; None where tasks are told.
-        row_kinds: The rows' tasks, (B,) or (1,), as told; below 0 for none of them, which weighs all alike.
+        guess: Gate that predicts the weights of the tasks; None if tasks are given.
+        row_kinds: Given tasks of the rows, (B,) or (1,). A negative number means an unknown task, with equal weights.
         weights: Weights of the tasks in the latest forward pass, (B, S or 1, T).
-        auxiliary: Cross-entropy of the guess, in training.
+        auxiliary: Cross-entropy of the prediction in training; otherwise None.
     """
 
     def __init__(self, count: int, hidden: int, *, guessed: bool) -> None:
-        """Begin with random embeddings, and no idea of the task."""
+        """Initialise random embeddings and, if tasks are predicted, a gate with equal weights.
+
+        Args:
+            count: T.
+            hidden: d.
+            guessed: Whether tasks are predicted.
+        """
         super().__init__()
         self.embedding = nn.Parameter(torch.randn(count, WIDTH))
         self.guess = Gate(hidden, count - 1, settings=GateSettings(scope="prefix")) if guessed else None
         if self.guess is not None:
-            self.guess.weighs = False  # tasks, not experts: it is none of the routers that records tell of
+            self.guess.weighs = False  # it weighs tasks, not experts, so records do not list it as a router
         self.row_kinds: Tensor | None = None
         self.weights: Tensor | None = None
         self.auxiliary: Tensor | None = None
 
-    def look(self, embedded: Tensor, cache: Any, mask: Tensor | None) -> None:
-        """Weigh the tasks for rows whose tokens are embedded, (B, S, d), before the decoder runs."""
-        told, self.auxiliary = self.told(len(embedded), embedded.device), None
+    def weigh(self, embedded: Tensor, cache: Any, mask: Tensor | None) -> None:
+        """Set the weights of the tasks before the decoder runs. Training uses given tasks, evaluation predicted ones.
+
+        Args:
+            embedded: Embeddings of the rows' tokens, (B, S, d).
+            cache: Key-value cache, or None.
+            mask: Which of the tokens so far are text, or None.
+        """
+        given, self.auxiliary = self.weigh_given(len(embedded), embedded.device), None
         if self.guess is None:
-            self.weights = told
+            self.weights = given
             return
         self.guess.padding = mask
-        guessed = self.guess(embedded.detach(), cache)
+        predicted = self.guess(embedded.detach(), cache)
         if self.training and self.row_kinds is not None:
-            self.auxiliary = -(told * guessed.clamp(min=1e-9).log()).sum(-1).mean()
-        self.weights = told if self.training else guessed
+            self.auxiliary = -(given * predicted.clamp(min=1e-9).log()).sum(-1).mean()
+        self.weights = given if self.training else predicted
 
-    def told(self, rows: int, device: torch.device) -> Tensor:
-        """Return the weights of the tasks that were told, (B, 1, T): all on one, or the same for all."""
+    def weigh_given(self, rows: int, device: torch.device) -> Tensor:
+        """Return the weights of given tasks, (B, 1, T): one-hot, or equal for an unknown task."""
         count = len(self.embedding)
         if self.row_kinds is None:
             return torch.full((rows, 1, count), 1.0 / count, device=device)
         kinds = self.row_kinds.expand(rows)
-        one = functional.one_hot(kinds.clamp(min=0), count).float()
-        return torch.where(kinds[:, None] < 0, 1.0 / count, one)[:, None]
+        one_hot = functional.one_hot(kinds.clamp(min=0), count).float()
+        return torch.where(kinds[:, None] < 0, 1.0 / count, one_hot)[:, None]
 
 
 class TaskRouter(nn.Linear):
-    """Weights of a layer's experts: sum_t p(t) softmax(W e_t + b) over the tasks t of a row.
+    """Weights of a layer's experts, sum_t p(t) softmax(W e_t + b) over the tasks t of a row.
 
     Attributes:
-        tasks: What says which task a row is from; inside a tuple, since it is no part of this module.
-        weighs: That its output are weights of experts.
+        tasks: The model's `Tasks`, in a tuple so that torch does not register it as a submodule.
+        weighs: True: the module's output is weights of experts.
     """
 
     weighs = True
 
     def __init__(self, tasks: Tasks, num_experts: int) -> None:
-        """Begin as a linear layer does."""
+        """Initialise the weights like those of a linear layer."""
         super().__init__(WIDTH, num_experts)
         self.tasks = (tasks,)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Map what a layer reads, (B, S, d), of which the size alone counts, to weights of experts, (B, S, N)."""
+        """Return weights of experts, (B, S, N). Only the shape of the layer's input, (B, S, d), matters."""
         (tasks,) = self.tasks
         with torch.autocast(states.device.type, enabled=False):
-            each = functional.linear(tasks.embedding.float(), self.weight.float(), self.bias.float()).softmax(-1)
+            weights = functional.linear(tasks.embedding.float(), self.weight.float(), self.bias.float()).softmax(-1)
             assert tasks.weights is not None
-            return (tasks.weights @ each).expand(*states.shape[:-1], -1)
+            return (tasks.weights @ weights).expand(*states.shape[:-1], -1)
 
 
 def insert_tasks(model: PreTrainedModel, tasks: Tasks) -> None:
-    """Let a causal LM look at its rows' tasks before its decoder runs; a guess takes one slot of the cache more."""
+    """Add tasks to a causal LM and weigh them before the decoder runs. Predicted tasks take one more cache slot."""
     trunk, name = find_layer_stack(model)
     model.add_module("tasks", tasks)
     if tasks.guess is not None:
@@ -109,7 +121,7 @@ def insert_tasks(model: PreTrainedModel, tasks: Tasks) -> None:
         cached = options.get("use_cache", model.config.use_cache)
         if tasks.guess is not None and cached and options.get("past_key_values") is None:
             options["past_key_values"] = DynamicCache(config=model.config)
-        tasks.look(embedded, options.get("past_key_values"), options.get("attention_mask"))
+        tasks.weigh(embedded, options.get("past_key_values"), options.get("attention_mask"))
         return args, options
 
     trunk.register_forward_pre_hook(before, with_kwargs=True)

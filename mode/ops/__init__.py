@@ -1,1 +1,1 @@
-"""Kernels of training and scoring, each with a plain form to fall back on."""
+"""Kernels for training and scoring. Each has a plain implementation as a fallback."""

@@ -1,4 +1,4 @@
-"""Causal attention without a mask, and FlexAttention where it trains."""
+"""Causal attention without a mask, and checks for FlexAttention."""
 
 from __future__ import annotations
 
@@ -11,11 +11,23 @@ from torch.nn import functional
 from mode.core.errors import ConfigError
 
 UNMASKED = "mode_unmasked"
-"""Name by which `transformers` knows `attend_causally`, which has no mask made beside it."""
+"""Name under which `attend_causally` is registered in `transformers`, which then builds no attention mask."""
 
 
 def attend_causally(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
-    """Run the library's attention by torch's own function; where experts are batched, of all of them at once."""
+    """Compute causal attention with torch's scaled dot-product attention; one call serves all batched experts.
+
+    Args:
+        module: Attention layer of `transformers`.
+        query: Queries, (B, H, S, D); inside `torch.vmap`, batched over experts.
+        key: Keys, (B, K, S, D).
+        value: Values, of the shape of the keys.
+        args: Further arguments of the library's attention functions.
+        options: Keyword arguments of the library's attention functions.
+
+    Returns:
+        The outputs, (B, S, H, D), and None in place of attention weights.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if torch.compiler.is_compiling() or not torch._C._functorch.is_batchedtensor(query):
@@ -26,28 +38,28 @@ def attend_causally(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
 
 
 class BatchedAttention(torch.autograd.Function):
-    """Causal attention of batched experts: rows of all experts are rows of one call.
+    """Causal attention of batched experts: the rows of all experts form one batch of one call.
 
-    Torch's rule for batching attention knows neither autocast nor processors. Gradients are those of the one call.
+    Torch's batching rule for attention supports neither autocast nor CPUs. Gradients are those of the one call.
     """
 
     @staticmethod
     def forward(*given: Any) -> Tensor:
-        """Is never called: this exists for `vmap`."""
+        """Raise an error: only `vmap` is used."""
         raise NotImplementedError
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Is never called."""
+        """Do nothing: only `vmap` is used."""
 
     @staticmethod
     def vmap(
         info: Any, places: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None
     ) -> tuple[Tensor, int]:
-        """Attend with queries, (N, B, H, S, D), and keys and values, (N, B, K, S, D)."""
+        """Attend with queries, (N, B, H, S, D), and keys and values, (N, B, K, S, D), of N experts."""
         n = info.batch_size
         q, k, v = (
-            each.movedim(place, 0).flatten(0, 1) for each, place in zip((query, key, value), places, strict=False)
+            part.movedim(place, 0).flatten(0, 1) for part, place in zip((query, key, value), places, strict=False)
         )
         states = functional.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
@@ -56,44 +68,54 @@ class BatchedAttention(torch.autograd.Function):
 
 
 FLEXIBLE = ("cuda",)
-"""Types of device on which FlexAttention trains."""
+"""Device types on which FlexAttention has a backward pass."""
 
 
 def find_unmasked_configs(model: nn.Module, length: int) -> list[Any]:
-    """Return the configurations by which decoders attend that need no mask for rows of so many tokens.
+    """Return the configurations of decoders that need no attention mask, and register `attend_causally`.
 
-    Those are decoders with torch's own attention where no layer sees less than the whole row.
+    These decoders use torch's scaled dot-product attention, and all their layers attend to the whole row.
+
+    Args:
+        model: The model.
+        length: Tokens per row.
     """
     from transformers import AttentionInterface
 
     AttentionInterface.register(UNMASKED, attend_causally)
     return [
-        each for each in find_configs(model) if each._attn_implementation == "sdpa" and sees_whole_rows(each, length)
+        config
+        for config in find_configs(model)
+        if config._attn_implementation == "sdpa" and sees_whole_rows(config, length)
     ]
 
 
 def find_configs(model: nn.Module) -> list[Any]:
-    """Return the configurations by which decoders attend."""
+    """Return the distinct `transformers` configurations of a model's modules."""
     from transformers import PretrainedConfig
 
     configs = (getattr(module, "config", None) for module in model.modules())
-    return list({id(each): each for each in configs if isinstance(each, PretrainedConfig)}.values())
+    return list({id(config): config for config in configs if isinstance(config, PretrainedConfig)}.values())
 
 
 def check_flex_attention(model: Any, kind: str) -> None:
-    """Refuse FlexAttention where it does not train: on a device of another type, or a family without it.
+    """Check that a model can train with FlexAttention.
+
+    Args:
+        model: A model of `transformers`.
+        kind: Type of the device.
 
     Raises:
-        ConfigError: It is so.
+        ConfigError: The device has no FlexAttention with a backward pass, or the model's family does not support it.
     """
     if kind not in FLEXIBLE:
-        raise ConfigError("train.attention=flex needs a CUDA device: FlexAttention does not train on others")
+        raise ConfigError("train.kernels.attention=flex needs a CUDA device; use sdpa on others")
     if not model._supports_flex_attn:
         family = model.config.model_type
-        raise ConfigError(f"train.attention=flex: transformers has no FlexAttention for {family}; sdpa goes with all")
+        raise ConfigError(f"train.kernels.attention=flex: transformers has no FlexAttention for {family}; use sdpa")
 
 
 def sees_whole_rows(config: Any, length: int) -> bool:
-    """Say whether all layers of a decoder see the whole of rows of so many tokens."""
+    """Return whether all layers of a decoder attend to the whole of a row of `length` tokens."""
     window = getattr(config.get_text_config(), "sliding_window", None)
     return window is None or window >= length

@@ -1,4 +1,4 @@
-"""Next-token loss and scores, computed in chunks so that the logits of a whole batch never exist.
+"""Next-token loss and scores, computed chunk by chunk, so that the logits of a whole batch are never stored.
 
 Shapes: B rows, S tokens per row, d hidden size, V vocabulary size.
 """
@@ -17,34 +17,40 @@ from torch.utils.checkpoint import checkpoint
 from mode.ops.patch import Patch
 
 CHUNK = 512
-"""Tokens per chunk of the training loss on a processor, where torch's own choice is several times slower for small
-vocabularies."""
+"""Tokens per chunk of the training loss on a CPU. For small vocabularies, torch's default is several times slower."""
 
 
 HALF_CHUNK = 256
-"""The same where a chunk's logits take more memory, in which it is as fast: with more words than `WIDE`, and in bf16,
-where they are held in both precisions. Bounded logits and held rows have `CHUNK` of any."""
+"""Tokens per chunk on a CPU where the logits of a token take more memory: for vocabularies larger than `WIDE`, and in
+bf16, where logits are stored in both precisions. It is as fast as `CHUNK` there. Capped logits and the divergence of
+anchored rows always use `CHUNK`."""
 
 
 WIDE = 4096
+"""Vocabulary size above which a CPU uses `HALF_CHUNK`."""
 
 
 CUDA_CHUNK = 2048
-"""The same on a GPU, whose products of matrices want more rows."""
+"""Tokens per chunk on a GPU, where matrix products need more rows to be efficient."""
 
 
 PART = 2048
-"""Words whose part of the head's gradient a processor forms and adds at a time."""
+"""Vocabulary entries for which a CPU computes and adds the head's gradient at a time."""
 
 
 NATIVE = hasattr(nn, "LinearCrossEntropyOptions")
-"""Whether torch has the fused loss, which came with 2.13."""
+"""Whether torch has the fused linear cross-entropy, which is new in 2.13."""
 
 
 def compute_hidden_states(model: nn.Module, input_ids: Tensor, **options: Any) -> Tensor:
-    """Return the final hidden states of a causal LM, (B, S, d), without applying its head.
+    """Return the final hidden states of a causal LM, (B, S, d), without applying the output head.
 
-    A head that is more than a matrix widens them by what its `wide` weight expects (`mode.modular.head`).
+    A modular head appends further inputs to the hidden states, to match its `wide` weight (`mode.modular.head`).
+
+    Args:
+        model: A causal LM.
+        input_ids: Tokens, (B, S).
+        options: Further arguments of the decoder.
     """
     backbone: Any = model.base_model
     states: Tensor = backbone(input_ids=input_ids, **{"use_cache": False} | options).last_hidden_state
@@ -60,7 +66,7 @@ def output_head(model: nn.Module) -> Tensor:
 
 
 def logit_softcap(model: nn.Module) -> float | None:
-    """Return the bound c that a model's logits are squashed to, c tanh(logits / c), or None (Gemma 2)."""
+    """Return the softcap c of a model whose logits are c tanh(logits / c), as in Gemma 2; None without a softcap."""
     config: Any = model.config
     cap: float | None = getattr(config.get_text_config(), "final_logit_softcapping", None)
     return cap
@@ -71,17 +77,21 @@ def compute_next_token_loss(
 ) -> Tensor:
     """Return the mean cross-entropy in nats over all tokens of a batch.
 
-    The native fused function forms the gradients chunk by chunk in the forward pass and skips the weight's when the
-    head is frozen. It knows no bounded logits: those are formed chunk by chunk, and again in the backward pass. Nor
-    does it keep sums in fp32 where products are in bf16: `ChunkedLoss` does, which also stands in for it where torch
-    has none yet.
+    There are three implementations:
+
+    * In fp32, torch's fused function computes gradients chunk by chunk in the forward pass. It computes no gradient
+      of a frozen head.
+    * In bf16, and in releases of torch without the fused function, `ChunkedLoss` does the same. Unlike the fused
+      function it accumulates in fp32 when the products are in bf16.
+    * Capped logits, which the fused function does not support, are computed chunk by chunk and recomputed in the
+      backward pass.
 
     Args:
         states: Final hidden states, (B, S, d).
         weight: Head, (V, d).
         targets: Next tokens, (B, S).
-        cap: Bound of the logits, if there is one; they are in fp32 then.
-        precision: Of the products of matrices, `fp32` or `bf16`; all else is in fp32.
+        cap: Softcap of the logits, or None. Capped logits are in fp32.
+        precision: Precision of the matrix products, `fp32` or `bf16`. All other operations are in fp32.
     """
     flat, labels = states.reshape(-1, states.shape[-1]).float(), targets.reshape(-1)
     if cap is None and (precision == "bf16" or not NATIVE):
@@ -94,46 +104,55 @@ def compute_next_token_loss(
         loss: Tensor = functional.linear_cross_entropy(flat, weight.float(), labels, options=options)
         return loss
     total = torch.zeros((), device=flat.device)
-    for piece, wanted in zip(torch.split(flat, CHUNK), torch.split(labels, CHUNK), strict=True):
-        total = total + checkpoint(compute_capped_loss, piece, weight.float(), wanted, cap, use_reentrant=False)
+    for piece, target in zip(torch.split(flat, CHUNK), torch.split(labels, CHUNK), strict=True):
+        total = total + checkpoint(compute_capped_loss, piece, weight.float(), target, cap, use_reentrant=False)
     return total / len(labels)
 
 
 def choose_chunk(weight: Tensor, kind: torch.dtype) -> int:
-    """Return the tokens per chunk of a loss with a head, (V, d), by how long they were measured to take."""
+    """Return the number of tokens per chunk for a head, (V, d). The choices follow from measured times."""
     if weight.device.type == "cuda":
         return CUDA_CHUNK
     return HALF_CHUNK if kind == torch.bfloat16 or len(weight) > WIDE else CHUNK
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Mean cross-entropy whose products of matrices are in bf16 or fp32, and whose sums and softmax are in fp32.
+    """Mean cross-entropy with matrix products in bf16 or fp32, and with sums and softmax in fp32.
 
-    Like the native function it forms gradients chunk by chunk in the forward pass. On a processor with instructions
-    for bf16 the native one is slower in bf16 than in fp32, and its loss has the three digits of bf16.
+    Like torch's fused function, it computes gradients chunk by chunk in the forward pass. On a CPU with bf16
+    instructions, the fused function is slower in bf16 than in fp32, and its loss has only the three digits of bf16.
     """
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, kind: torch.dtype, chunk: int) -> Tensor:
-        """Return the loss of states, (tokens, d), with a head, (V, d), for next tokens, (tokens,)."""
+        """Return the loss.
+
+        Args:
+            ctx: Context of autograd.
+            states: Final hidden states, (tokens, d).
+            weight: Head, (V, d).
+            targets: Next tokens, (tokens,).
+            kind: Data type of the matrix products.
+            chunk: Tokens per chunk.
+        """
         narrow, count = weight.to(kind), len(targets)
         for_states = torch.empty_like(states)
         for_weight = torch.empty_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), device=states.device)
-        # The same memory for every chunk: on a processor a large piece of it comes from the system, a page at a time.
+        # All chunks reuse the same buffers: on a CPU, the system maps a new large buffer page by page.
         products = narrow.new_empty(min(chunk, count), len(weight))
         logits = products if kind == torch.float32 else torch.empty_like(products, dtype=torch.float32)
-        found = logits if logits.device.type == "cpu" else torch.empty_like(logits)
+        softmax = logits if logits.device.type == "cpu" else torch.empty_like(logits)
         for start in range(0, count, chunk):
             piece = states[start : start + chunk].to(kind)
-            wanted = targets[start : start + chunk, None]
+            labels = targets[start : start + chunk, None]
             product, wide = products[: len(piece)], logits[: len(piece)]
             torch.mm(piece, narrow.T, out=product)
             if wide.dtype != kind:
                 wide.copy_(product)
-            scores = torch.log_softmax(wide, -1, out=found[: len(piece)])  # a processor's goes row by row: in its place
-            total -= scores.gather(1, wanted).sum()
-            product.copy_(scores.exp_().scatter_add_(1, wanted, scores.new_full(wanted.shape, -1.0)).div_(count))
+            scores = torch.log_softmax(wide, -1, out=softmax[: len(piece)])  # in place on a CPU, which goes row by row
+            total -= scores.gather(1, labels).sum()
+            product.copy_(scores.exp_().scatter_add_(1, labels, scores.new_full(labels.shape, -1.0)).div_(count))
             for_states[start : start + chunk] = product @ narrow
             if for_weight is not None:
                 add_products(for_weight, product, piece, first=start == 0)
@@ -142,25 +161,25 @@ class ChunkedLoss(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        """Scale the gradients that the forward pass formed."""
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        """Scale the gradients that the forward pass computed."""
         for_states, for_weight = ctx.saved_tensors
-        (slope,) = slopes
-        return slope * for_states, None if for_weight is None else (slope * for_weight).to(ctx.kind), None, None, None
+        (grad,) = grads
+        return grad * for_states, None if for_weight is None else (grad * for_weight).to(ctx.kind), None, None, None
 
 
-def add_products(total: Tensor, slope: Tensor, states: Tensor, *, first: bool) -> None:
-    """Add slope.T @ states to a matrix in fp32, (V, d); on a processor part by part, so that its cache holds the casts.
+def add_products(total: Tensor, grad: Tensor, states: Tensor, *, first: bool) -> None:
+    """Add grad.T @ states to an fp32 matrix. On a CPU this is done in parts, so that the casts fit in the cache.
 
     Args:
-        total: The matrix.
-        slope: Gradient of the logits, (tokens, V).
+        total: The matrix, (V, d).
+        grad: Gradient of the logits, (tokens, V).
         states: Hidden states, (tokens, d).
-        first: Whether nothing has been added yet.
+        first: Whether to overwrite the matrix, which is uninitialised before the first chunk.
     """
-    words = PART if total.device.type == "cpu" else len(total)
-    for part, of_part in zip(torch.split(total, words), torch.split(slope, words, dim=1), strict=True):
-        product = of_part.T @ states
+    size = PART if total.device.type == "cpu" else len(total)
+    for part, part_grad in zip(torch.split(total, size), torch.split(grad, size, dim=1), strict=True):
+        product = part_grad.T @ states
         if first:
             part.copy_(product)
         else:
@@ -168,23 +187,23 @@ def add_products(total: Tensor, slope: Tensor, states: Tensor, *, first: bool) -
 
 
 def compute_capped_loss(states: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """Return the summed cross-entropy of bounded logits."""
+    """Return the cross-entropy of capped logits, summed over tokens."""
     return functional.cross_entropy(cap * torch.tanh(states @ weight.T / cap), targets, reduction="sum")
 
 
 def compute_divergence(
     states: Tensor, weight: Tensor, known: Tensor, known_weight: Tensor, cap: float | None = None
 ) -> Tensor:
-    """Return the mean KL divergence of a model's predictions from known ones, KL(known || model), in nats per token.
+    """Return the mean KL divergence of a model's predictions from a reference's, KL(known || model), in nats per token.
 
-    Logits are formed chunk by chunk, and again in the backward pass.
+    Logits are computed chunk by chunk and recomputed in the backward pass.
 
     Args:
         states: Final hidden states of the model, (B, S, d).
-        weight: Its head, (V, d).
-        known: Final hidden states of the known model, (B, S, d); no gradient goes into them.
-        known_weight: Its head, (V, d).
-        cap: Bound of both models' logits, if there is one.
+        weight: Head of the model, (V, d).
+        known: Final hidden states of the reference model, (B, S, d). They receive no gradient.
+        known_weight: Head of the reference model, (V, d).
+        cap: Softcap of both models' logits, or None.
     """
     flat, other = (part.reshape(-1, part.shape[-1]).float() for part in (states, known))
     total = torch.zeros((), device=flat.device)
@@ -195,35 +214,41 @@ def compute_divergence(
 
 
 def sum_divergence(states: Tensor, weight: Tensor, known: Tensor, known_weight: Tensor, cap: float | None) -> Tensor:
-    """Return the summed divergence of a chunk of tokens."""
-    logits, wanted = states @ weight.T, known.detach() @ known_weight.detach().T
+    """Return the KL divergence of a chunk of tokens, summed over tokens."""
+    logits, reference = states @ weight.T, known.detach() @ known_weight.detach().T
     if cap is not None:
-        logits, wanted = cap * torch.tanh(logits / cap), cap * torch.tanh(wanted / cap)
-    return functional.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="sum", log_target=True)
+        logits, reference = cap * torch.tanh(logits / cap), cap * torch.tanh(reference / cap)
+    return functional.kl_div(logits.log_softmax(-1), reference.log_softmax(-1), reduction="sum", log_target=True)
 
 
 def compute_auxiliary_loss(model: nn.Module) -> Tensor | None:
-    """Return the sum of what modules want minimised beside the next-token loss, or None.
+    """Return the sum of the auxiliary losses of a model's modules, or None if there are none.
 
-    A module says so by leaving a scalar in `auxiliary`, None before, during its forward pass in training.
+    A module with an auxiliary loss stores a scalar in its attribute `auxiliary` in every forward pass in training. The
+    attribute is None otherwise.
     """
     return sum_auxiliary(find_auxiliary_modules(model))
 
 
 def find_auxiliary_modules(model: nn.Module) -> list[Any]:
-    """Return the modules that may want something minimised; a walk over all of a model takes a while in every step."""
+    """Return the modules that may have an auxiliary loss. Searching a whole model in every step would be slow."""
     return [module for module in model.modules() if hasattr(module, "auxiliary")]
 
 
 def sum_auxiliary(modules: Sequence[Any]) -> Tensor | None:
-    """Return the sum of what such modules want minimised."""
+    """Return the sum of the auxiliary losses of modules, or None if there are none."""
     parts = [part for module in modules if (part := module.auxiliary) is not None]
     return torch.stack(parts).sum() if parts else None
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Per token: negative log-likelihood in nats, and whether the most likely token was right; both (num_tokens,)."""
+    """Scores of the tokens of a batch.
+
+    Attributes:
+        nll: Negative log-likelihood of every token in nats, (num_tokens,).
+        hit: Whether every token was the most likely one, (num_tokens,).
+    """
 
     nll: Tensor
     hit: Tensor
@@ -233,14 +258,14 @@ class TokenScores:
 def score_states(
     states: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK, cap: float | None = None
 ) -> TokenScores:
-    """Score every token of a batch, holding the logits of `chunk` tokens at a time, or of fewer where that is faster.
+    """Score every token of a batch, with the logits of one chunk of tokens in memory.
 
     Args:
         states: Final hidden states, (B, S, d).
         weight: Head, (V, d).
         targets: Next tokens, (B, S).
-        chunk: Tokens per chunk.
-        cap: Bound of the logits, if there is one.
+        chunk: Most tokens per chunk; fewer are used where that is faster.
+        cap: Softcap of the logits, or None.
     """
     flat, labels = states.reshape(-1, states.shape[-1]).float(), targets.reshape(-1)
     nll, hit = (
@@ -248,35 +273,35 @@ def score_states(
         torch.empty(len(labels), dtype=torch.bool, device=flat.device),
     )
     chunk, weight = min(chunk, choose_chunk(weight, torch.float32), max(len(labels), 1)), weight.float()
-    products, scores = flat.new_empty(2, chunk, len(weight))  # once for all chunks, as in training
+    products, scores = flat.new_empty(2, chunk, len(weight))  # buffers that all chunks reuse, as in training
     for start in range(0, len(labels), chunk):
-        lines = slice(start, start + chunk)
-        logits = torch.mm(flat[lines], weight.T, out=products[: len(flat[lines])])
+        tokens = slice(start, start + chunk)
+        logits = torch.mm(flat[tokens], weight.T, out=products[: len(flat[tokens])])
         if cap is not None:
             logits.div_(cap).tanh_().mul_(cap)
-        known = torch.log_softmax(logits, -1, out=scores[: len(logits)])
-        nll[lines] = -known.gather(1, labels[lines, None])[:, 0]
-        hit[lines] = find_hits(logits, labels[lines])
+        log_probabilities = torch.log_softmax(logits, -1, out=scores[: len(logits)])
+        nll[tokens] = -log_probabilities.gather(1, labels[tokens, None])[:, 0]
+        hit[tokens] = find_hits(logits, labels[tokens])
     return TokenScores(nll, hit)
 
 
 def find_hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Say of every token whether the most likely one is right, of several the first, (tokens,).
+    """Return for every token whether the label has the largest logit, (tokens,). Among equal logits the first counts.
 
-    To find the largest of the others takes a processor a fraction of what it takes to find where the largest is.
+    On a CPU, the largest logit of the other tokens is compared with the label's: a maximum is faster than an argmax.
 
     Args:
-        logits: Of every token, (tokens, V); they may be lost.
-        labels: The right ones, (tokens,).
+        logits: Logits, (tokens, V). The function may overwrite them.
+        labels: Correct tokens, (tokens,).
     """
     if logits.device.type != "cpu":
         return logits.argmax(-1) == labels
-    wanted = labels[:, None]
-    own = logits.gather(1, wanted)
-    others = logits.scatter_(1, wanted, -torch.inf).amax(-1, keepdim=True)
+    columns = labels[:, None]
+    own = logits.gather(1, columns)
+    others = logits.scatter_(1, columns, -torch.inf).amax(-1, keepdim=True)
     hit, tied = (own > others)[:, 0], (own == others)[:, 0]
     if tied.any():
-        logits.scatter_(1, wanted, own)
+        logits.scatter_(1, columns, own)
         hit[tied] = logits[tied].argmax(-1) == labels[tied]
     return hit
 
@@ -284,19 +309,21 @@ def find_hits(logits: Tensor, labels: Tensor) -> Tensor:
 def score_tokens(
     model: nn.Module, input_ids: Tensor, targets: Tensor, chunk: int = CHUNK, **options: Any
 ) -> TokenScores:
-    """Score every token of a batch by a causal LM, or by what mixes several in a way of its own (`mode.moe.ensemble`).
+    """Score every token of a batch with a causal LM or an ensemble.
+
+    A model with its own method `score_tokens` is scored by that method (`mode.moe.ensemble`).
 
     Args:
         model: The model.
         input_ids: Tokens, (B, S).
         targets: Next tokens, (B, S).
-        chunk: Tokens whose logits exist at one time.
-        options: As the decoder's.
+        chunk: Most tokens whose logits are in memory at one time.
+        options: Further arguments of the decoder.
     """
-    own = getattr(model, "token_scores", None)
+    score = getattr(model, "score_tokens", None)
     with Patch(model):
-        if own is not None:
-            scores: TokenScores = own(input_ids, targets, chunk, **options)
+        if score is not None:
+            scores: TokenScores = score(input_ids, targets, chunk, **options)
             return scores
         states = compute_hidden_states(model, input_ids, **options)
     return score_states(states, output_head(model), targets, chunk, logit_softcap(model))

@@ -1,4 +1,4 @@
-"""A model whose layers compute some things as it is done here, on a processor, and not as `transformers` does."""
+"""Replace some functions of `transformers` with faster equivalents on a CPU."""
 
 from __future__ import annotations
 
@@ -12,51 +12,50 @@ from mode.ops.rotary import apply_rotary
 from mode.ops.swiglu import apply_feed_forward
 
 ROTARY = "apply_rotary_pos_emb"
-"""Name of the function that turns queries and keys, in every module of `transformers` whose attention has one."""
+"""Name of the function that applies rotary embeddings, in the modules of `transformers` that have one."""
 
 
 class Patch:
-    """A model on a processor that computes some things as it is done here, to the same bits, in its context.
+    """Context in which a model on a CPU uses this package's rotary embeddings, norms and feed-forward layers.
 
-    These are its rotary embeddings, its norms and its feed-forward layers.
-
-    What is exchanged is the library's functions where their code is Llama's, as it is in most families, for all models
-    of the family. They are for one backward pass: neither second derivatives nor `torch.func` go through them.
+    The results are bit-identical. A function of the library is replaced if its code equals Llama's, as it does in most
+    families. The replacement affects all models of the family. The replacements support one backward pass: neither
+    second derivatives nor `torch.func` work with them. On other devices the context does nothing.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Find them among what the model is made of."""
+        """Find the functions to replace in the model's classes and their modules."""
         from transformers.models.llama import modeling_llama as llama
 
-        on_processor = next(model.parameters()).device.type == "cpu"
-        kinds = {type(module) for module in model.modules()} if on_processor else set()
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        kinds = {type(module) for module in model.modules()} if on_cpu else set()
         sources: set[Any] = {sys.modules[kind.__module__] for kind in kinds}
-        found: list[tuple[Any, str, Any]] = [
+        patches: list[tuple[Any, str, Any]] = [
             (source, ROTARY, apply_rotary)
             for source in sources
             if have_same_code(source, llama, ROTARY) and have_same_code(source, llama, "rotate_half")
         ]
-        for own, ours in ((llama.LlamaRMSNorm, apply_rms_norm), (llama.LlamaMLP, apply_feed_forward)):
-            found += [(kind, "forward", ours) for kind in kinds if have_same_code(kind, own, "forward")]
-        self.places = [each for each in found if getattr(*each[:2]) is not each[2]]
-        self.own = [vars(place).get(name) for place, name, _ in self.places]
+        for original, new in ((llama.LlamaRMSNorm, apply_rms_norm), (llama.LlamaMLP, apply_feed_forward)):
+            patches += [(kind, "forward", new) for kind in kinds if have_same_code(kind, original, "forward")]
+        self.patches = [patch for patch in patches if getattr(*patch[:2]) is not patch[2]]
+        self.originals = [vars(owner).get(name) for owner, name, _ in self.patches]
 
     def __enter__(self) -> None:
-        """Exchange the functions."""
-        for place, name, ours in self.places:
-            setattr(place, name, ours)
+        """Replace the library's functions."""
+        for owner, name, new in self.patches:
+            setattr(owner, name, new)
 
     def __exit__(self, *_: object) -> None:
-        """Put the library's back."""
-        for (place, name, _), own in zip(self.places, self.own, strict=True):
-            if own is None:  # of another class that this one is a kind of
-                delattr(place, name)
+        """Restore the library's functions."""
+        for (owner, name, _), original in zip(self.patches, self.originals, strict=True):
+            if original is None:  # inherited from a base class
+                delattr(owner, name)
             else:
-                setattr(place, name, own)
+                setattr(owner, name, original)
 
 
 def have_same_code(one: Any, other: Any, name: str) -> bool:
-    """Say whether two modules or classes have a function of the same name and code."""
-    codes = [getattr(getattr(each, name, None), "__code__", None) for each in (one, other)]
-    seen = [None if code is None else (code.co_code, code.co_names) for code in codes]
-    return seen[0] == seen[1] is not None
+    """Return whether two modules or classes both have a function of this name, with the same code."""
+    functions = [getattr(getattr(owner, name, None), "__code__", None) for owner in (one, other)]
+    codes = [None if code is None else (code.co_code, code.co_names) for code in functions]
+    return codes[0] == codes[1] is not None

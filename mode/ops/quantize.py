@@ -1,7 +1,8 @@
-"""Frozen matrices in eight bits: a scale for every row, and products with what that gives back, in either pass.
+"""Frozen matrices stored in eight bits, with one scale per row, and dequantized for every matrix product.
 
-Nothing is computed in eight bits. What is spared is memory: a byte a weight where fp32 has four, and a step in bf16 two
-more for a copy. `torchao` has tensors of the kind, but those of int8 take no part in autocast.
+Nothing is computed in eight bits. Quantization saves memory: a weight takes one byte. It takes four bytes in fp32, and
+two more for the copy that a bf16 step makes. `torchao` has similar tensors, but its int8 tensors do not support
+autocast.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from mode.backbone.structure import find_decoder_layers
 from mode.core.errors import ConfigError
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""Largest value of each data type."""
 
 
 KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""Data type of each eight-bit format."""
 
 
 class QuantizedProduct(torch.autograd.Function):
-    """x W^T, whose backward pass makes W from its eight bits once more, so that no pass keeps it."""
+    """x W^T with a quantized W. The backward pass dequantizes W again, so W is not kept between the passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
@@ -32,26 +35,31 @@ class QuantizedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Map the gradient of what went out, (..., o), to that of what came in, (..., d)."""
+        """Map the gradient of the output, (..., o), to the gradient of x, (..., d)."""
         values, scale = ctx.saved_tensors
         return grad @ dequantize(values, scale, grad.dtype), None, None
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear map, d inputs to o outputs.
+    """A frozen, quantized linear layer with d inputs and o outputs.
 
     Attributes:
-        values: W / scale in eight bits, (o, d); fp8 as plain bytes, which every backend can send.
-        scale: Largest number of every row as a share of the largest of the kind, (o, 1), fp32.
-        bias: As it was, (o,), or None.
-        kind: Kind of the eight bits.
+        values: W / scale in eight bits, (o, d). fp8 is stored as uint8, which every communication backend supports.
+        scale: Largest absolute value of every row divided by the largest value of the data type, (o, 1), in fp32.
+        bias: The bias, unchanged, (o,), or None.
+        kind: Data type of the eight bits.
     """
 
     values: Tensor
     scale: Tensor
 
     def __init__(self, base: Any, kind: torch.dtype) -> None:
-        """Take the place of a linear layer, or of GPT-2's, whose matrix is (d, o)."""
+        """Quantize a linear layer, or a `Conv1D` of GPT-2, whose matrix is (d, o).
+
+        Args:
+            base: The layer.
+            kind: Data type of the eight bits.
+        """
         super().__init__()
         weight = base.weight.detach() if type(base) is nn.Linear else base.weight.detach().T.contiguous()
         values, scale = quantize(weight, kind)
@@ -70,37 +78,37 @@ class QuantizedLinear(nn.Module):
 
 
 def quantize(weight: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return a matrix, (o, d), in eight bits and the scale of every row, (o, 1): rounded to the nearest."""
+    """Quantize a matrix, (o, d), with rounding to the nearest value; return it and the scale of every row, (o, 1)."""
     scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / LARGEST[kind]
-    shares = weight.float() / scale
-    return (shares.round() if kind is torch.int8 else shares).to(kind), scale
+    scaled = weight.float() / scale
+    return (scaled.round() if kind is torch.int8 else scaled).to(kind), scale
 
 
 def dequantize(values: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
-    """Return a matrix, (o, d), from its eight bits, in the kind of number that it is multiplied with."""
+    """Return a quantized matrix, (o, d), in the data type of the matrix product."""
     return values.to(kind).mul_(scale)
 
 
 def quantize_frozen(model: nn.Module, choice: str) -> None:
-    """Hold what is frozen of the linear maps in decoder layers in eight bits, in place; `full` leaves all as it is.
+    """Quantize the frozen linear layers in a model's decoder layers, in place.
 
     Args:
-        model: A model, with what is frozen frozen.
-        choice: `full`, `int8` or `fp8`.
+        model: A model whose frozen parameters require no gradient.
+        choice: `int8` or `fp8`; `full` leaves the model unchanged.
 
     Raises:
-        ConfigError: No such map is frozen.
+        ConfigError: No linear layer in the decoder layers is frozen.
     """
     if choice == "full":
         return
     from transformers.pytorch_utils import Conv1D
 
-    made: dict[nn.Module, QuantizedLinear] = {}
+    replacements: dict[nn.Module, QuantizedLinear] = {}
     for layer in find_decoder_layers(model):
         for path, module in list(layer.named_modules()):
             if type(module) in (nn.Linear, Conv1D) and not module.weight.requires_grad:
-                if module not in made:
-                    made[module] = QuantizedLinear(module, KINDS[choice])
-                layer.set_submodule(path, made[module])
-    if not made:
-        raise ConfigError(f"train.frozen_weights={choice}: no linear map of this model's layers is frozen")
+                if module not in replacements:
+                    replacements[module] = QuantizedLinear(module, KINDS[choice])
+                layer.set_submodule(path, replacements[module])
+    if not replacements:
+        raise ConfigError(f"train.memory.frozen_weights={choice}: this model has no frozen linear layer; use full")

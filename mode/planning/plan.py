@@ -57,7 +57,8 @@ def summarise_estimates(work: Work, estimates: list[Estimate], devices: int, dev
     """Summarise in one line which layout is fastest, what bounds it, and whether `mpmd` could be faster."""
     fits = [one for one in estimates if one.memory <= device.memory]
     if not fits:
-        return "no layout fits: more devices, train.accumulate, or train.activation_checkpointing"
+        more = "train.batch.gradient_accumulation_steps, or train.memory.activation_checkpointing"
+        return f"no layout fits: more devices, {more}"
     best = min(fits, key=lambda one: one.seconds)
     why = "computing" if best.computing > 0.9 * best.seconds else "traffic"
     text = f"best: {best.layout}, bound by {why}"

@@ -78,7 +78,7 @@ def describe_work(run: Run) -> Work:
         ConfigError: The method has no closed form of its cost.
     """
     method, shape, length = run.method, read_shape(run.backbone), run.train.sequence_length
-    tokens = run.train.batch_size * length
+    tokens = run.train.batch.size * length
     outside = shape.parameters - sum(layer.parameters for layer in shape.layers)
     if isinstance(method, MoDE):
         blocks, count, (shared, chosen) = [], method.count(run), method.kept_shares(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -12,15 +11,13 @@ from typing import Any
 
 from mode.config import identity
 from mode.config.compose import compose as compose_run
-from mode.config.compose import quote
+from mode.config.compose import format_value
 from mode.config.groups import list_members, read_group
+from mode.config.names import rename_settings
 from mode.config.registry import find_method
 from mode.config.run import Run
 from mode.core.errors import ConfigError
 from mode.records.record import Record
-
-WORD = re.compile(r"[A-Za-z_][\w./-]*")
-"""Texts that need no quotes in Hydra's grammar."""
 
 
 def write_commands(records: Sequence[Record], extra: Path | None = None) -> dict[str, tuple[str, bool]]:
@@ -72,7 +69,7 @@ def write_variant(record: Record, extra: Path | None = None) -> str:
     run = compose_run((f"method={find_method_name(record.asked['method']['_target_'], extra)}",), extra)
     usual, replay = identity.describe_run(run), record.asked["train"].get("replay")
     told = list_differences(record.asked["method"], usual["method"], run.method, "method.")
-    return shlex.join([*told, *([f"train.replay={format_value(replay)}"] if replay else [])])
+    return shlex.join([*told, *([f"train.batch.replay={format_value(replay)}"] if replay else [])])
 
 
 def split_opening(asked: Mapping[str, Any], extra: Path | None) -> tuple[list[str], list[str]]:
@@ -117,8 +114,8 @@ def recorded_as(name: str, extra: Path | None) -> str | None:
 def list_changes(wanted: Mapping[str, Any], found: Mapping[str, Any], run: Run) -> list[str]:
     """Return the overrides that lead from what a run asks for to what is wanted."""
     return list_differences(
-        {name: value for name, value in wanted.items() if name not in ("backbone", "budget")},
-        {name: value for name, value in found.items() if name not in ("backbone", "budget")},
+        {name: value for name, value in rename_settings(wanted).items() if name not in ("backbone", "budget")},
+        {name: value for name, value in rename_settings(found).items() if name not in ("backbone", "budget")},
         run,
         "",
     )
@@ -137,22 +134,3 @@ def list_differences(wanted: Mapping[str, Any], found: Mapping[str, Any], settin
         if value is not MISSING and value != found.get(name, defaults.get(name)):
             overrides.append(f"{prefix}{name}={format_value(value)}")
     return overrides
-
-
-def format_value(value: Any) -> str:
-    """Write a value in Hydra's grammar.
-
-    >>> format_value([1e-05, None, True]), format_value({"english": 0.2}), format_value("a b")
-    ('[1e-05,null,true]', '{english:0.2}', "'a b'")
-    """
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(format_value, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{','.join(f'{key}:{format_value(inner)}' for key, inner in value.items())}}}"
-    if isinstance(value, str):
-        return value if WORD.fullmatch(value) else quote(value)
-    return repr(value)

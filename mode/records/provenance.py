@@ -12,14 +12,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mode.config.run import Run
 from mode.core import processes
 
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy", "reasoning-gym", "mwparserfromhell")
 
 
 def describe_provenance(
-    run: Run,
     *,
     data: Mapping[str, str],
     backbone: str,
@@ -27,16 +25,29 @@ def describe_provenance(
     needs: Sequence[str],
     device: str,
     precision: str,
+    threads: int,
+    layout: str,
 ) -> dict[str, Any]:
-    """Describe the conditions of a run. Called at its start, since the code may change before its end."""
+    """Describe the conditions of a run. Called at its start, since the code may change before its end.
+
+    Args:
+        data: Fingerprint of every domain's data.
+        backbone: Fingerprint of the weights that the run starts from.
+        pretraining: Fingerprints of the data that the backbone was pretrained on.
+        needs: Ids of the run's earlier stages.
+        device: Description of the device.
+        precision: Precision of forward and backward passes.
+        threads: CPU threads of torch.
+        layout: How several processes share the run.
+    """
     return {
         "data": dict(data),
         "backbone": backbone,
         "pretraining_data": dict(pretraining),
         "needs": list(needs),
         "precision": precision,
-        **describe_environment(device, run.train.threads),
-        **processes.describe_layout(run.train.layout),
+        **describe_environment(device, threads),
+        **processes.describe_layout(layout),
     }
 
 

@@ -3,98 +3,109 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
-from mode.config.check import to_yaml
-from mode.core import processes
-from mode.distributed import mpmd
+
 from mode.backbone.load import load_model
-from mode.core.errors import ConfigError
-from mode.data.contamination import measure_contamination
-from mode.core.files import AGAIN, CURVE, SETTINGS, WEIGHTS, list_checkpoints, remove, write_atomic
-from mode.core.files import lock_folder
-from mode.methods.base import Material
-from mode.runs.prepare import Prepared, find_finished, has_weights, prepare_run
-from mode.records.record import SCHEMA, Record
-from mode.records.provenance import describe_provenance
+from mode.config.check import to_yaml
 from mode.config.run import Run
-from mode.runs.fit import Observer, fit, fingerprint_self_sampled, score_domains
+from mode.core import processes
+from mode.core.errors import ConfigError
+from mode.core.files import AGAIN, CURVE, SETTINGS, WEIGHTS, list_checkpoints, lock_folder, remove, write_atomic
+from mode.data.contamination import measure_contamination
+from mode.methods.base import Material
+from mode.records.provenance import describe_provenance
+from mode.records.record import SCHEMA, Record, find_record
+from mode.runs.fit import Observer, fingerprint_self_sampled, fit, score_domains
+from mode.runs.prepare import Prepared, find_finished, has_weights, prepare_run
 from mode.runs.tracking import NoTracker, Tracker, make_tracker
 
 if TYPE_CHECKING:
     from pathlib import Path
+
     from torch import nn
+
+    from mode.config.train import Train
     from mode.evaluation.next_token import Score
     from mode.train.loop import Trained
+
 
 def execute(
     run: Run, *, again: bool = False, weights: bool = False, observe: Observer = lambda prepared, point: None
 ) -> Record:
-    """Execute a run and the runs it stands on, skipping what is done.
+    """Execute a run and the earlier stages that it needs, except those that are finished.
 
     Args:
         run: Configuration.
-        again: Train anew although there is a record.
-        weights: Train also when there is a record but its weights are not here.
+        again: Train even if there is a record.
+        weights: Train even if there is a record, where the trained weights are not on this machine.
         observe: Called with every point of a training curve.
 
     Returns:
         The record, which is also written to the results folder.
 
     Raises:
-        ConfigError: Something in the configuration, the data or an artefact is wrong.
+        ConfigError: The configuration, the data or an artefact is wrong.
     """
     with processes.main_first():
         prepared = prepare_run(run)
 
-    def done() -> Record | None:
+    def find_done() -> Record | None:
         record = find_finished(prepared)
-        there = record is not None and not again and (has_weights(prepared) or not weights)
-        return list_standing(prepared) if processes.broadcast_decision(there) else None
+        done = record is not None and not again and (has_weights(prepared) or not weights)
+        return read_finished(prepared) if processes.broadcast_decision(done) else None
 
-    # Only those who train take the lock, so runs that stand on the same finished one never meet at it.
-    if (record := done()) is not None:
+    # The lock is taken for training alone, so that runs that need the same finished stage do not wait for each other.
+    if (record := find_done()) is not None:
         return record
     with lock_folder(prepared.folder) if processes.is_main() else nullcontext():
-        if (record := done()) is not None:
+        if (record := find_done()) is not None:
             return record
         if again:
-            with processes.main_first():  # others must not go on from what is to be forgotten
+            with processes.main_first():  # the others must not resume from checkpoints that are removed here
                 start_over(prepared.folder)
         needs = []
-        check_spread(prepared)
+        check_layout(run.train, prepared.method.branches(run))
         for stage in prepared.method.needs(run):
             execute(stage, weights=True, observe=observe)
             needs.append(prepare_run(stage))
         return train_and_record(prepared, needs, observe, again=again)
 
 
-def check_spread(prepared: Prepared) -> None:
-    """Refuse a layout that cannot be, before anything is loaded and before the stages that a run stands on train."""
-    from mode.distributed.choose import check_processes
+def check_layout(settings: Train, branches: Sequence[str]) -> None:
+    """Check the layout, before anything is loaded and before the earlier stages of a run train.
 
-    settings, branches = prepared.run.train, prepared.method.branches(prepared.run)
-    check_processes(settings)
-    if settings.placement is not None and branches:  # without branches a model is refused as such
-        mpmd.check_placement(settings.placement, len(branches))
-
-
-def list_standing(prepared: Prepared) -> Record:
-    """Return the record of a run that has one.
+    Args:
+        settings: Settings of the loop.
+        branches: Names of the model's branches; empty for a model without branches, which `choose_layout` checks.
 
     Raises:
-        ConfigError: It is not here: processes on several machines have different folders of results.
+        ConfigError: The layout does not go with the number of processes or with the branches.
     """
-    record = find_finished(prepared)
+    from mode.distributed.choose import check_processes
+    from mode.distributed.mpmd import check_placement
+
+    check_processes(settings)
+    if settings.parallelism.placement is not None and branches:
+        check_placement(settings.parallelism.placement, len(branches))
+
+
+def read_finished(prepared: Prepared) -> Record:
+    """Return the record of a finished run.
+
+    Raises:
+        ConfigError: There is none: processes on several machines have different results folders.
+    """
+    record = find_record(prepared.results, prepared.id)
     if record is None:
         raise ConfigError(f"{prepared.results}: another folder than that of the first process; paths.* must be shared")
     return record
 
 
 def start_over(folder: Path) -> None:
-    """Forget what was trained before, once: a run that is started over and interrupted goes on where it stopped."""
+    """Remove checkpoints, curve and weights, once: if the new training is interrupted, it resumes as usual."""
     marker = folder / AGAIN
     if processes.is_main() and not marker.exists():
         remove(*list_checkpoints(folder), folder / CURVE, folder / WEIGHTS)
@@ -102,71 +113,86 @@ def start_over(folder: Path) -> None:
 
 
 def train_and_record(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again: bool) -> Record:
-    """Train, evaluate and record one run whose needs are met."""
+    """Train, evaluate and record one run whose earlier stages are finished."""
     from mode.core.device import describe_device, read_peak_memory, set_up
-    from mode.runs.forecast import count_flops, forecast
-    from mode.train.precision import choose_precision
     from mode.ops.quantize import quantize_frozen
+    from mode.runs.forecast import count_training_flops, forecast
+    from mode.train.precision import choose_precision
 
     run = prepared.run
     device = set_up(run.train.threads, run.train.device)
     model = build(prepared, needs)
-    check_context(model, run)
-    sizes = count_model_parameters(prepared, model)
-    quantize_frozen(model, run.train.frozen_weights)  # here, so that a device need not hold more
+    check_context(model, run.train.sequence_length, run.backbone.name)
+    sizes = count_model_parameters(model, prepared.method.backbone_size(run))
+    quantize_frozen(
+        model, run.train.memory.frozen_weights
+    )  # before the model moves to the device, which saves its memory
     model = model.to(device)
     conditions = describe_provenance(
-        run,
         data=prepared.fingerprints,
         backbone=prepared.backbone,
         pretraining=prepared.method.pretraining_data(run),
         needs=[stage.id for stage in needs],
         device=describe_device(device),
         precision=choose_precision(run.train, model),
+        threads=run.train.threads,
+        layout=run.train.parallelism.strategy,
     )
     if processes.is_main():
         write_atomic(prepared.folder / SETTINGS, to_yaml(run).encode())
-    # The count comes before training, so that a model that it cannot cope with costs nothing.
-    expected, taken = forecast(run), count_flops(run, model)
-    tracker = track_record(prepared)
+    # Operations are counted before training, so that a model that cannot be counted fails at no cost.
+    expected = forecast(run)
+    token_flops = count_training_flops(model, run.train) + prepared.method.anchoring_flops(run)
+    tracker = open_tracker(prepared)
     try:
-        trained = fit(prepared, model, tracker, observe, taken)
+        trained = fit(prepared, model, tracker, observe, token_flops)
         scores, scoring = evaluate_finished(prepared, model)
     except BaseException as error:  # an interrupt too: the tracker must not stay open for this process's next run
         tracker.abandon()
         if type(error).__name__ == "OutOfMemoryError":
-            raise ConfigError("out of memory: raise train.accumulate, or lower train.batch_size") from error
+            raise ConfigError(
+                "out of memory: raise train.batch.gradient_accumulation_steps, or lower train.batch.size"
+            ) from error
         raise
     tracker.finish({f"{run.evaluate.split}/{name}/accuracy": value.accuracy for name, value in scores.items()})
     happened = summarise_training(prepared, trained, scores, fingerprint_self_sampled(prepared, device)) | {
-        "flops": trained.tokens * taken,
+        "flops": trained.tokens * token_flops,
         "forecast": None if expected is None else asdict(expected),
         "parameters": sizes,
         "peak_memory_bytes": read_peak_memory(device),
         **scoring,
     }
     if processes.is_main():
-        keep_weights(prepared, model, Record(SCHEMA, prepared.id, prepared.asked, happened, conditions), again=again)
+        save_result(prepared, model, Record(SCHEMA, prepared.id, prepared.asked, happened, conditions), again=again)
     processes.wait()
-    return list_standing(prepared)
+    return read_finished(prepared)
 
 
 def evaluate_finished(prepared: Prepared, model: nn.Module) -> tuple[dict[str, Score], dict[str, Any]]:
-    """Score a finished model; return what a record says of that, beside the scores: its time, and what gates did."""
+    """Return the scores of a finished model, and the record's fields on scoring: its seconds and the gates' weights."""
     from mode.evaluation.next_token import check_finite
 
     begin = time.monotonic()
     with prepared.method.probed(model) as probe:
         scores = score_domains(prepared, model, prepared.run.evaluate.split, probe=probe)
     check_finite(scores)
-    about: dict[str, Any] = {"evaluation_seconds": round(time.monotonic() - begin, 2)}
+    fields: dict[str, Any] = {"evaluation_seconds": round(time.monotonic() - begin, 2)}
     if probe is not None:
-        about |= {"gates": probe.result(), "branches": prepared.method.branches(prepared.run)}
-    return scores, about
+        fields |= {"gates": probe.result(), "branches": prepared.method.branches(prepared.run)}
+    return scores, fields
 
 
-def summarise_training(prepared: Prepared, trained: Trained, scores: Mapping[str, Score], own_rows: str | None) -> dict[str, Any]:
-    """Return what a record says of a run's training and scores."""
+def summarise_training(
+    prepared: Prepared, trained: Trained, scores: Mapping[str, Score], self_sampled: str | None
+) -> dict[str, Any]:
+    """Return the record's fields on training and scores.
+
+    Args:
+        prepared: The run.
+        trained: Result of the loop.
+        scores: Score of every domain.
+        self_sampled: Fingerprint of the rows sampled from the backbone; None if there are none.
+    """
     run, known = prepared.run, prepared.method.pretraining_data(prepared.run)
     return {
         "steps": trained.steps,
@@ -178,30 +204,32 @@ def summarise_training(prepared: Prepared, trained: Trained, scores: Mapping[str
         "scores": {name: asdict(value) for name, value in scores.items()},
         "contamination": measure_contamination(prepared.packed, run.evaluate.split, known),
         "curve": list(trained.curve),
-        **({} if own_rows is None else {"own_rows": own_rows}),
+        **({} if self_sampled is None else {"own_rows": self_sampled}),
     }
 
 
-def check_context(model: nn.Module, run: Run) -> None:
-    """Refuse rows longer than the backbone is made for."""
+def check_context(model: nn.Module, sequence_length: int, backbone: str) -> None:
+    """Check that rows are not longer than the backbone's context.
+
+    Raises:
+        ConfigError: They are.
+    """
     config: Any = model.config
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and run.train.sequence_length > longest:
-        raise ConfigError(
-            f"train.sequence_length={run.train.sequence_length}: {run.backbone.name} reads {longest} at most"
-        )
+    if isinstance(longest, int) and sequence_length > longest:
+        raise ConfigError(f"train.sequence_length={sequence_length}: {backbone} reads {longest} at most")
 
 
-def keep_weights(prepared: Prepared, model: nn.Module, record: Record, *, again: bool) -> None:
-    """Write a finished run's weights and its record, and let its checkpoint go, in this order.
+def save_result(prepared: Prepared, model: nn.Module, record: Record, *, again: bool) -> None:
+    """Write a finished run's weights and its record, and remove its checkpoint, in this order.
 
-    A run killed before its record stands goes on from its last checkpoint, with nothing left to train. A record is
-    never edited: one that stands already, of a run trained anew for its weights, stays as it is.
+    A run that is killed before its record is written resumes from its last checkpoint, with no step left to train. A
+    record is never edited: a run that is trained anew for its weights alone keeps its record.
     """
     from mode.core.tensors import trainable_parameters
 
     if trainable_parameters(model):
-        save(prepared, model, record.happened)
+        save_weights(prepared, model, record.happened["steps"], record.happened["tokens"])
         record.happened["kept_bytes"] = prepared.method.kept(prepared.folder).stat().st_size
     if again or find_finished(prepared) is None:
         record.write(prepared.results / "records")
@@ -209,7 +237,7 @@ def keep_weights(prepared: Prepared, model: nn.Module, record: Record, *, again:
 
 
 def build(prepared: Prepared, needs: list[Prepared]) -> nn.Module:
-    """Build a run's model from its backbone and the runs it stands on."""
+    """Build a run's model from its backbone and its earlier stages."""
     backbone = prepared.run.backbone
     material = Material(
         backbone=lambda: load_model(backbone),
@@ -220,12 +248,12 @@ def build(prepared: Prepared, needs: list[Prepared]) -> nn.Module:
 
 
 def restore(prepared: Prepared) -> nn.Module:
-    """Return a finished run's model: built as for training, then given its trained weights.
+    """Return a finished run's model: built as for training, with the trained weights loaded.
 
-    What is frozen is in full, also where it was scored in eight bits (`mode.ops.quantize`).
+    Frozen weights are in full precision, even if training and scoring used eight bits (`mode.ops.quantize`).
 
     Raises:
-        ConfigError: The weights are not here, or do not fit.
+        ConfigError: The weights are missing, or do not fit.
     """
     from mode.core.tensors import load_tensors, trainable_parameters
 
@@ -241,15 +269,15 @@ def restore(prepared: Prepared) -> nn.Module:
     return model
 
 
-def count_model_parameters(prepared: Prepared, model: nn.Module) -> dict[str, int]:
-    """Count a model's parameters: in all, training, and added to the backbone."""
+def count_model_parameters(model: nn.Module, backbone_size: int) -> dict[str, int]:
+    """Count a model's parameters: in total, trainable, and added to those of the backbone."""
     total = sum(parameter.numel() for parameter in model.parameters())
     trains = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return {"total": total, "trainable": trains, "added": total - prepared.method.backbone_size(prepared.run)}
+    return {"total": total, "trainable": trains, "added": total - backbone_size}
 
 
-def track_record(prepared: Prepared) -> Tracker:
-    """Open the tracker of a run; of several processes the first has one."""
+def open_tracker(prepared: Prepared) -> Tracker:
+    """Open the tracker of a run, in the first process alone."""
     if not processes.is_main():
         return NoTracker()
     run, name = prepared.run, type(prepared.method).__name__
@@ -263,8 +291,8 @@ def track_record(prepared: Prepared) -> Tracker:
     )
 
 
-def save(prepared: Prepared, model: nn.Module, happened: Mapping[str, Any]) -> None:
-    """Write the trained weights and what the method keeps."""
+def save_weights(prepared: Prepared, model: nn.Module, steps: int, tokens: int) -> None:
+    """Write the trained weights, and the artefacts of the method."""
     from mode.core.tensors import save_tensors, trainable_parameters
 
     run = prepared.run
@@ -273,8 +301,8 @@ def save(prepared: Prepared, model: nn.Module, happened: Mapping[str, Any]) -> N
         "backbone_fingerprint": prepared.backbone,
         "run": prepared.id,
         "seed": run.seed,
-        "steps": happened["steps"],
-        "tokens": happened["tokens"],
+        "steps": steps,
+        "tokens": tokens,
         "data": prepared.fingerprints,
     }
     prepared.method.save(model, run, prepared.folder, about)

@@ -2,105 +2,136 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
 import numpy as np
-from mode.core import processes
+
 from mode.backbone.load import load_model
 from mode.config.check import replace_settings
+from mode.config.method import SELF
+from mode.core import processes
 from mode.data.batches import Batches, Stream
 from mode.data.pack import Tokens
 from mode.methods.anchored import Adaptation
 from mode.methods.base import Probe
 from mode.runs.prepare import Prepared
-from mode.config.method import SELF
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
+
+    from mode.config.run import Run
+    from mode.data.pack import PackedSplit
     from mode.evaluation.next_token import Score
-    from mode.train.objective import AnchorTerm
     from mode.runs.tracking import Tracker
-    from mode.train.loop import TrainJob, Trained
     from mode.train.curve import Point
+    from mode.train.loop import Trained, TrainJob
+    from mode.train.objective import AnchorTerm
+    from mode.train.step_batch import StepBatch
 
 Observer = Callable[[Prepared, "Point"], None]
 
 
-def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observer, flops: float) -> Trained:
-    """Train a model by the one loop, if its method trains at all; a token takes so many operations."""
+def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observer, token_flops: float) -> Trained:
+    """Train a model by the training loop, if its method has any steps.
+
+    Args:
+        prepared: The run.
+        model: Its model, on the device.
+        tracker: Where the points of the curve are logged.
+        observe: Called with the run and every point of the curve, in the first process.
+        token_flops: Floating-point operations of training, per token.
+    """
     from mode.evaluation.next_token import flatten_scores
+    from mode.train.loop import Trained, TrainJob, train
     from mode.train.step_options import should_compile
-    from mode.train.loop import TrainJob, Trained, train
 
     run, method = prepared.run, prepared.method
     steps = method.steps(run)
     if steps == 0:
         return Trained(steps=0, tokens=0, seconds=0.0, curve=())
-    mixture = method.mixture(run)
     device = next(model.parameters()).device
-    batches = Batches(
-        [Stream(name, open_tokens(prepared, name, device), count) for name, count in mixture.items()],
-        seed=run.seed,
-        batch_size=run.train.batch_size,
-        sequence_length=run.train.sequence_length,
-        order=method.order(run),
-        examples=run.train.examples,
-    )
+    batches = make_batches(prepared, device)
 
-    def observed(point: Point) -> None:
+    def report(point: Point) -> None:
         if processes.is_main():
             observe(prepared, point)
         tracker.log({name: value for name, value in point.items() if name != "step"}, step=point["step"])
 
-    kinds, seen = method.row_kinds(run), tuple(name for name in mixture if name in prepared.packed)
-    total = flops * steps * run.train.batch_size * run.train.sequence_length
+    row_kinds = method.row_kinds(run)
+    trained_on = tuple(name for name in method.mixture(run) if name in prepared.packed)
+    split = next(iter(prepared.packed.values())).split(method.split)
+    flops = token_flops * steps * run.train.batch.size * run.train.sequence_length
     job = TrainJob(
-        settings=replace_settings(run.train, compile=should_compile(run.train, device, total)),
+        settings=replace_settings(run.train, **{"kernels.compile": should_compile(run.train, device, flops)}),
         steps=steps,
         lr=run.lr,
         folder=prepared.folder,
-        validate=lambda: flatten_scores(score_domains(prepared, model, "validation", seen or run.targets)),
-        observe=observed,
+        validate=lambda: flatten_scores(score_domains(prepared, model, "validation", trained_on or run.targets)),
+        observe=report,
         inspect=method.inspect,
         lr_scales=method.lr_scales(),
-        hold=make_anchor_term(prepared, model, batches),
+        anchor=make_anchor_term(run, batches, device),
         seed=run.seed,
-        end=closing_token(prepared) if run.train.documents == "apart" else None,
-        kinds=(lambda step: np.array([kinds[name] for name in batches.domains(step)])) if kinds else None,
+        document_end=find_document_end(split) if run.train.batch.intra_document_masking else None,
+        row_kinds=(lambda step: np.array([row_kinds[name] for name in batches.domains(step)])) if row_kinds else None,
     )
     return train(model, batches, fit_memory(model, batches, job))
 
 
-def fit_memory(model: nn.Module, batches: Batches, job: TrainJob) -> TrainJob:
-    """Return a job whose choice of what forms activations again is made, if it was left to the memory that there is."""
-    if job.settings.activation_checkpointing != "auto":
-        return job
-    from mode.train.memory import choose_checkpointing
-    from mode.distributed.layout import DDP
-    from mode.train.loop import take_batch
+def make_batches(prepared: Prepared, device: torch.device) -> Batches:
+    """Return the batches of a run's own stage.
 
-    device = next(model.parameters()).device
-    given = partial(take_batch, batches, job, 0, DDP(model), device)
-    choice = choose_checkpointing(model, job.settings, job.hold, job.end, given)
-    return dataclasses.replace(
-        job, settings=replace_settings(job.settings, activation_checkpointing=choice, memory=None)
+    Args:
+        prepared: The run.
+        device: Device to sample rows from the backbone on, for an anchor on sampled rows.
+    """
+    run, method = prepared.run, prepared.method
+    return Batches(
+        [Stream(name, open_tokens(prepared, name, device), count) for name, count in method.mixture(run).items()],
+        seed=run.seed,
+        batch_size=run.train.batch.size,
+        sequence_length=run.train.sequence_length,
+        order=method.order(run),
+        examples=run.train.batch.examples,
     )
 
 
-def closing_token(prepared: Prepared) -> int:
-    """Return the token that closes every document of a run's domains."""
-    split = next(iter(prepared.packed.values())).split(prepared.method.split)
+def fit_memory(model: nn.Module, batches: Batches, job: TrainJob) -> TrainJob:
+    """Return a job in which `activation_checkpointing=auto` is resolved to the layers that are recomputed."""
+    if job.settings.memory.activation_checkpointing != "auto":
+        return job
+    from mode.distributed.layout import DDP
+    from mode.train.loop import read_batch
+    from mode.train.memory import choose_checkpointing
+
+    device = next(model.parameters()).device
+
+    def read_first() -> StepBatch:
+        return read_batch(batches, job, 0).map(DDP(model).select_rows).to(device)
+
+    choice = choose_checkpointing(model, job.settings, job.anchor, job.document_end, read_first)
+    return replace(
+        job,
+        settings=replace_settings(
+            job.settings, **{"memory.activation_checkpointing": choice, "memory.budget_gb": None}
+        ),
+    )
+
+
+def find_document_end(split: PackedSplit) -> int:
+    """Return the token that ends every document of a split."""
     return int(split.tokens[split.starts[1] - 1])
 
 
 def open_tokens(prepared: Prepared, name: str, device: torch.device) -> Tokens:
-    """Return the tokens that one source of a mix trains on: a domain's, its method's, or the backbone's own."""
+    """Return the tokens of one source of the mix: from a domain, from the method, or sampled from the backbone."""
     own = prepared.method.stream(prepared.run, prepared.packed, name)
     if own is not None:
         return own
@@ -110,66 +141,83 @@ def open_tokens(prepared: Prepared, name: str, device: torch.device) -> Tokens:
 
 
 def open_self_sampled(prepared: Prepared, device: torch.device) -> Tokens:
-    """Return the tokens that a run's backbone made up itself."""
+    """Return the tokens that were sampled from a run's backbone."""
     from mode.train.anchor_rows import load_or_sample_rows
 
     run, method = prepared.run, prepared.method
     assert isinstance(method, Adaptation)
     cache = Path(run.paths.cache).expanduser()
     with processes.main_first():
-        return load_or_sample_rows(method.anchor, run.backbone, prepared.backbone, run.train.sequence_length, cache, device)
+        return load_or_sample_rows(
+            method.anchor, run.backbone, prepared.backbone, run.train.sequence_length, cache, device
+        )
 
 
 def fingerprint_self_sampled(prepared: Prepared, device: torch.device) -> str | None:
-    """Return the digest of the tokens that a run's backbone made up itself, if it trains on any."""
+    """Return the digest of the tokens sampled from a run's backbone; None if the run does not train on any."""
     method = prepared.method
     if not isinstance(method, Adaptation) or method.anchor.source != SELF:
         return None
     return hashlib.sha256(open_self_sampled(prepared, device).tobytes()).hexdigest()[:16]
 
 
-def make_anchor_term(prepared: Prepared, model: nn.Module, batches: Batches) -> AnchorTerm | None:
-    """Return how a model is held to its backbone, if its method asks for it."""
-    from mode.train.objective import AnchorTerm
-    from mode.ops.quantize import quantize_frozen
+def make_anchor_term(run: Run, batches: Batches, device: torch.device) -> AnchorTerm | None:
+    """Return the anchor term of a run's objective; None without an anchor.
 
-    method, run = prepared.method, prepared.run
+    Args:
+        run: The run.
+        batches: The rows of every step, with the rows of the anchor's source.
+        device: Device of the model.
+    """
+    from mode.ops.quantize import quantize_frozen
+    from mode.train.objective import AnchorTerm
+
+    method = run.method
     if not isinstance(method, Adaptation) or method.anchor.source == "none":
         return None
     source = method.anchor.source
 
     def backbone() -> PreTrainedModel:
         loaded = load_model(run.backbone).requires_grad_(False)
-        quantize_frozen(loaded, run.train.frozen_weights)  # as MoDE's, which is in the model
+        quantize_frozen(loaded, run.train.memory.frozen_weights)  # like the backbone inside a MoDE model
         return loaded
 
     return AnchorTerm(
         weight=method.anchor.weight,
-        held=lambda step: np.array([name == source for name in batches.domains(step)]),
-        reference=method.reference(backbone, next(model.parameters()).device),
+        anchored=lambda step: np.array([name == source for name in batches.domains(step)]),
+        reference=method.reference(backbone, device),
     )
 
 
 def score_domains(
     prepared: Prepared, model: nn.Module, split: Any, names: tuple[str, ...] = (), probe: Probe | None = None
 ) -> dict[str, Score]:
-    """Score a model on a split of the run's domains."""
+    """Return a model's scores on a split, by domain.
+
+    Args:
+        prepared: The run.
+        model: A model of the run's tokenizer.
+        split: `validation` or `test`.
+        names: Domains to score; by default all that the run scores.
+        probe: Measures the model's gates while it is scored.
+    """
     import torch
 
     from mode.evaluation.next_token import evaluate
     from mode.train.objective import UNKNOWN, set_row_kinds
 
     run = prepared.run
-    scores, kinds = {}, prepared.method.row_kinds(run)
+    scores, row_kinds = {}, prepared.method.row_kinds(run)
     for name in names or run.scored:
-        if kinds:
-            set_row_kinds(model, torch.tensor([kinds.get(name, UNKNOWN)]).to(next(model.parameters()).device))
+        if row_kinds:
+            kind = torch.tensor([row_kinds.get(name, UNKNOWN)])
+            set_row_kinds(model, kind.to(next(model.parameters()).device))
         scores[name] = evaluate(
             model,
             prepared.packed[name].split(split),
             sequence_length=run.train.sequence_length,
             batch_size=run.evaluate.batch_size,
-            chunk=run.evaluate.chunk,
+            chunk=run.evaluate.logit_chunk_size,
             probe=(lambda count: None) if probe is None else partial(probe.add, name),
         )
     return scores

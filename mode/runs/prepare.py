@@ -1,4 +1,4 @@
-"""A run made ready: its data at hand and its identity known."""
+"""A prepared run: its data are packed and its identity is computed."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 from mode.config import identity
+from mode.config.run import Run
 from mode.core.errors import ConfigError
-from mode.data.pack import Packed, prepare_domain
 from mode.core.files import WEIGHTS
+from mode.data.pack import Packed, prepare_domain
 from mode.methods.base import Method
 from mode.records.record import Record, find_record
-from mode.config.run import Run
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run with its data at hand and its identity known.
+    """A run with its packed data and its identity.
 
     Attributes:
         run: Configuration.
         method: The run's method.
         packed: Prepared domains.
         backbone: Fingerprint of the weights that the run starts from.
-        asked: What identifies the run, but for data and weights.
+        asked: What identifies the run, except data and weights.
         id: Identity of the run.
     """
 
@@ -41,7 +43,7 @@ class Prepared:
 
     @property
     def folder(self) -> Path:
-        """Work folder: checkpoint, curve, weights."""
+        """Work folder, with checkpoint, curve and weights."""
         return Path(self.run.paths.runs).expanduser() / self.id
 
     @property
@@ -55,7 +57,11 @@ _prepared: dict[str, Packed] = {}
 
 
 def prepare_run(run: Run) -> Prepared:
-    """Prepare a run's data (from the cache after the first time) and work out its identity; needs no torch."""
+    """Prepare a run's data (from the cache after the first time) and compute its identity, without torch.
+
+    Raises:
+        ConfigError: The method builds no model, or the data or an artefact is wrong.
+    """
     method = run.method
     if not isinstance(method, Method):
         raise ConfigError(f"method._target_={type(method).__qualname__}: does not say how to build a model")
@@ -76,10 +82,10 @@ def prepare_run(run: Run) -> Prepared:
 
 
 def find_finished(prepared: Prepared) -> Record | None:
-    """Return the record of a run, if it has one: then it is finished, although its weights may be elsewhere."""
+    """Return the record of a finished run, else None. Its weights may be on another machine."""
     return find_record(prepared.results, prepared.id)
 
 
 def has_weights(prepared: Prepared) -> bool:
-    """Say whether the trained weights of a run are here."""
+    """Say whether the trained weights of a run are on this machine."""
     return (prepared.folder / WEIGHTS).exists()

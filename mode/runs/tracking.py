@@ -1,4 +1,4 @@
-"""Weights & Biases as a window on a run; the only module that knows it, and never the source of a number."""
+"""Logging to Weights & Biases: the only module that imports it. Records never depend on it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from mode.core.errors import ConfigError
+
 from mode.config.run import Track
+from mode.core.errors import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
 
+
 class Tracker(Protocol):
-    """Where a run's progress goes."""
+    """Receives a run's progress."""
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Log values at a step."""
@@ -31,7 +33,7 @@ class Tracker(Protocol):
 
 
 class NoTracker:
-    """Logs nothing."""
+    """A tracker that discards everything."""
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Log nothing."""
@@ -44,7 +46,7 @@ class NoTracker:
 
 
 class WandbTracker:
-    """Logs to one Weights & Biases run, whose id is the run's own, so that a resumed run goes on in it."""
+    """Logs to a Weights & Biases run with the id of the run, so that a resumed run continues in it."""
 
     def __init__(
         self, track: Track, *, run_id: str, name: str, job_type: str, config: Mapping[str, Any], folder: Path
@@ -84,7 +86,7 @@ class WandbTracker:
         self.run.finish(exit_code=1)
 
     def show(self, tables: Mapping[str, pd.DataFrame], figures: Mapping[str, Path]) -> None:
-        """Log tables and the pictures of figures."""
+        """Log tables and images of figures."""
         import wandb
 
         shown = {name: wandb.Table(dataframe=table) for name, table in tables.items()}
@@ -92,7 +94,7 @@ class WandbTracker:
 
 
 class LateTracker:
-    """Opens another when there is something to log: a run's first step need not wait for what only shows it."""
+    """Opens another tracker at the first value to log, so that the first step of a run does not wait for it."""
 
     def __init__(self, make: Callable[[], Tracker]) -> None:
         """Open nothing yet."""
@@ -100,7 +102,7 @@ class LateTracker:
 
     @cached_property
     def opened(self) -> Tracker:
-        """Return the other, opening it now if it is not open."""
+        """Return the tracker, and open it if it is not open yet."""
         return self.make()
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
@@ -112,7 +114,7 @@ class LateTracker:
         self.opened.finish(summary)
 
     def abandon(self) -> None:
-        """Close without final values what is open."""
+        """Close without final values, if open."""
         if "opened" in vars(self):
             self.opened.abandon()
 
@@ -120,7 +122,7 @@ class LateTracker:
 def make_tracker(
     track: Track, *, run_id: str, name: str, job_type: str, config: Mapping[str, Any], folder: Path
 ) -> Tracker:
-    """Return the tracker that the settings ask for; one that has to reach a server opens now, since that can fail."""
+    """Return the tracker of the settings; one with a server opens at once, since that can fail."""
     if track.mode == "none":
         return NoTracker()
     make = partial(WandbTracker, track, run_id=run_id, name=name, job_type=job_type, config=config, folder=folder)
@@ -128,27 +130,27 @@ def make_tracker(
 
 
 def list_unsynced(runs: Path) -> list[Path]:
-    """Return the offline logs under a folder of runs that Weights & Biases does not have, oldest first."""
+    """Return the offline logs under a folder of runs that are not synchronised yet, oldest first."""
     found = [path.parent for path in runs.glob("*/wandb/offline-run-*/*.wandb") if not sync_marker(path).exists()]
     return sorted(found, key=lambda path: path.name)
 
 
 def sync_marker(path: Path) -> Path:
-    """Return the file that Weights & Biases leaves beside a log that it has."""
+    """Return the file that Weights & Biases writes next to a synchronised log."""
     return path.with_name(f"{path.name}.synced")
 
 
 def sync(logs: Sequence[Path]) -> None:
-    """Push offline logs to Weights & Biases.
+    """Upload offline logs to Weights & Biases.
 
     Raises:
-        ConfigError: It cannot be reached, or refuses; what was not pushed stays and is pushed next time.
+        ConfigError: The server cannot be reached, or refuses a log. Logs that were not uploaded stay for the next call.
     """
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     try:  # without this, wandb would go on trying for hours
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=20).close()
     except urllib.error.HTTPError:
-        pass  # it answers
+        pass  # the server answers
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise ConfigError(f"{url} cannot be reached ({reason}); {len(logs)} offline runs stay as they are") from error
@@ -159,5 +161,5 @@ def sync(logs: Sequence[Path]) -> None:
             print(line, end="", file=sys.stderr)
             lines.append(line.strip())
     if process.returncode:
-        told = next((line for line in reversed(lines) if "rror" in line), "wandb sync failed")
-        raise ConfigError(f"Weights & Biases: {told.removeprefix('Error: ')}")
+        reason = next((line for line in reversed(lines) if "rror" in line), "wandb sync failed")
+        raise ConfigError(f"Weights & Biases: {reason.removeprefix('Error: ')}")

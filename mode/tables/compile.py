@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mode.config.compose import parse_overrides
 from mode.config.method import Anchor
 from mode.records.record import Record
 from mode.tables.select import add_needed, select
@@ -137,9 +138,9 @@ class RowResult:
         quality: Per seed: accuracy of every domain, `average` and `retention`, in per cent and points.
         resampled: The same in every resample of the documents.
         documents: Effective documents of every column; what rests on several domains counts as the one with the fewest.
-        cost: Parameters in millions, `train.examples`, share and weight of an anchor; steps, tokens in millions, 1e12
-            operations, seconds and tokens a second over all stages; peak memory in GB, MB that one domain adds on disk;
-            n.
+        cost: Parameters in millions, `train.batch.examples`, share and weight of an anchor; steps, tokens in millions,
+            1e12 operations, seconds and tokens a second over all stages; peak memory in GB, MB that one domain adds on
+            disk; n.
         gates: By domain, every block's mean gate weights over seeds, the backbone's first; empty without gates.
         routing: By domain, the mean number of branches in use and the mean entropy as a share of the largest.
         branches: Names of the branches.
@@ -229,7 +230,8 @@ def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[s
     domains = tuple(first.happened["scores"]) if first else ()
     several = {tuple(record.asked["targets"]) for found in chosen.values() for record in found}
     targets = several.pop() if len(several) == 1 else ()
-    under = [text for text in overrides if text.startswith(("budget=", "experiment=")) and not text.endswith("=null")]
+    chosen_by = [item for item in parse_overrides(overrides) if item.key in ("budget", "experiment")]
+    under = [f"{item.key}={item.value}" for item in chosen_by if item.value is not None]
     table = replace(table, title=" ".join([table.title, *([f"({', '.join(under)})"] if under else [])]))
     bare = chosen.get(BACKBONE) or []
     lines = tuple(

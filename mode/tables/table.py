@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from mode.config import identity
 from mode.config.base import STRICT
 from mode.config.check import replace_settings, validate
-from mode.config.compose import compose
+from mode.config.compose import compose, format_value, parse_overrides, rename_overrides
 from mode.config.groups import list_members, read_group
 from mode.config.run import Run
 from mode.core.errors import ConfigError, suggest
@@ -74,8 +74,8 @@ class Curves:
 
     Attributes:
         title: Heading.
-        x: `added`: parameters beside the backbone's, in millions; `examples`: `train.examples`; `share` and `weight`:
-            those of `method.anchor`.
+        x: `added`: parameters beside the backbone's, in millions; `examples`: `train.batch.examples`; `share` and
+            `weight`: those of `method.anchor`.
         column: The quality.
         lines: Rows of every line, by its label, in order.
     """
@@ -121,7 +121,7 @@ class Table:
     @property
     def settles(self) -> bool:
         """Whether settings are compared on the validation split: then a row has the table's own seeds and no more."""
-        return "evaluate.split=validation" in self.overrides
+        return bool(last_value(self.overrides, "evaluate.split") == "validation")
 
     @property
     def variants(self) -> list[list[str]]:
@@ -181,7 +181,8 @@ def compose_row(table: Table, row: Row, seed: int, overrides: Sequence[str], ext
         ConfigError: The row's settings do not compose.
     """
     check_fixed(overrides)
-    everything = [*table.overrides, *overrides, *row.overrides, f"seed={seed}"]
+    renamed = [text for part in (table.overrides, overrides, row.overrides) for text in rename_overrides(part)]
+    everything = [*renamed, f"seed={seed}"]
     run = compose(everything, extra)
     track = replace_settings(run.track, group=run.track.group or table.title.partition(".")[0], name=row.name)
     named: Run = replace_settings(run, track=track)
@@ -190,9 +191,9 @@ def compose_row(table: Table, row: Row, seed: int, overrides: Sequence[str], ext
 
 def list_rows_under(table: Table, overrides: Sequence[str]) -> tuple[Row, ...]:
     """Return the rows that belong to a table under some settings: under a budget it knows, none with one of its own."""
-    if not any(f"budget={name}" in overrides for name in table.budgets):
+    if last_value(overrides, "budget") not in table.budgets:
         return table.rows
-    return tuple(row for row in table.rows if not any(text.startswith("budget=") for text in row.overrides))
+    return tuple(row for row in table.rows if last_value(row.overrides, "budget") is None)
 
 
 def compose_rows(table: Table, overrides: Sequence[str], extra: Path | None = None) -> dict[str, Run]:
@@ -236,12 +237,11 @@ def check_fixed(overrides: Sequence[str]) -> None:
     Raises:
         ConfigError: An override sets the method or the seed.
     """
-    for text in overrides:
-        key, _, value = text.lstrip("+").partition("=")
-        if key == "seed":
-            raise ConfigError(f"{text}: a table is made for a list of seeds: seeds=[{value}]")
-        if key == "method":
-            raise ConfigError(f"{text}: the rows of a table choose their methods")
+    for item in parse_overrides(overrides):
+        if item.key == "seed":
+            raise ConfigError(f"{item.text}: a table is made for a list of seeds: seeds=[{item.value}]")
+        if item.key == "method":
+            raise ConfigError(f"{item.text}: the rows of a table choose their methods")
 
 
 def file_stem(name: str, overrides: Sequence[str], own: Sequence[str] = ()) -> str:
@@ -255,19 +255,28 @@ def file_stem(name: str, overrides: Sequence[str], own: Sequence[str] = ()) -> s
     >>> file_stem("table1", ["train.steps=20"])
     'table1-f7c525'
     """
-    free = ("experiment=", "budget=", "paths.", "track")
-    others = [text for text in overrides if text not in own and not text.startswith(free)]
+    free = ("experiment", "budget", "paths", "track")
+    known = [(item.key, item.value) for item in parse_overrides(own)]
+    others = [
+        f"{item.key}={format_value(item.value)}"
+        for item in parse_overrides(overrides)
+        if (item.key, item.value) not in known and item.key.partition(".")[0] not in free
+    ]
     digest = f"-{hashlib.sha256(' '.join(sorted(others)).encode()).hexdigest()[:6]}" if others else ""
-    budget = last_override(overrides, "budget")
+    budget = last_value(overrides, "budget")
     if budget not in (None, "paper"):
         digest = f"-{budget}{digest}"
-    experiment = last_override(overrides, "experiment")
-    if experiment in (None, name, "null"):
+    experiment = last_value(overrides, "experiment")
+    if experiment in (None, name):
         return name + digest
     return (experiment if experiment.startswith(name) else f"{name}-{experiment}") + digest
 
 
-def last_override(overrides: Sequence[str], group: str) -> str | None:
-    """Return what overrides choose of a group, the last of them winning."""
-    chosen = [text.partition("=")[2] for text in overrides if text.startswith(f"{group}=")]
-    return chosen[-1] if chosen else None
+def last_value(overrides: Sequence[str], name: str) -> Any:
+    """Return what overrides set a setting or choose of a group, the last of them winning; None if they do not.
+
+    >>> last_value(["seed=1", "++evaluate.split='validation'"], "evaluate.split")
+    'validation'
+    """
+    found = [item.value for item in parse_overrides(overrides) if item.key == name]
+    return found[-1] if found else None

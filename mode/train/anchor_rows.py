@@ -1,4 +1,4 @@
-"""Rows that a backbone makes up itself, on which a model can be held to it without any text of what it knew."""
+"""Rows sampled from a backbone, for an anchor that needs none of the text that the backbone was pretrained on."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SEED = 20241014
-"""Of the samples, which are the same for every run on a backbone."""
+"""Seed of the samples, which are the same for every run on a backbone."""
 
 
 TOGETHER = 64
-"""Rows that are sampled at one time."""
+"""Rows in a batch of samples."""
 
 
 def load_or_sample_rows(
     anchor: Anchor, backbone: Backbone, fingerprint: str, length: int, cache: Path, device: torch.device
 ) -> Tokens:
-    """Return a stream of rows sampled from a backbone, (rows * length,); sampled once, then kept.
+    """Return a stream of rows sampled from a backbone, (rows * length,); sampled once, then read from the cache.
 
     Args:
-        anchor: How to sample.
-        backbone: The model.
-        fingerprint: That of its weights.
-        length: Tokens of a row.
+        anchor: Number of rows, temperature and prompt.
+        backbone: The backbone.
+        fingerprint: Fingerprint of its weights.
+        length: Tokens per row.
         cache: Folder of prepared data.
-        device: Where to sample.
+        device: Device to sample on.
     """
     asked = [SEED, fingerprint, length, anchor.rows, anchor.temperature, anchor.prompt]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
@@ -57,15 +57,15 @@ def load_or_sample_rows(
 
 @torch.no_grad()
 def sample_rows(model: PreTrainedModel, anchor: Anchor, length: int, eos: int) -> Tokens:
-    """Sample rows one after the other into a stream, (rows * length,).
+    """Sample rows into a stream, (rows * length,).
 
-    A row begins with the end-of-sequence token, as a document does in the stream that was trained on, or with a random
-    token. A document that ends within a row is followed by a new one.
+    A row begins with the end-of-sequence token, as a document of the training stream does, or with a random token. A
+    document that ends within a row is followed by another.
 
     Args:
         model: A causal LM with a key-value cache.
-        anchor: How to sample.
-        length: Tokens of a row.
+        anchor: Number of rows, temperature and prompt.
+        length: Tokens per row.
         eos: The end-of-sequence token.
     """
     random = torch.Generator().manual_seed(SEED)

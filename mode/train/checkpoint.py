@@ -1,8 +1,7 @@
-"""Checkpoints of what trains, in torch's distributed format: parameters, AdamW moments and the loop's counters.
+"""Checkpoints in torch's distributed format: trainable parameters, optimizer state and the loop's counters.
 
-Every process writes its part, as safetensors, so that nothing is unpickled when it is read. A checkpoint is a folder
-that appears when all parts are written. It does not matter how many processes wrote them and under which layout: one
-that reads it takes what it holds itself.
+Every process writes its part as safetensors, so that reading unpickles nothing. A checkpoint is a folder that appears
+once all parts are written. Any number of processes under any layout can read it: each reads the part that it needs.
 """
 
 from __future__ import annotations
@@ -28,68 +27,70 @@ from mode.core.errors import ConfigError
 from mode.core.files import checkpoint_folder, list_checkpoints, remove
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter, by torch's names."""
 
 
 COUNTERS = "counters"
+"""Name of the tensor with the steps done and the seconds of training."""
 
 
 class Writer(HuggingFaceStorageWriter):
-    """Writes a checkpoint under another name, and gives it its own when every process has written its part."""
+    """Writes a checkpoint under a temporary name, and renames it when every process has written its part."""
 
     def __init__(self, whole: Path) -> None:
-        """Take the folder that a whole checkpoint is to be."""
+        """Write to a temporary folder beside `whole`, the folder of the complete checkpoint."""
         self.whole = whole
         super().__init__(str(whole.with_name(f".{whole.name}.partial")), save_distributed=True)
 
     def finish(self, metadata: Any, results: Any) -> None:
-        """Put a whole checkpoint in its place, and let those before it go. In the first process."""
+        """Rename the complete checkpoint, and remove the earlier ones. Runs in the first process."""
         os.replace(self.path, self.whole)
-        with suppress(OSError):  # who goes on from here sweeps again
+        with suppress(OSError):  # a run that resumes from here removes them too
             remove_stale(self.whole.parent, self.whole)
 
 
 def remove_stale(folder: Path, kept: Path | None) -> None:
-    """Remove a run's checkpoints but one, and what processes that were killed left of others."""
+    """Remove all checkpoints of a run but one, and the partial ones of processes that were killed."""
     remove(*{*list_checkpoints(folder), *folder.glob(".checkpoint-*.partial")} - {kept})
 
 
 class Saver:
-    """Writes checkpoints while the steps after them go on: one at a time, from a copy in the processor's memory.
+    """Writes checkpoints in the background, one at a time, from a copy in CPU memory, while training continues.
 
-    Its context ends when the last one is written.
+    Leaving the context waits for the last checkpoint.
     """
 
     def __init__(self) -> None:
-        """Begin with nothing to write. For all."""
+        """Start without a checkpoint to write. Collective: all processes must call it."""
         self.group = processes.side_group()
         self.writing: Any = None
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Return the saver."""
         return self
 
     def __exit__(self, *_: object) -> None:
         """Wait until the last checkpoint is written.
 
         Raises:
-            ConfigError: It could not be.
+            ConfigError: The last checkpoint could not be written.
         """
         self.wait()
 
     def save(
         self, folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: Any, step: int, seconds: float
     ) -> None:
-        """Write parameters, their AdamW moments and the loop's counters. For all, each with what it holds.
+        """Write parameters, their optimizer state and the loop's counters. Collective: all processes must call it.
 
         Args:
-            folder: The run's.
-            parameters: What trains and is here, by name; of a weight in shards this process's.
-            optimizer: Theirs.
-            step: Steps that are done.
-            seconds: Seconds of training that they took.
+            folder: Work folder of the run.
+            parameters: This process's trainable parameters, by name; of a sharded weight, this process's shard.
+            optimizer: Their AdamW optimizer.
+            step: Optimizer steps done.
+            seconds: Seconds of training so far.
 
         Raises:
-            ConfigError: The checkpoint before could not be written.
+            ConfigError: The previous checkpoint could not be written.
         """
         self.wait()
         self.path = checkpoint_folder(folder, step)
@@ -103,10 +104,10 @@ class Saver:
         )
 
     def wait(self) -> None:
-        """Wait until what is being written is.
+        """Wait for the checkpoint in progress.
 
         Raises:
-            ConfigError: It could not be.
+            ConfigError: It could not be written.
         """
         if self.writing is not None:
             writing, self.writing = self.writing, None
@@ -117,10 +118,10 @@ class Saver:
 
 
 def read_counters(path: Path) -> tuple[int, float]:
-    """Return the steps that a checkpoint is of, and the seconds of training that they took.
+    """Return the optimizer steps of a checkpoint, and the seconds of training that they took.
 
     Raises:
-        ConfigError: It is damaged.
+        ConfigError: The checkpoint is damaged.
     """
     counters = torch.zeros(2, dtype=torch.float64)
     fill_tensors(path, {COUNTERS: counters})
@@ -130,10 +131,10 @@ def read_counters(path: Path) -> tuple[int, float]:
 def load_checkpoint(
     path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Restore parameters, and an optimizer's moments of them, or what of both is here.
+    """Restore this process's parameters and, with an optimizer, their optimizer state.
 
     Raises:
-        ConfigError: The checkpoint is damaged, or does not have them.
+        ConfigError: The checkpoint is damaged, or a parameter is missing.
     """
     names = list_names(path)
     step = float(read_counters(path)[0])
@@ -148,10 +149,10 @@ def load_checkpoint(
 
 
 def check_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse a checkpoint of a model with other trainable parameters.
+    """Check that a checkpoint has exactly these trainable parameters.
 
     Raises:
-        ConfigError: It is one, or damaged.
+        ConfigError: It has others, or is damaged.
     """
     saved = {name.removeprefix("parameter.") for name in list_names(path) if name.startswith("parameter.")}
     if differing := sorted(saved.symmetric_difference(parameters)):
@@ -164,13 +165,13 @@ def list_names(path: Path) -> set[str]:
     """Return the names of the tensors in a checkpoint.
 
     Raises:
-        ConfigError: It is damaged.
+        ConfigError: The checkpoint is damaged.
     """
     try:
         found: Any = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except (SafetensorError, OSError) as error:
         raise damaged_error(path, str(error)) from error
-    for name, tensor in found.items():  # torch takes what no file has for granted
+    for name, tensor in found.items():  # torch does not notice a missing file
         if sum(prod(chunk.sizes) for chunk in tensor.chunks) != prod(tensor.size):
             raise damaged_error(path, f"a part of {name} is missing")
     if COUNTERS not in found:
@@ -179,10 +180,10 @@ def list_names(path: Path) -> set[str]:
 
 
 def fill_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill tensors, or this process's shards of them, with what a checkpoint has under their names.
+    """Fill tensors, or this process's shards of them, from a checkpoint, by name.
 
     Raises:
-        ConfigError: It is damaged, or does not have them.
+        ConfigError: The checkpoint is damaged, or a tensor is missing.
     """
     try:
         load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
@@ -196,9 +197,9 @@ def damaged_error(path: Path, why: str) -> ConfigError:
 
 
 def first_failure(error: CheckpointException) -> str:
-    """Return what went wrong in the first process in which something did."""
+    """Return the error message of the first process that failed."""
     return str(next(iter(error.failures.values()))[0])
 
 
-# For good, since threads have no filters of their own: a process alone is told that it is one.
+# Set once and for all, since threads have no filters of their own; torch warns of a single process.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)

@@ -1,4 +1,4 @@
-"""The passes of a step as one CUDA graph: recorded once, and replayed with other rows, without a launch of its own."""
+"""Forward and backward of a step as one CUDA graph: captured once, then replayed with the rows of every step."""
 
 from __future__ import annotations
 
@@ -10,128 +10,126 @@ from torch import Tensor, nn
 
 from mode.core import processes
 from mode.core.errors import ConfigError
+from mode.modular.block import Block
+from mode.train.step_batch import StepBatch
 
 if TYPE_CHECKING:
     from mode.config.train import Train
 
-Passes = Callable[..., tuple[Tensor, Tensor]]
-"""Runs forward and backward over the rows of a step: `mode.train.loop.accumulate`."""
+ForwardBackward = Callable[..., tuple[Tensor, Tensor]]
+"""Runs forward and backward over the rows of a step: `mode.train.loop.forward_backward`."""
 
 
 WARM_UP = 2
-"""Steps before it is recorded, in which libraries make what cannot be made while recording."""
+"""Steps before the capture, in which libraries allocate what they cannot allocate during a capture."""
 
 
-def record_passes(passes: Passes, weights: Sequence[nn.Parameter], settings: Train, *, held: bool) -> Passes:
-    """Return the passes of a step as they are, or as one CUDA graph where the settings ask for that.
+def capture_step(
+    forward_backward: ForwardBackward, parameters: Sequence[nn.Parameter], settings: Train, *, anchored: bool
+) -> ForwardBackward:
+    """Return forward and backward of a step as they are, or as one CUDA graph where the settings ask for a graph.
 
     Args:
-        passes: Runs forward and backward over the rows of a step.
-        weights: What trains.
-        settings: The loop's.
-        held: Whether the model is held to its backbone on some rows.
+        forward_backward: Runs forward and backward over the rows of a step.
+        parameters: The parameters that train.
+        settings: Settings of the loop.
+        anchored: Whether the objective has an anchor term.
 
     Raises:
-        ConfigError: A graph is asked for where there can be none.
+        ConfigError: A graph is asked for without a CUDA device, with an anchor or with several processes.
     """
-    if not settings.graph:
-        return passes
-    check_cuda(weights[0].device)
-    if held:
+    if not settings.kernels.cuda_graph:
+        return forward_backward
+    check_cuda(parameters[0].device)
+    if anchored:
         raise ConfigError(
-            "train.graph=true: which rows are held to the backbone differs from step to step; leave it off"
+            "train.kernels.cuda_graph=true: which rows are anchored differs from step to step; leave it off"
         )
     if processes.world_size() > 1:
-        raise ConfigError("train.graph=true goes with one process; leave it off")
-    return Graph(passes, weights)
+        raise ConfigError("train.kernels.cuda_graph=true goes with one process; leave it off")
+    return StepGraph(forward_backward, parameters)
 
 
 def check_cuda(device: torch.device) -> None:
-    """Refuse a graph on a device that has none.
+    """Check that a device supports CUDA graphs.
 
     Raises:
-        ConfigError: It is not of CUDA.
+        ConfigError: It is no CUDA device.
     """
     if device.type != "cuda":
-        raise ConfigError("train.graph=true needs a CUDA device; leave it off here")
+        raise ConfigError("train.kernels.cuda_graph=true needs a CUDA device; leave it off here")
 
 
-class Graph:
-    """Passes of a step that are recorded when they have been run a few times; all steps have rows of one shape."""
+class StepGraph:
+    """Forward and backward of a step, captured after the warm-up; the rows of all steps have one shape."""
 
-    def __init__(self, passes: Passes, weights: Sequence[nn.Parameter]) -> None:
-        """Take what to record.
+    def __init__(self, forward_backward: ForwardBackward, parameters: Sequence[nn.Parameter]) -> None:
+        """Capture nothing yet.
 
         Args:
-            passes: Runs forward and backward over the rows of a step.
-            weights: What trains: replaying writes their gradients to the same places every time.
+            forward_backward: Runs forward and backward over the rows of a step.
+            parameters: The parameters that train. Every replay writes their gradients to the same memory.
         """
-        self.passes, self.weights = passes, weights
-        self.seen = 0
+        self.forward_backward, self.parameters = forward_backward, parameters
+        self.steps = 0
         self.graph: Any = None
-        self.given: list[Tensor | None] = []
+        self.inputs: StepBatch
+        self.outputs: tuple[Tensor, Tensor]
         self.gradients: list[Tensor | None] = []
-        self.told: list[tuple[Any, Tensor]] = []
-        self.out: tuple[Tensor, Tensor]
+        self.gate_means: list[tuple[Block, Tensor]] = []
 
     def __call__(
-        self,
-        objective: nn.Module,
-        rows: Tensor,
-        parts: int,
-        held: Tensor | None = None,
-        kinds: Tensor | None = None,
-        slots: int = 1,
+        self, objective: nn.Module, batch: StepBatch, micro_batches: int, slots: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """Run the passes of a step, as `mode.train.loop.accumulate` does.
+        """Run forward and backward of a step, as `mode.train.loop.forward_backward` does.
 
         Returns:
-            The loss and the last micro-batch's hidden states, (B / parts, S, d), which hold until the next step.
+            The loss and the last micro-batch's hidden states, (B / micro_batches, S, d), valid until the next step.
 
         Raises:
-            ConfigError: Something in the model waits for the device, so that it cannot be recorded.
+            ConfigError: An operation of the model waits for the device, so that the step cannot be captured.
         """
-        if self.seen < WARM_UP:
-            self.seen += 1
-            return self.beside(objective, rows, parts, held, kinds, slots)
+        if self.steps < WARM_UP:
+            self.steps += 1
+            return self.run_on_side_stream(objective, batch, micro_batches, slots)
         if self.graph is None:
-            self.record(objective, rows, parts, kinds, slots)
-        for place, value in zip(self.given, (rows, kinds), strict=True):
-            if place is not None and value is not None:
-                place.copy_(value)
+            self.capture(objective, batch, micro_batches, slots)
+        self.inputs.tokens.copy_(batch.tokens)
+        if self.inputs.row_kinds is not None and batch.row_kinds is not None:
+            self.inputs.row_kinds.copy_(batch.row_kinds)
         self.graph.replay()
-        for weight, gradient in zip(self.weights, self.gradients, strict=True):
-            weight.grad = gradient
-        for block, weights in self.told:  # else scoring in between would leave its own
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        for block, weights in self.gate_means:  # scoring between two steps has replaced them
             block.weights = weights
-        return self.out
+        return self.outputs
 
-    def beside(self, *given: Any) -> tuple[Tensor, Tensor]:
-        """Run the passes on a stream of their own, as they will be recorded."""
-        here, other = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        other.wait_stream(here)
-        with torch.cuda.stream(other):
-            out = self.passes(*given)
-        here.wait_stream(other)
-        return out
+    def run_on_side_stream(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """Run forward and backward on a side stream, as a capture does."""
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            outputs = self.forward_backward(*arguments)
+        current.wait_stream(side)
+        return outputs
 
-    def record(self, objective: nn.Module, rows: Tensor, parts: int, kinds: Tensor | None, slots: int) -> None:
-        """Record the passes; nothing is computed."""
-        self.given = [None if value is None else value.clone() for value in (rows, kinds)]
-        for weight in self.weights:
-            weight.grad = None
+    def capture(self, objective: nn.Module, batch: StepBatch, micro_batches: int, slots: int) -> None:
+        """Capture forward and backward; nothing is computed."""
+        self.inputs = batch.map(torch.clone)
+        for parameter in self.parameters:
+            parameter.grad = None
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                self.out = self.passes(objective, self.given[0], parts, None, self.given[1], slots)
+                self.outputs = self.forward_backward(objective, self.inputs, micro_batches, slots)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"train.graph=true: this model's step cannot be recorded ({reason}); leave it off"
+                f"train.kernels.cuda_graph=true: this model's step cannot be captured ({reason}); leave it off"
             ) from error
-        self.gradients = [weight.grad for weight in self.weights]
-        blocks = [module for module in objective.modules() if hasattr(module, "beside")]
-        self.told = [(block, block.weights) for block in blocks if isinstance(block.weights, Tensor)]
+        self.gradients = [parameter.grad for parameter in self.parameters]
+        blocks = [module for module in objective.modules() if isinstance(module, Block)]
+        self.gate_means = [(block, block.weights) for block in blocks if isinstance(block.weights, Tensor)]
         self.graph = graph

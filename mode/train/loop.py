@@ -1,4 +1,4 @@
-"""The one training loop. A method changes the model, its stages and which parameters train; never this loop."""
+"""The training loop. A method changes the model, its stages and which parameters train, but never this loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,42 +18,38 @@ from torch import Tensor, nn
 
 from mode.config.train import Train
 from mode.core import processes
-from mode.core.device import send
 from mode.core.errors import ConfigError
 from mode.core.files import CURVE, list_checkpoints, write_atomic
 from mode.core.tensors import trainable_parameters
 from mode.data.batches import Batches
 from mode.distributed.choose import choose_layout
-from mode.distributed.layout import DDP
 from mode.ops.loss import logit_softcap, output_head, score_states
 from mode.train.checkpoint import Saver, check_checkpoint, load_checkpoint, read_counters, remove_stale
-from mode.train.cuda_graph import record_passes
+from mode.train.cuda_graph import capture_step
 from mode.train.curve import Point, compute_throughput, read_curve
 from mode.train.objective import AnchorTerm, Objective
-from mode.train.optimizer import make_optimizer, schedule, set_rates
+from mode.train.optimizer import make_optimizer, schedule, set_learning_rates
+from mode.train.step_batch import StepBatch
 from mode.train.step_options import StepOptions
-
-if TYPE_CHECKING:
-    from mode.distributed.mpmd import MPMD
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What the loop is asked to do.
+    """One stage of training.
 
     Attributes:
-        settings: The loop's settings.
+        settings: Settings of the loop.
         steps: Optimizer steps of this stage.
         lr: Peak learning rate.
-        folder: Where the checkpoint and the training curve go.
-        validate: Scores the model on the validation split of the domains it trains on.
+        folder: Folder of the checkpoint and the training curve.
+        validate: Scores the model on the validation split of the domains that it trains on.
         observe: Called with every new point of the curve.
-        inspect: What the method reports of its model at every point.
+        inspect: Returns what the method reports of its model at every point of the curve.
         lr_scales: Factor on the learning rate for parameters whose name contains the key.
-        hold: How the model is held to its backbone; None where it is not.
-        seed: With the step, what anything random in a forward pass is a function of, as the rows are.
-        kinds: Of what kind each row of a step is, (B,), where the model wants to know (`row_kinds`).
-        end: Token that closes a document, where documents of a row do not see each other.
+        anchor: The anchor term of the objective; None without an anchor.
+        seed: Seed of the run. A step's random numbers, such as those of dropout, depend on it and on the step alone.
+        row_kinds: Returns the kind of every row of a step, (B,), for models that condition on it (`row_kinds`).
+        document_end: Token that ends a document, where attention is masked across documents; else None.
     """
 
     settings: Train
@@ -65,10 +60,10 @@ class TrainJob:
     observe: Callable[[Point], None] = lambda point: None
     inspect: Callable[[nn.Module], Point] = lambda model: {}
     lr_scales: Mapping[str, float] = field(default_factory=dict)
-    hold: AnchorTerm | None = None
+    anchor: AnchorTerm | None = None
     seed: int = 0
-    kinds: Callable[[int], NDArray[np.int64]] | None = None
-    end: int | None = None
+    row_kinds: Callable[[int], NDArray[np.int64]] | None = None
+    document_end: int | None = None
 
     @property
     def curve(self) -> Path:
@@ -78,7 +73,7 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class Trained:
-    """What the loop did: steps, tokens seen, seconds of training alone, and the training curve."""
+    """Result of a stage: optimizer steps, tokens, seconds of training alone, and the training curve."""
 
     steps: int
     tokens: int
@@ -89,169 +84,143 @@ class Trained:
 def train(model: nn.Module, batches: Batches, job: TrainJob) -> Trained:
     """Train the parameters of a model that require a gradient, from the latest checkpoint if there is one.
 
-    Two runs of the same configuration end bit-identical on the same machine, whether or not one of them was
-    interrupted: a batch is a function of (seed, step), and checkpoints fall on points of the curve. Several processes
-    have the gradients of one with as many times `accumulate`; the accuracy in the curve is the mean of all theirs.
+    Two runs of one configuration end bit-identical on the same machine, whether or not one of them was interrupted: a
+    batch is a function of (seed, step), and every checkpoint coincides with a point of the curve. Several processes
+    compute the gradients of one process with as many times the micro-batches, up to rounding.
 
     Args:
         model: A causal LM.
         batches: The rows of every step.
-        job: Settings, folders and callbacks.
+        job: Settings, folder and callbacks.
 
     Raises:
-        ConfigError: The loss is no longer finite, or a checkpoint is damaged or cannot be written.
+        ConfigError: The loss is not finite, or a checkpoint is damaged or cannot be written.
     """
     settings, device = job.settings, next(model.parameters()).device
-    spread = choose_layout(model, job.hold is not None, settings, device)
+    layout = choose_layout(model, settings, device, anchored=job.anchor is not None)
     checkpoint, step, seconds, curve = resume(model, job)
-    if step >= job.steps:  # it was stopped after its last step: the model is to stay whole
-        return finish(job, seconds, curve)
-    made = Objective(model.train(), settings, job.hold, spread.part, job.end)
-    objective, optimizer = spread.wrap(
-        made, partial(make_optimizer, lr=job.lr, scales=job.lr_scales, settings=settings)
-    )
+    tokens = job.steps * settings.batch.size * settings.sequence_length
+    if step >= job.steps:  # the run was interrupted after its last step; nothing is wrapped, so the model stays whole
+        return Trained(job.steps, tokens, seconds, curve)
+
+    plain = Objective(model.train(), settings, job.anchor, layout.select_loss_rows, job.document_end)
+    make = partial(make_optimizer, lr=job.lr, scales=job.lr_scales, settings=settings)
+    objective, optimizer = layout.wrap(plain, make)
     if checkpoint:
-        load_checkpoint(checkpoint, spread.trained(), optimizer)
-    layers = StepOptions(spread.model, settings, half=spread.halves and made.precision == "bf16")
-    passes = record_passes(
-        accumulate, list(trainable_parameters(spread.model).values()), settings, held=job.hold is not None
-    )
-    total, begin = torch.zeros((), device=device), time.monotonic()
+        load_checkpoint(checkpoint, layout.find_local_parameters(), optimizer)
+    half = layout.supports_bf16_weights and plain.precision == "bf16"
+    options = StepOptions(layout.model, settings, half=half)
+    parameters = list(trainable_parameters(layout.model).values())
+    run_step = capture_step(forward_backward, parameters, settings, anchored=job.anchor is not None)
+
+    loss_sum, begin = torch.zeros((), device=device), time.monotonic()
     with Saver() as saver:
         while step < job.steps:
-            set_rates(optimizer, schedule(step, job.steps, settings))
-            rows, held, kinds = take_batch(batches, job, step, spread, device)
-            torch.manual_seed(spread.seed((job.seed << 32) + step))
-            with layers, spread():
-                loss, states = passes(objective, rows, settings.accumulate, held, kinds, spread.slots)
-            spread.clip(settings.clip)
+            set_learning_rates(optimizer, schedule(step, job.steps, settings))
+            batch = read_batch(batches, job, step).map(layout.select_rows).to(device)
+            torch.manual_seed(layout.derive_seed((job.seed << 32) + step))
+            with options, layout.enter_step():
+                loss, states = run_step(objective, batch, settings.batch.gradient_accumulation_steps, layout.slots)
+            layout.clip_gradients(settings.optim.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            total += loss
+            loss_sum += loss
             step += 1
-            if step % settings.log_every == 0 or step == job.steps:
-                mean = float(processes.all_reduce_mean(total)) / ((step - 1) % settings.log_every + 1)
-                seconds += time.monotonic() - begin  # after the mean, which waits for the device
-                spread.collect(is_scored(step, job))
-                point = measure_point(model, job, step, mean, states, spread, rows, held) | {
-                    "seconds": round(seconds, 3)
-                }
-                curve.append(point)
-                append_point(job, point, spread, optimizer, saver)
-                job.observe(point | {"tokens_per_second": compute_throughput(curve, settings)})
-                total.zero_()
-                begin = time.monotonic()
-    return finish(job, seconds, curve)
+            last = step == job.steps
+            if step % settings.log_every and not last:
+                continue
+
+            logged_steps = (step - 1) % settings.log_every + 1
+            mean_loss = float(processes.all_reduce_mean(loss_sum)) / logged_steps
+            seconds += time.monotonic() - begin  # after reading the loss, which waits for the device
+            if not math.isfinite(mean_loss):
+                raise ConfigError(f"the loss is {mean_loss} at step {step}; try a lower train.lr than {job.lr:g}")
+            validating = bool(settings.validate_every) and (last or step % settings.validate_every == 0)
+            layout.gather_weights(due=validating or last)
+            last_micro_batch = batch.split(settings.batch.gradient_accumulation_steps)[-1]
+            point: Point = {
+                "step": step,
+                "loss": mean_loss,
+                "accuracy": measure_accuracy(model, states, last_micro_batch, layout.select_loss_rows),
+                "lr": job.lr * schedule(step - 1, job.steps, settings),
+                **job.inspect(model),
+            }
+            if validating:
+                point |= job.validate()
+                model.train()
+            point["seconds"] = round(seconds, 3)
+            curve.append(point)
+            if processes.is_main():
+                with job.curve.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(point) + "\n")
+            if step % settings.checkpoint_every == 0 or last:
+                saver.save(job.folder, layout.find_local_parameters(), optimizer, step, point["seconds"])
+            job.observe(point | {"tokens_per_second": compute_throughput(curve, settings)})
+            loss_sum.zero_()
+            begin = time.monotonic()
+    return Trained(job.steps, tokens, seconds, curve)
 
 
-def finish(job: TrainJob, seconds: float, curve: Sequence[Point]) -> Trained:
-    """Return what the loop did when it has made all steps."""
-    return Trained(job.steps, job.steps * job.settings.batch_size * job.settings.sequence_length, seconds, curve)
+def read_batch(batches: Batches, job: TrainJob, step: int) -> StepBatch:
+    """Return all rows of a step, in CPU memory."""
+    return StepBatch(
+        tokens=torch.from_numpy(batches.batch(step)),
+        anchored=torch.from_numpy(job.anchor.anchored(step)) if job.anchor else None,
+        row_kinds=torch.from_numpy(job.row_kinds(step)) if job.row_kinds else None,
+    )
 
 
-def is_scored(step: int, job: TrainJob) -> bool:
-    """Say whether the whole model is scored after a step."""
-    every = job.settings.validate_every
-    return step == job.steps or bool(every and step % every == 0)
-
-
-def take_batch(
-    batches: Batches, job: TrainJob, step: int, spread: DDP | MPMD, device: torch.device
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return this process's rows of a step, (B, S + 1), and of each whether it is held and of what kind it is, (B,).
-
-    Which rows are held stays in the processor's memory: it decides what is run.
-    """
-
-    def mine(values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(spread.rows(values))
-
-    held = mine(job.hold.held(step)) if job.hold else None
-    kinds = send(mine(job.kinds(step)), device) if job.kinds else None
-    return send(mine(batches.batch(step)), device), held, kinds
-
-
-def accumulate(
-    objective: nn.Module,
-    rows: Tensor,
-    parts: int,
-    held: Tensor | None = None,
-    kinds: Tensor | None = None,
-    slots: int = 1,
+def forward_backward(
+    objective: nn.Module, batch: StepBatch, micro_batches: int, slots: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Run forward and backward over the micro-batches of a step.
+    """Run forward and backward over the micro-batches of a step, and accumulate the gradients.
 
     Args:
-        objective: An `Objective`, or several processes' (`mode.core.processes.replicate`).
-        rows: Tokens, (B, S + 1).
-        parts: Micro-batches.
-        held: Which rows are held to the backbone, (B,), in the processor's memory.
-        kinds: Of what kind each row is, (B,), where the model wants to know.
-        slots: Processes that share every row, and of whose losses the mean is meant.
+        objective: An `Objective`, as the layout has wrapped it.
+        batch: This process's rows, B of them.
+        micro_batches: Number of micro-batches.
+        slots: Processes that share every row; the gradient is that of the mean of their losses.
 
     Returns:
-        The mean loss of the step, and the last micro-batch's hidden states, (B / parts, S, d).
+        The mean loss of the step, a scalar, and the last micro-batch's hidden states, (B / micro_batches, S, d).
     """
-    loss = torch.zeros((), device=rows.device)
-    states = loss
-    for number, micro in enumerate(rows.chunk(parts)):
-        some = [None if each is None else each.chunk(parts)[number] for each in (held, kinds)]
-        with nullcontext() if number == parts - 1 else processes.no_sync(objective):
-            found, extra, states = objective(micro, *some)
-            part = found / parts
-            loss += part.detach()
-            whole = part if extra is None else part + extra / parts
-            torch.autograd.backward(whole if slots == 1 else whole / slots)
-    return loss, states.detach()
+    total = torch.zeros((), device=batch.tokens.device)
+    states = total
+    for index, micro_batch in enumerate(batch.split(micro_batches)):
+        with nullcontext() if index == micro_batches - 1 else processes.no_sync(objective):
+            loss, auxiliary, states = objective(micro_batch)
+            share = loss / micro_batches
+            total += share.detach()
+            minimised = share if auxiliary is None else share + auxiliary / micro_batches
+            torch.autograd.backward(minimised if slots == 1 else minimised / slots)
+    return total, states.detach()
 
 
-def measure_point(
-    model: nn.Module,
-    job: TrainJob,
-    step: int,
-    loss: float,
-    states: Tensor,
-    spread: DDP | MPMD,
-    rows: Tensor,
-    held: Tensor | None,
-) -> Point:
-    """Return a point of the curve: the mean loss since the last point, and the last micro-batch's accuracy.
+def measure_accuracy(
+    model: nn.Module, states: Tensor, micro_batch: StepBatch, select_loss_rows: Callable[[Tensor], Tensor]
+) -> float:
+    """Return the next-token accuracy on a micro-batch, averaged over processes.
 
-    Rows that are held to the backbone do not count for the accuracy, unless the micro-batch has no others.
+    Anchored rows do not count, unless the micro-batch has no others.
+
+    Args:
+        model: The model that trains.
+        states: Its final hidden states, (B, S, d).
+        micro_batch: The rows that they were computed from.
+        select_loss_rows: Returns the rows whose hidden states this process has.
     """
-    if not math.isfinite(loss):
-        raise ConfigError(f"the loss is {loss} at step {step}; try a lower train.lr than {job.lr:g}")
-    targets = spread.part(rows.chunk(job.settings.accumulate)[-1])[:, 1:]
-    if held is not None:
-        free = ~held.chunk(job.settings.accumulate)[-1]
-        states, targets = (states[free], targets[free]) if free.any() else (states, targets)
+    targets = select_loss_rows(micro_batch.tokens)[:, 1:]
+    if micro_batch.anchored is not None and not micro_batch.anchored.all():
+        free = ~micro_batch.anchored
+        states, targets = states[free], targets[free]
     scores = score_states(states, output_head(model), targets, cap=logit_softcap(model))
-    lr = job.lr * schedule(step - 1, job.steps, job.settings)
-    accuracy = float(processes.all_reduce_mean(scores.hit.float().mean()))
-    point: Point = {"step": step, "loss": loss, "accuracy": accuracy, "lr": lr}
-    point |= job.inspect(model)
-    every = job.settings.validate_every
-    if every and (step % every == 0 or step == job.steps):
-        point |= job.validate()
-        model.train()
-    return point
-
-
-def append_point(
-    job: TrainJob, point: Point, spread: DDP | MPMD, optimizer: torch.optim.Optimizer, saver: Saver
-) -> None:
-    """Append a point to the curve, and save a checkpoint where one is due."""
-    if processes.is_main():
-        with job.curve.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(point) + "\n")
-    if point["step"] % job.settings.checkpoint_every == 0 or point["step"] == job.steps:
-        saver.save(job.folder, spread.trained(), optimizer, point["step"], point["seconds"])
+    return float(processes.all_reduce_mean(scores.hit.float().mean()))
 
 
 def resume(model: nn.Module, job: TrainJob) -> tuple[Path | None, int, float, list[Point]]:
-    """Find the latest checkpoint, its step, its seconds of training, and the curve up to it.
+    """Return the latest checkpoint, its step, its seconds of training, and the curve up to that step.
 
-    Where no step is left, the model is given the weights of it.
+    Where no step is left, the checkpoint's weights are loaded into the model.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     step, seconds, curve = 0, 0.0, []

@@ -1,4 +1,7 @@
-"""What a training step minimises."""
+"""The objective of a training step: cross-entropy, with the divergence from the backbone on anchored rows.
+
+Shapes: B rows, S tokens per row, d hidden size, V vocabulary size.
+"""
 
 from __future__ import annotations
 
@@ -23,96 +26,98 @@ from mode.ops.loss import (
     sum_auxiliary,
 )
 from mode.train.precision import autocast, choose_precision
+from mode.train.step_batch import StepBatch
 
 
 @dataclass(frozen=True)
 class AnchorTerm:
-    """How a model is held to its backbone on some rows.
+    """The term that keeps a model close to its backbone on anchored rows.
 
     Attributes:
-        weight: Factor on KL(backbone || model) beside the cross-entropy of the other rows.
-        held: Which rows of a step are such rows, (B,).
-        reference: What the backbone says of rows of tokens: its final hidden states, and its head. It is given the
-            model that trains, which may have the backbone in it.
-        always: Whether it is asked in every micro-batch, about a row that is not held where none is: what it says may
-            take all processes, some of which have rows that are held.
+        weight: Factor on KL(backbone || model), against the cross-entropy of the free rows.
+        anchored: Returns which rows of a step are anchored, (B,), boolean.
+        reference: Returns the backbone's final hidden states, (B, S, d), and its head, (V, d), for rows of tokens,
+            (B, S). The first argument is the model that trains, which may contain the backbone.
+        always: Whether the reference runs in every micro-batch, on one free row where no row is anchored. Needed where
+            all processes take part in the reference and only some of them have anchored rows.
     """
 
     weight: float
-    held: Callable[[int], NDArray[np.bool_]]
+    anchored: Callable[[int], NDArray[np.bool_]]
     reference: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
     always: bool = False
 
 
 class Objective(nn.Module):
-    """A model with what it minimises, so that one forward pass is all of a micro-batch: what DDP needs."""
+    """A model with its objective: one forward pass returns the loss of a micro-batch, as DDP and FSDP require."""
 
     def __init__(
         self,
         model: nn.Module,
         settings: Train,
-        hold: AnchorTerm | None,
-        part: Callable[[Tensor], Tensor] = lambda rows: rows,
-        end: int | None = None,
+        anchor: AnchorTerm | None,
+        select_loss_rows: Callable[[Tensor], Tensor] = lambda rows: rows,
+        document_end: int | None = None,
     ) -> None:
         """Wrap a model.
 
         Args:
             model: A causal LM.
-            settings: The loop's.
-            hold: How it is held to its backbone; None where it is not.
-            part: Returns the rows whose hidden states come out of the model, of all that go in.
-            end: Token that closes a document, where documents of a row do not see each other.
+            settings: Settings of the loop.
+            anchor: The anchor term; None without an anchor.
+            select_loss_rows: Returns those of the input rows whose hidden states the model returns in this process.
+            document_end: Token that ends a document, where attention is masked across documents; else None.
 
         Raises:
-            ConfigError: Documents are not to see each other, and something but attention looks back in a row.
+            ConfigError: Attention is to be masked across documents, but the model has an anchor or a module other than
+                attention that reads the whole prefix.
         """
         super().__init__()
-        self.model, self.settings, self.hold, self.part = model, settings, hold, part
+        self.model, self.settings, self.anchor, self.select_loss_rows = model, settings, anchor, select_loss_rows
         self.precision = choose_precision(settings, model)
-        self.wanting, self.end = find_auxiliary_modules(model), end
-        if end is not None and (hold or any(getattr(module, "looks_back", False) for module in model.modules())):
+        self.auxiliary_modules, self.document_end = find_auxiliary_modules(model), document_end
+        reads_prefix = any(getattr(module, "looks_back", False) for module in model.modules())
+        if document_end is not None and (anchor or reads_prefix):
             raise ConfigError(
-                "train.documents=apart: neither with an anchor nor where a gate or a judge sees the whole prefix"
+                "train.batch.intra_document_masking=true: neither with an anchor nor where a gate or a judge sees the "
+                "whole prefix"
             )
 
     def around(self, model: nn.Module) -> Objective:
         """Return the same objective of another model, whose layers all processes gather in every micro-batch."""
-        hold = self.hold and replace(self.hold, always=True)
-        return Objective(model, self.settings, hold, end=self.end)
+        anchor = self.anchor and replace(self.anchor, always=True)
+        return Objective(model, self.settings, anchor, document_end=self.document_end)
 
-    def forward(
-        self, rows: Tensor, held: Tensor | None = None, kinds: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the loss of a micro-batch, what modules ask for beside it, and the hidden states, (B, S, d).
+    def forward(self, batch: StepBatch) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return the loss of a micro-batch, the sum of the modules' auxiliary losses, and the final hidden states.
 
-        Args:
-            rows: Tokens, (B, S + 1).
-            held: Which rows are held to the backbone, (B,), in the processor's memory.
-            kinds: Of what kind each row is, (B,), where modules want to know.
+        Returns:
+            The loss, a scalar; the auxiliary losses' sum, a scalar, or None; the hidden states, (B, S, d).
         """
-        model, device = self.model, rows.device
-        if kinds is not None:
-            set_row_kinds(model, kinds)
-        with autocast(self.precision, device):
-            places = {} if self.end is None else {"position_ids": compute_positions(rows[:, :-1], self.end)}
-            states = compute_hidden_states(model, rows[:, :-1], **places)
-        if self.hold is None or held is None:
-            loss = compute_next_token_loss(
-                states, output_head(model), self.part(rows[:, 1:]), logit_softcap(model), self.precision
-            )
+        model, tokens, anchor = self.model, batch.tokens, self.anchor
+        if batch.row_kinds is not None:
+            set_row_kinds(model, batch.row_kinds)
+        with autocast(self.precision, tokens.device):
+            options = {}
+            if self.document_end is not None:
+                options = {"position_ids": compute_positions(tokens[:, :-1], self.document_end)}
+            states = compute_hidden_states(model, tokens[:, :-1], **options)
+        if anchor is None or batch.anchored is None:
+            targets = self.select_loss_rows(tokens[:, 1:])
+            loss = compute_next_token_loss(states, output_head(model), targets, logit_softcap(model), self.precision)
         else:
-            asked = select_rows(rows, held) if held.any() or not self.hold.always else rows[:1]
-            with torch.no_grad(), autocast(self.precision, device):
-                known = self.hold.reference(model, asked[:, :-1]) if len(asked) else None
-            loss = compute_anchored_loss(model, states, rows, held, known, self.hold.weight, self.precision)
-        return loss, sum_auxiliary(self.wanting), states
+            none = not batch.anchored.any()
+            rows = tokens[:1] if none and anchor.always else select_rows(tokens, batch.anchored)
+            with torch.no_grad(), autocast(self.precision, tokens.device):
+                reference = anchor.reference(model, rows[:, :-1]) if len(rows) else None
+            loss = compute_anchored_loss(model, states, batch, reference, anchor.weight, self.precision)
+        return loss, sum_auxiliary(self.auxiliary_modules), states
 
 
 def compute_positions(rows: Tensor, end: int) -> Tensor:
-    """Return positions that begin anew after every token that closes a document, (B, S) to (B, S).
+    """Return position ids that restart after every token that ends a document, (B, S) to (B, S).
 
-    `transformers` makes masks of them that are blind across documents.
+    `transformers` derives attention masks from them that separate the documents of a row.
 
     >>> compute_positions(torch.tensor([[5, 9, 6, 7, 9, 8]]), end=9).tolist()
     [[0, 1, 0, 1, 2, 0]]
@@ -123,49 +128,49 @@ def compute_positions(rows: Tensor, end: int) -> Tensor:
 
 
 UNKNOWN = -1
-"""Kind of a row of none of the sources that were trained on."""
+"""Kind of a row from a source that the model was not trained on."""
 
 
-def set_row_kinds(model: nn.Module, kinds: Tensor) -> None:
-    """Tell every module that wants to know of what kind the rows of the next forward pass are, (B,), or all, (1,)."""
+def set_row_kinds(model: nn.Module, row_kinds: Tensor) -> None:
+    """Set the kinds of the next forward pass's rows, (B,), or of all rows, (1,), in every module that uses them."""
     for module in model.modules():
         if hasattr(module, "row_kinds"):
-            module.row_kinds = kinds
+            module.row_kinds = row_kinds
 
 
 def compute_anchored_loss(
     model: nn.Module,
     states: Tensor,
-    rows: Tensor,
-    held: Tensor,
-    known: tuple[Tensor, Tensor] | None,
+    batch: StepBatch,
+    reference: tuple[Tensor, Tensor] | None,
     weight: float,
     precision: str,
 ) -> Tensor:
-    """Return the mean over a micro-batch's tokens: cross-entropy of free rows, weighted divergence of held ones.
+    """Return the mean over a micro-batch's tokens: cross-entropy of free rows, weighted divergence of anchored rows.
 
     Args:
         model: The model that trains.
         states: Its final hidden states, (B, S, d).
-        rows: Tokens, (B, S + 1).
-        held: Which rows are held to the backbone, (B,), in the processor's memory.
-        known: The backbone's final hidden states on those, (held rows, S, d), and its head, (V, d); without such rows
-            they do not matter.
-        weight: Factor on their divergence.
-        precision: Of the cross-entropy's products of matrices.
+        batch: The micro-batch, with `anchored`.
+        reference: The backbone's final hidden states on the anchored rows, (anchored rows, S, d), and its head, (V, d).
+            Not used where no row is anchored.
+        weight: Factor on the divergence.
+        precision: Precision of the cross-entropy's matrix products.
     """
-    loss, cap = torch.zeros((), device=states.device), logit_softcap(model)
-    free, count = ~held, len(rows)
+    assert batch.anchored is not None
+    anchored, count = batch.anchored, len(batch.tokens)
+    free, cap = ~anchored, logit_softcap(model)
+    loss = torch.zeros((), device=states.device)
     if free.any():
-        mine, targets = select_rows(states, free), select_rows(rows, free)[:, 1:]
-        loss = loss + compute_next_token_loss(mine, output_head(model), targets, cap, precision) * (free.sum() / count)
-    if known is not None and held.any():
-        loss = loss + weight * compute_divergence(select_rows(states, held), output_head(model), *known, cap) * (
-            held.sum() / count
-        )
+        targets = select_rows(batch.tokens, free)[:, 1:]
+        entropy = compute_next_token_loss(select_rows(states, free), output_head(model), targets, cap, precision)
+        loss = loss + entropy * (free.sum() / count)
+    if reference is not None and anchored.any():
+        divergence = compute_divergence(select_rows(states, anchored), output_head(model), *reference, cap)
+        loss = loss + weight * divergence * (anchored.sum() / count)
     return loss
 
 
 def select_rows(values: Tensor, chosen: Tensor) -> Tensor:
-    """Return the rows of values, (B, ...), that are chosen, (B,): in the processor's memory, so that nothing waits."""
+    """Return the chosen rows of values, (B, ...); `chosen`, (B,), is in CPU memory, so nothing waits for the device."""
     return values[send(chosen.nonzero()[:, 0], values.device)]

@@ -67,6 +67,7 @@ def test_an_expert_that_no_token_chose_can_go(world: World) -> None:
         name: (weights[0, 0] == 0).nonzero()[:, 0].tolist()
         for name, weights in zip(find_weighted_gates(model), latest, strict=True)
     }
+    assert idle
     assert all(len(numbers) == 2 for numbers in idle.values())
     with mask_experts(model, idle), torch.no_grad():
         assert torch.equal(model(input_ids=one).logits, whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from mode.backbone.load import fingerprint_model, load_model
 from mode.config.compose import compose
 from mode.config.groups import list_members
+from mode.config.method import Choice
 from mode.core.tensors import trainable_parameters
-from mode.methods.base import Material
+from mode.methods.base import Material, Method
 from mode.modular.block import find_blocks
 from mode.ops.loss import compute_auxiliary_loss, compute_hidden_states, compute_next_token_loss, output_head
 from mode.runs.execute import execute, restore
@@ -38,23 +40,26 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 QUICK = ("mode", "sft", "lora", "backbone")
 ALL = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
 """Every variant; those of the quick round stand for the others."""
-IDENTITY_AT_START = ("sft", "lora", "loramoe", "mixlora", "moelora", "molora", "mov", "backbone")
-"""Methods that start as the backbone; MoDE does not unless its experts copy whole blocks."""
-
-
-WEIGHED = (
-    *("mode", "bam", "btm", "cbtm", "btx", "loramoe", "mixlora", "moelora", "mole", "molora", "mov"),
-    *("upcycling", "upcycling-sampled", "btx-sampled"),
-)
-"""Methods with something that weighs experts, token by token."""
-SPARSE = ("bam", "btx", "btx-sampled", "mixlora", "upcycling", "upcycling-sampled", "upcycling-top-p")
-"""Methods whose experts run on the tokens that chose them: how many those are changes the last bit of the others."""
 
 
 @pytest.fixture(scope="module")
 def world(shared_world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     """Return one world for all of these tests, so that a stage that several methods stand on is trained once."""
     return shared_world.at(tmp_path_factory.mktemp("contract"))
+
+
+def method_of(name: str) -> Method:
+    """Return the method of a variant, which says what the suite may expect of it."""
+    method = compose(VARIANTS[name]).method
+    assert isinstance(method, Method)
+    return method
+
+
+def that(holds: Callable[[Method], bool]) -> list[Any]:
+    """Return the variants whose method has a property; there has to be one."""
+    found = [param for param in ALL if holds(method_of(str(param.values[0])))]
+    assert found
+    return found
 
 
 def run_of(world: World, name: str, *overrides: str) -> Any:
@@ -77,10 +82,10 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     return model.eval()(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("name", IDENTITY_AT_START)
+@pytest.mark.parametrize("name", that(lambda method: method.identical_at_start))
 def test_starts_as_the_backbone(world: World, name: str) -> None:
     bare = load_model(run_of(world, name).backbone)
-    tolerance = 1e-5 if name in ("mixlora", "mov") else 1e-6  # weights that sum to one multiply what the backbone has
+    tolerance = 1e-5 if method_of(name).weighs_experts else 1e-6  # weights that sum to one, but for the last bits
     assert (logits(built(world, name)) - logits(bare)).abs().max() < tolerance
 
 
@@ -88,7 +93,7 @@ def test_starts_as_the_backbone(world: World, name: str) -> None:
 def test_nothing_looks_ahead(world: World, name: str) -> None:
     model, changed = built(world, name), IDS.clone()
     changed[:, 5:] = (changed[:, 5:] + 11) % 256
-    if name in SPARSE:
+    if method_of(name).groups_tokens:
         difference = logits(model.double())[:, :5] - logits(model, changed)[:, :5]
         assert difference.abs().max() < 1e-12
     else:
@@ -112,7 +117,8 @@ def test_exactly_what_is_declared_trains_and_the_rest_stays_bit_identical(world:
     model = built(world, name).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     names = set(trainable_parameters(model))
-    if name in ("backbone", "btm", "btm-average", "cbtm"):
+    run = run_of(world, name)
+    if not run.method.steps(run):
         assert not names
         return
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2)
@@ -148,13 +154,15 @@ def test_trained_weights_restore_to_the_scores_of_the_record(world: World, name:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WEIGHED)
+@pytest.mark.parametrize("name", ALL)
 def test_records_say_how_experts_were_weighed(world: World, name: str) -> None:
     run = run_of(world, name)
     record = execute(run)
-    chosen = getattr(getattr(run.method, "router", None), "top_k", None) or 100
-    chosen = 100 if name == "bam" else chosen  # its attention experts all run
-    for told in record.happened["gates"].values():
+    assert ("gates" in record.happened) == run.method.weighs_experts
+    # Of several choices, such as those of two routers, the one that keeps most experts is the bound.
+    choices = [value for value in vars(run.method).values() if isinstance(value, Choice)]
+    chosen = max((choice.top_k or 100 for choice in choices), default=100)
+    for told in record.happened.get("gates", {}).values():
         assert len(told["mean"]) == len(told["entropy"]) == len(told["active"]) >= 1
         assert len({len(mean) for mean in told["mean"]}) == 1  # the same experts everywhere, or no figure shows them
         for mean, entropy, active in zip(*(told[key] for key in ("mean", "entropy", "active")), strict=True):
@@ -173,46 +181,15 @@ def test_runs_under_bf16(world: World, name: str) -> None:
     assert (low - logits(model)).abs().max() < 0.15 * logits(model).abs().max()
 
 
-KNOWN_FORMULAS = ("backbone", "sft", "lora", "mode", "molora", "mov")
-"""Methods with a closed form in `parameter_formula`."""
-
-
-def parameter_formula(name: str, world: World) -> int:
-    """Return the trainable parameters of a method on the pico backbone, in closed form."""
-    bare = load_model(run_of(world, name).backbone)
-    config_ = bare.config
-    width, layers = config_.hidden_size, config_.num_hidden_layers
-    kv = config_.num_key_value_heads * (width // config_.num_attention_heads)
-    layer = 2 * width * width + 2 * width * kv + 3 * width * config_.intermediate_size + 2 * width
-    blocks = getattr(run_of(world, name).method, "num_blocks", 0)
-    if name == "backbone":
-        return 0
-    if name == "sft":
-        return layers * layer + config_.vocab_size * width + width
-    if name == "lora":
-        return layers * 16 * ((width + width) * 2 + (width + kv) * 2)
-    if name == "loramoe":
-        inner = config_.intermediate_size
-        return layers * 6 * (3 * 4 * (width + inner) + 2 * width + inner)
-    if name == "molora":
-        wide = [(width, width), (width, kv), (width, kv), (width, width)] + 3 * [(width, config_.intermediate_size)]
-        # The last matrix reads the feed-forward part's width, the others the hidden size.
-        reads = 6 * width + config_.intermediate_size
-        return layers * 15 * (4 * sum(inputs + outputs for inputs, outputs in wide) + reads)
-    if name == "mov":
-        return layers * 30 * 2 * (2 * kv + config_.intermediate_size)
-    experts = 1 if "1x" in name else 2
-    rank = run_of(world, name).method.head_rank
-    gates = (blocks + bool(rank)) * (experts + 1) * (width + 1)
-    changes = experts * rank * (width + config_.vocab_size)
-    return gates if "frozen" in name else experts * blocks * layer + changes + gates
-
-
-@pytest.mark.parametrize("name", [param for param in ALL if str(param.values[0]).startswith(KNOWN_FORMULAS)])
+@pytest.mark.parametrize("name", ALL)
 def test_trainable_parameters_follow_the_closed_form(world: World, name: str) -> None:
-    assert sum(
-        parameter.numel() for parameter in trainable_parameters(built(world, name)).values()
-    ) == parameter_formula(name, world)
+    run = run_of(world, name)
+    cost = run.method.cost(run)
+    if cost is None:
+        pytest.skip("the method has no closed form with these settings")
+    model = built(world, name)
+    assert cost.trainable == sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    assert cost.total == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_zero_steps_of_fine_tuning_are_the_backbone(world: World) -> None:

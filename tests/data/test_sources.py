@@ -20,6 +20,7 @@ from mode.config.data import Domain, FilesSource, GeneratorSource, HubSource, St
 from mode.core import wheels
 from mode.core.errors import ConfigError
 from mode.data.sources import describe_source, read_documents, read_source
+from tests.support.refusals import refused
 
 PROSE = "The quick brown fox jumps over the lazy dog while the sun goes down behind the old mill. "
 
@@ -72,14 +73,14 @@ def test_folders_and_globs_are_read_in_name_order_without_hidden_files(tmp_path:
 def test_a_missing_file_is_named_in_one_line(tmp_path: Path) -> None:
     assert f"{tmp_path}/none.txt: no such file" in refusal(files(tmp_path / "none.txt"))
     assert f"{tmp_path}/*.txt: no such file" in refusal(files(tmp_path / "*.txt"))
-    with pytest.raises(ConfigError, match="no such file"):
+    with refused("none.txt"):
         describe_source(files(tmp_path / "none.txt"))
 
 
 def test_broken_json_is_told_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": \n', encoding="utf-8")
     message = refusal(files(tmp_path / "a.jsonl"))
-    assert "a.jsonl: not JSON" in message
+    assert "not JSON" in message
     assert "line 3" in message
 
 
@@ -87,7 +88,7 @@ def test_broken_json_is_told_with_its_line(tmp_path: Path) -> None:
 def test_a_jsonl_row_without_the_column_is_refused(tmp_path: Path, row: str) -> None:
     (tmp_path / "a.jsonl").write_text(f'{{"text": "one"}}\n{row}\n', encoding="utf-8")
     message = refusal(files(tmp_path / "a.jsonl"))
-    assert "a row without the column 'text'" in message
+    assert "has no column 'text'" in message
     assert "line 2" in message
 
 
@@ -105,12 +106,12 @@ def test_a_file_that_is_not_utf8_is_refused_with_the_byte(tmp_path: Path, name: 
 
 def test_a_parquet_file_without_the_column_is_refused_with_those_it_has(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"id": [1], "body": ["one"]}), tmp_path / "a.parquet")
-    assert "a.parquet: no column 'text'; it has id, body" in refusal(files(tmp_path / "a.parquet"))
+    assert "a.parquet: no column 'text'; available: id, body" in refusal(files(tmp_path / "a.parquet"))
 
 
 def test_a_parquet_file_with_a_null_is_refused(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": ["one", None]}), tmp_path / "a.parquet")
-    assert "a.parquet: column 'text': NoneType" in refusal(files(tmp_path / "a.parquet"))
+    assert "a.parquet: column 'text': expected text, got NoneType" in refusal(files(tmp_path / "a.parquet"))
 
 
 def test_what_only_ends_in_parquet_is_refused(tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_a_domain_without_a_document_is_refused(tmp_path: Path) -> None:
         sources=(files(tmp_path / "a.jsonl"),),
         splits={"train": 0.8, "validation": 0.1, "test": 0.1},
     )
-    with pytest.raises(ConfigError, match="no document found for the domain 'nothing'"):
+    with refused("'nothing'"):
         read_documents(domain, tmp_path)
 
 
@@ -186,7 +187,7 @@ def test_hub_state_changes_with_a_local_file_also_under_the_home_folder(
 
 def test_hub_mistakes_take_one_line(rows: str, tmp_path: Path) -> None:
     assert "json: no column 'body'" in refusal(hub(files=(rows,), column="body"))
-    assert "json: the column 'n': int where text should be" in refusal(hub(files=(rows,), column="n"))
+    assert "json: the column 'n': expected text, got int" in refusal(hub(files=(rows,), column="n"))
     assert "cannot load the data set json" in refusal(hub(files=(str(tmp_path / "none.jsonl"),)))
     assert "cannot load the data set someone/no-such-set" in refusal(hub(path="someone/no-such-set"))
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n', encoding="utf-8")

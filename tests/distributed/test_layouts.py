@@ -18,7 +18,6 @@ import torch
 from mode.config.check import replace_settings
 from mode.config.compose import compose
 from mode.core import processes
-from mode.core.errors import ConfigError
 from mode.distributed.choose import check_processes
 from mode.records.record import read_records
 from mode.runs.execute import execute
@@ -26,45 +25,51 @@ from mode.train.checkpoint import read_counters
 from mode.train.curve import read_curve
 from tests.conftest import World
 from tests.support.processes import together
+from tests.support.refusals import refused
 from tests.train.test_loop import run_of
 
 pytestmark = pytest.mark.slow
 EVERY = ("train.log_every=1", "train.checkpoint_every=4", "train.validate_every=0")
-LOOP = ("train.steps=3", "train.batch_size=4", *EVERY)
-LONG = ("train.steps=60", "train.batch_size=16", *EVERY)
+LOOP = ("train.steps=3", "train.batch.size=4", *EVERY)
+LONG = ("train.steps=60", "train.batch.size=16", *EVERY)
 # One of every kind: dense, in bf16, in micro-batches, composed, anchored, sparse, told of kinds, guessing, an ensemble.
 METHODS: dict[str, tuple[str, ...]] = {
     "sft": ("method=sft",),
     "sft in bf16": ("method=sft", "train.precision=bf16"),
-    "sft in micro-batches": ("method=sft", "train.accumulate=2"),
+    "sft in micro-batches": ("method=sft", "train.batch.gradient_accumulation_steps=2"),
     "mode": ("method=mode",),
     "mode held to its backbone": ("method=mode-anchored", "method.anchor.source=prose", "method.anchor.share=0.25"),
     "mode held to its backbone in shards": (  # one of four rows, so that one process has none
         *("method=mode-anchored", "method.anchor.source=prose", "method.anchor.share=0.25", "method.anchor.weight=2"),
-        "train.layout=fsdp",
+        "train.parallelism.strategy=fsdp",
     ),
     "lora held to its backbone in shards": (
-        *("method=lora", "method.anchor.source=prose", "method.anchor.share=0.25", "train.layout=fsdp"),
+        *("method=lora", "method.anchor.source=prose", "method.anchor.share=0.25", "train.parallelism.strategy=fsdp"),
     ),
     "btx": ("method=btx",),
     "loramoe": ("method=loramoe",),
     "moelora": ("method=moelora", "method.task=guessed"),
     "btm": ("method=btm",),
-    "upcycling in shards": ("method=upcycling", "train.layout=fsdp"),
+    "upcycling in shards": ("method=upcycling", "train.parallelism.strategy=fsdp"),
     "mode of some branches": ("method=mode", "method.start=fresh", "method.num_experts=4", "method.gate.top_k=2"),
-    "mode in shards": ("method=mode", "method.num_blocks=2", "train.layout=fsdp"),
+    "mode in shards": ("method=mode", "method.num_blocks=2", "train.parallelism.strategy=fsdp"),
     "mole in shards, in bf16 and micro-batches": (  # and the LoRAs that it stands on
-        *("method=mole", "train.layout=fsdp", "train.precision=bf16", "train.accumulate=2"),
+        *(
+            "method=mole",
+            "train.parallelism.strategy=fsdp",
+            "train.precision=bf16",
+            "train.batch.gradient_accumulation_steps=2",
+        ),
     ),
 }
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from mode import config
+from mode.config.compose import compose
 from mode.runs.execute import execute
 asked, conf = json.loads(sys.argv[1]), Path(sys.argv[2])
 for overrides in asked:
-    execute(config.compose(overrides, conf))
+    execute(compose(overrides, conf))
 """
 
 
@@ -76,9 +81,9 @@ def records(shared_world: World, tmp_path_factory: pytest.TempPathFactory) -> Ma
     together(2, SCRIPT, json.dumps(list(asked.values())), str(both.conf))
     found = {}
     for name, overrides in METHODS.items():
-        parts = 4 if "train.accumulate=2" in overrides else 2
-        plain = [text for text in overrides if not text.startswith("train.layout")]
-        given = [*alone.overrides, *LOOP, *plain, f"train.accumulate={parts}"]
+        parts = 4 if "train.batch.gradient_accumulation_steps=2" in overrides else 2
+        plain = [text for text in overrides if not text.startswith("train.parallelism.strategy")]
+        given = [*alone.overrides, *LOOP, *plain, f"train.batch.gradient_accumulation_steps={parts}"]
         found[name] = execute(compose(asked[name], both.conf)), execute(compose(given, alone.conf))
     return found
 
@@ -108,24 +113,24 @@ def check_pair(name: str, both: Any, alone: Any) -> None:
 STOPPED = """
 import json, sys
 from pathlib import Path
-from mode import config
+from mode.config.compose import compose
 from mode.runs.execute import execute
 def stop(prepared, point):
     if point["step"] == int(sys.argv[3]):
         raise KeyboardInterrupt
 try:
-    execute(config.compose(json.loads(sys.argv[1]), Path(sys.argv[2])), observe=stop)
+    execute(compose(json.loads(sys.argv[1]), Path(sys.argv[2])), observe=stop)
 except (KeyboardInterrupt, RuntimeError):  # the second process's, when the first is gone
     sys.exit()
 """
 
 
 def test_a_run_goes_on_with_other_processes_under_other_layouts(shared_world: World, tmp_path: Path) -> None:
-    asked = ["method=mode", "method.start=fresh", "method.num_experts=1", "train.steps=8", "train.batch_size=4"]
+    asked = ["method=mode", "method.start=fresh", "method.num_experts=1", "train.steps=8", "train.batch.size=4"]
     asked += [*EVERY, "train.checkpoint_every=2"]
     begun, plain = (shared_world.at(tmp_path / name) for name in ("begun", "plain"))
     for layout, count, stop in (("fsdp", 2, 2), ("mpmd", 4, 4), ("ddp", 2, 6)):
-        given = [*begun.overrides, *asked, f"train.layout={layout}"]
+        given = [*begun.overrides, *asked, f"train.parallelism.strategy={layout}"]
         together(count, STOPPED, json.dumps(given), str(begun.conf), str(stop))
         (checkpoint,) = (begun.root / "runs").rglob("checkpoint-*")
         assert read_counters(checkpoint)[0] == stop
@@ -147,18 +152,17 @@ def test_a_weight_that_is_a_number_alone_has_no_shards() -> None:
 
     model = nn.Linear(2, 2)
     model.temperature = nn.Parameter(torch.ones(()))
-    with pytest.raises(ConfigError, match=r"^train\.layout=fsdp: a number alone"):
+    with refused("train.parallelism.strategy=fsdp", "ddp"):
         FSDP(model)
 
 
 def test_rows_that_do_not_divide_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    message = r"^train.batch_size=8 does not divide over 3 processes and train.accumulate=2$"
-    settings = run_of(world, "method=sft", "train.batch_size=8", "train.accumulate=2").train
-    with pytest.raises(ConfigError, match=message):
+    settings = run_of(world, "method=sft", "train.batch.size=8", "train.batch.gradient_accumulation_steps=2").train
+    with refused("train.batch.size=8", "3 processes", "train.batch.gradient_accumulation_steps=2"):
         check_processes(settings)
-    check_processes(replace_settings(settings, batch_size=12))
-    check_processes(replace_settings(settings, layout="tp"))
+    check_processes(replace_settings(settings, **{"batch.size": 12}))
+    check_processes(replace_settings(settings, **{"parallelism.strategy": "tp"}))
     monkeypatch.setenv("RANK", "2")
     assert processes.shard_rows(list(range(6))) == [4, 5]
 
@@ -224,7 +228,7 @@ def test_other_commands_are_refused_to_several_processes() -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("train baseline sft train.batch_size=3", "mode: train.batch_size=3 does not divide over 2 processes"),
+        ("train baseline sft train.batch.size=3", "mode: train.batch.size=3 does not divide over 2 processes"),
         ("train baseline sfft", "did you mean sft?"),
         ("reproduce table1", "mode: launch reproduce: not one of train, compose, generate"),
     ],

@@ -18,54 +18,59 @@ from typer.testing import CliRunner
 from cli.app import app
 from mode.backbone.load import load_model
 from mode.config.compose import compose
-from mode.core.errors import ConfigError
 from mode.core.tensors import load_tensors
 from mode.distributed.choose import choose_layout
 from mode.distributed.mpmd import MPMD
 from mode.methods.base import Material
 from mode.modular.block import find_blocks
+from mode.modular.execution import Execution
 from mode.runs.execute import WEIGHTS, execute
 from mode.runs.prepare import prepare_run
-from mode.train.loop import TrainJob, accumulate
+from mode.train.loop import TrainJob, forward_backward
 from mode.train.objective import Objective
 from mode.train.optimizer import make_optimizer
+from mode.train.step_batch import StepBatch
 from tests.conftest import World
 from tests.distributed.test_layouts import EVERY, SCRIPT
 from tests.support.processes import together
+from tests.support.refusals import refused
 from tests.support.traffic import Traffic
 
 CPU = torch.device("cpu")
-FRESH = ("method=mode", "method.start=fresh", "train.batch_size=8")
+FRESH = ("method=mode", "method.start=fresh", "train.batch.size=8")
 GRADIENTS = """
 import json, sys
 from functools import partial
 from pathlib import Path
 import torch
-from mode import config
-from mode.core.tensors import trainable
-from mode.distributed.mpmd import Branches
+from mode.config.compose import compose
+from mode.core.tensors import trainable_parameters
+from mode.distributed.mpmd import MPMD
 from mode.train.objective import Objective
-from mode.train.loop import accumulate
+from mode.train.loop import forward_backward
+from mode.train.step_batch import StepBatch
 from tests.distributed.test_mpmd import noisy
 for settings in json.loads(sys.argv[1]):
-    run = config.compose(settings, Path(sys.argv[2]))
-    alone, spread = noisy(run), noisy(run)
+    run = compose(settings, Path(sys.argv[2]))
+    alone, placed = noisy(run), noisy(run)
     rows = torch.randint(300, (8, 33), generator=torch.Generator().manual_seed(1))
     most = 0.01  # gradients are clipped
     rows[:, 5::9] = 0  # documents end
     end = 0 if run.train.documents == "apart" else None
-    accumulate(Objective(alone, run.train, None, end=end), rows, run.train.accumulate * run.train.in_flight)
-    torch.nn.utils.clip_grad_norm_(trainable(alone).values(), most)
-    branches = Branches(spread, torch.device("cpu"), run.train.in_flight, run.train.placement)
-    with branches():
-        objective = Objective(spread, run.train, None, branches.part, end)
-        accumulate(objective, branches.rows(rows), run.train.accumulate, slots=branches.slots)
-    branches.clip(most)
-    found = {name: parameter.grad for name, parameter in trainable(spread).items() if parameter.grad is not None}
-    own = [f".experts.{index - 1}." for index in branches.mine if index]
+    objective = Objective(alone, run.train, None, document_end=end)
+    forward_backward(objective, StepBatch(rows), run.train.accumulate * run.train.in_flight)
+    torch.nn.utils.clip_grad_norm_(trainable_parameters(alone).values(), most)
+    layout = MPMD(placed, torch.device("cpu"), run.train.in_flight, run.train.placement)
+    with layout.enter_step():
+        objective = Objective(placed, run.train, None, layout.select_loss_rows, end)
+        forward_backward(objective, StepBatch(layout.select_rows(rows)), run.train.accumulate, slots=layout.slots)
+    layout.clip_gradients(most)
+    parameters = trainable_parameters(placed)
+    found = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    own = [f".experts.{index - 1}." for index in layout.local if index]
     expected = {
         name: parameter.grad
-        for name, parameter in trainable(alone).items()
+        for name, parameter in trainable_parameters(alone).items()
         if ".experts." not in name or any(part in name for part in own)
     }
     assert found.keys() == expected.keys()
@@ -93,23 +98,23 @@ def noisy(run: Any) -> Any:
         (
             2,
             [
-                ("method.num_experts=2", "train.accumulate=2"),
-                ("method.num_experts=1", "train.in_flight=4", "method.gate.balance=0.5"),
+                ("method.num_experts=2", "train.batch.gradient_accumulation_steps=2"),
+                ("method.num_experts=1", "train.parallelism.microbatches_in_flight=4", "method.gate.balance=0.5"),
                 ("method.num_experts=4", "method.gate.top_k=2"),
                 (
                     "method.num_experts=4",
-                    "train.in_flight=2",
-                    "train.documents=apart",
-                    "train.placement=[[1,3],[0,2,4]]",
+                    "train.parallelism.microbatches_in_flight=2",
+                    "train.batch.intra_document_masking=true",
+                    "train.parallelism.placement=[[1,3],[0,2,4]]",
                 ),
             ],
         ),
         (
             4,
             [
-                ("method.num_experts=1", "train.in_flight=2"),
+                ("method.num_experts=1", "train.parallelism.microbatches_in_flight=2"),
                 ("method.num_experts=2",),
-                ("method.num_experts=4", "train.placement=[[0,1],[2,3,4]]"),
+                ("method.num_experts=4", "train.parallelism.placement=[[0,1],[2,3,4]]"),
                 ("method.num_experts=3",),  # a process for every branch
             ],
         ),
@@ -119,15 +124,21 @@ def test_gradients_are_those_of_one_process(
     shared_world: World, tmp_path: Path, processes: int, cases: Sequence[Sequence[str]]
 ) -> None:
     world = shared_world.at(tmp_path)
-    settings = [[*world.overrides, *FRESH, "train.layout=mpmd", *more] for more in cases]
+    settings = [[*world.overrides, *FRESH, "train.parallelism.strategy=mpmd", *more] for more in cases]
     together(processes, GRADIENTS, json.dumps(settings), str(world.conf))
 
 
 @pytest.mark.slow
 def test_a_run_side_by_side_is_that_of_one_process(shared_world: World, tmp_path: Path) -> None:
-    loop = ("method=mode", "train.steps=6", "train.batch_size=4", *EVERY)
+    loop = ("method=mode", "train.steps=6", "train.batch.size=4", *EVERY)
     both, alone = (shared_world.at(tmp_path / name) for name in ("both", "alone"))
-    asked = [*both.overrides, *loop, "train.layout=mpmd", "train.in_flight=2", "train.placement=[[0],[1,2]]"]
+    asked = [
+        *both.overrides,
+        *loop,
+        "train.parallelism.strategy=mpmd",
+        "train.parallelism.microbatches_in_flight=2",
+        "train.parallelism.placement=[[0],[1,2]]",
+    ]
     together(2, SCRIPT, json.dumps([asked]), str(both.conf))
     # Stopped after its last step, and before its record: it goes on to the same.
     (record,) = (both.root / "results" / "records").glob("mode-py-sums-*.json")
@@ -168,29 +179,34 @@ def test_a_step_has_the_collectives_of_the_formula(world: World, blocks: int, in
     run: Any = compose([*world.overrides, *FRESH, f"method.num_blocks={blocks}"], world.conf)
     model = noisy(run)
     branches = MPMD(model, CPU, in_flight)
-    with branches(), Traffic() as seen:
-        accumulate(Objective(model, run.train, None, branches.part), torch.randint(300, (8, 33)), 1, slots=2)
+    objective = Objective(model, run.train, None, branches.select_loss_rows)
+    with branches.enter_step(), Traffic() as seen:
+        forward_backward(objective, StepBatch(torch.randint(300, (8, 33))), 1, slots=2)
     reduced = {"all_reduce": 2 * (blocks - 1) * in_flight} if blocks > 1 else {}
     assert seen.counts == reduced | {"reduce_scatter": in_flight, "all_gather": in_flight}
-    assert {size for _, size in seen.found} == {8 * 32 * 16 * 4 // in_flight}  # rows, tokens, numbers a token, bytes
-    assert all(block.spread is None for block in branches.blocks)
+    assert {size for _, size in seen.found} == {
+        8 * 32 * 16 * 4 // in_flight
+    }  # rows, tokens, elements of a hidden state, bytes
+    assert all(block.execution == Execution() for block in branches.blocks)
 
 
 @pytest.mark.usefixtures("alone_of_two")
 @pytest.mark.parametrize(
-    ("settings", "held", "message"),
+    ("settings", "anchored", "named"),
     [
-        (["method=sft"], False, "MoDE alone has branches to spread"),
-        ([*FRESH, "method.gate.reads=output"], False, "goes with method.head_rank=0 and method.gate.reads=input"),
-        ([*FRESH, "method.head_rank=2"], False, "goes with method.head_rank=0"),
-        ([*FRESH], True, "an anchored model needs its backbone everywhere"),
+        (["method=sft"], False, ("mpmd", "MoDE")),
+        ([*FRESH, "method.gate.reads=output"], False, ("mpmd", "method.gate.reads=input")),
+        ([*FRESH, "method.head_rank=2"], False, ("mpmd", "method.head_rank=0")),
+        ([*FRESH], True, ("train.parallelism.strategy=mpmd", "ddp", "fsdp", "tp")),
     ],
 )
-def test_what_cannot_be_spread_is_refused(world: World, settings: list[str], held: bool, message: str) -> None:
-    run: Any = compose([*world.overrides, *settings, "train.layout=mpmd"], world.conf)
+def test_what_cannot_be_spread_is_refused(
+    world: World, settings: list[str], anchored: bool, named: tuple[str, ...]
+) -> None:
+    run: Any = compose([*world.overrides, *settings, "train.parallelism.strategy=mpmd"], world.conf)
     model = run.method.build(run, Material(backbone=lambda: load_model(run.backbone)))
-    with pytest.raises(ConfigError, match=message):
-        choose_layout(model, held, run.train, CPU)
+    with refused(*named):
+        choose_layout(model, run.train, CPU, anchored=anchored)
 
 
 @pytest.mark.usefixtures("alone_of_two")
@@ -202,59 +218,63 @@ def test_slots_have_as_even_work_as_can_be_or_what_is_asked(world: World) -> Non
     asked = MPMD(model, CPU, placement=[[1, 2, 3], [4, 0]])
     assert asked.owners == [1, 0, 0, 0, 1]
     for wrong, told in (
-        ([[0, 1], [2, 3]], "not each of the branches"),
-        ([[0, 1, 2], [2, 3, 4]], "not each of the branches"),
-        ([[0, 1, 2, 3, 4], []], "not each of the branches"),
-        ([[0], [1, 2], [3, 4]], "2 processes do not divide over 3 slots"),
-        ([[0, 1, 2, 3, 4]], "2 processes do not divide over 1 slots"),
+        ([[0, 1], [2, 3]], "[0, 1, 2, 3, 4]"),
+        ([[0, 1, 2], [2, 3, 4]], "[0, 1, 2, 3, 4]"),
+        ([[0, 1, 2, 3, 4], []], "[0, 1, 2, 3, 4]"),
+        ([[0], [1, 2], [3, 4]], "3 slots"),
+        ([[0, 1, 2, 3, 4]], "1 slots"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with refused("train.parallelism.placement", told):
             MPMD(model, CPU, placement=wrong)
 
 
 @pytest.mark.usefixtures("alone_of_two")
 def test_a_wrong_placement_is_told_before_earlier_stages_train(world: World) -> None:
-    asked = ("method=mode", "train.layout=mpmd", "train.placement=[[0],[1]]")
-    with pytest.raises(ConfigError, match=r"^train\.placement: not each of the branches \[0, 1, 2\], the backbone"):
+    asked = ("method=mode", "train.parallelism.strategy=mpmd", "train.parallelism.placement=[[0],[1]]")
+    with refused("train.parallelism.placement", "[0, 1, 2]"):
         execute(compose([*world.overrides, *asked], world.conf))
     assert not list(world.root.rglob("curve.jsonl"))
 
 
-@pytest.mark.parametrize("setting", ["train.in_flight=2", "train.placement=[[0],[1,2]]"])
+@pytest.mark.parametrize(
+    "setting", ["train.parallelism.microbatches_in_flight=2", "train.parallelism.placement=[[0],[1,2]]"]
+)
 def test_what_is_of_branches_side_by_side_alone_is_refused_elsewhere(world: World, setting: str) -> None:
-    with pytest.raises(ConfigError, match="in_flight and placement go with layout=mpmd, not ddp"):
+    with refused("microbatches_in_flight", "placement", "strategy=mpmd", "ddp"):
         compose([*world.overrides, *FRESH, setting], world.conf)
 
 
 def test_one_process_has_nothing_to_spread_over(world: World) -> None:
-    run: Any = compose([*world.overrides, *FRESH, "train.layout=mpmd"], world.conf)
-    with pytest.raises(ConfigError, match="needs several processes: `mode launch --nproc 2"):
+    run: Any = compose([*world.overrides, *FRESH, "train.parallelism.strategy=mpmd"], world.conf)
+    with refused("train.parallelism.strategy=mpmd", "`mode launch --nproc 2"):
         execute(run)
 
 
 @pytest.mark.usefixtures("alone_of_two")
 def test_a_step_leaves_what_is_other_slots_in_other_slots(world: World) -> None:
-    run: Any = compose([*world.overrides, *FRESH, "method.num_experts=2", "train.layout=mpmd"], world.conf)
+    run: Any = compose(
+        [*world.overrides, *FRESH, "method.num_experts=2", "train.parallelism.strategy=mpmd"], world.conf
+    )
     model = noisy(run)
     whole = sum(each.numel() for each in model.parameters())
     parts = [*find_blocks(model)[0].experts, find_blocks(model)[0].backbone]
     own = [sum(each.numel() for each in part.parameters()) for part in parts]
     branches = MPMD(model, CPU, placement=[[0, 2], [1]])
     job = TrainJob(settings=run.train, steps=1, lr=1e-3, folder=world.root, validate=dict)
-    made = Objective(model, run.train, None, branches.part)
+    made = Objective(model, run.train, None, branches.select_loss_rows)
     objective, optimizer = branches.wrap(
         made, partial(make_optimizer, lr=job.lr, scales=job.lr_scales, settings=job.settings)
     )
-    with branches():
-        accumulate(objective, torch.randint(300, (8, 33)), 1, slots=2)
+    with branches.enter_step():
+        forward_backward(objective, StepBatch(torch.randint(300, (8, 33))), 1, slots=2)
     optimizer.step()
     left = sum(each.numel() for each in model.parameters())
     assert whole - left == own[0] * len(branches.blocks)
     assert not {id(each) for each in optimizer.state} & {id(each) for each in parts[0].parameters()}
-    assert {id(each) for each in branches.trained().values()} == {id(each) for each in optimizer.state}
-    branches.collect(False)
+    assert {id(each) for each in branches.find_local_parameters().values()} == {id(each) for each in optimizer.state}
+    branches.gather_weights(False)
     assert sum(each.numel() for each in model.parameters()) == left
-    branches.collect(True)
+    branches.gather_weights(True)
     assert sum(each.numel() for each in model.parameters()) == whole
 
 
@@ -289,18 +309,16 @@ def test_a_process_forgets_the_branches_of_others(world: World) -> None:
     run = compose([*world.overrides, *FRESH, "method.num_experts=2"], world.conf)
     model = noisy(run)
     branches = MPMD(model, CPU, placement=[[0, 2], [1]])
-    branches.part_for_good()
+    branches.distribute_for_generation()
     for block in branches.blocks:
         sizes = [sum(each.numel() for each in part.parameters()) for part in (block.backbone, *block.experts)]
         assert [size > 0 for size in sizes] == [True, False, True]
 
 
-@pytest.mark.parametrize(
-    ("layout", "told"), [("mpmd", "needs several processes"), ("mmpd", "not one of alone, mpmd; did you mean mpmd?")]
-)
-def test_a_layout_of_text_that_cannot_be_is_told(world: World, layout: str, told: str) -> None:
+@pytest.mark.parametrize(("layout", "suggestion"), [("mpmd", "--layout mpmd"), ("mmpd", "mpmd")])
+def test_a_layout_of_text_that_cannot_be_is_told(world: World, layout: str, suggestion: str) -> None:
     from cli.generate import spread_branches
 
     run = compose([*world.overrides, *FRESH], world.conf)
-    with pytest.raises(ConfigError, match=told):
+    with refused(f"--layout {layout}", suggestion=suggestion):
         spread_branches(noisy(run), layout)

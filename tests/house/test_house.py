@@ -5,18 +5,24 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
-from dataclasses import fields
+import sys
+from dataclasses import fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+import mode
 from mode.config import identity
-from mode.config.check import check_run, flatten
+from mode.config.check import check_run, fill_defaults_of, flatten
 from mode.config.compose import compose, compose_plain
 from mode.config.groups import GROUPS, read_group
+from mode.config.run import Run
 from mode.planning.machine import Device, Link, read_machine
 from mode.tables.table import compose_row, load_table
+from tests.support import messages
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("cli", "mode", "baselines")
@@ -24,8 +30,8 @@ FILES = sorted(path.relative_to(ROOT) for name in PACKAGES for path in (ROOT / n
 YAMLS = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.y*ml"))
 LINES_OF_A_FUNCTION = 50
 LINES_OF_A_FILE = 400
-TOLD_IN_ONE_PIECE = {"train": 80, "plan": 60}
-"""Functions that may be longer, since they read better in one piece: the training loop and a printed table."""
+TOLD_IN_ONE_PIECE = {"train": 80, "plan": 60, "modular_cost": 60, "train_and_record": 60}
+"""Functions that may be longer, since they read better in one piece: one step, one formula, one table, one record."""
 FOLDERS = {"cli", "mode", "conf", "docs", "baselines", "results", "tests", ".ci"}
 LOOSE = {
     "setup.cfg",
@@ -76,6 +82,54 @@ def test_the_top_level_is_the_one_agreed_on() -> None:
     assert names >= {"cli", "mode", "conf", "baselines", "tests", "setup.cfg"}
 
 
+ROOMS = sorted(path.parent.name for path in (ROOT / "mode").glob("*/__init__.py"))
+"""Packages of `mode`, one for each concern."""
+
+
+def test_every_module_of_mode_lies_in_a_room() -> None:
+    assert [path.name for path in (ROOT / "mode").iterdir() if path.is_file()] == ["__init__.py"]
+    folders = {path.parts[1] for path in FILES if path.parts[0] == "mode" and len(path.parts) > 2}
+    assert folders == set(ROOMS)
+
+
+def test_the_tests_mirror_the_rooms() -> None:
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/*.py")}
+    assert folders - {"house", "support", "cli", "baselines"} - set(ROOMS) == set()
+    assert {path.parent.name for path in (ROOT / "tests").glob("*/__init__.py")} == folders
+    assert [path.name for path in (ROOT / "tests").glob("test_*.py")] == []
+
+
+def test_git_knows_every_module() -> None:
+    names = tracked()
+    if not names:
+        pytest.skip("not a clone: git knows which files belong to the project")
+    found = {str(path.relative_to(ROOT)) for name in PACKAGES for path in (ROOT / name).rglob("__init__.py")}
+    assert found - set(names) == set()
+
+
+def test_importing_mode_takes_no_torch() -> None:
+    script = "import sys, mode; print({'torch', 'transformers', 'hydra'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "set()"
+
+
+def test_what_models_cards_import_is_there() -> None:
+    former_model, former_expert = import_module("mode.model"), import_module("mode.expert")
+    assert former_model.MoDEForCausalLM is mode.MoDEForCausalLM
+    assert former_model.swap_expert is mode.swap_expert
+    assert former_expert.load_experts is mode.load_experts
+    with pytest.raises(ModuleNotFoundError):
+        import_module("mode.nothing")
+
+
+def test_every_public_name_is_where_it_is_said_to_be() -> None:
+    for name, module in mode.PUBLIC.items():
+        assert getattr(mode, name) is getattr(import_module(module), name)
+    assert {"MoDEForCausalLM", "make_modular", "swap_expert", "load_experts"} <= mode.PUBLIC.keys() <= set(mode.__all__)
+    with pytest.raises(AttributeError):
+        _ = mode.nothing
+
+
 OTHERS = {"device", "domain", "downstream", "launcher", "link", "table"}
 """Groups of configuration that are not chosen for a run."""
 
@@ -113,11 +167,29 @@ def test_every_backbone_checks(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", members("method"))
-def test_every_method_checks_and_its_yaml_lists_every_setting(name: str) -> None:
+def test_every_method_checks_and_its_yaml_says_what_differs_from_the_defaults(name: str) -> None:
     method = compose([f"method={name}"]).method
     node = read_group("method", name)
-    assert node["_target_"] == f"{type(method).__module__}.{type(method).__name__}"
-    assert sorted(node.keys() - {"_target_"}) == sorted(item.name for item in fields(method))
+    assert node.pop("_target_") == f"{type(method).__module__}.{type(method).__name__}"
+    check_differs(node, fill_defaults_of(type(method), {}))
+    composed = compose_plain([f"method={name}"])["method"]
+    assert composed.keys() - {"_target_"} == {item.name for item in fields(method)}
+    groups = {item.name: getattr(method, item.name) for item in fields(method)}
+    for key, group in groups.items():
+        if is_dataclass(group):
+            assert composed[key].keys() == {item.name for item in fields(group)}
+
+
+@pytest.mark.parametrize("path", ["run.yaml", *(f"experiment/{name}.yaml" for name in members("experiment"))])
+def test_the_yaml_of_runs_says_what_differs_from_the_defaults(path: str) -> None:
+    node = yaml.safe_load((ROOT / "conf" / path).read_text("utf-8"))
+    check_differs({key: value for key, value in node.items() if key != "defaults"}, fill_defaults_of(Run, {}))
+
+
+def check_differs(said: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Compare what a YAML says with the defaults of its class."""
+    known = flatten(defaults)
+    assert [name for name, value in flatten(said).items() if name in known and known[name] == value] == []
 
 
 @pytest.mark.parametrize("name", members("budget"))
@@ -157,16 +229,29 @@ def test_every_row_of_every_table_is_a_run_of_its_own(name: str) -> None:
     assert published.keys() <= {row.name for row in table.rows}
 
 
+def test_messages_are_the_reviewed_ones() -> None:
+    command = "python -m tests.support.messages"
+    assert messages.FILE.read_text("utf-8").splitlines() == messages.render_file().splitlines(), (
+        f"review after {command}"
+    )
+
+
 def test_composing_twice_gives_the_same_run() -> None:
     assert compose(["seed=3"]) == compose(["seed=3"])
 
 
-def test_readme_shows_the_published_table_one() -> None:
-    published = ROOT / "results" / "table1.md"
-    if not published.exists():
-        pytest.skip("no table is published yet")
-    lines = published.read_text("utf-8").splitlines()
-    shown = (ROOT / "README.md").read_text("utf-8").partition("<!-- table1 -->")[2].partition("<!-- /table1 -->")[0]
-    start = next(number for number, line in enumerate(lines) if line.startswith("|"))
-    ours = lines[start : lines.index("", start)]
-    assert [line for line in shown.splitlines() if line.startswith("|")] == ours
+def table_cells(text: str) -> dict[str, dict[str, str]]:
+    """Return the cells of the first Markdown table of a text by row and column, without emphasis."""
+    lines = text[text.index("|") :].partition("\n\n")[0].splitlines()
+    (_, *columns), _, *rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+    return {name: dict(zip(columns, cells, strict=True)) for name, *cells in rows}
+
+
+def test_readme_shows_cells_of_the_published_table_one() -> None:
+    published = table_cells((ROOT / "results" / "table1.md").read_text("utf-8"))
+    section = (ROOT / "README.md").read_text("utf-8").partition("<!-- table1 -->")[2].partition("<!-- /table1 -->")[0]
+    shown = table_cells(section)
+    assert {"Backbone (untouched)", "SFT", "LoRA", "MoDE 2x Experts, equal tokens"} <= shown.keys() <= published.keys()
+    for name, cells in shown.items():
+        assert {"Math", "Code", "English", "Average", "Retention"} <= cells.keys()
+        assert cells == {column: published[name][column] for column in cells}, name

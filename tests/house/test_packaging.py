@@ -60,10 +60,10 @@ def test_the_wheel_holds_every_file_of_a_package(wheel: zipfile.ZipFile, package
 
 
 def test_the_wheel_holds_the_embedded_backbone_whole(wheel: zipfile.ZipFile) -> None:
-    if not (ROOT / "mode" / "embedded" / "tiny").exists():
+    if not (ROOT / "mode" / "backbone" / "embedded" / "tiny").exists():
         pytest.skip("no embedded backbone in this tree")
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        path = f"mode/embedded/tiny/{name}"
+        path = f"mode/backbone/embedded/tiny/{name}"
         assert wheel.read(path) == (ROOT / path).read_bytes()
 
 

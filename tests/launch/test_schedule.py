@@ -30,6 +30,7 @@ from mode.runs.prepare import prepare_run
 from mode.tables.table import list_rows_under, load_table
 from tests.cli.test_cli import call
 from tests.conftest import World
+from tests.support.refusals import refused
 
 ROWS = {
     "sft": ["method=sft"],
@@ -152,7 +153,7 @@ def test_data_are_prepared_side_by_side_and_what_cannot_be_is_left_to_planning(o
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "fresh" / "packed").glob("*/meta.json")}
     prepare_data(runs, 2, context)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    with pytest.raises(ConfigError, match="nowhere"):
+    with refused("nowhere"):
         run_all(compose_table("tiny", [0], given, own.conf), jobs=2, display=Watch())
 
 
@@ -301,7 +302,7 @@ def test_a_child_tells_a_mistake_in_one_line_and_keeps_the_traceback_of_anything
 def test_runs_that_stand_on_the_same_finished_stage_do_not_meet_at_its_lock(own: World) -> None:
     write_table(own.conf, "one", {"sft": ["method=sft"]})
     run = runs_of(own, "one")[0]
-    with lock_folder(prepare_run(run).folder), pytest.raises(ConfigError, match="another process is training this run"):
+    with lock_folder(prepare_run(run).folder), refused(str(prepare_run(run).folder)):
         execute(run)
     record = execute(run)
     with lock_folder(prepare_run(run).folder):

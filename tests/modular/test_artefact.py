@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 from mode.config.compose import compose
-from mode.core.errors import ConfigError
 from mode.core.tensors import load_tensors, save_tensors
 from mode.modular.artefact import load_experts, read_descriptions, save_expert
 from mode.modular.experts import extract_expert_state
@@ -21,6 +20,7 @@ from mode.runs.execute import execute
 from tests.cli.test_cli import assert_nothing_ran, call, records
 from tests.conftest import World
 from tests.modular.test_modular import modular
+from tests.support.refusals import refused
 
 ABOUT = {
     "domain": "py",
@@ -189,5 +189,5 @@ def test_an_expert_of_one_domain_takes_its_own_share_of_equal_tokens(world: Worl
 
 
 def test_nowhere_is_no_expert(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no readable expert\.json"):
+    with refused("nowhere", "expert.json"):
         load_experts(tmp_path / "nowhere")

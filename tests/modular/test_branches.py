@@ -1,4 +1,4 @@
-"""Ways to run the branches of a block, and a step's passes: each gives what the plain way gives."""
+"""Ways to execute the branches of a block and a training step: each gives what the plain way gives."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from mode.backbone.structure import find_decoder_layers
 from mode.config.check import replace_settings
 from mode.config.compose import compose
 from mode.config.run import Run
-from mode.core.errors import ConfigError
 from mode.core.tensors import trainable_parameters
 from mode.methods.base import Material
 from mode.modular.build import insert_blocks
 from mode.ops.attention import find_unmasked_configs
 from mode.runs.execute import execute
-from mode.train.cuda_graph import record_passes
-from mode.train.loop import TrainJob, accumulate, train
+from mode.train.cuda_graph import capture_step
+from mode.train.loop import TrainJob, forward_backward, train
 from mode.train.objective import Objective
+from mode.train.step_batch import StepBatch
 from mode.train.step_options import UNMASKED, StepOptions
 from tests.conftest import World
 from tests.support.families import FAMILIES, make_model
+from tests.support.refusals import refused
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -39,7 +40,8 @@ FRESH = ["method=mode", "method.start=fresh"]
 def changes_of(way: str) -> dict[str, Any]:
     """Return the settings of a way."""
     names = way.split(", ")
-    return {"graph": "graph" in names, "branches": next((name for name in names if name != "graph"), "loop")}
+    execution = next((name for name in names if name != "graph"), "loop")
+    return {"kernels.cuda_graph": "graph" in names, "kernels.branch_execution": execution}
 
 
 def build(run: Run, device: torch.device = DEVICE) -> nn.Module:
@@ -52,12 +54,12 @@ def build(run: Run, device: torch.device = DEVICE) -> nn.Module:
     return model.to(device)
 
 
-def passes(run: Run, model: nn.Module, times: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run a step's passes, and return loss and gradients of the last time."""
+def run_step(run: Run, model: nn.Module, times: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run forward and backward of a step, and return loss and gradients of the last time."""
     model.train()
     device = next(model.parameters()).device
     learns = trainable_parameters(model)
-    go = record_passes(accumulate, list(learns.values()), run.train, held=False)
+    captured = capture_step(forward_backward, list(learns.values()), run.train, anchored=False)
     objective = Objective(model, run.train, None)
     layers = StepOptions(model, run.train, half=objective.precision == "bf16")
     for number in range(times):
@@ -65,7 +67,7 @@ def passes(run: Run, model: nn.Module, times: int = 1) -> tuple[Tensor, dict[str
         rows = torch.randint(64, (4, run.train.sequence_length + 1)).to(device)
         model.zero_grad(set_to_none=True)
         with layers:
-            loss, _ = go(objective, rows, 2)
+            loss, _ = captured(objective, StepBatch(rows), 2)
     return loss.clone(), {name: value.grad.clone() for name, value in learns.items() if value.grad is not None}
 
 
@@ -83,8 +85,8 @@ def test_every_way_gives_the_loss_and_the_gradients_of_the_plain_one(world: Worl
     asked = [*world.overrides, *FRESH, "method.num_experts=3", f"train.precision={precision}"]
     run = compose(asked, world.conf)
     model = build(run)
-    loss, slopes = passes(run, model, 4)
-    other, others = passes(replace_settings(run, train=replace_settings(run.train, **changes_of(way))), model, 4)
+    loss, slopes = run_step(run, model, 4)
+    other, others = run_step(replace_settings(run, train=replace_settings(run.train, **changes_of(way))), model, 4)
     near = {"rtol": 1e-5, "atol": 1e-6} if precision == "fp32" else {"rtol": 2e-2, "atol": 2e-3}
     torch.testing.assert_close(other, loss, **near)
     check_slopes(others, slopes, 1e-4 if precision == "fp32" else 3e-2)
@@ -102,13 +104,13 @@ def test_experts_of_every_family_can_be_batched_or_say_that_they_cannot(world: W
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     model.to(DEVICE)
-    loss, slopes = passes(run, model)
-    batched = replace_settings(run, train=replace_settings(run.train, branches="batched"))
+    loss, slopes = run_step(run, model)
+    batched = replace_settings(run, train=replace_settings(run.train, **{"kernels.branch_execution": "batched"}))
     if "sliding_window" in FAMILIES[family]:
-        with pytest.raises(ConfigError, match="loop goes with all"):
-            passes(batched, model)
+        with refused("train.kernels.branch_execution=batched", "loop"):
+            run_step(batched, model)
         return
-    other, others = passes(batched, model)
+    other, others = run_step(batched, model)
     torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-6)
     check_slopes(others, slopes, 1e-4)
 
@@ -128,7 +130,9 @@ def test_batched_experts_take_fewer_products(world: World) -> None:
     model, found = build(run), {}
     for way in ("loop", "batched"):
         with Count() as count:
-            passes(replace_settings(run, train=replace_settings(run.train, branches=way)), model)
+            run_step(
+                replace_settings(run, train=replace_settings(run.train, **{"kernels.branch_execution": way})), model
+            )
         found[way] = count.calls
     assert found["batched"] < 0.6 * found["loop"]
 
@@ -143,36 +147,48 @@ def test_attention_is_unmasked_within_a_step_alone(world: World) -> None:
         seen.append(({each._attn_implementation for each in configs}, options["attention_mask"]))
 
     layer.register_forward_pre_hook(look, with_kwargs=True)
-    passes(run, model)
+    run_step(run, model)
     assert seen == [({UNMASKED}, None)] * 2
     assert {each._attn_implementation for each in configs} == {"sdpa"}
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    "setting",
     [
-        ("train.graph=true", "needs a CUDA device"),
-        ("train.branches=streams", "needs a CUDA device"),
+        "train.kernels.cuda_graph=true",
+        "train.kernels.branch_execution=streams",
     ],
 )
 @pytest.mark.skipif(CUDA, reason="there is one")
-def test_what_needs_a_gpu_says_so(world: World, setting: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_what_needs_a_gpu_says_so(world: World, setting: str) -> None:
+    with refused(setting, "CUDA"):
         execute(compose([*world.overrides, *FRESH, setting], world.conf))
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "named"),
     [
-        ["train.branches=batched", "train.compile=true"],
-        ["train.branches=batched", "train.activation_checkpointing=all"],
-        ["train.graph=true", "train.activation_checkpointing=frozen"],
-        ["train.graph=true", "train.branches=streams"],
-        ["train.attention=flex"],
+        (
+            ["train.kernels.branch_execution=batched", "train.kernels.compile=true"],
+            ("branch_execution=batched", "compile"),
+        ),
+        (
+            ["train.kernels.branch_execution=batched", "train.memory.activation_checkpointing=all"],
+            ("branch_execution=batched", "activation_checkpointing"),
+        ),
+        (
+            ["train.kernels.cuda_graph=true", "train.memory.activation_checkpointing=frozen"],
+            ("graph", "activation_checkpointing"),
+        ),
+        (
+            ["train.kernels.cuda_graph=true", "train.kernels.branch_execution=streams"],
+            ("graph", "branch_execution=streams"),
+        ),
+        (["train.kernels.attention=flex"], ("attention=flex",)),
     ],
 )
-def test_ways_that_do_not_go_together_are_refused(world: World, settings: list[str]) -> None:
-    with pytest.raises(ConfigError, match="goes with"):
+def test_ways_that_do_not_go_together_are_refused(world: World, settings: list[str], named: tuple[str, ...]) -> None:
+    with refused(*named):
         compose([*world.overrides, *FRESH, *settings], world.conf)
 
 
@@ -183,7 +199,13 @@ def test_a_run_of_a_graph_has_the_curve_of_a_plain_one(world: World, method: lis
     losses = []
     for place, graph in (("plain", "false"), ("graph", "true")):
         here = world.at(world.root / place)
-        asked = [*here.overrides, *method, "train.log_every=1", f"train.precision={precision}", f"train.graph={graph}"]
+        asked = [
+            *here.overrides,
+            *method,
+            "train.log_every=1",
+            f"train.precision={precision}",
+            f"train.kernels.cuda_graph={graph}",
+        ]
         record = execute(compose([*asked, "train.steps=8", "train.device=cuda"], world.conf))
         assert record is not None
         losses.append([point["loss"] for point in record.happened["curve"]])
@@ -222,7 +244,7 @@ def test_a_gpu_trains_as_a_processor_does(world: World, method: list[str]) -> No
     found = []
     for device in ("cpu", "cuda"):
         run = compose([*world.overrides, *method, "train.precision=fp32"], world.conf)
-        found.append(passes(run, build(run, torch.device(device))))
+        found.append(run_step(run, build(run, torch.device(device))))
     (loss, slopes), (other, others) = found
     assert float(other) == pytest.approx(float(loss), rel=1e-4)
     check_slopes({name: slope.cpu() for name, slope in others.items()}, slopes, 1e-3)
@@ -230,20 +252,20 @@ def test_a_gpu_trains_as_a_processor_does(world: World, method: list[str]) -> No
 
 @pytest.mark.parametrize("family", SOME)
 def test_documents_apart_have_the_loss_of_documents_alone(world: World, family: str) -> None:
-    run = compose([*world.overrides, "method=sft", "train.documents=apart"], world.conf)
+    run = compose([*world.overrides, "method=sft", "train.batch.intra_document_masking=true"], world.conf)
     model, end = make_model(family), 9
     model.mode_blocks = insert_blocks(model, num_experts=1, num_blocks=2, expert_layers=1)
     torch.manual_seed(0)
     one, two = torch.randint(10, 64, (2, 12))
     one[-1] = end
-    alone = [Objective(model, run.train, None)(document[None]) for document in (one, two)]
-    objective = Objective(model, run.train, None, end=end)
+    alone = [Objective(model, run.train, None)(StepBatch(document[None])) for document in (one, two)]
+    objective = Objective(model, run.train, None, document_end=end)
     with StepOptions(model, run.train):
-        _, _, states = objective(torch.cat([one, two])[None])
+        _, _, states = objective(StepBatch(torch.cat([one, two])[None]))
     expected = torch.cat([found[2][0] for found in alone])
     places = [*range(11), *range(12, 23)]  # what follows the token that closes a document is nobody's
     torch.testing.assert_close(states[0, places], expected, rtol=1e-4, atol=1e-5)
-    _, _, other = Objective(model, run.train, None)(torch.cat([one, two])[None])
+    _, _, other = Objective(model, run.train, None)(StepBatch(torch.cat([one, two])[None]))
     assert (other[0, places] - expected).abs().max() > 1e-3
 
 
@@ -254,7 +276,7 @@ def test_flex_attention_keeps_documents_apart_as_masks_do(
 ) -> None:
     """Gradients too where there is a CUDA device, on which alone it has any."""
     monkeypatch.setattr("mode.ops.attention.FLEXIBLE", (DEVICE.type,))
-    run = compose([*world.overrides, "method=sft", "train.documents=apart"], world.conf)
+    run = compose([*world.overrides, "method=sft", "train.batch.intra_document_masking=true"], world.conf)
     model, end = make_model(family), 9
     model.mode_blocks = insert_blocks(model, num_experts=1, num_blocks=2, expert_layers=1)
     model.to(DEVICE)
@@ -263,9 +285,9 @@ def test_flex_attention_keeps_documents_apart_as_masks_do(
     rows[:, 5::9] = end
     found = []
     for attention in ("sdpa", "flex"):
-        settings = replace_settings(run.train, attention=attention)
+        settings = replace_settings(run.train, **{"kernels.attention": attention})
         with StepOptions(model, settings), torch.set_grad_enabled(CUDA):
-            loss, _, states = Objective(model, settings, None, end=end)(rows)
+            loss, _, states = Objective(model, settings, None, document_end=end)(StepBatch(rows))
         found.append(
             [loss, states, *(torch.autograd.grad(loss, list(trainable_parameters(model).values())) if CUDA else ())]
         )
@@ -276,20 +298,20 @@ def test_flex_attention_keeps_documents_apart_as_masks_do(
 
 @pytest.mark.skipif(CUDA, reason="there is one")
 def test_flex_attention_is_refused_where_it_does_not_train(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = [*world.overrides, "method=sft", "train.documents=apart", "train.attention=flex"]
-    with pytest.raises(ConfigError, match=r"train\.attention=flex needs a CUDA device"):
+    asked = [*world.overrides, "method=sft", "train.batch.intra_document_masking=true", "train.kernels.attention=flex"]
+    with refused("train.kernels.attention=flex", "CUDA"):
         execute(compose(asked, world.conf))
     monkeypatch.setattr("mode.ops.attention.FLEXIBLE", ("cpu",))
     run = compose(asked, world.conf)
-    with pytest.raises(ConfigError, match="transformers has no FlexAttention for gpt2; sdpa goes with all"):
+    with refused("train.kernels.attention=flex", "gpt2", "sdpa"):
         StepOptions(make_model("gpt2"), run.train)
 
 
 @pytest.mark.slow
 def test_a_run_with_documents_apart_is_another_run_and_learns(world: World) -> None:
     losses = {}
-    for documents in ("joined", "apart"):
-        asked = [*world.overrides, *FRESH, "train.log_every=1", f"train.documents={documents}"]
+    for masking in ("false", "true"):
+        asked = [*world.overrides, *FRESH, "train.log_every=1", f"train.batch.intra_document_masking={masking}"]
         record = execute(compose(asked, world.conf))
         losses[record.id] = [point["loss"] for point in record.happened["curve"]]
     first, second = losses.values()
@@ -301,5 +323,5 @@ def test_a_run_with_documents_apart_is_another_run_and_learns(world: World) -> N
     "settings", [[*FRESH, "method.gate.scope=prefix"], ["method=mode-anchored", *FRESH[1:], "method.num_experts=1"]]
 )
 def test_documents_cannot_be_apart_where_more_than_attention_looks_back(world: World, settings: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"train\.documents=apart"):
-        execute(compose([*world.overrides, *settings, "train.documents=apart"], world.conf))
+    with refused("train.batch.intra_document_masking=true"):
+        execute(compose([*world.overrides, *settings, "train.batch.intra_document_masking=true"], world.conf))

@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from mode.backbone.load import load_model
 from mode.config.compose import compose
-from mode.core.errors import ConfigError
 from mode.gating.meter import find_gates
 from mode.methods.base import Material
 from mode.moe.low_rank import LowRankBank
@@ -22,6 +21,7 @@ from mode.runs.prepare import prepare_run
 from mode.train.objective import UNKNOWN, set_row_kinds
 from tests.conftest import World
 from tests.support.families import check_generation
+from tests.support.refusals import refused
 
 IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64], [7, 7, 30, 256, 1, 90, 12, 13, 250]])
 
@@ -89,7 +89,7 @@ def test_a_guess_learns_the_task_from_the_prefix_and_its_loss_is_a_cross_entropy
     optimizer = torch.optim.AdamW(tasks.parameters(), lr=0.1)
     losses = []
     for _ in range(50):
-        tasks.look(rows, None, None)
+        tasks.weigh(rows, None, None)
         assert tasks.auxiliary is not None
         assert torch.equal(tasks.weights, functional.one_hot(kinds, 2).float()[:, None])  # type: ignore[arg-type]
         losses.append(tasks.auxiliary.item())
@@ -99,7 +99,7 @@ def test_a_guess_learns_the_task_from_the_prefix_and_its_loss_is_a_cross_entropy
     assert losses[0] == pytest.approx(torch.log(torch.tensor(2.0)).item(), rel=1e-5)
     assert losses[-1] < 0.1
     set_row_kinds(tasks.eval(), 1 - kinds)  # what is told is not believed after training
-    tasks.look(rows, None, None)
+    tasks.weigh(rows, None, None)
     assert tasks.weights is not None
     assert torch.equal(tasks.weights[:, -1].argmax(-1), kinds)
     assert tasks.auxiliary is None
@@ -141,5 +141,5 @@ def test_domains_are_scored_as_their_tasks_and_the_rest_as_none(world: World) ->
 
 
 def test_a_rank_that_does_not_divide_is_refused(world: World) -> None:
-    with pytest.raises(ConfigError, match="rank=16 is not divisible by num_experts=3"):
+    with refused("rank=16", "num_experts=3"):
         compose([*world.overrides, "method=moelora", "method.num_experts=3"], world.conf)

@@ -174,7 +174,7 @@ def test_steps_and_scores_are_made_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with StepOptions(model, compose([]).train):
         compute_hidden_states(model, IDS)
     assert (len(turns), len(norms), 2 * len(feeds)) == (2 * once, 2 * once + 2, 2 * once)
-    with StepOptions(model, compose(["train.branches=batched"]).train):
+    with StepOptions(model, compose(["train.kernels.branch_execution=batched"]).train):
         compute_hidden_states(model, IDS)
     assert (len(turns), len(norms), 2 * len(feeds)) == (2 * once, 2 * once + 2, 2 * once)
 

@@ -13,14 +13,15 @@ from mode.backbone.load import load_model
 from mode.backbone.structure import find_decoder_layers, find_frozen_matrices
 from mode.bench.run import run_suite
 from mode.config.compose import compose
-from mode.core.errors import ConfigError
 from mode.methods.base import Material
 from mode.ops.loss import compute_hidden_states
 from mode.ops.quantize import KINDS, QuantizedLinear, dequantize, quantize_frozen
 from mode.runs.execute import execute
+from mode.train.loop import Trained, TrainJob, train
 from mode.train.step_options import StepOptions
 from tests.conftest import World
 from tests.support.families import FAMILIES, make_model
+from tests.support.refusals import refused
 from tests.train.test_loop import curve_of, run_of
 
 FRESH = ("method=mode", "method.start=fresh", "method.num_experts=1")
@@ -81,7 +82,7 @@ def test_frozen_matrices_alone_are_quantized_each_once_and_take_a_quarter(world:
     held = {module for module in model.modules() if isinstance(module, QuantizedLinear)}
     assert len(held) == len(matrices)
     assert sum(each.values.nbytes + each.scale.nbytes for each in held) < 0.5 * before  # rows of 16 numbers
-    assert not StepOptions(model, run.train, half=True).held
+    assert not StepOptions(model, run.train, half=True).bf16_weights
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,28 +101,33 @@ def test_every_family_has_matrices_that_are_quantized(family: str) -> None:
 def test_the_backbone_alone_is_scored_in_eight_bits(world: World, choice: str) -> None:
     full, eight = (
         execute(run_of(world, "method=backbone", *more)).happened["scores"]["sums"]
-        for more in ((), (f"train.frozen_weights={choice}",))
+        for more in ((), (f"train.memory.frozen_weights={choice}",))
     )
     assert eight["loss"] != full["loss"]
     assert eight["loss"] == pytest.approx(full["loss"], rel=1e-2)
 
 
 @pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "mode"])
-def test_what_a_model_is_held_to_is_the_backbone_in_eight_bits(world: World, method: str) -> None:
-    held = ["method.anchor.source=prose", "method.anchor.share=0.5", "train.frozen_weights=fp8", "train.steps=1"]
-    asked = [*(FRESH if method == "mode" else [f"method={method}"]), *held, "train.lr=1e-9", "train.log_every=1"]
-    from mode.runs.fit import make_anchor_term
-
+def test_the_anchors_reference_is_the_backbone_in_eight_bits(world: World, method: str) -> None:
+    anchor = [
+        "method.anchor.source=prose",
+        "method.anchor.share=0.5",
+        "train.memory.frozen_weights=fp8",
+        "train.steps=1",
+    ]
+    asked = [*(FRESH if method == "mode" else [f"method={method}"]), *anchor, "train.lr=1e-9", "train.log_every=1"]
     seen: list[Any] = []
+
+    def train_and_keep(model: Any, batches: Any, job: TrainJob) -> Trained:
+        seen.append((model, job.anchor))
+        return train(model, batches, job)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "mode.runs.fit.make_anchor_term",
-            lambda *given: seen.append((given[1], make_anchor_term(*given))) or seen[-1][1],
-        )
+        patch.setattr("mode.train.loop.train", train_and_keep)
         execute(run_of(world, *asked))
-    ((model, holding),) = seen
+    ((model, term),) = seen
     rows = torch.arange(2, 18)[None]
-    states, _ = holding.reference(model, rows)
+    states, _ = term.reference(model, rows)
     plain = load_model(run_of(world).backbone).eval().requires_grad_(False)
     quantize_frozen(plain, "fp8")
     torch.testing.assert_close(states, compute_hidden_states(plain, rows))
@@ -133,7 +139,7 @@ def test_what_a_model_is_held_to_is_the_backbone_in_eight_bits(world: World, met
 def test_a_run_in_eight_bits_is_near_the_one_in_full(world: World, method: str, choice: str) -> None:
     half = ["train.precision=bf16"] if method == "lora" else []
     asked = [*(FRESH if method == "mode" else [f"method={method}"]), *half, "train.log_every=1"]
-    full, eight = (execute(run_of(world, *asked, *more)) for more in ((), (f"train.frozen_weights={choice}",)))
+    full, eight = (execute(run_of(world, *asked, *more)) for more in ((), (f"train.memory.frozen_weights={choice}",)))
     assert full.id != eight.id
     assert eight.asked["train"]["frozen_weights"] == choice
     assert "frozen_weights" not in full.asked["train"]
@@ -150,7 +156,7 @@ def test_a_run_in_eight_bits_goes_on_where_it_stopped_and_is_scored_again_as_it_
 ) -> None:
     from cli.eval import rescore
 
-    asked = (*FRESH, "train.frozen_weights=int8", "train.log_every=1", "train.checkpoint_every=2")
+    asked = (*FRESH, "train.memory.frozen_weights=int8", "train.log_every=1", "train.checkpoint_every=2")
 
     def stop(prepared: Any, point: Any) -> None:
         if point["step"] == 3:
@@ -167,18 +173,16 @@ def test_a_run_in_eight_bits_goes_on_where_it_stopped_and_is_scored_again_as_it_
 
 
 def test_what_has_nothing_frozen_is_told(world: World) -> None:
-    with pytest.raises(
-        ConfigError, match=r"^train\.frozen_weights=int8: no linear map of this model's layers is frozen"
-    ):
-        execute(run_of(world, "method=sft", "train.frozen_weights=int8"))
+    with refused("train.memory.frozen_weights=int8", "frozen"):
+        execute(run_of(world, "method=sft", "train.memory.frozen_weights=int8"))
 
 
 def test_a_benchmark_is_not_asked_for_eight_bits(world: World) -> None:
-    with pytest.raises(ConfigError, match=r"^train\.frozen_weights=int8 is not supported by mode bench"):
-        run_suite("scale", run_of(world, *FRESH, "train.frozen_weights=int8"), 1)
+    with refused("train.memory.frozen_weights", "int8"):
+        run_suite("scale", run_of(world, *FRESH, "train.memory.frozen_weights=int8"), 1)
 
 
-@pytest.mark.parametrize("setting", ["train.layout=fsdp", "train.branches=batched"])
+@pytest.mark.parametrize("setting", ["train.parallelism.strategy=fsdp", "train.kernels.branch_execution=batched"])
 def test_what_eight_bits_do_not_go_with_is_refused(world: World, setting: str) -> None:
-    with pytest.raises(ConfigError, match="frozen_weights=fp8 goes with layout=ddp, and not with branches=batched"):
-        run_of(world, *FRESH, "train.frozen_weights=fp8", setting)
+    with refused("frozen_weights=fp8", setting.removeprefix("train.")):
+        run_of(world, *FRESH, "train.memory.frozen_weights=fp8", setting)

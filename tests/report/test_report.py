@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import re
 import shutil
 import statistics
@@ -16,7 +17,6 @@ import pytest
 import yaml
 
 from mode.config import identity
-from mode.core.errors import ConfigError
 from mode.records.record import SCHEMA, Record, read_record
 from mode.report.frames import make_frame
 from mode.report.render import check_tables, render_table, report
@@ -25,6 +25,7 @@ from mode.tables.compile import TableData, compile_table
 from mode.tables.table import compose_row, load_table
 from tests.cli.test_cli import call
 from tests.conftest import World
+from tests.support.refusals import refused
 
 pytestmark = pytest.mark.usefixtures("composed_once")
 
@@ -157,7 +158,8 @@ def test_a_cell_is_the_mean_and_sample_deviation_over_seeds(
     assert cell is not None
     assert cell.n == len(values)
     assert cell.mean == pytest.approx(statistics.fmean(values))
-    assert len(values) == 1 or cell.std == pytest.approx(statistics.stdev(values))
+    expected = math.nan if row == "backbone" else statistics.stdev(values)  # a single seed has no deviation
+    assert cell.std == pytest.approx(expected, nan_ok=True)
 
 
 def test_average_and_retention_are_worked_out_per_seed(compiled: TableData) -> None:
@@ -210,7 +212,7 @@ def test_cost_counts_every_stage_once(compiled: TableData, conf: Path, records: 
 
 
 def test_a_stage_without_a_record_is_refused(conf: Path, records: list[Record]) -> None:
-    with pytest.raises(ConfigError, match="stands on run stage1, which has no record"):
+    with refused("run stage1"):
         compile_table(load_table("tiny", conf), records[1:], [], conf)
 
 
@@ -318,7 +320,7 @@ def test_what_has_to_be_said_of_rows_stands_under_the_table_once(conf: Path, rec
     assert {"LoRA & 100%_x †", "MoDE 2x ‡", "MoDE frozen ‡", "SFT", "MoDE 2x ‡ − SFT"} <= parsed(text).keys()
     assert text.count("† A port.") == text.count("‡ Our own.") == 1
     several = tuple(dataclasses.replace(row, note=f"{number}.") for number, row in enumerate(rows))
-    with pytest.raises(ValueError, match="more than 4 different notes"):
+    with pytest.raises(ValueError, match=r"\b4\b.*notes"):
         dataclasses.replace(table, rows=several)
 
 
@@ -476,7 +478,7 @@ def test_a_table_without_a_point_to_draw_still_has_its_figure(conf: Path, tmp_pa
 
 
 def test_a_table_without_a_record_is_refused_with_the_command_that_makes_them(conf: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no record of tiny in .*: make them with `mode reproduce tiny`"):
+    with refused("tiny", "`mode reproduce tiny`"):
         report("tiny", tmp_path, extra=conf)
 
 
@@ -485,7 +487,7 @@ def test_an_experiment_has_files_of_its_own(conf: Path, results: Path) -> None:
     assert check_tables(results, ["both"], conf) == [results / f"both.{suffix}" for suffix in ("md", "tex", "csv")]
     report("both", results, extra=conf)
     assert check_tables(results, ["both"], conf) == []
-    with pytest.raises(ConfigError, match="no record of both"):
+    with refused("both"):
         report("both", results, ["experiment=tiny_long"], conf)
     (results / "both-tiny_long.md").write_text("a table of nothing", encoding="utf-8")
     assert check_tables(results, ["both"], conf) == [results / "both-tiny_long.md"]

@@ -12,10 +12,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cli.app import app
-from mode.core.errors import ConfigError
 from mode.runs.tracking import list_unsynced, sync
 from tests.conftest import World
 from tests.runs.test_tracking import read_back
+from tests.support.refusals import refused
 
 ROWS = (
     "[{name: backbone, label: Backbone, overrides: [method=backbone]},"
@@ -78,6 +78,7 @@ def test_a_report_run_has_the_tables_and_their_figures(own: World) -> None:
     rows = {row[0]: dict(zip(table["columns"], row, strict=True)) for row in table["data"]}
     written = (own.root / "results" / "mine.md").read_text("utf-8")
     assert list(rows) == ["Backbone", "LoRA"]
+    assert {len(row) for row in rows.values()} == {len(table["columns"])} != {0}
     assert all(cell in written for row in rows.values() for cell in row.values())
     assert (log / "files" / point["mine-figure/path"]).stat().st_size > 1000
 
@@ -129,5 +130,5 @@ def test_a_refused_key_is_told_and_offline_runs_stay(
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1].startswith("mode: Weights & Biases: No API key configured")
     assert list_unsynced(own.root / "runs") == [log]
-    with pytest.raises(ConfigError, match="No API key"):
+    with refused("Weights & Biases", "API key"):
         sync([log])

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from mode.core.errors import ConfigError
 from mode.report.figures import draw_curves
 from mode.report.text import render_markdown
 from mode.tables.compile import RowResult, TableData
 from mode.tables.findings import find_crossings, list_findings
 from mode.tables.table import Claim, Curves, Row, Table, load_table, select_rows
 from tests.report.test_report import parsed
+from tests.support.refusals import refused
 from tests.tables.test_statistics import line
 
 X = (10, 100, 1000)
@@ -101,7 +101,9 @@ def test_the_sentences_stand_in_the_table_and_the_panels_are_drawn(tmp_path: Pat
         given, table=dataclasses.replace(given.table, rows=rows, curves=(*given.table.curves, level))
     )
     text = render_markdown(given)
-    assert all(f"- {sentence}" in text for sentence in list_findings(given))
+    sentences = list_findings(given)
+    assert sentences
+    assert all(f"- {sentence}" in text for sentence in sentences)
     draw_curves(given, tmp_path / "curves.png")
     first = (tmp_path / "curves.png").read_bytes()
     draw_curves(given, tmp_path / "curves.png")
@@ -126,23 +128,23 @@ def test_a_table_with_some_of_its_rows_keeps_what_is_about_those() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "named"),
     [
-        ({"claims": [{"text": "", "ours": "sft", "theirs": "lora", "column": "code"}]}, "claims name the row lora"),
+        ({"claims": [{"text": "", "ours": "sft", "theirs": "lora", "column": "code"}]}, ("claims", "row lora")),
         (
             {"curves": [{"title": "", "x": "added", "column": "code", "lines": {"LoRA": ["lora"]}}]},
-            "curves name the row lora",
+            ("curves", "row lora"),
         ),
-        ({"relative": True}, "relative needs a row named backbone"),
-        ({"curves": [{"title": "", "x": "depth", "column": "code", "lines": {}}]}, "added"),
-        ({"curves": [{"title": "", "x": "added", "column": "cod", "lines": {}}]}, r"column cod: .*mean code\?"),
+        ({"relative": True}, ("relative", "backbone")),
+        ({"curves": [{"title": "", "x": "depth", "column": "code", "lines": {}}]}, ("table/mine", "added")),
+        ({"curves": [{"title": "", "x": "added", "column": "cod", "lines": {}}]}, ("column cod", "code?")),
     ],
 )
 def test_a_table_that_speaks_of_rows_it_does_not_have_is_refused(
-    tmp_path: Path, settings: dict[str, Any], told: str
+    tmp_path: Path, settings: dict[str, Any], named: tuple[str, ...]
 ) -> None:
     (tmp_path / "table").mkdir()
     plain = {"title": "T", "rows": [{"name": "sft", "label": "SFT", "overrides": ["method=sft"]}]}
     (tmp_path / "table" / "mine.yaml").write_text(yaml.safe_dump(plain | settings), encoding="utf-8")
-    with pytest.raises(ConfigError, match=told):
+    with refused(*named):
         load_table("mine", tmp_path)

@@ -34,7 +34,7 @@ def prepare_data(run: Run, method: MoDE, device: torch.device, folder: Path) -> 
     """
     from datasets import Dataset
 
-    size, length = run.train.batch_size, run.train.sequence_length
+    size, length = run.train.batch.size, run.train.sequence_length
     rows = TOGETHER * size + 2
     vocabulary = read_shape(run.backbone).vocabulary
     kind = np.uint16 if vocabulary <= 2**16 else np.uint32

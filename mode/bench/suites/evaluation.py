@@ -92,7 +92,7 @@ def score_whole(model: Any, split: PackedSplit, run: Run) -> float:
         split,
         sequence_length=run.train.sequence_length,
         batch_size=run.evaluate.batch_size,
-        chunk=run.evaluate.chunk,
+        chunk=run.evaluate.logit_chunk_size,
     )
     return -score.loss * score.tokens
 

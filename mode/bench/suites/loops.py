@@ -69,8 +69,8 @@ def prepare_loops(
     """Return groups of cases that time whole loops. The models of a group are freed before the next group.
 
     Full fine-tuning and LoRA are compared with other trainers, and MoDE with full fine-tuning, in the precision of the
-    device. `train.compile=true` adds compiled variants, and `train.graph=true` adds variants with one CUDA graph. On a
-    GPU, Trainer with Liger's kernels is added if Liger is installed.
+    device. `train.kernels.compile=true` adds compiled variants, and `train.kernels.cuda_graph=true` adds variants with
+    one CUDA graph. On a GPU, Trainer with Liger's kernels is added if Liger is installed.
 
     Args:
         run: Run with the backbone, the batch size and the sequence length.
@@ -79,9 +79,9 @@ def prepare_loops(
         folder: Folder for files of the loops.
 
     Raises:
-        ConfigError: `train.graph=true` without a CUDA device.
+        ConfigError: `train.kernels.cuda_graph=true` without a CUDA device.
     """
-    if run.train.graph:
+    if run.train.kernels.cuda_graph:
         check_cuda(device)
     bench = partial(Bench, run, device=device, folder=folder, precision=run.train.precision)
 
@@ -99,7 +99,7 @@ def compare_trainers(at: Bench, name: str) -> list[Case]:
     ways: dict[str, dict[str, bool]] = {other: {} for other, package in OTHERS.items() if find_spec(package)}
     if "Trainer" in ways and at.device.type == "cuda" and supports_liger(at.run):
         ways["Trainer, Liger"] = {"liger": True}
-    if "Trainer" in ways and at.run.train.compile is True and at.lora is None:  # takes over a minute each
+    if "Trainer" in ways and at.run.train.kernels.compile is True and at.lora is None:  # takes over a minute each
         ways["Trainer, compiled"] = {"compiled": True}
     cases = [
         at.case(job, way, OtherLoop(way.partition(",")[0], at, **options), counted=True)
@@ -129,11 +129,11 @@ def list_own_loops(at: Bench) -> dict[str, OwnLoop]:
     """Return this project's loops over one model: plain, compiled and as a CUDA graph, as the settings ask, by name."""
     plain, asked = OwnLoop(at), at.run.train
     ways = {"": plain}
-    if asked.compile is True:
+    if asked.kernels.compile is True:
         ways[", compiled layers"] = plain.make_twin(compiled=True)
-    if asked.graph:
+    if asked.kernels.cuda_graph:
         ways[", one graph"] = plain.make_twin(graph=True)
-    if asked.compile is True and asked.graph:
+    if asked.kernels.compile is True and asked.kernels.cuda_graph:
         ways[", compiled layers, one graph"] = plain.make_twin(compiled=True, graph=True)
     return ways
 
@@ -160,7 +160,7 @@ class Rows:
     def __init__(self, run: Run, vocabulary: int, first: int) -> None:
         """Draw random rows."""
         self.first = first
-        shape = (run.train.batch_size, run.train.sequence_length + 1)
+        shape = (run.train.batch.size, run.train.sequence_length + 1)
         self.rows: NDArray[np.int64] = torch.randint(vocabulary, shape).numpy()
         self.begin = self.seconds = 0.0
 
@@ -192,7 +192,7 @@ class OwnLoop:
             model: A model to share with another loop.
         """
         self.at, self.first = at, WARM_UP + 1 if graph else 1
-        changes = {**SILENT, "precision": at.precision, "compile": compiled, "graph": graph}
+        changes = {**SILENT, "precision": at.precision, "kernels.compile": compiled, "kernels.cuda_graph": graph}
         self.settings = replace_settings(at.run.train, **changes)
         asked = replace_settings(at.run, method=at.method, train=self.settings)
         load = partial(load_model, at.run.backbone)

@@ -36,7 +36,7 @@ def prepare_losses(run: Run, method: MoDE, device: torch.device, folder: Path) -
         device: Device of the tensors.
         folder: Not used.
     """
-    shape, tokens = read_shape(run.backbone), run.train.batch_size * run.train.sequence_length
+    shape, tokens = read_shape(run.backbone), run.train.batch.size * run.train.sequence_length
     states = torch.randn(tokens, shape.hidden, device=device, requires_grad=True)
     targets = torch.randint(shape.vocabulary, (tokens,), device=device)
     forms: dict[str, Loss] = {

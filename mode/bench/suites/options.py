@@ -36,12 +36,12 @@ def prepare_options(run: Run, method: MoDE, device: torch.device, folder: Path) 
     variants: dict[str, dict[str, Any]] = {
         "fp32": {},
         "bf16": {"precision": "bf16"},
-        "compiled layers": {"compile": True},
-        "compiled layers, bf16": {"compile": True, "precision": "bf16"},
-        "activations of frozen layers formed again": {"activation_checkpointing": "frozen"},
-        "activations of all layers formed again": {"activation_checkpointing": "all"},
-        "frozen weights in int8, bf16": {"frozen_weights": "int8", "precision": "bf16"},
-        "frozen weights in fp8, bf16": {"frozen_weights": "fp8", "precision": "bf16"},
+        "compiled layers": {"kernels.compile": True},
+        "compiled layers, bf16": {"kernels.compile": True, "precision": "bf16"},
+        "activations of frozen layers formed again": {"memory.activation_checkpointing": "frozen"},
+        "activations of all layers formed again": {"memory.activation_checkpointing": "all"},
+        "frozen weights in int8, bf16": {"memory.frozen_weights": "int8", "precision": "bf16"},
+        "frozen weights in fp8, bf16": {"memory.frozen_weights": "fp8", "precision": "bf16"},
     }
     if device.type == "cuda":  # compiling takes long on a GPU, and training in fp32 is rare there
         variants.pop("compiled layers")
@@ -65,16 +65,16 @@ def prepare_branches(run: Run, method: MoDE, device: torch.device, folder: Path)
         folder: Not used.
     """
     methods, plain = choose_methods(run, method), PLAIN | {"precision": run.train.precision}
-    ways: dict[str, dict[str, Any]] = {"in a loop": {}, "batched": {"branches": "batched"}}
+    ways: dict[str, dict[str, Any]] = {"in a loop": {}, "batched": {"kernels.branch_execution": "batched"}}
     if device.type == "cuda":
-        ways |= {f"{name}, one graph": {**changes, "graph": True} for name, changes in ways.items()}
-        ways["on streams"] = {"branches": "streams"}
+        ways |= {f"{name}, one graph": {**changes, "kernels.cuda_graph": True} for name, changes in ways.items()}
+        ways["on streams"] = {"kernels.branch_execution": "streams"}
     jobs = {(f"branches, {FOUR}", FOUR): ways}
     if device.type == "cuda":
         graphs = {
             "launched": {},
-            "one graph": {"graph": True},
-            "one graph, compiled layers": {"graph": True, "compile": True},
+            "one graph": {"kernels.cuda_graph": True},
+            "one graph, compiled layers": {"kernels.cuda_graph": True, "kernels.compile": True},
         }
         jobs |= {(f"graph, {name}", name): graphs for name in OPTIONAL}
     cases = []
@@ -82,7 +82,7 @@ def prepare_branches(run: Run, method: MoDE, device: torch.device, folder: Path)
         for variant, changes in variants.items():
             changed = replace_settings(run, train=replace_settings(run.train, **plain | changes))
             step = Step(changed, methods[name], Anchor(), device)
-            for _ in range(WARM_UP + 1 if step.job.settings.graph else 0):  # record the graph before it is timed
+            for _ in range(WARM_UP + 1 if step.settings.kernels.cuda_graph else 0):  # replays alone are timed
                 step()
             cases.append(step.case(job, variant))
     return cases, {}

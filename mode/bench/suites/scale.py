@@ -43,7 +43,7 @@ def prepare_scale(run: Run, method: MoDE, device: torch.device, folder: Path) ->
         device: Device of the models.
         folder: Not used.
     """
-    count, size, length = len(read_shape(run.backbone).layers), run.train.batch_size, run.train.sequence_length
+    count, size, length = len(read_shape(run.backbone).layers), run.train.batch.size, run.train.sequence_length
     fresh = partial(replace_settings, method, start="fresh", experts=(), num_experts=1)
     two = replace_settings(method.gate, top_k=2)
     divisors = [number for number in range(1, count + 1) if count % number == 0]
@@ -55,7 +55,7 @@ def prepare_scale(run: Run, method: MoDE, device: torch.device, folder: Path) ->
             f"l = {number}": (fresh(expert_layers=number), {}) for number in range(1, count // method.num_blocks + 1)
         },
         "tokens of a row": {
-            f"S = {length * part}": (fresh(), {"sequence_length": length * part, "batch_size": size // part})
+            f"S = {length * part}": (fresh(), {"sequence_length": length * part, "batch.size": size // part})
             for part in (1, 2, 4)
             if size % part == 0
         },
@@ -72,7 +72,7 @@ def prepare_scale(run: Run, method: MoDE, device: torch.device, folder: Path) ->
             change = force_even_gates if STAY in name else lambda model: None
             cases.append(Step(changed, settings, Anchor(), device, change).case(job, name))
     step = Step(run, fresh(), Anchor(), device)
-    shared, states = make_first_block(run, method, step.rows)
+    shared, states = make_first_block(run, method, step.batch.tokens)
     cases += [step.case("what runs on the same rows can share", "MoDE, one expert")]
     cases += [
         replace(cases[-1], variant="first block of the backbone, forward", action=shared, flops=0.0, counted=False)
@@ -92,7 +92,7 @@ def replace_vocabulary(run: Run, number: int) -> Run:
 def force_even_gates(model: nn.Module) -> None:
     """Give every branch the same number of tokens, as the closed form assumes; fresh gates choose alike for all."""
     for block in find_blocks(model):
-        block.even = True
+        block.execution = replace(block.execution, balanced=True)
 
 
 def make_first_block(run: Run, method: MoDE, rows: torch.Tensor) -> tuple[Callable[[], None], int]:

@@ -66,7 +66,7 @@ class Bench:
 
     def case(self, job: str, variant: str, loop: Loop, *, counted: bool = False) -> Case:
         """Return a case that times a loop."""
-        tokens = (STEPS - 1) * self.run.train.batch_size * self.run.train.sequence_length
+        tokens = (STEPS - 1) * self.run.train.batch.size * self.run.train.sequence_length
         cost = self.method.cost(replace_settings(self.run, method=self.method))
         flops = tokens * cost.flops.total if cost else 0.0
         return Case(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from mode.backbone.load import load_model
 from mode.backbone.shape import divide_layers, read_shape
@@ -34,9 +34,10 @@ from mode.methods.base import Material
 from mode.planning.layouts import Slots, estimate_ddp, estimate_fsdp, estimate_mpmd
 from mode.planning.machine import Device, Link
 from mode.planning.work import WHOLE, Work, describe_work
-from mode.train.loop import TrainJob, accumulate
+from mode.train.loop import forward_backward
 from mode.train.objective import Objective
 from mode.train.optimizer import make_optimizer
+from mode.train.step_batch import StepBatch
 from mode.train.step_options import StepOptions
 
 if TYPE_CHECKING:
@@ -58,9 +59,9 @@ WIDTHS = (1, 2)
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one process": {},
     "copies": {},
-    "in shards": {"layout": "fsdp"},
-    "side by side": {"layout": "mpmd"},
-    "side by side, two in flight": {"layout": "mpmd", "in_flight": 2},
+    "in shards": {"parallelism.strategy": "fsdp"},
+    "side by side": {"parallelism.strategy": "mpmd"},
+    "side by side, two in flight": {"parallelism.strategy": "mpmd", "parallelism.microbatches_in_flight": 2},
 }
 """Training settings of every layout, by its name in records: one process, DDP, FSDP, and MPMD."""
 
@@ -144,7 +145,9 @@ class Predictor:
             return estimate_ddp(work, PROCESSES, machine, link).seconds
         if layout == "in shards":
             return estimate_fsdp(work, PROCESSES, machine, link).seconds
-        return estimate_mpmd(work, APART, LAYOUTS[layout].get("in_flight", 1), machine, link).seconds
+        return estimate_mpmd(
+            work, APART, LAYOUTS[layout].get("parallelism.microbatches_in_flight", 1), machine, link
+        ).seconds
 
 
 def calibrate(run: Run, method: MoDE, conf: Path, name: str) -> list[Path]:
@@ -217,7 +220,12 @@ def list_variants(run: Run, method: MoDE) -> dict[str, Run]:
             shape |= {key: factor * int(shape[key]) for key in ("hidden_size", "intermediate_size") if key in shape}
             backbone = replace_settings(backbone, random=replace_settings(backbone.random, config=shape))
         for rows, length in ROWS:
-            train = replace_settings(run.train, batch_size=rows, accumulate=1, sequence_length=length, precision="fp32")
+            train = replace_settings(
+                run.train,
+                sequence_length=length,
+                precision="fp32",
+                **{"batch.size": rows, "batch.gradient_accumulation_steps": 1},
+            )
             name = f"width {factor}, {rows * length} tokens"
             variants[name] = replace_settings(run, backbone=backbone, method=one, train=train)
     return variants
@@ -314,13 +322,13 @@ def make_collective(kind: str, count: int) -> Callable[[], object]:
 class Independent(DDP):
     """A layout in which every process trains its own model, without communication."""
 
-    def rows(self, values: Any) -> Any:
+    def select_rows(self, values: Tensor) -> Tensor:
         """Return all rows."""
         return values
 
-    def wrap(self, objective: nn.Module, make: Any) -> tuple[nn.Module, Any]:
+    def wrap(self, objective: nn.Module, make_optimizer: Any) -> tuple[nn.Module, Any]:
         """Return the objective as it is, and its optimizer."""
-        return objective, make(self.model)
+        return objective, make_optimizer(self.model)
 
 
 def make_step(file: Path, layout: str) -> Callable[[], None]:
@@ -331,21 +339,20 @@ def make_step(file: Path, layout: str) -> Callable[[], None]:
     method: Any = run.method
     model: nn.Module = method.build(run, Material(backbone=partial(load_model, run.backbone))).train()
     train = replace_settings(run.train, **LAYOUTS.get(layout, {}))
-    spread = Independent(model) if layout in (ALONE, EACH) else choose_layout(model, False, train, torch.device("cpu"))
-    job = TrainJob(settings=train, steps=1, lr=1e-6, folder=Path(), validate=dict)
-    plain = Objective(model, train, None, spread.part)
-    objective, optimizer = spread.wrap(
-        plain, partial(make_optimizer, lr=job.lr, scales=job.lr_scales, settings=job.settings)
-    )
-    layers = StepOptions(spread.model, train)
+    device = torch.device("cpu")
+    placed = Independent(model) if layout in (ALONE, EACH) else choose_layout(model, train, device, anchored=False)
+    plain = Objective(model, train, None, placed.select_loss_rows)
+    objective, optimizer = placed.wrap(plain, partial(make_optimizer, lr=1e-6, scales={}, settings=train))
+    options = StepOptions(placed.model, train)
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    shape = (train.batch_size, train.sequence_length + 1)
+    shape = (train.batch.size, train.sequence_length + 1)
     rows = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    batch = StepBatch(placed.select_rows(rows))
 
     def step() -> None:
-        with layers, spread():
-            accumulate(objective, spread.rows(rows), 1, slots=spread.slots)
-        spread.clip(train.clip)
+        with options, placed.enter_step():
+            forward_backward(objective, batch, 1, slots=placed.slots)
+        placed.clip_gradients(train.optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -46,7 +46,7 @@ def prepare_startup(run: Run, method: MoDE, device: torch.device, folder: Path) 
     cache = Path(run.paths.cache).expanduser()
     given = [f"paths.cache={cache}", f"train.threads={run.train.threads}"]
     here = [f"paths.runs={folder / 'runs'}", f"paths.results={folder / 'results'}", *given]
-    short = ["train.steps=2", "train.sequence_length=32", "train.batch_size=2", "evaluate.split=validation"]
+    short = ["train.steps=2", "train.sequence_length=32", "train.batch.size=2", "evaluate.split=validation"]
     table = ["reproduce", "table1", "seeds=[0]", *short, *here]
     make_command_action(table)()  # also prepares the data for later calls
     return [

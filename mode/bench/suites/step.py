@@ -20,10 +20,11 @@ from mode.core.tensors import trainable_parameters
 from mode.methods.anchored import Adaptation
 from mode.methods.base import Material
 from mode.ops.quantize import quantize_frozen
-from mode.train.cuda_graph import record_passes
-from mode.train.loop import TrainJob, accumulate
+from mode.train.cuda_graph import capture_step
+from mode.train.loop import forward_backward
 from mode.train.objective import AnchorTerm, Objective
 from mode.train.optimizer import make_optimizer
+from mode.train.step_batch import StepBatch
 from mode.train.step_options import StepOptions
 
 if TYPE_CHECKING:
@@ -41,16 +42,16 @@ FOUR = "MoDE, four experts"
 HALF = f"{ONE} of half a block"
 
 
-HELD = (FULL, LORA, TWO)
+ANCHORED = (FULL, LORA, TWO)
 """Methods that are also measured with an anchor."""
 
 
 PLAIN = {
     "precision": "fp32",
-    "activation_checkpointing": "none",
-    "compile": False,
-    "branches": "loop",
-    "graph": False,
+    "memory.activation_checkpointing": "none",
+    "kernels.compile": False,
+    "kernels.branch_execution": "loop",
+    "kernels.cuda_graph": False,
 }
 """Default training options of the suites."""
 
@@ -70,13 +71,15 @@ def prepare_steps(run: Run, method: MoDE, device: torch.device, folder: Path) ->
     plain = {name: Step(run, settings, Anchor(), device) for name, settings in methods.items()}
     cases = [step.case("step", name) for name, step in plain.items()]
     if HALF in methods:
-        changed = replace_settings(run, train=replace_settings(run.train, activation_checkpointing="frozen"))
+        changed = replace_settings(
+            run, train=replace_settings(run.train, **{"memory.activation_checkpointing": "frozen"})
+        )
         cases.append(Step(changed, methods[HALF], Anchor(), device).case("step", f"{HALF}, frozen layers formed again"))
     cases += [
         step.case("frozen weights, MoDE, one expert", name)
         for name, step in compare_gradients(run, methods[ONE], device)
     ]
-    for name in HELD:
+    for name in ANCHORED:
         anchored = Step(run, methods[name], Anchor(source=SELF), device)
         cases += [plain[name].case(f"anchor, {name}", "none"), anchored.case(f"anchor, {name}", "held")]
     cases += list_peers(run, {name: methods[name] for name in (FULL, LORA)}, device, folder)
@@ -112,10 +115,10 @@ def compare_gradients(run: Run, method: Adaptation, device: torch.device) -> lis
 
 
 class Step:
-    """A model with an optimizer and rows. Every call makes an optimizer step on the same rows.
+    """Makes the same optimizer step of a model at every call.
 
     Attributes:
-        bytes: Size of the trainable weights in bytes.
+        bytes: Bytes of the trainable weights.
     """
 
     def __init__(
@@ -131,53 +134,51 @@ class Step:
         Args:
             run: Run with the backbone, the batch size and the sequence length.
             method: The method.
-            anchor: The anchor to the backbone.
-            device: Device of the model.
+            anchor: Source, share and weight of the anchored rows.
+            device: Device to train on.
             change: Changes the model after its optimizer is made.
         """
         load = partial(load_model, run.backbone)
         asked = replace_settings(run, method=method)
         self.model = method.build(asked, Material(backbone=load)).train()
-        quantize_frozen(self.model, run.train.frozen_weights)
+        quantize_frozen(self.model, run.train.memory.frozen_weights)
         self.model = self.model.to(device)
-        size, length = run.train.batch_size, run.train.sequence_length
+        size, length = run.train.batch.size, run.train.sequence_length
         vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-        self.rows = torch.randint(vocabulary, (size, length + 1)).to(device)
-        self.held = torch.arange(size) >= size - max(1, round(size * anchor.share))
-        hold = None
+        rows = torch.randint(vocabulary, (size, length + 1)).to(device)
+        self.batch, self.settings, self.device = StepBatch(rows), run.train, device
+        term = None
         if anchor.source != "none":
-            hold = AnchorTerm(anchor.weight, lambda step: self.held.numpy(), method.reference(load, device))
-        self.job = TrainJob(settings=run.train, steps=1, lr=1e-6, folder=Path(), validate=dict, hold=hold)
-        self.objective = Objective(self.model, run.train, hold)
-        self.optimizer, self.device = (
-            make_optimizer(self.model, self.job.lr, self.job.lr_scales, self.job.settings),
-            device,
-        )
+            anchored = torch.arange(size) >= size - max(1, round(size * anchor.share))
+            self.batch = StepBatch(rows, anchored)
+            term = AnchorTerm(anchor.weight, lambda step: anchored.numpy(), method.reference(load, device))
+        self.objective = Objective(self.model, run.train, term)
+        self.optimizer = make_optimizer(self.model, 1e-6, {}, run.train)
         self.precision = self.objective.precision
-        self.layers = StepOptions(self.model, run.train, half=self.precision == "bf16")
-        learns = list(trainable_parameters(self.model).values())
-        self.passes = record_passes(accumulate, learns, run.train, held=hold is not None)
-        self.bytes = sum(parameter.nbytes for parameter in trainable_parameters(self.model).values())
+        self.options = StepOptions(self.model, run.train, half=self.precision == "bf16")
+        trained = list(trainable_parameters(self.model).values())
+        self.run_step = capture_step(forward_backward, trained, run.train, anchored=term is not None)
+        self.bytes = sum(parameter.nbytes for parameter in trained)
         change(self.model)
         cost = method.cost(asked)
-        self.flops = size * length * cost.flops.total if cost and not hold else 0.0
+        self.flops = size * length * cost.flops.total if cost and not term else 0.0
 
     def __call__(self) -> None:
-        """Make an optimizer step, as the training loop does."""
-        with self.layers:
-            self.passes(self.objective, self.rows, self.job.settings.accumulate, self.held if self.job.hold else None)
-        torch.nn.utils.clip_grad_norm_(self.list_parameters(), self.job.settings.clip)
+        """Make a step as the loop does."""
+        with self.options:
+            self.run_step(self.objective, self.batch, self.settings.batch.gradient_accumulation_steps)
+        torch.nn.utils.clip_grad_norm_(self.find_optimized(), self.settings.optim.max_grad_norm)
         self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
 
-    def list_parameters(self) -> list[torch.Tensor]:
-        """Return the parameters of the optimizer."""
+    def find_optimized(self) -> list[torch.Tensor]:
+        """Return the weights that the optimizer updates."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def resident(self) -> int:
-        """Return the bytes of the model's weights, their copies in bf16 and the optimizer state."""
+        """Return the bytes of the model's weights, of their bf16 copies and of the optimizer state."""
         states = (value for state in self.optimizer.state.values() for value in state.values())
-        copies = (half for _, _, half in self.layers.held)
+        copies = (half for _, _, half in self.options.bf16_weights)
         return sum(part.nbytes for part in (*self.model.parameters(), *self.model.buffers(), *copies, *states))
 
     def case(self, job: str, variant: str) -> Case:
@@ -186,9 +187,9 @@ class Step:
             job,
             variant,
             self,
-            tokens=self.job.settings.batch_size * self.job.settings.sequence_length,
+            tokens=self.settings.batch.size * self.settings.sequence_length,
             flops=self.flops,
             precision=self.precision,
             resident=self.resident,
-            counted=not self.job.settings.graph,  # the memory of a CUDA graph is not part of the allocated memory
+            counted=not self.settings.kernels.cuda_graph,  # a graph keeps memory of its own
         )

@@ -45,7 +45,7 @@ class OtherLoop:
         model = load_model(at.run.backbone)
         vocabulary = model.get_output_embeddings().weight.shape[0]
         length = at.run.train.sequence_length
-        rows = torch.randint(vocabulary, (STEPS * at.run.train.batch_size, length + 1))[:, :length].tolist()
+        rows = torch.randint(vocabulary, (STEPS * at.run.train.batch.size, length + 1))[:, :length].tolist()
 
         class Clock(TrainerCallback):  # type: ignore[misc]
             """Measures from the beginning of the second step to the end of the last."""
@@ -126,8 +126,8 @@ def make_arguments(run: Run, precision: str, device: torch.device, folder: Path)
     return {
         "output_dir": str(folder),
         "max_steps": STEPS,
-        "per_device_train_batch_size": run.train.batch_size // run.train.accumulate,
-        "gradient_accumulation_steps": run.train.accumulate,
+        "per_device_train_batch_size": run.train.batch.size // run.train.batch.gradient_accumulation_steps,
+        "gradient_accumulation_steps": run.train.batch.gradient_accumulation_steps,
         "learning_rate": 1e-6,
         "bf16": precision == "bf16",
         "use_cpu": device.type == "cpu",

@@ -1,0 +1,156 @@
+"""Names of settings: those of today, and those in records and in earlier versions, which stay accepted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from mode.core.errors import ConfigError, suggest
+
+RECORDED = {
+    "train.batch.size": "train.batch_size",
+    "train.batch.gradient_accumulation_steps": "train.accumulate",
+    "train.optim.warmup_ratio": "train.warmup",
+    "train.optim.min_lr_ratio": "train.final_lr",
+    "train.optim.weight_decay": "train.weight_decay",
+    "train.optim.betas": "train.betas",
+    "train.optim.max_grad_norm": "train.clip",
+    "train.batch.examples": "train.examples",
+    "train.memory.activation_checkpointing": "train.activation_checkpointing",
+    "train.memory.budget_gb": "train.memory",
+    "train.kernels.compile": "train.compile",
+    "train.memory.frozen_weights": "train.frozen_weights",
+    "train.batch.intra_document_masking": "train.documents",
+    "train.kernels.attention": "train.attention",
+    "train.kernels.branch_execution": "train.branches",
+    "train.kernels.cuda_graph": "train.graph",
+    "train.parallelism.strategy": "train.layout",
+    "train.parallelism.microbatches_in_flight": "train.in_flight",
+    "train.parallelism.placement": "train.placement",
+    "train.batch.replay": "train.replay",
+    "evaluate.logit_chunk_size": "evaluate.chunk",
+}
+"""Names in records of settings that have another name today; they never change."""
+
+
+OLD_NAMES = {old: new for new, old in RECORDED.items()}
+"""Names of earlier versions that a user may still write, and today's."""
+
+
+RECORDED_VALUES: dict[str, dict[Any, Any]] = {"train.batch.intra_document_masking": {False: "joined", True: "apart"}}
+"""Values in records of settings that have other values today."""
+
+
+GROUPED = {new.rpartition(".")[0] for new in RECORDED} | {old.rpartition(".")[0] for old in OLD_NAMES}
+"""Groups that have or had a renamed setting."""
+
+
+def rename_setting(name: str, value: Any) -> tuple[str, Any]:
+    """Return a setting by today's name, with today's value; a group is renamed inside.
+
+    >>> rename_setting("train.documents", "apart")
+    ('train.batch.intra_document_masking', True)
+    >>> rename_setting("train", {"clip": 1})
+    ('train', {'optim': {'max_grad_norm': 1}})
+    """
+    if isinstance(value, Mapping) and name in GROUPED:
+        return name, rename_settings(value, f"{name}.")
+    new = OLD_NAMES.get(name, name)
+    return new, update_value(new, value)
+
+
+def rename_settings(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by today's names; those of earlier versions are moved to where they are today.
+
+    Raises:
+        ConfigError: A setting has different values under its old and its new name.
+    """
+    renamed: dict[str, Any] = copy.deepcopy(dict(node))
+    moved = {}
+    for old in OLD_NAMES:
+        place, name = find_place(renamed, old.removeprefix(prefix)) if old.startswith(prefix) else (None, "")
+        if place is not None and name in place and not (old in GROUPED and isinstance(place[name], Mapping)):
+            moved[old] = place.pop(name)
+    for old, value in moved.items():
+        new, value = rename_setting(old, value)
+        place, name = make_place(renamed, new.removeprefix(prefix))
+        check_same(old, value, new, place.get(name, value))
+        place[name] = value
+    return renamed
+
+
+def check_same(old: str, value: Any, new: str, other: Any) -> None:
+    """Refuse different values of one setting under an old and a new name.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    if value != other:
+        raise ConfigError(f"{old}={value}: {new}={other} is the same setting under its new name; give one of them")
+
+
+def update_value(new: str, value: Any) -> Any:
+    """Return today's value of a setting for one of an earlier version; others are returned as they are."""
+    values = {str(recorded): today for today, recorded in RECORDED_VALUES.get(new, {}).items()}
+    return values.get(str(value), value) if values else value
+
+
+def find_place(node: dict[str, Any], name: str) -> tuple[dict[str, Any] | None, str]:
+    """Return the group that a dotted name is in, or None where there is none, and the last part of the name."""
+    *groups, leaf = name.split(".")
+    place: Any = node
+    for group in groups:
+        place = place.get(group) if isinstance(place, dict) else None
+    return place if isinstance(place, dict) else None, leaf
+
+
+def make_place(node: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """Return the group that a dotted name is in, which is made where there is none, and the last part of the name."""
+    *groups, leaf = name.split(".")
+    for group in groups:
+        if not isinstance(node.get(group), dict):
+            node[group] = {}
+        node = node[group]
+    return node, leaf
+
+
+def record_names(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings by their names and values in records; groups of which nothing is left are removed."""
+    recorded = copy.deepcopy(dict(plain))
+    moved = {}
+    for new, old in RECORDED.items():
+        place, name = find_place(recorded, new)
+        if place is not None and name in place:
+            value = place.pop(name)
+            moved[old] = RECORDED_VALUES[new][value] if new in RECORDED_VALUES else value
+            remove_if_empty(recorded, new.rpartition(".")[0])
+    for old, value in moved.items():
+        place, name = make_place(recorded, old)
+        place[name] = value
+    return recorded
+
+
+def remove_if_empty(node: dict[str, Any], group: str) -> None:
+    """Remove a group inside another from nested settings if it has no settings left."""
+    place, name = find_place(node, group)
+    if place is not None and "." in group and place.get(name) == {}:
+        del place[name]
+
+
+def suggest_setting(name: str, known: set[str] | frozenset[str]) -> str:
+    """Phrase the nearest setting to an unknown name; old names count, and today's is suggested for them.
+
+    >>> suggest_setting("train.accumulates", {"train.steps", "train.batch.gradient_accumulation_steps"})
+    '; did you mean train.batch.gradient_accumulation_steps?'
+    >>> suggest_setting("train.max_grad_norm", {"train.log_every", "train.optim.max_grad_norm"})
+    '; did you mean train.optim.max_grad_norm?'
+    """
+    head, _, leaf = name.rpartition(".")
+    same = [each for each in known if each.rpartition(".")[2] == leaf and each.startswith(f"{head.partition('.')[0]}.")]
+    if len(same) == 1:
+        return f"; did you mean {same[0]}?"
+    old = {each: new for each, new in OLD_NAMES.items() if new in known}
+    found = suggest(name, sorted({*known, *old}))
+    nearest = found.removeprefix("; did you mean ").removesuffix("?")
+    return f"; did you mean {old[nearest]}?" if nearest in old and nearest not in known else found
