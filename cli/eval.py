@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import ConfOption, Overrides, complete, reporting_errors
+from cli.options import ConfOption, MetricOption, Overrides, complete, reporting_errors
 
 if TYPE_CHECKING:
     from mode.config.run import Run
     from mode.downstream.results import Result
+    from mode.records.metrics import Metric
     from mode.records.record import Record
 
 
@@ -44,17 +45,17 @@ def print_progress(name: str, number: int, total: int) -> None:
 
 def describe_result(result: Result) -> str:
     """Return a result as one line of text."""
-    asked, happened = result.asked, result.happened
+    asked, outcome = result.request, result.outcome
     parts = [
-        f"{asked['task']} v{asked['version']}",
-        f"{asked['metric']} {result.score}",
-        f"{happened['n']} of {happened['of']} questions",
-        f"{asked['num_fewshot']} shots",
+        f"{asked.task} v{asked.version}",
+        f"{asked.metric} {result.score}",
+        f"{outcome.n} of {outcome.of} questions",
+        f"{asked.num_fewshot} shots",
         f"unparsed {result.unparsed}",
-        *(f"{count} {outcome}" for outcome, count in happened["outcomes"].items() if outcome != "unparsed"),
-        *([f"{happened['truncated']} prompts cut"] if happened["truncated"] else []),
-        f"{happened['seconds']:.0f} s",
-        f"prompt {asked['prompt_sha256']}",
+        *(f"{count} {kind}" for kind, count in outcome.outcomes.items() if kind != "unparsed"),
+        *([f"{outcome.truncated} prompts cut"] if outcome.truncated else []),
+        f"{outcome.seconds:.0f} s",
+        f"prompt {asked.prompt_sha256}",
     ]
     return "  ".join(parts)
 
@@ -62,7 +63,7 @@ def describe_result(result: Result) -> str:
 def evaluate(
     overrides: Overrides = None,
     retention: Annotated[
-        bool, typer.Option("--retention", help="Show target and retention accuracy of every finished run.")
+        bool, typer.Option("--retention", help="Show target and retention of every finished run.")
     ] = False,
     downstream: Annotated[
         bool, typer.Option("--downstream", help="Score the run on downstream tasks: HumanEval, GSM8K, HellaSwag.")
@@ -75,6 +76,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="With --downstream: maximum number of questions per task.")
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="With --downstream: score tasks again.")] = False,
+    metric: MetricOption = None,
     conf: ConfOption = None,
 ) -> None:
     """Score finished runs.
@@ -87,7 +89,6 @@ def evaluate(
     Examples: mode eval --retention; mode eval method=sft; mode eval --downstream --task gsm8k-100 method=sft
     """
     with reporting_errors():
-        from mode.config.check import replace_settings
         from mode.config.compose import compose
         from mode.core.errors import ConfigError
 
@@ -95,26 +96,37 @@ def evaluate(
             raise ConfigError("--downstream and --retention exclude each other: give one of them")
         if not downstream and (task or limit is not None or again):
             raise ConfigError("--task, --limit and --again go with --downstream")
+        if metric and not retention:
+            raise ConfigError("--metric goes with --retention; without it every metric is printed")
         given = list(overrides or [])
         run = compose(given, conf)
         if downstream:
             score_downstream(run, task or [], limit, conf, again=again)
             return
-        if not retention:
-            rescore(run)
+        if retention:
+            show_retention(given, conf, metric or ["accuracy"])
             return
-        from mode.records.record import read_records
-        from mode.runs.execute import execute
+        rescore(run)
 
-        bare = compose([*given, "method=backbone"], conf)
-        baseline = execute(replace_settings(bare, track=replace_settings(bare.track, mode="none")))
-        print_retention(read_records(Path(run.paths.results).expanduser()), baseline)
+
+def show_retention(overrides: Sequence[str], conf: Path | None, names: Sequence[str]) -> None:
+    """Print metrics of every finished run. The bare backbone is scored first if it has no record."""
+    from mode.config.check import replace_settings
+    from mode.config.compose import compose
+    from mode.records.metrics import find_metrics
+    from mode.records.record import read_records
+    from mode.runs.execute import execute
+
+    metrics = find_metrics(names)
+    bare = compose([*overrides, "method=backbone"], conf)
+    baseline = execute(replace_settings(bare, track=replace_settings(bare.track, mode="none")))
+    records = read_records(Path(bare.paths.results).expanduser())
+    for metric in metrics:
+        print_retention(records, baseline, metric)
 
 
 def rescore(run: Run) -> None:
     """Score a finished run from its weights, and compare the accuracies with its record."""
-    from dataclasses import asdict
-
     from cli.train import print_scores
     from mode.core.device import set_up
     from mode.core.errors import ConfigError
@@ -130,29 +142,36 @@ def rescore(run: Run) -> None:
     device, model = set_up(run.train.threads, run.train.device), restore(prepared)
     quantize_frozen(model, run.train.memory.frozen_weights)
     model = model.to(device)
-    scores = {name: asdict(value) for name, value in score_domains(prepared, model, run.evaluate.split).items()}
+    scores = score_domains(prepared, model, run.evaluate.split)
     print(f"run {prepared.id}, scored from its weights")
-    print_scores(type(record)(**{**vars(record), "happened": {**record.happened, "scores": scores}}))
-    same = all(
-        scores[name]["accuracy"] == record.happened["scores"][name]["accuracy"] for name in record.happened["scores"]
-    )
+    print_scores(scores, record.request.targets)
+    same = all(scores[name].accuracy == score.accuracy for name, score in record.outcome.scores.items())
     print("accuracies equal the record's" if same else "accuracies differ from the record's")
 
 
-def print_retention(records: Sequence[Record], baseline: Record) -> None:
-    """Print target and retention accuracy of the bare backbone and of every comparable record."""
+def print_retention(records: Sequence[Record], baseline: Record, metric: Metric) -> None:
+    """Print a metric, by domain, and its retention for the bare backbone and every comparable record.
+
+    Args:
+        records: All records.
+        baseline: Record of the bare backbone.
+        metric: The metric.
+    """
+    from mode.tables.columns import RETENTION, TARGET, Column
     from mode.tables.compile import compute_qualities
 
     comparable = [record for record in records if record.id != baseline.id and are_comparable(record, baseline)]
     differences = list_differences([baseline, *comparable])
-    names = list(baseline.happened["scores"])
-    print(f"{'run':<44}" + "".join(f"{name:>10}" for name in names) + f"{'target':>10}{'retention':>11}")
+    parts = [*baseline.outcome.scores, TARGET, RETENTION]
+    widths = [max(10, len(part) + 2) for part in parts]
+    print(f"{'run':<44}" + "".join(f"{part:>{width}}" for part, width in zip(parts, widths, strict=True)))
     for record in [baseline, *comparable]:
-        values = compute_qualities(record, baseline)
-        label = record.filename.removesuffix(".json")
-        cells = "".join(f"{values[name]:>10.2f}" for name in names)
-        kept = f"{values['retention']:>+11.2f}" if "retention" in values else f"{'–':>11}"
-        print(f"{label:<44}{cells}{values['target']:>10.2f}{kept}  {differences[record.id]}".rstrip())
+        values = compute_qualities(record, baseline, [metric])
+        cells = ""
+        for part, width in zip(parts, widths, strict=True):
+            value, sign = values.get(Column(part, metric).name), "+" if part == RETENTION else ""
+            cells += f"{'–':>{width}}" if value is None else f"{value:>{sign}{width}.{metric.decimals}f}"
+        print(f"{record.filename.removesuffix('.json'):<44}{cells}  {differences[record.id]}".rstrip())
     hidden = len(records) - len(comparable) - 1
     if hidden:
         print(f"{hidden} records on other data, domains or context lengths, or another backbone, are not shown")
@@ -164,7 +183,7 @@ def list_differences(records: Sequence[Record]) -> dict[str, str]:
 
     groups: dict[str, list[Record]] = {}
     for record in records:
-        groups.setdefault(f"{record.asked['method']['_target_']} {record.asked['targets']}", []).append(record)
+        groups.setdefault(f"{record.request.method} {record.request.targets}", []).append(record)
     differences: dict[str, str] = {}
     for members in groups.values():
         flat = {record.id: flatten(record.asked) for record in members}
@@ -180,7 +199,7 @@ def are_comparable(record: Record, other: Record) -> bool:
     """Return whether two records score the same tokens, with the same context, data, backbone and precision."""
     return (
         record.conditions == other.conditions
-        and list(record.happened["scores"]) == list(other.happened["scores"])
-        and record.happened["split"] == other.happened["split"]
-        and record.asked["train"]["sequence_length"] == other.asked["train"]["sequence_length"]
+        and list(record.outcome.scores) == list(other.outcome.scores)
+        and record.outcome.split == other.outcome.split
+        and record.request.sequence_length == other.request.sequence_length
     )

@@ -50,6 +50,19 @@ ConfOption = Annotated[
 ]
 
 
+def complete_metric(incomplete: str) -> list[str]:
+    """Complete the name of a metric."""
+    from mode.records.metrics import METRICS
+
+    return [name for name in METRICS if name.startswith(incomplete)]
+
+
+MetricOption = Annotated[
+    list[str] | None,
+    typer.Option("--metric", help="Metric to show in the place of the accuracy.", autocompletion=complete_metric),
+]
+
+
 @contextmanager
 def reporting_errors() -> Iterator[None]:
     """Report an error in one line on stderr, with exit code 2.

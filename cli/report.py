@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import ConfOption, Overrides, complete, reporting_errors
+from cli.options import ConfOption, MetricOption, Overrides, complete, reporting_errors
 
 Rendered = tuple[str, list[str]]
 """Name of a table, and the overrides that it was rendered with."""
@@ -30,11 +30,12 @@ def report(
     ] = False,
     wandb: Annotated[bool, typer.Option("--wandb", help="Also log the tables to Weights & Biases.")] = False,
     html: Annotated[bool, typer.Option("--html", help="Write tables and runs as one page, report.html.")] = False,
+    metric: MetricOption = None,
     conf: ConfOption = None,
 ) -> None:
     """Render tables and figures from records, by name or all.
 
-    Examples: mode report table1; mode report --check; mode report --html
+    Examples: mode report table1; mode report table1 --metric bits-per-byte; mode report --check; mode report --html
     """
     with reporting_errors():
         from mode.config.compose import parse_overrides
@@ -44,6 +45,7 @@ def report(
 
         if table is not None and "=" in table:
             overrides, table = [table, *(overrides or [])], None
+        metrics = find_metric_names(metric or [], check=check)
         refuse_both({"--check": check, "--wandb": wandb, "--html": html})
         given = list(overrides or [])
         names = [*list_members("table", conf), *COLLECTIONS]
@@ -62,11 +64,25 @@ def report(
         chosen = PUBLISHED if published else results
         shown = [table] if table else names
         if html:
-            print_page(shown, chosen, results, given, conf)
+            print_page(shown, chosen, results, given, conf, metrics)
             return
-        rendered = render_tables(shown, chosen, given, conf, write=not published)
+        rendered = render_tables(shown, chosen, given, conf, write=not published, metrics=metrics)
         if wandb:
-            publish_tables(rendered, chosen, given, conf)
+            publish_tables(rendered, chosen, given, conf, metrics)
+
+
+def find_metric_names(names: Sequence[str], *, check: bool) -> list[str]:
+    """Return the names of metrics, each once.
+
+    Raises:
+        ConfigError: There is no metric of a name, or published tables are checked, which have their own.
+    """
+    from mode.core.errors import ConfigError
+    from mode.records.metrics import find_metrics
+
+    if names and check:
+        raise ConfigError("--metric: published tables have the metrics of their YAML; not with --check")
+    return list(dict.fromkeys(metric.name for metric in find_metrics(names)))
 
 
 def refuse_both(flags: Mapping[str, bool]) -> None:
@@ -79,15 +95,24 @@ def refuse_both(flags: Mapping[str, bool]) -> None:
         raise ConfigError(f"{' and '.join(f'{name} {does[name]}' for name in given)}: choose one of the two")
 
 
-def print_page(names: Sequence[str], records: Path, results: Path, given: Sequence[str], conf: Path | None) -> None:
+def print_page(
+    names: Sequence[str],
+    records: Path,
+    results: Path,
+    given: Sequence[str],
+    conf: Path | None,
+    metrics: Sequence[str],
+) -> None:
     """Write the page of tables into the folder `results`, from the records in `records`, and print its path."""
     from mode.report.page import write_page
 
     tables = [(name, each) for name in names for each in list_variants(name, given, conf)]
-    print(write_page(tables, records, results, conf))
+    print(write_page(tables, records, results, conf, metrics))
 
 
-def publish_tables(rendered: Sequence[Rendered], results: Path, given: Sequence[str], conf: Path | None) -> None:
+def publish_tables(
+    rendered: Sequence[Rendered], results: Path, given: Sequence[str], conf: Path | None, metrics: Sequence[str]
+) -> None:
     """Log rendered tables to Weights & Biases.
 
     Raises:
@@ -103,7 +128,8 @@ def publish_tables(rendered: Sequence[Rendered], results: Path, given: Sequence[
     tables = [item for item in rendered if item[0] not in COLLECTIONS]
     if run.track.mode == "none" or not tables:
         raise ConfigError("--wandb with track=none logs nowhere" if tables else "--wandb: no table to log")
-    run_id = publish(tables, replace_settings(run, paths=replace_settings(run.paths, results=str(results))), conf)
+    run = replace_settings(run, paths=replace_settings(run.paths, results=str(results)))
+    run_id = publish(tables, run, conf, metrics)
     where = "`mode sync` pushes it" if run.track.mode == "offline" else "pushed"
     print(f"logged to Weights & Biases as {run_id}: {where}", file=sys.stderr)
 
@@ -129,7 +155,13 @@ def check_published(results: Path, names: Sequence[str], conf: Path | None) -> N
 
 
 def render_tables(
-    names: Sequence[str], results: Path, given: Sequence[str], conf: Path | None, *, write: bool
+    names: Sequence[str],
+    results: Path,
+    given: Sequence[str],
+    conf: Path | None,
+    *,
+    write: bool,
+    metrics: Sequence[str] = (),
 ) -> list[Rendered]:
     """Render every table that has records, with each of its variants.
 
@@ -148,7 +180,7 @@ def render_tables(
                 if name in COLLECTIONS:
                     text, path = find_collection(name).report(results, write=write)
                 else:
-                    text, path = render_report(name, results, each, conf, write=write)
+                    text, path = render_report(name, results, each, conf, write=write, metrics=metrics)
             except NothingError:
                 if len(names) == len(variants) == 1:
                     raise

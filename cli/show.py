@@ -79,10 +79,10 @@ def runs(overrides: Overrides = None, conf: ConfOption = None) -> None:
         run = compose(overrides or [], conf)
         records = read_records(Path(run.paths.results).expanduser())
         for record in records:
-            happened = record.happened
+            outcome = record.outcome
             print(
-                f"{record.filename.removesuffix('.json'):<48} {happened['steps']:>6} steps  "
-                f"{happened['seconds']:>8.0f} s  {record.provenance['date']}"
+                f"{record.filename.removesuffix('.json'):<48} {outcome.steps:>6} steps  "
+                f"{outcome.seconds:>8.0f} s  {record.origin.date}"
             )
         unfinished = list_unfinished(Path(run.paths.runs).expanduser())
         for name in unfinished:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,7 +27,7 @@ from cli.options import (
 
 if TYPE_CHECKING:
     from mode.config.run import Run
-    from mode.records.record import Record
+    from mode.records.score import Score
     from mode.runs.prepare import Prepared
     from mode.train.curve import Point
 
@@ -216,7 +216,7 @@ def execute_all(runs: Sequence[Run]) -> None:
         record = find_finished(prepared)
         if record is not None:
             print(f"run {record.id}: lr {run.lr:g}, seed {run.seed}; {prepared.folder}")
-            print_scores(record)
+            print_scores(record.outcome.scores, record.request.targets)
         else:
             print(f"run {prepared.id} failed: {outcome.failed.get(prepared.id, 'no record')}")
     if outcome.failed:
@@ -236,7 +236,7 @@ def execute(run: Run, *, again: bool) -> None:
     if record is not None and not again and (has_weights(prepared) or not trains):
         where = f"; weights in {prepared.folder}" if trains else ""
         print(f"run {prepared.id} is done (--again trains it again){where}")
-        print_scores(record)
+        print_scores(record.outcome.scores, record.request.targets)
         return
     with make_display() as display:
         shown: list[str] = []
@@ -252,17 +252,22 @@ def execute(run: Run, *, again: bool) -> None:
         record = execute_run(run, again=again, weights=trains, observe=observe)
         if shown:
             display.end(shown[-1], None)
-    print(f"run {record.id}: {record.happened['steps']} steps, {record.happened['seconds']:.0f} s; {prepared.folder}")
-    print_scores(record)
+    outcome = record.outcome
+    print(f"run {record.id}: {outcome.steps} steps, {outcome.seconds:.0f} s; {prepared.folder}")
+    print_scores(outcome.scores, record.request.targets)
 
 
-def print_scores(record: Record) -> None:
-    """Print a record's accuracy per domain."""
-    for name, score in record.happened["scores"].items():
-        kind = "target" if name in record.asked["targets"] else "retention"
-        error = "" if score["stderr"] is None else f" ± {100 * score['stderr']:.2f}"
-        print(
-            f"  {name:<10} {kind:<10} accuracy {100 * score['accuracy']:.2f} %{error}  "
-            f"loss {score['loss']:.3f}  {score['bits_per_byte']:.3f} bits per byte"
-        )
+def print_scores(scores: Mapping[str, Score], targets: Sequence[str]) -> None:
+    """Print every metric that a record holds, by domain."""
+    from mode.records.metrics import METRICS
+
+    for name, score in scores.items():
+        parts = [f"  {name:<10} {'target' if name in targets else 'retention':<10}"]
+        for metric in METRICS.values():
+            value, error = score.find(metric), score.find_error(metric)
+            if value is not None:
+                spread = "" if error is None else f" ± {metric.format(error)}"
+                unit = " %" if metric.unit == "%" else ""
+                parts.append(f"{metric.heading.lower()} {metric.format(value)}{unit}{spread} ")
+        print(" ".join(parts).rstrip())
     sys.stdout.flush()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from mode.evaluation.next_token import Score
+    from mode.records.score import Score
 
 
 def list_experts(source: FoundModel) -> tuple[str, ...]:

@@ -34,7 +34,8 @@ from mode.gating.meter import GateMeter, find_gates, watch_gates
 from mode.ops.quantize import quantize_frozen
 from mode.records import command
 from mode.records.collection import Collection
-from mode.records.measurement import Measurement
+from mode.records.measurement import Measurement, pick_fields
+from mode.records.metrics import ACCURACY
 from mode.records.provenance import describe_environment
 from mode.runs.execute import build, restore
 from mode.runs.fit import score_domains
@@ -76,6 +77,15 @@ INTRODUCTION = (
 
 
 @dataclass(frozen=True)
+class Case:
+    """Order and share of the pruned experts, and the accuracy by domain without them."""
+
+    order: str
+    ratio: float
+    accuracy: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class PruningResult(Measurement):
     """Scores of a run without some of its experts.
 
@@ -87,7 +97,32 @@ class PruningResult(Measurement):
     @property
     def filename(self) -> str:
         """Name of the result's file."""
-        return f"{self.asked['run_name']}-{self.id}.json"
+        return f"{self.run_name}-{self.id}.json"
+
+    @property
+    def run(self) -> str:
+        """Id of the run."""
+        return str(self.asked["run"])
+
+    @property
+    def run_name(self) -> str:
+        """Readable name of the run."""
+        return str(self.asked["run_name"])
+
+    @property
+    def method(self) -> str:
+        """Name of the run's method."""
+        return str(self.asked["method"])
+
+    @property
+    def variant(self) -> str:
+        """Settings of the method that differ from its YAML; empty in results of earlier versions."""
+        return str(self.asked.get("variant", ""))
+
+    @property
+    def cases(self) -> list[Case]:
+        """The cases, the model without pruning first."""
+        return [pick_fields(Case, case) for case in self.happened["cases"]]
 
 
 def prune(
@@ -115,7 +150,7 @@ def prune(
     record = find_finished(prepared)
     if record is None:
         raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
-    folder = results / SHEET.name
+    folder = results / COLLECTION.name
     folder.mkdir(parents=True, exist_ok=True)  # fails before any work if the folder is not writable
     device = set_up(run.train.threads, run.train.device)
     environment = {"data": prepared.fingerprints, "backbone": prepared.backbone}
@@ -264,15 +299,15 @@ def make_frame(results: Sequence[PruningResult]) -> pd.DataFrame:
     """Return results as a table of texts, with a row for every run, order and ratio."""
     rows = [
         {
-            "Method": result.asked["method"],
-            "Variant": result.asked.get("variant") or "–",
-            "Run": f"{result.asked['run_name']}-{result.asked['run']}",
-            "Order": case["order"] or "–",
-            "Pruned": f"{100 * case['ratio']:.0f} %",
-            **{name.capitalize(): f"{100 * value:.2f}" for name, value in case["accuracy"].items()},
+            "Method": result.method,
+            "Variant": result.variant or "–",
+            "Run": f"{result.run_name}-{result.run}",
+            "Order": case.order or "–",
+            "Pruned": f"{100 * case.ratio:.0f} %",
+            **{name.capitalize(): ACCURACY.format(value) for name, value in case.accuracy.items()},
         }
         for result in sorted(results, key=lambda result: result.filename)
-        for case in result.happened["cases"]
+        for case in result.cases
     ]
     return pd.DataFrame(rows).fillna("–")
 
@@ -284,5 +319,5 @@ def render_pruned(results: Sequence[PruningResult]) -> dict[str, str]:
     return {"md": f"# Pruning\n\n{INTRODUCTION}\n\n{markdown}\n", "csv": str(table.to_csv(index=False))}
 
 
-SHEET = Collection("pruning", "pruned run", PruningResult, SCHEMA, "mode prune RUN", render_pruned)
+COLLECTION = Collection("pruning", "pruned run", PruningResult, SCHEMA, "mode prune RUN", render_pruned)
 """The pruning results in a folder of results, and the files that are rendered from them."""

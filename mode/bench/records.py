@@ -71,7 +71,7 @@ def draw_figures(benchmarks: Sequence[Benchmark], folder: Path) -> None:
             FIGURES[benchmark.asked["suite"]](benchmark.happened["cases"], path)
 
 
-SHEET = Collection("bench", "benchmark", Benchmark, SCHEMA, "mode bench branches", render_benchmarks, draw_figures)
+COLLECTION = Collection("bench", "benchmark", Benchmark, SCHEMA, "mode bench branches", render_benchmarks, draw_figures)
 """The benchmarks in a folder of results, and the files that are rendered from them."""
 
 

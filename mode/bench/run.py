@@ -16,7 +16,7 @@ import torch
 
 from mode.backbone.load import fingerprint_weights
 from mode.backbone.shape import read_shape
-from mode.bench.records import SCHEMA, SHEET, Benchmark
+from mode.bench.records import COLLECTION, SCHEMA, Benchmark
 from mode.bench.suites.data import prepare_data
 from mode.bench.suites.evaluation import prepare_evaluation
 from mode.bench.suites.inference import prepare_edge, prepare_generation
@@ -103,7 +103,7 @@ def run_suite(
         key, value = setting.split("=")
         if format_value(attrgetter(key)(run.train)) == value:
             raise ConfigError(f"train.{setting} is not supported by mode bench: {why}")
-    results = Path(run.paths.results).expanduser() / SHEET.name
+    results = Path(run.paths.results).expanduser() / COLLECTION.name
     results.mkdir(parents=True, exist_ok=True)  # fails before any work if the folder is not writable
     device = set_up(run.train.threads, run.train.device)
     precision = resolve_precision(run.train.precision, device, read_shape(run.backbone).hidden)

@@ -6,14 +6,15 @@ prompt), what happened, and the conditions. `downstream.md` and `downstream.csv`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
 
 from mode.records.collection import Collection
-from mode.records.measurement import Measurement
+from mode.records.measurement import Measurement, pick_fields
 
 SCHEMA = 1
 
@@ -32,30 +33,102 @@ INTRO = (
 
 
 @dataclass(frozen=True)
+class Request:
+    """Run, task and limit of a result.
+
+    Attributes:
+        run: Id of the run.
+        run_name: Readable name of the run.
+        backbone: Name of the backbone.
+        task: Name of the task.
+        version: Version of the task.
+        metric: Name of the headline metric.
+        num_fewshot: Number of worked examples in a prompt.
+        chance: Score of random guessing, as a share; None if unknown.
+        max_tokens: Maximum number of tokens of an answer; None or 0 if nothing is generated.
+        stop: Texts that end an answer.
+        unparsed: Description of unparsed answers; empty if every answer can be parsed.
+        prompt: Template of the prompt.
+        prompt_sha256: Digest of the prompt.
+        limit: Number of questions asked, from the first; None for all.
+    """
+
+    run: str
+    run_name: str
+    backbone: str
+    task: str
+    version: int | str
+    metric: str
+    num_fewshot: int
+    chance: float | None
+    max_tokens: int | None
+    stop: Sequence[str]
+    unparsed: str | None
+    prompt: str
+    prompt_sha256: str
+    limit: int | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Scores of a result.
+
+    Attributes:
+        n: Number of questions asked.
+        of: Number of questions of the task.
+        score: Value of the headline metric.
+        stderr: Standard error of the score.
+        metrics: Value and standard error of every metric, by name.
+        unparsed: Number of unparsed answers; None if every answer can be parsed.
+        truncated: Number of prompts that were truncated at their beginning.
+        outcomes: Number of answers by outcome.
+        seconds: Duration of the scoring.
+    """
+
+    n: int
+    of: int
+    score: float
+    stderr: float | None
+    metrics: Mapping[str, Mapping[str, float | None]]
+    unparsed: int | None
+    truncated: int
+    outcomes: Mapping[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Result(Measurement):
     """Result of a run on a task.
 
-    `asked` has the run, the limit on questions, and the task with its version, prompt, worked examples, metric and
-    limits. `happened` has the number of questions `n`, the score with its standard error and its value on every
-    question, every metric, the numbers of unparsed answers and truncated prompts, and seconds. `provenance` has the
-    data with its digest, and the conditions.
+    `asked` and `happened` have the contents of the file; `request` and `outcome` have the same values by name.
+    `provenance` has the data with its digest, and the conditions. `happened` also has the score of every question.
     """
+
+    @cached_property
+    def request(self) -> Request:
+        """Run, task and limit."""
+        return pick_fields(Request, self.asked)
+
+    @cached_property
+    def outcome(self) -> Outcome:
+        """Scores."""
+        return pick_fields(Outcome, self.happened)
 
     @property
     def filename(self) -> str:
         """Name of the result's file: the run, the task, and the limit on questions if there is one."""
-        limit = self.asked["limit"]
-        return f"{self.asked['run']}-{self.asked['task']}{f'-first-{limit}' if limit else ''}.json"
+        limit = self.request.limit
+        return f"{self.request.run}-{self.request.task}{f'-first-{limit}' if limit else ''}.json"
 
     @property
     def score(self) -> str:
         """The score and its standard error, as text."""
-        return format_metric(self.asked["metric"], self.happened["score"], self.happened["stderr"])
+        return format_metric(self.request.metric, self.outcome.score, self.outcome.stderr)
 
     @property
     def unparsed(self) -> str:
         """The number of unparsed answers, as text; a dash if every answer can be parsed."""
-        count = self.happened["unparsed"]
+        count = self.outcome.unparsed
         return "–" if count is None else str(count)
 
 
@@ -71,63 +144,62 @@ def format_metric(metric: str, value: float, error: float | None) -> str:
 
 def format_row(result: Result) -> dict[str, str]:
     """Render a result as a row of the table."""
-    asked, happened = result.asked, result.happened
+    asked, outcome = result.request, result.outcome
     others = [
-        f"{name} {format_metric(name, each['value'], None)}"
-        for name, each in happened["metrics"].items()
-        if name != asked["metric"]
+        f"{name} {format_metric(name, value, None)}"
+        for name, each in outcome.metrics.items()
+        if name != asked.metric and (value := each["value"]) is not None
     ]
-    others += [f"{count} {outcome}" for outcome, count in happened["outcomes"].items()]
+    others += [f"{count} {kind}" for kind, count in outcome.outcomes.items()]
     return {
-        "Backbone": asked["backbone"],
-        "Run": f"{asked['run_name']}-{asked['run']}",
-        "Task": f"{asked['task']} v{asked['version']}",
-        "Shots": str(asked["num_fewshot"]),
-        "Questions": f"{happened['n']} of {happened['of']}",
-        "Metric": asked["metric"],
+        "Backbone": asked.backbone,
+        "Run": f"{asked.run_name}-{asked.run}",
+        "Task": f"{asked.task} v{asked.version}",
+        "Shots": str(asked.num_fewshot),
+        "Questions": f"{outcome.n} of {outcome.of}",
+        "Metric": asked.metric,
         "Score": result.score,
         "Unparsed": result.unparsed,
-        "Cut": str(happened["truncated"]),
+        "Cut": str(outcome.truncated),
         "Besides": ", ".join(others),
     }
 
 
 def describe_task(result: Result) -> str:
     """Render the description of a result's task in Markdown."""
-    asked, data = result.asked, result.provenance["data"]
-    facts = [f"{asked['num_fewshot']} worked examples", f"scored by {asked['metric']}"]
-    if asked["chance"] is not None:
-        facts.append(f"guessing gives {100 * asked['chance']:.0f} %")
-    if asked["max_tokens"]:
-        ends = ", ".join(f"`{end!r}`" for end in asked["stop"])
-        facts.append(f"answers of up to {asked['max_tokens']} tokens, ended by {ends}")
-    if asked["unparsed"]:
-        facts.append(f"unparsed: {asked['unparsed']}")
+    asked, data = result.request, result.provenance["data"]
+    facts = [f"{asked.num_fewshot} worked examples", f"scored by {asked.metric}"]
+    if asked.chance is not None:
+        facts.append(f"guessing gives {100 * asked.chance:.0f} %")
+    if asked.max_tokens:
+        ends = ", ".join(f"`{end!r}`" for end in asked.stop)
+        facts.append(f"answers of up to {asked.max_tokens} tokens, ended by {ends}")
+    if asked.unparsed:
+        facts.append(f"unparsed: {asked.unparsed}")
     first = f"{data['description']}. From {data['requirement']}, licence: {data['licence']}. {'; '.join(facts)}."
-    prompt = f"The prompt (sha256 {asked['prompt_sha256']}):\n\n```\n{asked['prompt']}\n```\n"
-    return f"## {asked['task']} v{asked['version']}\n\n{first} {prompt}"
+    prompt = f"The prompt (sha256 {asked.prompt_sha256}):\n\n```\n{asked.prompt}\n```\n"
+    return f"## {asked.task} v{asked.version}\n\n{first} {prompt}"
 
 
 def render_results(results: Sequence[Result]) -> dict[str, str]:
     """Render results in Markdown, and as CSV with one row per result and metric."""
-    ordered = sorted(results, key=lambda each: (each.asked["task"], each.asked["backbone"], each.filename))
+    ordered = sorted(results, key=lambda each: (each.request.task, each.request.backbone, each.filename))
     table = pd.DataFrame([format_row(result) for result in ordered]).to_markdown(index=False, disable_numparse=True)
     tasks = {
-        (each.asked["task"], each.asked["version"], each.asked["prompt_sha256"]): describe_task(each)
-        for each in ordered
+        (each.request.task, each.request.version, each.request.prompt_sha256): describe_task(each) for each in ordered
     }
     parts = ["# Downstream tasks", INTRO, str(table), *tasks.values()]
     lines: list[dict[str, Any]] = []
     for result in ordered:
-        asked, happened = result.asked, result.happened
+        asked, outcome = result.request, result.outcome
         names = ("backbone", "run", "run_name", "task", "version", "prompt_sha256", "num_fewshot")
-        plain = {name: asked[name] for name in names} | {name: happened[name] for name in ("n", "of")}
-        counts = {name: happened[name] for name in ("unparsed", "truncated")}
-        for name, each in happened["metrics"].items():
+        plain = {name: getattr(asked, name) for name in names} | {"n": outcome.n, "of": outcome.of}
+        counts = {"unparsed": outcome.unparsed, "truncated": outcome.truncated}
+        for name, each in outcome.metrics.items():
             lines.append({**plain, "metric": name, **each, **counts})
     csv = pd.DataFrame(lines).astype({"unparsed": "Int64"}).to_csv(index=False, float_format="%.6g")
     return {"md": "\n\n".join(parts), "csv": str(csv)}
 
 
-SHEET = Collection("downstream", "result", Result, SCHEMA, "mode eval --downstream", render_results)
+COLLECTION = Collection("downstream", "result", Result, SCHEMA, "mode eval --downstream", render_results)
 """The downstream results in a folder of results, and the files that are rendered from them."""

@@ -18,7 +18,7 @@ from mode.backbone.load import locate
 from mode.backbone.tokenizer import BackboneTokenizer, load_tokenizer
 from mode.config.groups import list_members
 from mode.core.errors import ConfigError, suggest
-from mode.downstream.results import SCHEMA, SHEET, Result
+from mode.downstream.results import COLLECTION, SCHEMA, Result
 from mode.downstream.task import DEFAULT, Progress, Task, TaskScore, digest_prompt, load_task, read_questions
 from mode.records.provenance import describe_environment, find_version
 from mode.records.record import Record
@@ -241,7 +241,7 @@ def score_tasks(
     Raises:
         ConfigError: The weights of the run are missing, or a task does not fit its model.
     """
-    folder = prepared.results / SHEET.name
+    folder = prepared.results / COLLECTION.name
     folder.mkdir(parents=True, exist_ok=True)  # fails before any work if the folder is not writable
     subject = RunModel(prepared)
     for task in planned:
@@ -249,7 +249,7 @@ def score_tasks(
         identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
         empty = Result(SCHEMA, identity, asked, {}, {})
         path = folder / empty.filename
-        before = SHEET.read_file(path) if path.exists() and not overwrite else None
+        before = COLLECTION.read_file(path) if path.exists() and not overwrite else None
         if before is not None and before.id == identity:
             yield before, True
             continue

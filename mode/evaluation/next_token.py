@@ -1,15 +1,12 @@
-"""Next-token accuracy, loss and bits per byte over a whole split, without ever holding all logits."""
+"""Score every token of a whole split, without ever holding all logits. `mode.records.metrics` declares the metrics."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from mode.core import processes
@@ -17,29 +14,8 @@ from mode.core.device import choose_rows_per_pass
 from mode.core.errors import ConfigError
 from mode.data.pack import PackedSplit
 from mode.ops.loss import score_tokens
-
-
-@dataclass(frozen=True)
-class Score:
-    """Score of a model on one split of one domain.
-
-    Attributes:
-        accuracy: Share of tokens whose most likely prediction is right (next-token top-1 accuracy).
-        stderr: Standard error of the accuracy, clustered by document; None with a single document.
-        loss: Mean negative log-likelihood, nats per token.
-        bits_per_byte: Negative log-likelihood in bits over the UTF-8 bytes of the text.
-        tokens: Tokens scored.
-        document_tokens: Tokens scored in each document.
-        document_hits: Tokens predicted right in each document.
-    """
-
-    accuracy: float
-    stderr: float | None
-    loss: float
-    bits_per_byte: float
-    tokens: int
-    document_tokens: tuple[int, ...]
-    document_hits: tuple[int, ...]
+from mode.records.metrics import ACCURACY, METRICS, TokenValues
+from mode.records.score import Score, compute_error
 
 
 @torch.no_grad()
@@ -71,21 +47,26 @@ def evaluate(
     model.eval()
     num_scored = len(split.tokens) - 1
     nll, hit = np.zeros(num_scored, np.float64), np.zeros(num_scored, np.bool_)
+    rank = np.zeros(num_scored, np.int64)
     tokens = choose_rows_per_pass(device, batch_size, sequence_length) * sequence_length
     starts = range(0, num_scored, tokens)
-    shared = len(starts) >= processes.world_size()  # then every process has some, and its probe something to tell
+    shared = len(starts) >= processes.world_size()  # then every process has rows, and its probe sees some
     for start in starts[processes.rank() :: processes.world_size()] if shared else starts:
         stop = min(num_scored, start + tokens)
         stream = torch.from_numpy(np.asarray(split.tokens[start : stop + 1], np.int64)).to(device)
         inputs, targets = fold_rows(stream[:-1], sequence_length), fold_rows(stream[1:], sequence_length)
-        scores = score_tokens(model, inputs, targets, chunk)
+        scores = score_tokens(model, inputs, targets, chunk, ranks=True)
         nll[start:stop] = scores.nll[: stop - start].double().cpu().numpy()
         hit[start:stop] = scores.hit[: stop - start].cpu().numpy()
+        assert scores.rank is not None
+        rank[start:stop] = scores.rank[: stop - start].cpu().numpy()
         probe(stop - start)
     model.train(was_training)
     if shared:
-        nll, hit = (processes.all_reduce_sum(torch.from_numpy(each.astype(np.float64))).numpy() for each in (nll, hit))
-    return summarise(nll, hit > 0, split)
+        nll, hit, rank = (
+            processes.all_reduce_sum(torch.from_numpy(each.astype(np.float64))).numpy() for each in (nll, hit, rank)
+        )
+    return summarise(TokenValues(nll, hit > 0, rank.astype(np.int64)), split)
 
 
 def fold_rows(stream: torch.Tensor, sequence_length: int) -> torch.Tensor:
@@ -98,38 +79,36 @@ def fold_rows(stream: torch.Tensor, sequence_length: int) -> torch.Tensor:
     return torch.nn.functional.pad(stream, (0, padding)).view(-1, sequence_length)
 
 
-def summarise(nll: NDArray[np.float64], hit: NDArray[np.bool_], split: PackedSplit) -> Score:
-    """Turn per-token scores into a split's score.
+def summarise(tokens: TokenValues, split: PackedSplit) -> Score:
+    """Turn per-token values into a split's score.
 
-    The standard error is that of a ratio of sums over documents (linearised), since tokens of one document are not
-    independent.
+    Sums of fractions over documents are rounded to three decimals; the numbers of the metrics are not.
     """
     # The stream's first token has no context and is not scored, so document 0 has one token fewer.
     edges = np.maximum(split.starts - 1, 0)
-    sums = np.concatenate([[0], np.cumsum(hit)])
-    hits, tokens = np.diff(sums[edges]), np.diff(edges)
-    accuracy = float(hits.sum() / tokens.sum())
-    count = len(tokens)
-    spread = float(((hits - accuracy * tokens) ** 2).sum())
-    stderr = math.sqrt(spread * count / max(1, count - 1)) / float(tokens.sum()) if count > 1 else None
+    counts = {"token": len(tokens.nll), "byte": split.num_bytes}
+    numbers: dict[str, float] = {}
+    sums: dict[str, tuple[float, ...]] = {}
+    for metric in METRICS.values():
+        values = metric.value(tokens)
+        numbers[metric.key] = float(values.sum() / metric.divisor / counts[metric.per])
+        if metric.sums not in sums:
+            each = np.diff(np.concatenate([[0], np.cumsum(values)])[edges])
+            sums[metric.sums] = tuple(each.round(3).tolist() if each.dtype.kind == "f" else each.tolist())
+    document_tokens = tuple(int(count) for count in np.diff(edges))
     return Score(
-        accuracy=accuracy,
-        stderr=stderr,
-        loss=float(nll.mean()),
-        bits_per_byte=float(nll.sum() / math.log(2) / split.num_bytes),
-        tokens=len(nll),
-        document_tokens=tuple(int(count) for count in tokens),
-        document_hits=tuple(int(count) for count in hits),
+        values=numbers,
+        stderr=compute_error(sums[ACCURACY.sums], document_tokens),
+        tokens=len(tokens.nll),
+        bytes=split.num_bytes,
+        document_tokens=document_tokens,
+        document_sums=sums,
     )
 
 
-def flatten_scores(scores: dict[str, Score]) -> dict[str, Any]:
-    """Flatten validation scores into a point of the training curve."""
-    point: dict[str, Any] = {}
-    for name, score in scores.items():
-        point[f"validation/{name}/accuracy"] = score.accuracy
-        point[f"validation/{name}/loss"] = score.loss
-    return point
+def flatten_scores(scores: Mapping[str, Score], split: str = "validation") -> dict[str, float]:
+    """Flatten the scores of a split, as points of the training curve and trackers have them."""
+    return {f"{split}/{name}/{key}": value for name, score in scores.items() for key, value in score.values.items()}
 
 
 def check_finite(scores: Mapping[str, Score]) -> None:

@@ -16,7 +16,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mode.gating.router import Posterior
 from mode.moe.clusters import ClusterWeights
-from mode.ops.loss import CHUNK, TokenScores, compute_hidden_states, find_hits, logit_softcap, output_head, score_states
+from mode.ops.loss import (
+    CHUNK,
+    TokenScores,
+    compute_hidden_states,
+    count_above,
+    find_hits,
+    logit_softcap,
+    output_head,
+    score_states,
+)
 
 
 class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the library is untyped
@@ -166,13 +175,16 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
         return torch.stack(parts)
 
     @torch.no_grad()
-    def score_tokens(self, input_ids: Tensor, targets: Tensor, chunk: int = CHUNK, **options: Any) -> TokenScores:
+    def score_tokens(
+        self, input_ids: Tensor, targets: Tensor, chunk: int = CHUNK, *, ranks: bool = False, **options: Any
+    ) -> TokenScores:
         """Score every token of a batch, with the logits of one chunk of tokens in memory.
 
         Args:
             input_ids: Tokens, (B, S).
             targets: Next tokens, (B, S).
             chunk: Tokens per chunk.
+            ranks: Whether to rank the right tokens too.
             options: Further arguments of the decoders.
         """
         flat = [member.flatten(0, 1).float() for member in self.compute_states(input_ids, **options)]
@@ -180,6 +192,7 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
         sums = self.judge.vectors[input_ids].double().cumsum(1) if isinstance(self.judge, ClusterWeights) else None
         likelihoods = torch.zeros(len(labels), len(flat), dtype=torch.float64, device=labels.device)
         nll, hit = torch.empty(len(labels), device=labels.device), torch.empty_like(labels, dtype=torch.bool)
+        rank = torch.empty_like(labels) if ranks else None
         for start in range(0, len(labels), chunk):
             piece = slice(start, start + chunk)
             predictions = self.compute_log_probabilities([member[piece] for member in flat])
@@ -190,8 +203,10 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
             weights = self.weigh(evidence).flatten(0, 1)[piece]
             scores = mix_probabilities(predictions, weights)
             nll[piece] = -scores.gather(1, columns)[:, 0]
+            if rank is not None:
+                rank[piece] = count_above(scores, labels[piece], out=torch.empty_like(scores))
             hit[piece] = find_hits(scores, labels[piece])
-        return TokenScores(nll, hit)
+        return TokenScores(nll, hit, rank)
 
 
 def shift_prefix_sums(likelihoods: Tensor) -> Tensor:

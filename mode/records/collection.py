@@ -1,4 +1,4 @@
-"""Measurements that are no runs: a folder of them beside the records, and a sheet that follows from it alone."""
+"""Collections: folders of measurements that are no runs, and the report that follows from each alone."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ COLLECTIONS = {
 
 @dataclass(frozen=True)
 class Collection(Generic[Kind]):
-    """A folder of measurements in a folder of results, and the sheet that lies beside it.
+    """A folder of measurements in a folder of results, and the report that lies beside it.
 
     Attributes:
-        name: Name of the folder, and of the sheet's files.
+        name: Name of the folder, and of the report's files.
         what: What people call one of the measurements.
         kind: Its class.
         schema: The version of its layout that this version reads.
@@ -58,7 +58,7 @@ class Collection(Generic[Kind]):
         return read_measurement(path, self.kind, self.schema, self.what, lambda found: self.render([found]))
 
     def report(self, results: Path, *, write: bool = True) -> tuple[str, Path]:
-        """Render the measurements of a folder of results and, with `write`, put the sheet beside them.
+        """Render the measurements of a folder of results and, with `write`, put the report beside them.
 
         Returns:
             The Markdown, and the path of its file.
@@ -77,7 +77,7 @@ class Collection(Generic[Kind]):
         return texts["md"], results / f"{self.name}.md"
 
     def stale(self, results: Path, suffixes: Sequence[str] = ("md", "csv")) -> list[Path]:
-        """Return the sheet's committed files that no longer follow from the measurements."""
+        """Return the report's committed files that no longer follow from the measurements."""
         found = self.read(results)
         texts = self.render(found) if found else {}
         paths = {suffix: results / f"{self.name}.{suffix}" for suffix in suffixes}
@@ -86,6 +86,6 @@ class Collection(Generic[Kind]):
 
 
 def find_collection(name: str) -> Collection[Any]:
-    """Return a sheet by its name in `COLLECTIONS`; its module is imported now, since some are slow to import."""
-    sheet: Collection[Any] = import_module(COLLECTIONS[name]).SHEET
-    return sheet
+    """Return a collection by its name in `COLLECTIONS`; its module is imported now, since some are slow to import."""
+    collection: Collection[Any] = import_module(COLLECTIONS[name]).COLLECTION
+    return collection

@@ -66,10 +66,10 @@ def write_variant(record: Record, extra: Path | None = None) -> str:
     Raises:
         ConfigError: No method of its class is configured.
     """
-    run = compose_run((f"method={find_method_name(record.asked['method']['_target_'], extra)}",), extra)
+    run = compose_run((f"method={find_method_name(record.request.method, extra)}",), extra)
     usual, replay = identity.describe_run(run), record.asked["train"].get("replay")
-    told = list_differences(record.asked["method"], usual["method"], run.method, "method.")
-    return shlex.join([*told, *([f"train.batch.replay={format_value(replay)}"] if replay else [])])
+    changed = list_differences(record.asked["method"], usual["method"], run.method, "method.")
+    return shlex.join([*changed, *([f"train.batch.replay={format_value(replay)}"] if replay else [])])
 
 
 def split_opening(asked: Mapping[str, Any], extra: Path | None) -> tuple[list[str], list[str]]:

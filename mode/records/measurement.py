@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,6 +72,14 @@ def read_measurement(path: Path, kind: type[Kind], schema: int, what: str, use: 
             raise
         raise ConfigError(f"{path}: not a {what} that mode wrote ({error})") from error
     return measurement
+
+
+Part = TypeVar("Part")
+
+
+def pick_fields(kind: type[Part], plain: Mapping[str, Any]) -> Part:
+    """Make a dataclass of those entries of a mapping that are its fields."""
+    return kind(**{item.name: plain[item.name] for item in fields(kind)})  # type: ignore[arg-type]
 
 
 def format_json(plain: Mapping[str, Any]) -> str:

@@ -10,11 +10,10 @@ from typing import Any
 import pandas as pd
 
 from mode.data.contamination import PRETRAINING
+from mode.tables.columns import RETENTION, Column
 from mode.tables.compile import BACKBONE, RowResult, TableData
 
-COLUMNS = {
-    "average": "Average",
-    "retention": "Retention",
+COST_COLUMNS = {
     "total": "Total M",
     "trainable": "Trained M",
     "steps": "Steps",
@@ -22,9 +21,6 @@ COLUMNS = {
     "seconds": "Seconds",
     "n": "n",
 }
-
-
-COST_COLUMNS = {name: label for name, label in COLUMNS.items() if name not in ("average", "retention")}
 
 
 COSTS = {
@@ -69,22 +65,22 @@ def make_frame(compiled: TableData, *, strong: str = "{}") -> pd.DataFrame:
         row: dict[str, str] = {"Method": line.label}
         for column in compiled.columns:
             text, stands_out = format_cell(compiled, line, column)
-            row[format_heading(column)] = strong.format(text) if stands_out or winners[column] == line.name else text
+            row[column.heading] = strong.format(text) if stands_out or winners[column] == line.name else text
         rows.append(row | format_costs(line, COST_COLUMNS))
     for left, right in compiled.table.differences:
         rows.append(format_difference(compiled, left, right, strong))
     return pd.DataFrame(rows)
 
 
-def format_cell(compiled: TableData, line: RowResult, column: str) -> tuple[str, bool]:
+def format_cell(compiled: TableData, line: RowResult, column: Column) -> tuple[str, bool]:
     """Render a cell, and say whether it is a difference beyond noise: in a relative table, to the backbone's."""
-    value = line.cell(column)
+    value, decimals = line.cell(column.name), column.metric.decimals
     if value is None:
         return "–", False
-    if compiled.table.relative and line.name != BACKBONE and column != "retention":
-        gap = line.minus(compiled.line(BACKBONE), column)
-        return (gap.cell.text(signed=True), gap.holds) if gap else ("–", False)
-    return value.text(signed=column == "retention"), False
+    if compiled.table.relative and line.name != BACKBONE and column.part != RETENTION:
+        gap = line.minus(compiled.line(BACKBONE), column.name)
+        return (gap.cell.text(signed=True, decimals=decimals), gap.holds) if gap else ("–", False)
+    return value.text(signed=column.part == RETENTION, decimals=decimals), False
 
 
 def make_cost_frame(compiled: TableData) -> pd.DataFrame:
@@ -105,25 +101,22 @@ def make_contamination_frame(compiled: TableData) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def find_winner(compiled: TableData, column: str) -> str | None:
+def find_winner(compiled: TableData, column: Column) -> str | None:
     """Return the row with the best mean of a quality column, if it is better than every other beyond noise."""
-    cells = [(line, line.cell(column)) for line in compiled.lines if can_win(line, column)]
-    lines = sorted(((value.mean, line.name) for line, value in cells if value is not None), reverse=True)
+    cells = [(line, line.cell(column.name)) for line in compiled.lines if can_win(line, column)]
+    means = [(value.mean, line.name) for line, value in cells if value is not None]
+    lines = sorted(means, reverse=column.metric.higher_is_better)
     if len(lines) < 2:
         return None
     best = compiled.line(lines[0][1])
-    gaps = [best.minus(compiled.line(name), column) for _, name in lines[1:]]
-    return best.name if all(gap is not None and gap.holds and gap.cell.mean > 0.0 for gap in gaps) else None
+    gaps = [best.minus(compiled.line(name), column.name) for _, name in lines[1:]]
+    won = all(gap is not None and gap.holds and column.is_gain(gap.cell.mean) for gap in gaps)
+    return best.name if won else None
 
 
-def can_win(line: RowResult, column: str) -> bool:
+def can_win(line: RowResult, column: Column) -> bool:
     """Say whether a line can be a column's best: the backbone's retention is zero by definition."""
-    return line.name != BACKBONE or column != "retention"
-
-
-def format_heading(column: str) -> str:
-    """Return a column's heading."""
-    return COLUMNS.get(column, column.capitalize())
+    return line.name != BACKBONE or column.part != RETENTION
 
 
 def format_costs(line: RowResult, labels: Mapping[str, str]) -> dict[str, str]:
@@ -138,9 +131,9 @@ def format_difference(compiled: TableData, left: str, right: str, strong: str = 
     one, other = compiled.line(left), compiled.line(right)
     row = {"Method": f"{one.label} − {other.label}"}
     for column in compiled.columns:
-        gap = one.minus(other, column)
-        text = gap.cell.text(signed=True) if gap else "–"
-        row[format_heading(column)] = strong.format(text) if gap and gap.holds else text
+        gap = one.minus(other, column.name)
+        text = gap.cell.text(signed=True, decimals=column.metric.decimals) if gap else "–"
+        row[column.heading] = strong.format(text) if gap and gap.holds else text
     empty = dict.fromkeys(COST_COLUMNS.values(), "")
     both = [seed for seed in one.quality if seed in other.quality]
     return row | {name: value for name, value in empty.items() if name not in row} | {"n": str(len(both))}
@@ -153,8 +146,9 @@ def make_interval_frame(compiled: TableData) -> pd.DataFrame:
         one, other = compiled.line(left), compiled.line(right)
         row = {"Difference": f"{one.label} − {other.label}"}
         for column in compiled.columns:
-            gap = one.minus(other, column)
-            row[format_heading(column)] = f"{gap.documents.low:+.2f} to {gap.documents.high:+.2f}" if gap else "–"
+            gap, form = one.minus(other, column.name), f"+.{column.metric.decimals}f"
+            ends = None if gap is None else gap.documents
+            row[column.heading] = "–" if ends is None else f"{ends.low:{form}} to {ends.high:{form}}"
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -204,10 +198,10 @@ def make_routing_frame(compiled: TableData) -> pd.DataFrame | None:
     rows = []
     for line in compiled.lines:
         if line.routing:
-            told = {
+            cells = {
                 f"{domain.capitalize()}: {what}": value
                 for domain, (active, even) in line.routing.items()
                 for what, value in (("in use", f"{active:.2f}"), ("evenness", f"{even:.2f}"))
             }
-            rows.append({"Routers": line.label, "Of": str(len(line.branches)), **told})
+            rows.append({"Routers": line.label, "Of": str(len(line.branches)), **cells})
     return pd.DataFrame(rows) if rows else None

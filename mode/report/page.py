@@ -22,6 +22,7 @@ from mode.core.errors import ConfigError
 from mode.core.files import write_atomic
 from mode.downstream import results as downstream
 from mode.records.collection import COLLECTIONS, find_collection
+from mode.records.metrics import METRICS
 from mode.records.record import Record, read_records
 from mode.report import svg
 from mode.report.figures import MOST_BRANCHES
@@ -138,7 +139,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Bench:
-    """A benchmark, or all results of a sheet such as that of downstream tasks, as the page shows it."""
+    """A benchmark, or all of a collection such as the results of downstream tasks, as the page shows it."""
 
     anchor: str
     title: str
@@ -153,13 +154,17 @@ class Contents:
 
     sections: tuple[Section, ...]
     benches: tuple[Bench, ...]
-    sheets: tuple[Bench, ...]
+    collections: tuple[Bench, ...]
     runs: tuple[RunDetails, ...]
     known: frozenset[str] = field(default_factory=frozenset)
 
 
 def write_page(
-    tables: Sequence[tuple[str, Sequence[str]]], results: Path, out: Path, extra: Path | None = None
+    tables: Sequence[tuple[str, Sequence[str]]],
+    results: Path,
+    out: Path,
+    extra: Path | None = None,
+    metrics: Sequence[str] = (),
 ) -> Path:
     """Write the page of some tables.
 
@@ -169,6 +174,7 @@ def write_page(
         results: Folder of the records.
         out: Folder to write the page into.
         extra: A folder of the user's own configuration.
+        metrics: Metrics that tables show in the place of their own.
 
     Returns:
         Path of the page.
@@ -176,14 +182,18 @@ def write_page(
     Raises:
         ConfigError: There is no record of any of the tables.
     """
-    text = render_page(collect_contents(tables, results, os.path.relpath(results, out), extra))
+    text = render_page(collect_contents(tables, results, os.path.relpath(results, out), extra, metrics))
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / PAGE, text.encode())
     return out / PAGE
 
 
 def collect_contents(
-    tables: Sequence[tuple[str, Sequence[str]]], results: Path, way: str, extra: Path | None = None
+    tables: Sequence[tuple[str, Sequence[str]]],
+    results: Path,
+    way: str,
+    extra: Path | None = None,
+    metrics: Sequence[str] = (),
 ) -> Contents:
     """Collect what a page shows.
 
@@ -192,6 +202,7 @@ def collect_contents(
         results: Folder of the records.
         way: The path to it from the page.
         extra: A folder of the user's own configuration.
+        metrics: As for `write_page`.
     """
     records = read_records(results)
     names = dict.fromkeys(name for name, _ in tables)
@@ -199,13 +210,15 @@ def collect_contents(
         (file_stem(name, overrides, load_table(name, extra).overrides), name, found)
         for name, overrides in tables
         if name not in COLLECTIONS
-        and (found := compile_section(name, records, overrides, extra, alone=len(tables) == 1)) is not None
+        and (found := compile_section(name, records, overrides, extra, metrics, alone=len(tables) == 1)) is not None
     ]
     benches = (
-        tuple(make_bench_section(each, way) for each in bench.SHEET.read(results)) if bench.SHEET.name in names else ()
+        tuple(make_bench_section(each, way) for each in bench.COLLECTION.read(results))
+        if bench.COLLECTION.name in names
+        else ()
     )
-    sheets = tuple(made for name in names if (made := make_collection_section(name, results, way)) is not None)
-    if not compiled and not benches and not sheets:
+    collections = tuple(made for name in names if (made := make_collection_section(name, results, way)) is not None)
+    if not compiled and not benches and not collections:
         name = next(iter(names))
         makes = find_collection(name).make if name in COLLECTIONS else f"mode reproduce {name}"
         raise ConfigError(f"no record of {name} in {results}: `{makes}` makes them")
@@ -218,14 +231,20 @@ def collect_contents(
     return Contents(
         sections,
         benches,
-        sheets,
+        collections,
         tuple(collect_run_details(records, list_places(sections), way, extra)),
         frozenset(by_id),
     )
 
 
 def compile_section(
-    name: str, records: Sequence[Record], overrides: Sequence[str], extra: Path | None, *, alone: bool
+    name: str,
+    records: Sequence[Record],
+    overrides: Sequence[str],
+    extra: Path | None,
+    metrics: Sequence[str],
+    *,
+    alone: bool,
 ) -> TableData | None:
     """Compile a table; None if it has nothing to say, or a record that it stands on is missing and it is not `alone`.
 
@@ -233,7 +252,7 @@ def compile_section(
         ConfigError: Such a record is missing, and no other table is asked for.
     """
     try:
-        compiled = compile_table(load_table(name, extra), records, overrides, extra)
+        compiled = compile_table(load_table(name, extra, metrics), records, overrides, extra)
     except ConfigError:
         if alone:
             raise
@@ -311,7 +330,7 @@ def draw_learning(compiled: TableData, records: Mapping[str, Record]) -> Markup:
     """Draw the training loss of every row's last stage, the mean over seeds."""
     series = []
     for line in compiled.lines:
-        curves = [records[run].happened["curve"] for run in line.runs.values()]
+        curves = [records[run].outcome.curve for run in line.runs.values()]
         if points := average_curve(curves, "loss"):
             series.append(svg.Series(line.label, points, marked=False))
     return svg.draw_lines(f"{compiled.table.title}: training loss", series, "Steps", "Training loss (nats per token)")
@@ -321,7 +340,7 @@ def make_bench_section(benchmark: bench.Benchmark, way: str) -> Bench:
     """Make the section of one benchmark."""
     heads, *rows = bench.make_cells(benchmark)
     table = pd.DataFrame(rows, columns=list(heads))
-    file = f"{way}/{bench.SHEET.name}/{benchmark.filename}"
+    file = f"{way}/{bench.COLLECTION.name}/{benchmark.filename}"
     return Bench(
         f"bench-{benchmark.id}",
         benchmark.title,
@@ -333,13 +352,13 @@ def make_bench_section(benchmark: bench.Benchmark, way: str) -> Bench:
 
 def make_collection_section(name: str, results: Path, way: str) -> Bench | None:
     """Make the section of downstream tasks or of pruned runs; None of anything else, or without a result."""
-    if name == downstream.SHEET.name and (scored := downstream.SHEET.read(results)):
+    if name == downstream.COLLECTION.name and (scored := downstream.COLLECTION.read(results)):
         title, about, table = (
             "Downstream tasks",
             downstream.INTRO,
             pd.DataFrame([downstream.format_row(each) for each in scored]),
         )
-    elif name == prune.SHEET.name and (pruned := prune.SHEET.read(results)):
+    elif name == prune.COLLECTION.name and (pruned := prune.COLLECTION.read(results)):
         title, about, table = "Pruning", prune.INTRODUCTION, prune.make_frame(pruned)
     else:
         return None
@@ -362,5 +381,10 @@ def render_page(shown: Contents) -> str:
     template = environment.from_string((ASSETS / "page.html.j2").read_text("utf-8"))
     style, script = ((ASSETS / name).read_text("utf-8") for name in ("page.css", "page.js"))
     return template.render(
-        page=shown, shapes=svg.shapes(), style=Markup(style), script=Markup(script), introduction=bench.INTRODUCTION
+        page=shown,
+        metrics=METRICS.values(),
+        shapes=svg.shapes(),
+        style=Markup(style),
+        script=Markup(script),
+        introduction=bench.INTRODUCTION,
     )

@@ -25,11 +25,18 @@ def render_table(compiled: TableData) -> dict[str, str]:
 
 
 def report(
-    name: str, results: Path, overrides: Sequence[str] = (), extra: Path | None = None, *, write: bool | None = True
+    name: str,
+    results: Path,
+    overrides: Sequence[str] = (),
+    extra: Path | None = None,
+    *,
+    write: bool | None = True,
+    metrics: Sequence[str] = (),
 ) -> tuple[str, Path]:
     """Render a table from the records of a results folder and put it there with its figure.
 
-    `write=False` puts nothing there, and `write=None` only what is not there already.
+    `write=False` puts nothing there, and `write=None` only what is not there already. With metrics other than its own
+    a table has a file of its own and no figure, since figures show the accuracy.
 
     Returns:
         The Markdown, and the path of its file.
@@ -37,11 +44,11 @@ def report(
     Raises:
         ConfigError: A file is not a whole record; `NothingError`: no record belongs to the table.
     """
-    table = load_table(name, extra)
+    table = load_table(name, extra, metrics)
     compiled = compile_table(table, read_records(results), overrides, extra)
     if not compiled.says_something:
         raise NothingError(f"no record of {name} in {results / 'records'}: make them with `mode reproduce {name}`")
-    base = results / file_stem(name, overrides, table.overrides)
+    base = results / file_stem(name, overrides, table.overrides, metrics)
     rendered = {base.with_suffix(f".{suffix}"): text for suffix, text in render_table(compiled).items()}
     if write is False or (write is None and is_drawn(base.with_suffix(".png"), rendered, results / "records")):
         return render_markdown(compiled), base.with_suffix(".md")
@@ -49,6 +56,8 @@ def report(
 
     for path, text in rendered.items():
         path.write_text(text, encoding="utf-8")
+    if metrics:
+        return render_markdown(compiled), base.with_suffix(".md")
     (draw_curves if table.curves else draw)(compiled, base.with_suffix(".png"))
     if not table.choose:
         draw_gates(compiled, base.with_name(f"{base.name}-gates.png"))

@@ -11,7 +11,10 @@ from markupsafe import Markup
 
 from mode.config.check import flatten
 from mode.records.command import write_commands
+from mode.records.contents import Outcome, Point, Provenance
+from mode.records.metrics import METRICS, Metric
 from mode.records.record import Record
+from mode.records.score import Score
 from mode.report import svg
 
 Fact = tuple[str, str]
@@ -22,35 +25,39 @@ VALIDATION = "validation/"
 """Beginning of what a point of a curve says of validation: validation/DOMAIN/loss, for one."""
 
 
-def describe_costs(happened: Mapping[str, Any]) -> Iterator[Fact]:
-    """Write what a run's own stage took; records of earlier versions do not say all of it."""
-    sizes = happened["parameters"]
+def describe_costs(outcome: Outcome) -> Iterator[Fact]:
+    """Write what a run's own stage took; earlier records do not say all of it."""
     for name, value, form in (
-        ("Steps", happened["steps"], ","),
-        ("Tokens", happened["tokens"], ","),
-        ("Seconds", happened["seconds"], ",.1f"),
-        ("Tokens/s", happened.get("tokens_per_second"), ",.0f"),
-        ("Peak learning rate", happened.get("lr"), "g"),
-        ("Parameters", sizes.get("total"), ","),
-        ("Trained parameters", sizes.get("trainable"), ","),
-        ("Added parameters", sizes.get("added"), ","),
-        ("Operations", happened.get("flops"), ".4g"),
-        ("Peak memory (bytes)", happened.get("peak_memory_bytes"), ","),
-        ("Kept on disk (bytes)", happened.get("kept_bytes"), ","),
-        ("Scoring seconds", happened.get("evaluation_seconds"), ",.1f"),
+        ("Steps", outcome.steps, ","),
+        ("Tokens", outcome.tokens, ","),
+        ("Seconds", outcome.seconds, ",.1f"),
+        ("Tokens/s", outcome.tokens_per_second, ",.0f"),
+        ("Peak learning rate", outcome.lr, "g"),
+        ("Parameters", outcome.parameters.total, ","),
+        ("Trained parameters", outcome.parameters.trainable, ","),
+        ("Added parameters", outcome.parameters.added, ","),
+        ("Operations", outcome.flops, ".4g"),
+        ("Peak memory (bytes)", outcome.peak_memory_bytes, ","),
+        ("Kept on disk (bytes)", outcome.kept_bytes, ","),
+        ("Scoring seconds", outcome.evaluation_seconds, ",.1f"),
     ):
         if value is not None:
             yield name, format(value, form)
 
 
 def describe_scores(record: Record) -> Iterator[tuple[str, ...]]:
-    """Write what a run scored, by domain."""
-    for name, score in record.happened["scores"].items():
-        error = score.get("stderr")
-        accuracy = f"{100 * score['accuracy']:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
-        rest = [("loss", ".3f"), ("bits_per_byte", ".3f"), ("tokens", ",")]
-        cells = (format(score[key], form) if key in score else "–" for key, form in rest)
-        yield name, "target" if name in record.asked["targets"] else "retention", accuracy, *cells
+    """Write what a run scored, by domain: every metric, and the tokens."""
+    for name, score in record.outcome.scores.items():
+        kind = "target" if name in record.request.targets else "retention"
+        yield name, kind, *(format_metric(score, metric) for metric in METRICS.values()), f"{score.tokens:,}"
+
+
+def format_metric(score: Score, metric: Metric) -> str:
+    """Write a metric with its standard error, or a dash where the record does not hold the metric."""
+    value, error = score.find(metric), score.find_error(metric)
+    if value is None:
+        return "–"
+    return metric.format(value) + ("" if error is None else f" ± {metric.format(error)}")
 
 
 def make_title(method: str, labels: Sequence[str]) -> str:
@@ -63,31 +70,29 @@ def make_title(method: str, labels: Sequence[str]) -> str:
     return next(iter(whole), " ".join([method, *labels[:1]]))
 
 
-def describe_origin(provenance: Mapping[str, Any]) -> Iterator[Fact]:
+def describe_origin(origin: Provenance) -> Iterator[Fact]:
     """Write under what code, versions, machine and data a run was made."""
-    commit = provenance.get("commit")
-    if commit is not None:
-        yield "Commit", f"{commit}{' with changes' if provenance.get('dirty') else ''}"
-    if "date" in provenance:
-        yield "Date", provenance["date"]
-    machine = provenance.get("machine", {})
-    if machine:
-        yield "Machine", ", ".join(f"{name} {value}" for name, value in machine.items())
-    for name in ("threads", "precision"):
-        if name in provenance:
-            yield name.capitalize(), str(provenance[name])
-    if versions := provenance.get("versions"):
-        yield "Versions", ", ".join(f"{name} {value}" for name, value in versions.items() if value)
-    yield "Backbone", provenance["backbone"]
-    yield "Data", ", ".join(f"{name} {value}" for name, value in provenance["data"].items())
+    if origin.commit is not None:
+        yield "Commit", f"{origin.commit}{' with changes' if origin.dirty else ''}"
+    if origin.date is not None:
+        yield "Date", origin.date
+    if origin.machine:
+        yield "Machine", ", ".join(f"{name} {value}" for name, value in origin.machine.items())
+    if origin.threads is not None:
+        yield "Threads", str(origin.threads)
+    yield "Precision", origin.precision
+    if origin.versions:
+        yield "Versions", ", ".join(f"{name} {value}" for name, value in origin.versions.items() if value)
+    yield "Backbone", origin.backbone
+    yield "Data", ", ".join(f"{name} {value}" for name, value in origin.data.items())
 
 
 def draw_curves(record: Record) -> Iterator[Markup]:
     """Draw the loss and the accuracy of training, with those on the validation split where they were measured."""
-    curve = record.happened["curve"]
+    curve = record.outcome.curve
     for key, up in (("loss", "Loss (nats per token)"), ("accuracy", "Accuracy (%)")):
         series = [svg.Series("training", average_curve([curve], key), marked=False)]
-        ends = dict.fromkeys(name for point in curve for name in point if name.startswith(VALIDATION))
+        ends = dict.fromkeys(name for point in curve for name in point.values if name.startswith(VALIDATION))
         for name in [name for name in ends if name.endswith(f"/{key}")]:
             label = name.removeprefix(VALIDATION).removesuffix(f"/{key}")
             series.append(svg.Series(f"validation, {label}", average_curve([curve], name)))
@@ -105,7 +110,7 @@ class RunDetails:
         about: Targets, seed, backbone and split, in a line.
         rows: Rows that it is part of: anchor, table and label.
         settings: What was asked, as `key=value`.
-        scores: By domain: name, target or retention, accuracy and its error in per cent, loss, bits per byte, tokens.
+        scores: By domain: name, target or retention, every metric with its standard error, tokens.
         costs: What training and scoring took.
         origin: Commit, versions, machine, date and fingerprints.
         needs: Ids of the runs that it stands on.
@@ -133,7 +138,7 @@ class RunDetails:
 def collect_run_details(
     records: Sequence[Record], places: Mapping[str, Sequence[tuple[str, str, str]]], way: str, extra: Path | None
 ) -> Iterator[RunDetails]:
-    """Tell what is known of every run.
+    """Collect what is known of every run.
 
     Args:
         records: Their records.
@@ -141,22 +146,21 @@ def collect_run_details(
         way: Path from the page to the folder of results.
         extra: A folder of the user's own configuration.
     """
-    told = write_commands(records, extra)
+    commands = write_commands(records, extra)
     for record in records:
         rows = tuple(places.get(record.id, ()))
-        method = record.asked["method"]["_target_"].rpartition(".")[2]
-        targets = ", ".join(record.asked["targets"])
-        text, runs = told[record.id]
+        request, outcome = record.request, record.outcome
+        text, runs = commands[record.id]
         yield RunDetails(
             id=record.id,
-            title=make_title(method, [label for _, _, label in rows]),
-            about=f"{targets} · seed {record.seed} · {record.asked['backbone']['name']} · {record.happened['split']}",
+            title=make_title(request.method_name, [label for _, _, label in rows]),
+            about=f"{', '.join(request.targets)} · seed {request.seed} · {request.backbone} · {outcome.split}",
             rows=rows,
             settings=tuple(f"{name}={format_setting(value)}" for name, value in flatten(record.asked).items()),
             scores=tuple(describe_scores(record)),
-            costs=tuple(describe_costs(record.happened)),
-            origin=tuple(describe_origin(record.provenance)),
-            needs=tuple(record.provenance["needs"]),
+            costs=tuple(describe_costs(outcome)),
+            origin=tuple(describe_origin(record.origin)),
+            needs=record.origin.needs,
             curves=tuple(draw_curves(record)),
             file=f"{way}/records/{record.filename}",
             command=text,
@@ -180,13 +184,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def average_curve(curves: Sequence[Sequence[Mapping[str, Any]]], key: str) -> list[tuple[float, float, float]]:
+def average_curve(curves: Sequence[Sequence[Point]], key: str) -> list[tuple[float, float, float]]:
     """Return a quantity over steps as the mean of several curves, at the steps that all have; accuracy in per cent.
 
-    >>> average_curve([[{"step": 1, "loss": 2.0}], [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 1.0}]], "loss")
+    >>> average_curve([[Point(1, {"loss": 2.0})], [Point(1, {"loss": 4.0}), Point(2, {"loss": 1.0})]], "loss")
     [(1.0, 3.0, 0.0)]
     """
     factor = 100.0 if key.endswith("accuracy") else 1.0
-    found = [{point["step"]: point[key] for point in curve if key in point} for curve in curves]
+    found = [{point.step: point.values[key] for point in curve if key in point.values} for curve in curves]
     shared = [step for step in found[0] if all(step in each for each in found)] if found else []
     return [(float(step), factor * sum(each[step] for each in found) / len(found), 0.0) for step in shared]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from mode.records.metrics import ACCURACY, Metric
 from mode.report.frames import (
     CONTAMINATION_NOTE,
     COST_NOTE,
@@ -20,6 +21,7 @@ from mode.report.frames import (
     make_published_frame,
     make_routing_frame,
 )
+from mode.tables.columns import AVERAGE, RETENTION, Column
 from mode.tables.compile import TableData
 from mode.tables.findings import list_findings
 
@@ -64,9 +66,10 @@ def align_frame(table: pd.DataFrame) -> str:
 
 def write_notes(compiled: TableData) -> list[str]:
     """Say what the columns mean, what was chosen, and what is missing."""
+    definitions = "; ".join(metric.definition for metric in compiled.metrics)
+    what = f"{definitions[0].upper()}{definitions[1:]}"
     lines = [
-        f"Next-token top-1 accuracy in per cent on the whole {compiled.split} split; mean ± standard deviation over "
-        "n seeds. "
+        f"{what} on the whole {compiled.split} split; mean ± standard deviation over n seeds. "
         "Retention: points gained or lost against the untouched backbone on the domains that are not targets. "
         "Trained: the most that any one stage trains. Steps, tokens and seconds count every stage. Differences are "
         "paired by seed. Bold: beyond noise, of a difference or of the best row against every other: the 95 % interval "
@@ -77,8 +80,20 @@ def write_notes(compiled: TableData) -> list[str]:
     if compiled.table.relative:
         lines += [
             "",
-            "Accuracies are points gained or lost against the untouched backbone, whose own stand in its row.",
+            f"{'Accuracies' if compiled.metrics == (ACCURACY,) else 'Numbers'} are points gained or lost against the "
+            "untouched backbone, whose own stand in its row.",
         ]
+    if not all(metric.higher_is_better for metric in compiled.metrics):
+        lines += ["", "Where lower is better, a negative difference or retention is a gain."]
+    for metric in compiled.metrics:
+        if lacking := list_rows_without(compiled, metric):
+            lines += ["", f"Records without {metric.heading.lower()} (–): {', '.join(lacking)}."]
+        if coarse := list_rows_without_sums(compiled, metric):
+            lines += [
+                "",
+                f"Records without {metric.heading.lower()} by document: {', '.join(coarse)}. Their differences have no "
+                "interval over documents and are never bold.",
+            ]
     for note, sign in compiled.table.notes.items():
         lines += ["", f"{sign} {note}"]
     if compiled.table.choose:
@@ -94,6 +109,23 @@ def write_notes(compiled: TableData) -> list[str]:
     if compiled.left_out:
         lines += ["", f"{compiled.left_out} matching records on other data or another backbone are left out."]
     return lines
+
+
+def list_rows_without(compiled: TableData, metric: Metric) -> list[str]:
+    """Return the rows whose records do not hold a metric, as records do that were made before it."""
+    names = [column.name for column in compiled.columns if column.metric is metric and column.part != RETENTION]
+    lines = [line for line in compiled.lines if line.quality]
+    return [line.name for line in lines if any(line.cell(name) is None for name in names)]
+
+
+def list_rows_without_sums(compiled: TableData, metric: Metric) -> list[str]:
+    """Return the rows whose records hold a metric, but not its sums over documents."""
+    average = Column(AVERAGE, metric).name
+    return [
+        line.name
+        for line in compiled.lines
+        if any(average in line.quality[seed] and average not in line.resampled[seed] for seed in line.quality)
+    ]
 
 
 def describe_documents(compiled: TableData) -> dict[str, float]:
@@ -151,19 +183,21 @@ def render_csv(compiled: TableData) -> str:
     rows: list[dict[str, Any]] = []
     for line in compiled.lines:
         for column in compiled.columns:
-            value = line.cell(column)
+            value = line.cell(column.name)
             if value is not None:
-                rows.append({"row": line.name, "column": column, "mean": value.mean, "std": value.std, "n": value.n})
+                rows.append(
+                    {"row": line.name, "column": column.name, "mean": value.mean, "std": value.std, "n": value.n}
+                )
         rows += [
             {"row": line.name, "column": name, "mean": amount} for name, amount in line.cost.items() if name != "n"
         ]
     for left, right in compiled.table.differences:
         for column in compiled.columns:
-            gap = compiled.line(left).minus(compiled.line(right), column)
+            gap = compiled.line(left).minus(compiled.line(right), column.name)
             if gap is not None:
-                told = {"mean": gap.cell.mean, "std": gap.cell.std, "n": gap.cell.n}
-                ends = {"low": gap.documents.low, "high": gap.documents.high}
-                rows.append({"row": f"{left} - {right}", "column": column, **told, **ends})
+                summary = {"mean": gap.cell.mean, "std": gap.cell.std, "n": gap.cell.n}
+                ends = {} if gap.documents is None else {"low": gap.documents.low, "high": gap.documents.high}
+                rows.append({"row": f"{left} - {right}", "column": column.name, **summary, **ends})
     return str(
         pd.DataFrame(rows, columns=["row", "column", "mean", "std", "n", "low", "high"]).to_csv(
             index=False, float_format="%.6g"

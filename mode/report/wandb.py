@@ -18,13 +18,16 @@ from mode.tables.table import file_stem, load_table
 JOB = "report"
 
 
-def publish(rendered: Sequence[tuple[str, Sequence[str]]], run: Run, extra: Path | None = None) -> str:
+def publish(
+    rendered: Sequence[tuple[str, Sequence[str]]], run: Run, extra: Path | None = None, metrics: Sequence[str] = ()
+) -> str:
     """Log tables, as people read them, and their figures.
 
     Args:
         rendered: Tables and the overrides that each was rendered under, whose files are in the results folder.
         run: Settings of the tracker and the folders.
         extra: A folder of the user's own configuration.
+        metrics: Metrics that the tables show in the place of their own.
 
     Returns:
         The id of the run: the same tables are the same run.
@@ -35,9 +38,9 @@ def publish(rendered: Sequence[tuple[str, Sequence[str]]], run: Run, extra: Path
     figures: dict[str, Path] = {}
     content = hashlib.sha256()
     for name, overrides in rendered:
-        table = load_table(name, extra)
+        table = load_table(name, extra, metrics)
         compiled = compile_table(table, records, overrides, extra)
-        base = results / file_stem(name, overrides, table.overrides)
+        base = results / file_stem(name, overrides, table.overrides, metrics)
         tables |= {base.name: make_frame(compiled), f"{base.name}-cost": make_cost_frame(compiled)}
         figures |= {
             f"{path.stem}-figure": path

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mode.config.train import Train
-    from mode.evaluation.next_token import Score
+    from mode.records.score import Score
     from mode.train.loop import Trained
 
 
@@ -115,6 +115,7 @@ def start_over(folder: Path) -> None:
 def train_and_record(prepared: Prepared, needs: list[Prepared], observe: Observer, *, again: bool) -> Record:
     """Train, evaluate and record one run whose earlier stages are finished."""
     from mode.core.device import describe_device, read_peak_memory, set_up
+    from mode.evaluation.next_token import flatten_scores
     from mode.ops.quantize import quantize_frozen
     from mode.runs.forecast import count_training_flops, forecast
     from mode.train.precision import choose_precision
@@ -154,7 +155,7 @@ def train_and_record(prepared: Prepared, needs: list[Prepared], observe: Observe
                 "out of memory: raise train.batch.gradient_accumulation_steps, or lower train.batch.size"
             ) from error
         raise
-    tracker.finish({f"{run.evaluate.split}/{name}/accuracy": value.accuracy for name, value in scores.items()})
+    tracker.finish(flatten_scores(scores, run.evaluate.split))
     happened = summarise_training(prepared, trained, scores, fingerprint_self_sampled(prepared, device)) | {
         "flops": trained.tokens * token_flops,
         "forecast": None if expected is None else asdict(expected),
@@ -201,7 +202,7 @@ def summarise_training(
         "tokens_per_second": round(trained.tokens / trained.seconds, 1) if trained.seconds else None,
         "lr": run.lr if trained.steps else None,
         "split": run.evaluate.split,
-        "scores": {name: asdict(value) for name, value in scores.items()},
+        "scores": {name: value.to_plain() for name, value in scores.items()},
         "contamination": measure_contamination(prepared.packed, run.evaluate.split, known),
         "curve": list(trained.curve),
         **({} if self_sampled is None else {"own_rows": self_sampled}),

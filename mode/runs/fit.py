@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from mode.config.run import Run
     from mode.data.pack import PackedSplit
-    from mode.evaluation.next_token import Score
+    from mode.records.score import Score
     from mode.runs.tracking import Tracker
     from mode.train.curve import Point
     from mode.train.loop import Trained, TrainJob

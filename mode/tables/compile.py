@@ -7,20 +7,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mode.config.compose import parse_overrides
-from mode.config.method import Anchor
+from mode.records.contents import Outcome
+from mode.records.metrics import ACCURACY, Metric, find_metrics
 from mode.records.record import Record
+from mode.tables.columns import AVERAGE, RETENTION, TARGET, Column, parse_column
 from mode.tables.select import add_needed, select
 from mode.tables.statistics import Interval, effective_size, interval_over_documents, interval_over_seeds, resample
 from mode.tables.table import Table, compose_rows, select_rows
-
-QUALITY_DECIMALS = 2
-
 
 BACKBONE = "backbone"
 """Row of the untouched backbone."""
@@ -44,14 +43,14 @@ class Cell:
     std: float
     n: int
 
-    def text(self, *, signed: bool = False) -> str:
+    def text(self, *, signed: bool = False, decimals: int = 2) -> str:
         """Render the cell.
 
         >>> Cell(1.234, 0.1, 3).text(), Cell(1.234, math.nan, 1).text(signed=True)
         ('1.23 ± 0.10', '+1.23')
         """
-        mean = f"{self.mean:{'+' if signed else ''}.{QUALITY_DECIMALS}f}"
-        return mean if self.n < 2 else f"{mean} ± {self.std:.{QUALITY_DECIMALS}f}"
+        mean = f"{self.mean:{'+' if signed else ''}.{decimals}f}"
+        return mean if self.n < 2 else f"{mean} ± {self.std:.{decimals}f}"
 
 
 def summarise_seeds(values: Sequence[float]) -> Cell | None:
@@ -68,64 +67,49 @@ class Difference:
 
     Attributes:
         cell: Its mean and deviation over seeds.
-        documents: Its interval over documents, of the mean over seeds.
+        documents: Its interval over documents, of the mean over seeds; None where the records have no sums over them.
         seeds: Its interval over seeds; None with a single one.
     """
 
     cell: Cell
-    documents: Interval
+    documents: Interval | None
     seeds: Interval | None
 
     @property
     def holds(self) -> bool:
         """Whether neither the choice of documents nor, where there are several, that of seeds explains it."""
-        return self.documents.excludes_zero and (self.seeds is None or self.seeds.excludes_zero)
-
-
-def name_branches(records: Sequence[Record]) -> tuple[str, ...]:
-    """Return the names of a row's branches: as its method has them, or numbers."""
-    gates = records[0].happened.get("gates") if records else None
-    if not gates:
-        return ()
-    if named := records[0].happened.get("branches"):
-        return tuple(named)
-    count, asked = len(next(iter(gates.values()))["mean"][0]), records[0].asked
-    if "num_blocks" not in asked["method"]:
-        return tuple(f"expert {number + 1}" for number in range(count))
-    composed = asked["method"].get("start") == "experts"  # records of MoDE that do not name them
-    return ("backbone", *(asked["targets"] if composed else [f"expert {number + 1}" for number in range(count - 1)]))
+        return (
+            self.documents is not None
+            and self.documents.excludes_zero
+            and (self.seeds is None or self.seeds.excludes_zero)
+        )
 
 
 def read_routing(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
     """Return, by domain, how many branches tokens had and how even their weights were; empty if unknown."""
-    found = [record.happened.get("gates") or {} for record in records]
-    if not records or not all("active" in told for gates in found for told in gates.values()):
+    found = [record.outcome.gates for record in records]
+    if not records or not all(each.active is not None for gates in found for each in gates.values()):
         return {}
     return {
         domain: (
-            statistics.fmean(active for gates in found for active in gates[domain]["active"]),
+            statistics.fmean(active for gates in found for active in gates[domain].active or ()),
             statistics.fmean(
                 entropy / math.log(len(mean)) if len(mean) > 1 else 1.0
                 for gates in found
-                for mean, entropy in zip(gates[domain]["mean"], gates[domain]["entropy"], strict=True)
+                for mean, entropy in zip(gates[domain].mean, gates[domain].entropy or (), strict=True)
             ),
         )
         for domain in found[0]
     }
 
 
-def differs_from_forecast(happened: Mapping[str, Any]) -> bool:
-    """Say whether what a run trained on, or took, differs from its forecast by more than one per cent.
-
-    >>> differs_from_forecast({"tokens": 100, "flops": 1.03e6, "forecast": {"tokens": 100, "flops": 1e6}})
-    True
-    >>> differs_from_forecast({"tokens": 100})
-    False
-    """
-    expected = happened.get("forecast")
-    if expected is None:
+def differs_from_forecast(outcome: Outcome) -> bool:
+    """Say whether what a run trained on, or took, differs from its forecast by more than one per cent."""
+    expected = outcome.forecast
+    if expected is None or outcome.flops is None:
         return False
-    return any(abs(happened[key] - expected[key]) > 0.01 * expected[key] for key in ("tokens", "flops"))
+    pairs = ((outcome.tokens, expected.tokens), (outcome.flops, expected.flops))
+    return any(abs(found - forecast) > 0.01 * forecast for found, forecast in pairs)
 
 
 @dataclass(frozen=True)
@@ -135,9 +119,11 @@ class RowResult:
     Attributes:
         name: Row name.
         label: What people read.
-        quality: Per seed: accuracy of every domain, `average` and `retention`, in per cent and points.
-        resampled: The same in every resample of the documents.
-        documents: Effective documents of every column; what rests on several domains counts as the one with the fewest.
+        quality: Per seed, by column name: every metric of every domain, of their average, of the targets, and as
+            retention, in the unit shown.
+        resampled: The same in every resample of the documents, where the records have sums over documents.
+        documents: Effective documents by domain, `average`, `target` and `retention`; what rests on several domains
+            counts as the one with the fewest.
         cost: Parameters in millions, `train.batch.examples`, share and weight of an anchor; steps, tokens in millions,
             1e12 operations, seconds and tokens a second over all stages; peak memory in GB, MB that one domain adds on
             disk; n.
@@ -172,18 +158,20 @@ class RowResult:
         summary = summarise_seeds([self.quality[seed][column] - other.quality[seed][column] for seed in both])
         if summary is None:
             return None
-        resamples = [self.resampled[seed][column] - other.resampled[seed][column] for seed in both]
-        documents = interval_over_documents(summary.mean, resamples, self.documents[column])
+        documents = None
+        if all(column in row.resampled[seed] for row in (self, other) for seed in both):
+            resamples = [self.resampled[seed][column] - other.resampled[seed][column] for seed in both]
+            documents = interval_over_documents(summary.mean, resamples, self.documents[parse_column(column).part])
         seeds = interval_over_seeds([self.quality[seed][column] - other.quality[seed][column] for seed in both])
         return Difference(summary, documents, seeds)
 
 
 def find_contamination(first: Record, records: Sequence[Record]) -> dict[str, dict[str, float | None]]:
-    """Return what any record under the conditions of a table's says of its split; earlier records did not say it."""
+    """Return what any record under the conditions of a table's says of its split; earlier records do not say it."""
     for record in records:
-        found = record.happened.get("contamination")
-        if found and record.conditions == first.conditions and record.happened["split"] == first.happened["split"]:
-            return {name: dict(found[name]) for name in first.happened["scores"]}
+        found = record.outcome.contamination
+        if found and record.conditions == first.conditions and record.outcome.split == first.outcome.split:
+            return {name: dict(found[name]) for name in first.outcome.scores}
     return {}
 
 
@@ -214,9 +202,14 @@ class TableData:
         return any(line.quality for line in self.lines if line.name != BACKBONE)
 
     @property
-    def columns(self) -> list[str]:
+    def metrics(self) -> tuple[Metric, ...]:
+        """The metrics shown, in order."""
+        return find_metrics(self.table.metrics)
+
+    @property
+    def columns(self) -> list[Column]:
         """Quality columns in order."""
-        return [*self.domains, "average", "retention"]
+        return [Column(part, metric) for metric in self.metrics for part in (*self.domains, AVERAGE, RETENTION)]
 
 
 def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[str], extra: Path | None) -> TableData:
@@ -227,15 +220,15 @@ def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[s
     chosen, left_out = select(runs, alike)
     by_id = {record.id: record for record in records}
     first = next((record for found in chosen.values() for record in found), None)
-    domains = tuple(first.happened["scores"]) if first else ()
-    several = {tuple(record.asked["targets"]) for found in chosen.values() for record in found}
+    domains = tuple(first.outcome.scores) if first else ()
+    several = {record.request.targets for found in chosen.values() for record in found}
     targets = several.pop() if len(several) == 1 else ()
     chosen_by = [item for item in parse_overrides(overrides) if item.key in ("budget", "experiment")]
     under = [f"{item.key}={item.value}" for item in chosen_by if item.value is not None]
     table = replace(table, title=" ".join([table.title, *([f"({', '.join(under)})"] if under else [])]))
     bare = chosen.get(BACKBONE) or []
     lines = tuple(
-        compute_row(row.name, table.marked(row), chosen[row.name], bare[0] if bare else None, by_id)
+        compute_row(row.name, table.marked(row), chosen[row.name], bare[0] if bare else None, by_id, table.needed)
         for row in table.rows
     )
     return TableData(
@@ -243,7 +236,7 @@ def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[s
         lines=lines,
         domains=domains,
         targets=targets,
-        split=first.happened["split"] if first else "test",
+        split=first.outcome.split if first else "test",
         left_out=left_out,
         overlap=first.overlap if first else (),
         contamination=find_contamination(first, records) if first else {},
@@ -256,106 +249,127 @@ def compute_row(
     records: Sequence[Record],
     bare: Record | None,
     by_id: Mapping[str, Record],
+    metrics: Sequence[Metric],
 ) -> RowResult:
     """Compute one line. Cost counts every stage a row stands on, since whoever starts from nothing pays for all."""
-    quality = {record.seed: compute_qualities(record, bare) for record in records}
-    costs = [[stage.happened for stage in add_needed(record, by_id)] for record in records]
+    quality = {record.seed: compute_qualities(record, bare, metrics) for record in records}
+    costs = [[stage.outcome for stage in add_needed(record, by_id)] for record in records]
     return RowResult(
         name=name,
         label=label,
         quality=quality,
-        resampled={record.seed: resample_qualities(record, bare) for record in records},
+        resampled={record.seed: resample_qualities(record, bare, metrics) for record in records},
         documents=count_effective_documents(records[0]) if records else {},
         cost={"n": len(records), **(compute_row_cost(records[0], costs) if records else {})},
         gates=average_gates(records),
         routing=read_routing(records),
-        branches=name_branches(records),
+        branches=records[0].outcome.branches if records else (),
         astray=any(differs_from_forecast(stage) for stages in costs for stage in stages),
         runs={record.seed: record.id for record in records},
     )
 
 
-def compute_row_cost(record: Record, costs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, float]:
-    """Return what a row costs; records of earlier versions do not say all of it.
+def compute_row_cost(record: Record, costs: Sequence[Sequence[Outcome]]) -> dict[str, float]:
+    """Return what a row costs; earlier records do not say all of it.
 
     Args:
         record: The record of one seed.
-        costs: By seed, what happened in every stage; the row's own stage first.
+        costs: By seed, the outcome of every stage; the row's own stage first.
     """
-    sizes, stages = record.happened["parameters"], costs[0]
-    cost: dict[str, float] = {"total": sizes["total"] / 1e6, "added": sizes["added"] / 1e6}
-    cost["trainable"] = max(stage["parameters"]["trainable"] for stage in stages) / 1e6
-    if forecast := record.happened.get("forecast"):
-        cost["active"] = forecast["active"] / 1e6
-    if (examples := record.asked["train"].get("examples")) is not None:
-        cost["examples"] = examples
-    if anchor := record.asked["method"].get("anchor"):
-        cost |= {name: anchor.get(name, getattr(Anchor, name)) for name in ("share", "weight")}
-    cost["steps"] = sum(stage["steps"] for stage in stages)
-    cost["tokens"] = sum(stage["tokens"] for stage in stages) / 1e6
-    if all("flops" in stage for stage in stages):
-        cost["flops"] = sum(stage["flops"] for stage in stages) / 1e12
-    cost["seconds"] = statistics.fmean(sum(stage["seconds"] for stage in each) for each in costs)
+    outcome, stages = record.outcome, costs[0]
+    cost: dict[str, float] = {"total": outcome.parameters.total / 1e6, "added": outcome.parameters.added / 1e6}
+    cost["trainable"] = max(stage.parameters.trainable for stage in stages) / 1e6
+    if outcome.forecast is not None:
+        cost["active"] = outcome.forecast.active / 1e6
+    if record.request.examples is not None:
+        cost["examples"] = record.request.examples
+    if record.request.anchor is not None:
+        cost |= record.request.anchor
+    cost["steps"] = sum(stage.steps for stage in stages)
+    cost["tokens"] = sum(stage.tokens for stage in stages) / 1e6
+    operations = [stage.flops for stage in stages if stage.flops is not None]
+    if len(operations) == len(stages):
+        cost["flops"] = sum(operations) / 1e12
+    cost["seconds"] = statistics.fmean(sum(stage.seconds for stage in each) for each in costs)
     if cost["seconds"]:
         cost["rate"] = 1e6 * cost["tokens"] / cost["seconds"]
-    if all("peak_memory_bytes" in stage for each in costs for stage in each):
-        cost["memory"] = max(stage["peak_memory_bytes"] for each in costs for stage in each) / 1e9
-    if "kept_bytes" in stages[-1]:  # an earlier stage is one domain's, where there is one
-        cost["domain"] = stages[-1]["kept_bytes"] / 1e6
+    peaks = [stage.peak_memory_bytes for each in costs for stage in each]
+    if None not in peaks:
+        cost["memory"] = max(peak for peak in peaks if peak is not None) / 1e9
+    kept = stages[-1].kept_bytes  # an earlier stage is one domain's, where there is one
+    if kept is not None:
+        cost["domain"] = kept / 1e6
     return cost
 
 
 def average_gates(records: Sequence[Record]) -> dict[str, list[list[float]]]:
     """Return, by domain, the mean over records of every block's gate weights; empty where a record has none."""
-    found = [record.happened.get("gates") for record in records]
+    found = [record.outcome.gates for record in records]
     if not records or not all(found):
         return {}
     return {
         domain: [
             [statistics.fmean(seeds) for seeds in zip(*branches, strict=True)]
-            for branches in zip(*(gates[domain]["mean"] for gates in found if gates), strict=True)
+            for branches in zip(*(gates[domain].mean for gates in found), strict=True)
         ]
-        for domain in found[0] or {}
+        for domain in found[0]
     }
 
 
-def compute_qualities(record: Record, bare: Record | None) -> dict[str, float]:
-    """Return accuracies in per cent, their average, and retention: points gained on the other domains."""
-    before = read_accuracies(bare) if bare is not None else None
-    return combine_accuracies(read_accuracies(record), record.asked["targets"], before)
+def compute_qualities(record: Record, bare: Record | None, metrics: Sequence[Metric] = (ACCURACY,)) -> dict[str, float]:
+    """Return, by column name, metrics of every domain, their averages, and what the other domains gained."""
+    found: dict[str, float] = {}
+    for metric in metrics:
+        scores, before = read_metric(record, metric), None if bare is None else read_metric(bare, metric)
+        found |= combine_scores(scores, record, before, metric)
+    return found
 
 
-def resample_qualities(record: Record, bare: Record | None) -> dict[str, NDArray[np.float64]]:
+def resample_qualities(
+    record: Record, bare: Record | None, metrics: Sequence[Metric] = (ACCURACY,)
+) -> dict[str, NDArray[np.float64]]:
     """Return the same in every resample of the documents."""
-    before = resample(bare.happened["scores"]) if bare is not None else None
-    return combine_accuracies(resample(record.happened["scores"]), record.asked["targets"], before)
+    found: dict[str, NDArray[np.float64]] = {}
+    for metric in metrics:
+        scores = resample(record.outcome.scores, metric)
+        before = None if bare is None else resample(bare.outcome.scores, metric)
+        found |= combine_scores(scores, record, before, metric)
+    return found
 
 
 def count_effective_documents(record: Record) -> dict[str, float]:
-    """Return the effective documents that each quality rests on: of its domains, those of the one with the fewest."""
-    scores, targets = record.happened["scores"], record.asked["targets"]
-    counts = {name: effective_size(score["document_tokens"]) for name, score in scores.items()}
+    """Return the effective documents that each part rests on: of its domains, those of the one with the fewest."""
+    scores, targets = record.outcome.scores, record.request.targets
+    counts = {name: effective_size(score.document_tokens) for name, score in scores.items()}
     others = [count for name, count in counts.items() if name not in targets]
-    fewest = {"average": min(counts.values()), "target": min(counts[name] for name in targets)}
-    return counts | fewest | ({"retention": min(others)} if others else {})
+    fewest = {AVERAGE: min(counts.values()), TARGET: min(counts[name] for name in targets)}
+    return counts | fewest | ({RETENTION: min(others)} if others else {})
 
 
-def read_accuracies(record: Record) -> dict[str, float]:
-    """Return a record's accuracies by domain."""
-    return {name: score["accuracy"] for name, score in record.happened["scores"].items()}
+def read_metric(record: Record, metric: Metric) -> dict[str, float]:
+    """Return a record's metric by domain, without the domains that have none."""
+    found = {name: score.find(metric) for name, score in record.outcome.scores.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def combine_accuracies(
-    scores: Mapping[str, Number], targets: Sequence[str], before: Mapping[str, Number] | None
+def combine_scores(
+    scores: Mapping[str, Number], record: Record, before: Mapping[str, Number] | None, metric: Metric
 ) -> dict[str, Number]:
-    """Return accuracies in per cent, their average, the targets' average, and retention where it can be known.
+    """Return, by column name, a metric of every domain; where all domains have it, also of its averages and retention.
 
-    >>> combine_accuracies({"code": 0.5, "english": 0.25}, ["code"], {"code": 0.25, "english": 0.5})
-    {'code': 50.0, 'english': 25.0, 'average': 37.5, 'target': 50.0, 'retention': -25.0}
+    Args:
+        scores: The metric as recorded, by domain.
+        record: The record that the metric is of.
+        before: The metric of the untouched backbone.
+        metric: The metric.
     """
-    values = {name: 100.0 * score for name, score in scores.items()}
-    found = {**values, "average": average(list(values.values())), "target": average([values[name] for name in targets])}
-    others = [name for name in scores if name not in targets]
-    if before is not None and others:
-        found["retention"] = average([values[name] - 100.0 * before[name] for name in others])
-    return found
+    values = {name: metric.scale * score for name, score in scores.items()}
+    found = dict(values)
+    if len(values) == len(record.outcome.scores):
+        targets = record.request.targets
+        found[AVERAGE] = average(list(values.values()))
+        found[TARGET] = average([values[name] for name in targets])
+        others = [name for name in values if name not in targets]
+        if others and before is not None and all(name in before for name in others):
+            found[RETENTION] = average([values[name] - metric.scale * before[name] for name in others])
+    return {Column(part, metric).name: value for part, value in found.items()}

@@ -1,4 +1,4 @@
-"""Sentences about a table, made from its numbers: whether a published claim is borne out, and where curves cross."""
+"""Sentences about a table, made from its numbers: whether a published claim holds, and where curves cross."""
 
 from __future__ import annotations
 
@@ -6,39 +6,43 @@ import math
 from collections.abc import Sequence
 from itertools import combinations, pairwise
 
+from mode.tables.columns import Column, parse_column
 from mode.tables.compile import Difference, RowResult, TableData
 from mode.tables.table import Claim, Curves
 
 
 def list_findings(compiled: TableData) -> list[str]:
     """Return what the rows say of the claims and curves of their table; nothing about rows without records."""
-    told = [check_claim(compiled, claim) for claim in compiled.table.claims]
-    told += [
+    sentences = [check_claim(compiled, claim) for claim in compiled.table.claims]
+    sentences += [
         has_crossed(compiled, panel, *pair) for panel in compiled.table.curves for pair in combinations(panel.lines, 2)
     ]
-    return [sentence for sentence in told if sentence]
+    return [sentence for sentence in sentences if sentence]
 
 
 def check_claim(compiled: TableData, claim: Claim) -> str:
-    """Say whether a published claim is borne out by the difference between two rows."""
+    """Say whether a published claim holds, by the difference between two rows."""
     ours, theirs = compiled.line(claim.ours), compiled.line(claim.theirs)
     gap = ours.minus(theirs, claim.column)
     if gap is None:
         return ""
-    where = claim.column.capitalize()
-    return f"Published: {claim.text} Here: {ours.label} − {theirs.label} on {where} {phrase_claim(gap)}: {judge(gap)}."
+    column = parse_column(claim.column)
+    where, said = column.heading, f"{phrase_difference(gap, column)}: {judge(gap, column)}"
+    return f"Published: {claim.text} Here: {ours.label} − {theirs.label} on {where} {said}."
 
 
-def phrase_claim(gap: Difference) -> str:
-    """Phrase a difference with its interval over documents."""
-    return f"{gap.cell.mean:+.2f} ({gap.documents.low:+.2f} to {gap.documents.high:+.2f}, n {gap.cell.n})"
+def phrase_difference(gap: Difference, column: Column) -> str:
+    """Phrase a difference with its interval over documents, where there is one."""
+    form, ends = f"+.{column.metric.decimals}f", gap.documents
+    interval = "" if ends is None else f"{ends.low:{form}} to {ends.high:{form}}, "
+    return f"{gap.cell.mean:{form}} ({interval}n {gap.cell.n})"
 
 
-def judge(gap: Difference) -> str:
-    """Say what a difference that should be positive comes to."""
+def judge(gap: Difference, column: Column) -> str:
+    """Say what a difference that should be for the better comes to."""
     if not gap.holds:
         return "not told from noise"
-    return "it holds here" if gap.cell.mean > 0.0 else "the opposite holds here"
+    return "it holds here" if column.is_gain(gap.cell.mean) else "the opposite holds here"
 
 
 def find_place(line: RowResult, panel: Curves) -> float | None:

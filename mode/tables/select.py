@@ -49,7 +49,7 @@ def add_needed(record: Record, records: Mapping[str, Record]) -> list[Record]:
         ConfigError: One of them is missing.
     """
     result = {record.id: record}
-    for run_id in record.provenance["needs"]:
+    for run_id in record.origin.needs:
         if run_id not in records:
             raise ConfigError(f"record {record.id} stands on run {run_id}, which has no record in the same folder")
         result |= {stage.id: stage for stage in add_needed(records[run_id], records)}

@@ -1,7 +1,7 @@
-"""What is noise: a paired bootstrap over documents, and paired differences over seeds.
+"""Intervals of differences: a paired bootstrap over documents, and paired differences over seeds.
 
 Rows of a table are scored on the same documents. A resample draws as many documents as there are, with replacement,
-the same ones for every row and seed; a domain's accuracy is that of their tokens together, so that tokens of a document
+the same ones for every row and seed. A metric of a resample is that of all its tokens, so that tokens of a document
 stay together.
 """
 
@@ -12,10 +12,12 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mode.records.metrics import Metric
+from mode.records.score import Score
 
 RESAMPLES = 2000
 
@@ -44,14 +46,22 @@ def draw_resamples(domain: str, documents: int) -> NDArray[np.float64]:
     return random.multinomial(documents, [1.0 / documents] * documents, size=RESAMPLES).astype(np.float64)
 
 
-def resample(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, NDArray[np.float64]]:
-    """Return a record's accuracy in every resample, (RESAMPLES,), by domain."""
+def resample(scores: Mapping[str, Score], metric: Metric) -> dict[str, NDArray[np.float64]]:
+    """Return a record's metric in every resample, (RESAMPLES,), by domain; without those that have no sums of it.
+
+    A document's bytes are not recorded. They are taken to be in proportion to its tokens.
+    """
     found = {}
     for domain, score in scores.items():
-        chosen = draw_resamples(domain, len(score["document_tokens"]))
-        tokens = chosen @ np.asarray(score["document_tokens"], np.float64)
-        # A resample of empty documents alone has no accuracy; it can only be drawn where most documents are empty.
-        found[domain] = chosen @ np.asarray(score["document_hits"], np.float64) / np.maximum(tokens, 1.0)
+        sums, count = score.document_sums.get(metric.sums), score.count(metric.per)
+        if sums is None or count is None:
+            continue
+        chosen = draw_resamples(domain, len(score.document_tokens))
+        tokens = chosen @ np.asarray(score.document_tokens, np.float64)
+        # A resample of empty documents alone has no metric; it can only be drawn where most documents are empty.
+        per_token = chosen @ np.asarray(sums, np.float64) / np.maximum(tokens, 1.0)
+        found[domain] = per_token if metric.per == "token" else per_token * score.tokens / count
+        found[domain] = found[domain] / metric.divisor
     return found
 
 

@@ -1,4 +1,4 @@
-"""A table is one YAML: rows of overrides. Here it becomes checked settings, runs, and the records it is made of."""
+"""A table is one YAML with rows of overrides. This module turns it into checked settings and runs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from mode.config.compose import compose, format_value, parse_overrides, rename_o
 from mode.config.groups import list_members, read_group
 from mode.config.run import Run
 from mode.core.errors import ConfigError, suggest
+from mode.records.metrics import ACCURACY, METRICS, Metric, find_metrics
+from mode.tables.columns import list_column_names, parse_column
 
 SIGNS = "†‡§¶"
 """Of notes on rows, in order."""
@@ -59,7 +61,7 @@ class Claim:
         text: What it says.
         ours: The row that should be ahead.
         theirs: The row that it should be ahead of.
-        column: In what: a domain, `average` or `retention`.
+        column: In what: a domain, `average` or `retention`, of the accuracy; with /METRIC, of another metric.
     """
 
     text: str
@@ -98,7 +100,8 @@ class Table:
         experiments: Experiments that the table is also rendered for.
         budgets: Budgets that it is also rendered for.
         differences: Pairs of rows whose difference is printed.
-        relative: Whether accuracies are shown as differences to the backbone's.
+        metrics: Metrics shown, each with a column for every domain, the average and retention.
+        relative: Whether the metrics are shown as differences to the backbone's.
         claims: What its publication says, to be held against these rows.
         curves: Panels of its figure, in the place of target accuracy over retention.
         choose: Whether to say which of the rows `method@setting` has the best average accuracy for each method.
@@ -112,6 +115,7 @@ class Table:
     experiments: tuple[str, ...] = ()
     budgets: tuple[Name, ...] = ()
     differences: tuple[tuple[Name, Name], ...] = ()
+    metrics: Annotated[tuple[str, ...], Field(min_length=1)] = (ACCURACY.name,)
     relative: bool = False
     claims: tuple[Claim, ...] = ()
     curves: tuple[Curves, ...] = ()
@@ -122,6 +126,12 @@ class Table:
     def settles(self) -> bool:
         """Whether settings are compared on the validation split: then a row has the table's own seeds and no more."""
         return bool(last_value(self.overrides, "evaluate.split") == "validation")
+
+    @property
+    def needed(self) -> tuple[Metric, ...]:
+        """The metrics that the table is computed from: the accuracy, those shown, and those of claims."""
+        claimed = [parse_column(claim.column).metric.name for claim in self.claims]
+        return find_metrics(dict.fromkeys([ACCURACY.name, *self.metrics, *claimed]))
 
     @property
     def variants(self) -> list[list[str]]:
@@ -160,18 +170,45 @@ class Table:
         }
 
 
-def load_table(name: str, extra: Path | None = None) -> Table:
-    """Read a table's YAML.
+def load_table(name: str, extra: Path | None = None, metrics: Sequence[str] = ()) -> Table:
+    """Read a table's YAML, with other metrics than its own where some are given.
 
     Raises:
         ConfigError: There is no such table, or it is malformed.
     """
     table: Table = validate(Table, read_group("table", name, extra), f"table/{name}")
-    known = ["average", "retention", *list_members("domain", extra)]
-    for column in [*(claim.column for claim in table.claims), *(panel.column for panel in table.curves)]:
+    domains = list_members("domain", extra)
+    plain = ["average", "retention", *domains]
+    check_columns(name, [panel.column for panel in table.curves], plain)
+    check_columns(name, [claim.column for claim in table.claims], list_column_names(domains))
+    for metric in table.metrics:
+        if metric not in METRICS:
+            raise ConfigError(
+                f"table/{name}: metric {metric}: not one of {', '.join(METRICS)}{suggest(metric, METRICS)}"
+            )
+    return choose_metrics(table, metrics) if metrics else table
+
+
+def choose_metrics(table: Table, names: Sequence[str]) -> Table:
+    """Return a table that shows other metrics.
+
+    Raises:
+        ConfigError: There is no metric of a name.
+    """
+    chosen = tuple(dict.fromkeys(metric.name for metric in find_metrics(names)))
+    other: Table = replace_settings(table, metrics=chosen)
+    return other
+
+
+def check_columns(name: str, columns: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse columns that a table cannot have.
+
+    Raises:
+        ConfigError: A column is not known.
+    """
+    for column in columns:
         if column not in known:
             raise ConfigError(f"table/{name}: column {column}: not one of {', '.join(known)}{suggest(column, known)}")
-    return table
 
 
 def compose_row(table: Table, row: Row, seed: int, overrides: Sequence[str], extra: Path | None = None) -> Run:
@@ -244,16 +281,16 @@ def check_fixed(overrides: Sequence[str]) -> None:
             raise ConfigError(f"{item.text}: the rows of a table choose their methods")
 
 
-def file_stem(name: str, overrides: Sequence[str], own: Sequence[str] = ()) -> str:
-    """Return the file name, without suffix, of a table under an experiment and a budget.
+def file_stem(name: str, overrides: Sequence[str], own: Sequence[str] = (), metrics: Sequence[str] = ()) -> str:
+    """Return the file name, without suffix, of a table under an experiment and a budget, with metrics that were chosen.
 
     Any other setting that the table does not have of its own adds a short digest, so that the table of other runs
     never replaces the usual one.
 
     >>> file_stem("table1", ["experiment=table1_long"]), file_stem("table1", ["budget=data"])
     ('table1_long', 'table1-data')
-    >>> file_stem("table1", ["train.steps=20"])
-    'table1-f7c525'
+    >>> file_stem("table1", ["train.steps=20"]), file_stem("table1", [], metrics=["loss"])
+    ('table1-f7c525', 'table1-loss')
     """
     free = ("experiment", "budget", "paths", "track")
     known = [(item.key, item.value) for item in parse_overrides(own)]
@@ -266,6 +303,7 @@ def file_stem(name: str, overrides: Sequence[str], own: Sequence[str] = ()) -> s
     budget = last_value(overrides, "budget")
     if budget not in (None, "paper"):
         digest = f"-{budget}{digest}"
+    digest += "".join(f"-{metric}" for metric in metrics)
     experiment = last_value(overrides, "experiment")
     if experiment in (None, name):
         return name + digest

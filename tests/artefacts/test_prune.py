@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mode.artefacts.prune import ORDERS, SHEET, choose_least, find_weighted_gates, mask_experts, rank_experts
+from mode.artefacts.prune import COLLECTION, ORDERS, choose_least, find_weighted_gates, mask_experts, rank_experts
 from mode.config.compose import compose
 from mode.gating.meter import find_gates, watch_gates
 from mode.modular.block import bypass_experts
@@ -118,7 +118,7 @@ def test_every_kind_of_mixture_can_be_pruned_and_reported(world: World, method: 
     prepared, _ = finished(world, f"method={method}")
     result = call(world, "prune", prepared.id, "--ratio", "0", "--ratio", "0.5")
     assert result.exit_code == 0, result.output
-    (found,) = [each for each in SHEET.read(world.root / "results") if each.asked["run"] == prepared.id]
+    (found,) = [each for each in COLLECTION.read(world.root / "results") if each.asked["run"] == prepared.id]
     cases = found.happened["cases"]
     assert [(one["order"], one["ratio"]) for one in cases[1:]] == [(order, r) for order in ORDERS for r in (0.0, 0.5)]
     for one in cases[1::2]:
@@ -128,7 +128,7 @@ def test_every_kind_of_mixture_can_be_pruned_and_reported(world: World, method: 
     record = execute(prepared.run)
     assert cases[0]["accuracy"]["py"] == record.happened["scores"]["py"]["accuracy"]
     assert call(world, "report", "pruning").exit_code == 0
-    assert SHEET.stale(world.root / "results") == []
+    assert COLLECTION.stale(world.root / "results") == []
     assert call(world, "report", "pruning", "--html").exit_code == 0
     page = (world.root / "results" / "report.html").read_text("utf-8")
     assert '<section id="pruning">' in page

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mode.bench.records import SHEET, describe_conditions, make_cells, render_section
+from mode.bench.records import COLLECTION, describe_conditions, make_cells, render_section
 from mode.bench.run import describe_benchmark, run_suite
 from mode.bench.suites.inference import build_modular
 from mode.bench.timing import Case, compute_ratio, interleave
@@ -95,7 +95,7 @@ def test_options_are_part_of_what_was_measured(world: World) -> None:
     assert asked("step", *given) == asked("step") | {"options": everywhere | {"train.activation_checkpointing": "all"}}
     assert asked("options", *given)["options"] == everywhere  # which itself varies what is formed again
     assert asked("eval", "evaluate.batch_size=3") == asked("eval") | {"rows": [3, asked("eval")["rows"][1]]}
-    committed = SHEET.read(Path(__file__).parents[2] / "results")
+    committed = COLLECTION.read(Path(__file__).parents[2] / "results")
     published = next(each for each in committed if each.asked["suite"] == "step")
     told = describe_conditions(
         replace_settings(published, asked=published.asked | {"options": {"train.compile": True}})
@@ -142,7 +142,7 @@ def test_the_edge_suite_leaves_a_record_that_the_report_follows_from(world: Worl
     results = world.root / "results"
     result = call(world, "bench", "edge", "--rounds", "2")
     assert result.exit_code == 0, result.output
-    (benchmark,) = SHEET.read(results)
+    (benchmark,) = COLLECTION.read(results)
     assert render_section(benchmark) in result.stdout
     sizes = benchmark.happened["bytes"]
     backbone, alone = sizes["backbone"], sizes["one expert"]
@@ -151,19 +151,19 @@ def test_the_edge_suite_leaves_a_record_that_the_report_follows_from(world: Worl
     jobs = [(case["job"], case["variant"]) for case in benchmark.happened["cases"]]
     assert len(jobs) == len(set(jobs)) == 12
     assert all(len(case["seconds"]) == 2 for case in benchmark.happened["cases"])
-    assert SHEET.stale(results) == [results / "bench.md"]
+    assert COLLECTION.stale(results) == [results / "bench.md"]
     assert call(world, "report", "bench").exit_code == 0
-    assert SHEET.stale(results) == []
+    assert COLLECTION.stale(results) == []
     (path,) = (results / "bench").glob("*.json")
     plain = json.loads(path.read_text("utf-8"))
     plain["happened"]["cases"][1]["seconds"] = [99.0, 99.0]
     path.write_text(json.dumps(plain), "utf-8")
-    assert SHEET.stale(results) == [results / "bench.md"]
+    assert COLLECTION.stale(results) == [results / "bench.md"]
 
 
 def test_every_published_benchmark_is_a_whole_table_of_the_page() -> None:
     """Some have columns of usage, some sizes, and some both; no browser is needed to see that rows fit heads."""
-    published = SHEET.read(Path(__file__).parents[2] / "results")
+    published = COLLECTION.read(Path(__file__).parents[2] / "results")
     shapes = {(len(heads), len(row)) for heads, *rows in map(make_cells, published) for row in rows}
     assert shapes == {(5, 5), (8, 8)}
     assert len([make_bench_section(benchmark, "results") for benchmark in published]) == len(published) >= 7
@@ -174,7 +174,7 @@ def test_a_file_that_is_no_benchmark_is_refused_in_one_line(tmp_path: Path, text
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "edge.json").write_text(text, "utf-8")
     with refused("edge.json"):
-        SHEET.read(tmp_path)
+        COLLECTION.read(tmp_path)
 
 
 def test_a_place_where_nothing_can_be_written_is_told_before_anything_is_measured(world: World) -> None:

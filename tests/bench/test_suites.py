@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mode.backbone.load import fingerprint_weights, load_model
-from mode.bench.records import FIGURES, SHEET, render_section
+from mode.bench.records import COLLECTION, FIGURES, render_section
 from mode.bench.suites.data import prepare_data
 from mode.bench.suites.evaluation import prepare_evaluation
 from mode.bench.suites.inference import prepare_generation
@@ -180,7 +180,7 @@ def test_the_eval_suite_leaves_its_peers_and_limits_in_the_record(world: World) 
     assert [case.variant for case in cases] == 2 * ["lm-evaluation-harness", "mode"]
     result = call(world, "bench", "eval", "--rounds", "1")
     assert result.exit_code == 0, result.output
-    (benchmark,) = SHEET.read(world.root / "results")
+    (benchmark,) = COLLECTION.read(world.root / "results")
     assert render_section(benchmark) in result.stdout
     assert "| machine | copy |" in result.stdout
     theirs, ours = benchmark.happened["cases"][:2]

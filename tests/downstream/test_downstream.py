@@ -24,7 +24,7 @@ from mode.config.groups import list_members, read_group
 from mode.core.errors import ConfigError
 from mode.data.pack import PackedSplit
 from mode.downstream.programs import complete_prompt, score_programs
-from mode.downstream.results import SCHEMA, SHEET, Result, render_results
+from mode.downstream.results import COLLECTION, SCHEMA, Result, render_results
 from mode.downstream.run import plan_registered, summarise_score
 from mode.downstream.sandbox import check_isolation
 from mode.downstream.task import DEFAULT, Task, TaskScore, cut_at_stops, load_task, read_questions, render_prompt
@@ -230,7 +230,7 @@ def test_a_run_is_scored_once_from_its_weights_and_its_result_says_what_was_aske
     assert call(asked, "train", "baseline", "sft").exit_code == 0
     first = scores(asked, *words)
     assert first.exit_code == 0, first.stderr
-    (result,) = SHEET.read(results)
+    (result,) = COLLECTION.read(results)
     run = result.asked["run"]
     (path,) = (results / "downstream").iterdir()
     assert path.name == f"{run}-additions.json"
@@ -266,7 +266,7 @@ def test_a_result_of_another_version_of_the_task_is_made_anew(asked: World) -> N
     again = scores(asked, *words)
     assert "additions v2" in again.stdout
     assert "--again" not in again.stdout
-    (result,) = SHEET.read(asked.root / "results")
+    (result,) = COLLECTION.read(asked.root / "results")
     assert result.asked["version"] == 2
 
 
@@ -280,7 +280,7 @@ def test_every_kind_of_model_is_scored(asked: World) -> None:
     assert call(asked, "compose", "py", "sums").exit_code == 0
     result = scores(asked, "--task", "additions", "--task", "words", "--task", "choices", "method=mode")
     assert result.exit_code == 0, result.stderr
-    assert len(SHEET.read(asked.root / "results")) == 5
+    assert len(COLLECTION.read(asked.root / "results")) == 5
     for name in ("words v1  exact_match", "choices v1  acc_norm"):
         assert name in result.stdout
 
@@ -340,11 +340,11 @@ def test_the_report_renders_results_and_check_notices_what_does_not_follow(asked
     results = asked.root / "results"
     (results / "downstream").mkdir(parents=True)
     path = result_of().write(results / "downstream")
-    assert SHEET.stale(results) == [results / "downstream.md", results / "downstream.csv"]
+    assert COLLECTION.stale(results) == [results / "downstream.md", results / "downstream.csv"]
     shown = call(asked, "report", "downstream")
     assert shown.exit_code == 0, shown.stderr
     assert (results / "downstream.md").read_text("utf-8") in shown.stdout + "\n"
-    assert SHEET.stale(results) == []
+    assert COLLECTION.stale(results) == []
     assert call(asked, "report", "--check", "downstream").exit_code == 0
     path.write_text(path.read_text("utf-8").replace('"unparsed": 2', '"unparsed": 3'), "utf-8")
     stale = call(asked, "report", "--check", "downstream")
@@ -357,7 +357,7 @@ def test_a_file_that_is_no_result_is_refused_in_one_line(tmp_path: Path, text: s
     (tmp_path / "downstream").mkdir()
     (tmp_path / "downstream" / "some.json").write_text(text, "utf-8")
     with refused("some.json"):
-        SHEET.read(tmp_path)
+        COLLECTION.read(tmp_path)
 
 
 def test_without_the_harness_its_tasks_say_how_to_install_it(asked: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from mode.data.pack import PackedSplit
-from mode.evaluation.next_token import Score, evaluate, flatten_scores, summarise
+from mode.evaluation.next_token import evaluate, flatten_scores, summarise
 from mode.ops.loss import (
     CHUNK,
     PART,
@@ -26,6 +28,8 @@ from mode.ops.loss import (
     output_head,
     score_states,
 )
+from mode.records.metrics import METRICS, TokenValues
+from mode.records.score import Score, compute_error
 
 VOCABULARY, HIDDEN, LENGTH = 23, 8, 6
 
@@ -94,11 +98,51 @@ def test_accuracy_and_loss_equal_a_computation_by_hand(lengths: tuple[int, ...])
     assert score.tokens == len(nll) == sum(lengths) - 1
     assert score.accuracy == pytest.approx(np.mean(hit))
     assert score.loss == pytest.approx(np.mean(nll), rel=1e-6)
-    assert score.bits_per_byte == pytest.approx(sum(nll) / math.log(2) / 1000, rel=1e-6)
+    assert score.values["bits_per_byte"] == pytest.approx(sum(nll) / math.log(2) / 1000, rel=1e-6)
     edges = np.maximum(split.starts - 1, 0)
     pairs = list(pairwise(edges))
     assert score.document_tokens == tuple(stop - start for start, stop in pairs)
-    assert score.document_hits == tuple(sum(hit[start:stop]) for start, stop in pairs)
+    assert score.document_sums["document_hits"] == tuple(sum(hit[start:stop]) for start, stop in pairs)
+
+
+def test_top_5_accuracy_counts_the_tokens_with_fewer_than_five_likelier_ones() -> None:
+    model, split = Tiny().eval(), packed(9, 30, 4)
+    score = run(model, split)
+    stream, right = torch.from_numpy(split.tokens.astype(np.int64)), []
+    for start in range(0, len(stream) - 1, LENGTH):
+        window = stream[start : start + LENGTH + 1]
+        best = model.logits(window[None, :-1])[0].topk(5).indices
+        right += (best == window[1:, None]).any(-1).tolist()
+    assert 0 < sum(right) < len(right)
+    assert score.values["top_5_accuracy"] == sum(right) / len(right)
+    pairs = pairwise(np.maximum(split.starts - 1, 0))
+    assert score.document_sums["document_top_5_hits"] == tuple(sum(right[start:stop]) for start, stop in pairs)
+
+
+def test_sums_over_documents_give_every_metric_and_its_error_again() -> None:
+    score = run(Tiny(), packed(9, 30, 4))
+    for metric in METRICS.values():
+        older = replace(score, values={})
+        assert older.find(metric) == pytest.approx(score.values[metric.key], rel=1e-4)
+        assert older.find_error(metric) == score.find_error(metric)
+    accuracy = score.find_error(METRICS["accuracy"])
+    assert accuracy == compute_error(score.document_sums["document_hits"], score.document_tokens)
+    in_bits = score.find_error(METRICS["loss"]) / math.log(2) * score.tokens / 1000
+    assert score.find_error(METRICS["bits-per-byte"]) == pytest.approx(in_bits)
+
+
+def test_a_score_comes_back_from_its_record() -> None:
+    score = run(Tiny(), packed(9, 30, 4))
+    assert Score.from_plain(json.loads(json.dumps(score.to_plain()))) == score
+
+
+def test_bits_per_byte_follow_from_loss_and_bytes_where_they_are_not_recorded() -> None:
+    score = run(Tiny(), packed(9, 30, 4))
+    lossy = replace(score, values={"loss": score.loss}, document_sums={})
+    assert lossy.find(METRICS["bits-per-byte"]) == pytest.approx(score.values["bits_per_byte"], rel=1e-12)
+    assert replace(lossy, bytes=None).find(METRICS["bits-per-byte"]) is None
+    assert lossy.find(METRICS["top-5-accuracy"]) is None
+    assert lossy.find_error(METRICS["loss"]) is None
 
 
 def test_every_token_but_the_first_is_scored_exactly_once() -> None:
@@ -135,7 +179,7 @@ def test_scores_do_not_depend_on_batch_size_and_chunk() -> None:
     expected = run(model, split, batch_size=1, chunk=1)
     for batch_size, chunk in [(1, 512), (2, 5), (5, 3), (100, 512)]:
         score = run(model, split, batch_size, chunk)
-        assert score.document_hits == expected.document_hits
+        assert score.document_sums["document_hits"] == expected.document_sums["document_hits"]
         assert score.loss == pytest.approx(expected.loss, rel=1e-6)
 
 
@@ -169,7 +213,8 @@ def of(documents: list[list[int]]) -> Score:
     hits = np.array([hit for document in documents for hit in document], np.bool_)
     lengths = [len(document) for document in documents]
     starts = np.concatenate([[0], 1 + np.cumsum(lengths)]).astype(np.int64)
-    return summarise(np.ones(len(hits)), hits, PackedSplit(np.zeros(len(hits) + 1, np.uint16), starts, 10))
+    values = TokenValues(np.ones(len(hits)), hits, np.where(hits, 0, 9))
+    return summarise(values, PackedSplit(np.zeros(len(hits) + 1, np.uint16), starts, 10))
 
 
 def test_the_clustered_error_equals_a_naive_implementation() -> None:
@@ -207,14 +252,17 @@ def test_documents_that_are_all_alike_have_no_error_and_a_single_one_has_none_de
 def test_bits_per_byte_is_the_total_in_bits_over_the_bytes() -> None:
     # 16 tokens of ln 8 nats are 48 bits; over 12 bytes that is 4.
     split = PackedSplit(np.zeros(17, np.uint16), np.array([0, 17]), 12)
-    score = summarise(np.full(16, math.log(8)), np.zeros(16, np.bool_), split)
-    assert score.bits_per_byte == pytest.approx(4.0)
+    values = TokenValues(np.full(16, math.log(8)), np.zeros(16, np.bool_), np.full(16, 9))
+    score = summarise(values, split)
+    assert score.values["bits_per_byte"] == pytest.approx(4.0)
     assert score.loss == pytest.approx(math.log(8))
 
 
 def test_a_headline_names_split_domain_and_measure() -> None:
     score = of([[1, 0], [1, 1]])
-    assert flatten_scores({"py": score}) == {"validation/py/accuracy": 0.75, "validation/py/loss": 1.0}
+    point = flatten_scores({"py": score})
+    assert (point["validation/py/accuracy"], point["validation/py/loss"]) == (0.75, 1.0)
+    assert set(point) == {f"validation/py/{metric.key}" for metric in METRICS.values()}
 
 
 # --- chunked loss against full logits
@@ -232,6 +280,12 @@ def test_token_scores_equal_full_logits(chunk: int) -> None:
     torch.testing.assert_close(scores.nll, expected)
     assert torch.equal(scores.hit, (logits.argmax(-1) == targets).view(-1))
     assert scores.hit[:4].all()
+    assert scores.rank is None
+    ranked = score_states(states, weight, targets, chunk, ranks=True)
+    assert torch.equal(ranked.nll, scores.nll)
+    assert torch.equal(ranked.hit, scores.hit)
+    place = logits.view(-1, VOCABULARY).argsort(-1, descending=True)
+    assert torch.equal(ranked.rank, (place == targets.view(-1, 1)).int().argmax(-1))
 
 
 @pytest.mark.parametrize("trainable", [True, False])

@@ -13,9 +13,13 @@ from mode.tables.compile import RowResult, TableData, read_routing
 from mode.tables.table import Row, Table
 
 
-def record(**told: Any) -> Record:
-    asked = {"method": {"_target_": "baselines.btx.BTX"}, "targets": ["code"], "seed": 0}
-    return Record(1, "a", asked, {"gates": {"code": told}}, {})
+def record(**gates: Any) -> Record:
+    asked = {"method": {"_target_": "baselines.btx.BTX"}, "targets": ["code"], "seed": 0, "train": {}}
+    happened = {
+        **{"steps": 1, "tokens": 1, "seconds": 1.0, "split": "test", "scores": {}, "curve": []},
+        "parameters": {"total": 1, "trainable": 1, "added": 0},
+    }
+    return Record(1, "a", asked, happened | {"gates": {"code": gates}}, {})
 
 
 def test_routing_is_the_mean_over_layers_and_seeds_of_experts_in_use_and_evenness() -> None:

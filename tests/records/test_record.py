@@ -16,6 +16,7 @@ from mode.config.base import STRICT
 from mode.config.check import replace_settings
 from mode.config.compose import compose
 from mode.config.groups import list_members
+from mode.config.method import Anchor
 from mode.config.names import OLD_NAMES
 from mode.config.run import MethodSettings, Run
 from mode.core.errors import ConfigError
@@ -26,6 +27,20 @@ from mode.runs.prepare import prepare_run
 from tests.conftest import World
 from tests.support.refusals import refused
 
+HAPPENED: dict[str, Any] = {
+    "steps": 4,
+    "tokens": 256,
+    "seconds": 1.5,
+    "parameters": {"total": 5, "trainable": 4, "added": 3},
+    "split": "test",
+    "scores": {
+        "code": {"accuracy": 1 / 3, "document_tokens": [300] * 200, "document_hits": list(range(200))},
+    },
+    "curve": [{"step": 4, "loss": 2.5}],
+    "lr": None,
+}
+"""What a record of the first version says of a run."""
+
 
 def record(run_id: str = "0123456789ab", seed: int = 3) -> Record:
     return Record(
@@ -34,9 +49,11 @@ def record(run_id: str = "0123456789ab", seed: int = 3) -> Record:
         asked={
             "seed": seed,
             "targets": ["code", "math"],
+            "backbone": {"name": "tiny"},
             "method": {"_target_": "mode.modular_method.MoDE", "lr": 1e-3},
+            "train": {"sequence_length": 32},
         },
-        happened={"scores": {"code": {"accuracy": 1 / 3, "document_hits": list(range(200))}}, "lr": None},
+        happened=HAPPENED,
         provenance={"data": {"code": "ä"}, "backbone": "f", "precision": "fp32", "needs": []},
     )
 
@@ -48,9 +65,70 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert read_records(tmp_path) == [record()]
 
 
+def test_reading_fills_what_earlier_versions_did_not_write() -> None:
+    read = record()
+    assert (read.request.method_name, read.request.targets, read.request.examples) == ("MoDE", ("code", "math"), None)
+    outcome, origin = read.outcome, read.origin
+    assert (outcome.flops, outcome.forecast, outcome.kept_bytes, outcome.gates, outcome.branches) == (
+        *(None, None, None),
+        *({}, ()),
+    )
+    assert (outcome.parameters.added, outcome.curve[0].step, outcome.curve[0].values) == (3, 4, {"loss": 2.5})
+    score = outcome.scores["code"]
+    assert (score.accuracy, score.tokens, score.bytes, score.stderr) == (1 / 3, 300 * 200, None, None)
+    assert (origin.commit, origin.versions, origin.threads) == (None, {}, None)
+    assert dataclasses.asdict(read) == dataclasses.asdict(record())  # what the file holds is not filled
+
+
+def test_fields_of_this_version_win_over_what_reading_fills() -> None:
+    happened = {**HAPPENED, "flops": 2.0, "kept_bytes": 7, "branches": ["a"], "gates": {"code": {"mean": [[1.0]]}}}
+    happened["scores"] = {"code": {**HAPPENED["scores"]["code"], "tokens": 9, "bytes": 11, "stderr": 0.5}}
+    asked = {**record().asked, "method": {"_target_": "x.Y", "anchor": {"share": 0.125}}}
+    read = dataclasses.replace(record(), happened=happened, asked=asked)
+    assert (read.outcome.flops, read.outcome.kept_bytes, read.outcome.branches) == (2.0, 7, ("a",))
+    assert (read.outcome.gates["code"].mean, read.outcome.gates["code"].active) == ([[1.0]], None)
+    score = read.outcome.scores["code"]
+    assert (score.tokens, score.bytes, score.stderr) == (9, 11, 0.5)
+    assert read.request.anchor == {"share": 0.125, "weight": Anchor.weight}
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ({"num_blocks": 1, "start": "experts"}, ("backbone", "code", "math")),
+        ({"num_blocks": 1, "start": "fresh"}, ("backbone", "expert 1", "expert 2")),
+        ({}, ("expert 1", "expert 2", "expert 3")),
+    ],
+)
+def test_branches_that_a_record_does_not_name_are_named_by_its_method(
+    method: dict[str, Any], names: tuple[str, ...]
+) -> None:
+    asked = {**record().asked, "method": {"_target_": "x.Y", **method}}
+    happened = {**HAPPENED, "gates": {"code": {"mean": [[0.5, 0.25, 0.25]]}}}
+    assert dataclasses.replace(record(), asked=asked, happened=happened).outcome.branches == names
+
+
+def test_every_published_record_is_read_and_written_again_to_the_byte(tmp_path: Path) -> None:
+    paths = sorted((Path(__file__).parents[2] / "results" / "records").glob("*.json"))
+    assert paths
+    for path in paths[::10]:
+        read = read_record(path)
+        assert read.outcome.scores
+        assert read.write(tmp_path).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("part", ["steps", "parameters", "scores", "curve", "split"])
+def test_a_record_without_a_part_is_refused_in_one_line(tmp_path: Path, part: str) -> None:
+    happened = {name: value for name, value in HAPPENED.items() if name != part}
+    path = tmp_path / "x.json"
+    path.write_text(damage(dataclasses.asdict(record()), happened=happened), encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"not a record that mode wrote .*{part}"):
+        read_record(path)
+
+
 def test_a_list_of_numbers_stays_on_one_line(tmp_path: Path) -> None:
     lines = record().write(tmp_path).read_text("utf-8").splitlines()
-    assert len(lines) < 40
+    assert len(lines) < 60
     assert any("0, 1, 2, 3" in line and "198, 199" in line for line in lines)
 
 
@@ -62,7 +140,7 @@ def test_a_write_that_fails_leaves_the_old_record(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(OSError, match="power cut"):
-        dataclasses.replace(record(), happened={"scores": {}}).write(tmp_path)
+        dataclasses.replace(record(), happened={**HAPPENED, "scores": {}}).write(tmp_path)
     assert read_record(path) == record()
     assert list(tmp_path.glob("*.json")) == [path]
 
@@ -124,7 +202,7 @@ def test_a_record_is_found_by_its_id_alone(tmp_path: Path) -> None:
 
 
 def test_only_data_backbone_and_precision_make_the_conditions() -> None:
-    other = dataclasses.replace(record("other", 9), happened={"scores": {}})
+    other = dataclasses.replace(record("other", 9), happened={**HAPPENED, "scores": {}})
     assert other.conditions == record().conditions
     for part in ({"backbone": "g"}, {"data": {"code": "other"}}, {"precision": "bf16"}):
         changed = dataclasses.replace(record(), provenance={**record().provenance, **part})

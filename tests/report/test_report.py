@@ -123,9 +123,13 @@ def made(conf: Path, table: str, row: str, seed: int, scores: tuple[float, ...],
 
 def stage(number: int, steps: int, trainable: int, seconds: float) -> Record:
     """Return the record of an earlier stage."""
-    happened = {"steps": steps, "tokens": 500_000, "seconds": seconds, "parameters": {"trainable": trainable}}
-    asked = {"seed": 0, "targets": ["py"], "method": {"_target_": "mode.Stage"}}
-    return Record(SCHEMA, f"stage{number}", asked, happened, {"data": {}, "backbone": "", "needs": []})
+    happened = {
+        **{"steps": steps, "tokens": 500_000, "seconds": seconds, "split": "test", "scores": {}, "curve": []},
+        "parameters": {"total": trainable, "trainable": trainable, "added": 0},
+    }
+    asked = {"seed": 0, "targets": ["py"], "backbone": {"name": "tiny"}, "method": {"_target_": "mode.Stage"}}
+    conditions = {"data": {}, "backbone": "", "precision": "fp32", "needs": []}
+    return Record(SCHEMA, f"stage{number}", asked | {"train": {"sequence_length": 32}}, happened, conditions)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +229,9 @@ def test_only_records_under_one_sky_are_compared(conf: Path, records: list[Recor
 
 
 def test_a_record_of_another_configuration_is_no_part_of_the_table(conf: Path, records: list[Record]) -> None:
-    other = dataclasses.replace(records[3], id="x", asked={**records[3].asked, "train": {"steps": 5}})
+    other = dataclasses.replace(
+        records[3], id="x", asked={**records[3].asked, "train": {"steps": 5, "sequence_length": 32}}
+    )
     compiled = compile_table(load_table("tiny", conf), [*records, other], [], conf)
     assert sorted(compiled.line("sft").quality) == [0, 1, 2]
     assert compiled.left_out == 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 
+from mode.records.metrics import ACCURACY, METRICS
+from mode.records.score import Score
 from mode.tables.compile import RowResult
 from mode.tables.statistics import (
     RESAMPLES,
@@ -20,8 +21,9 @@ from mode.tables.statistics import (
 from tests.evaluation.test_next_token import of
 
 
-def score(tokens: list[int], hits: list[int]) -> dict[str, Any]:
-    return {"accuracy": sum(hits) / sum(tokens), "document_tokens": tokens, "document_hits": hits}
+def score(tokens: list[int], hits: list[int]) -> Score:
+    sums = {"document_hits": tuple(hits)}
+    return Score({"accuracy": sum(hits) / sum(tokens)}, None, sum(tokens), None, tuple(tokens), sums)
 
 
 def documents(seed: int, count: int = 400) -> tuple[list[int], list[int]]:
@@ -43,7 +45,7 @@ def test_a_resample_draws_as_many_documents_and_the_same_for_every_row() -> None
 def test_the_bootstraps_spread_is_the_standard_error_clustered_by_document() -> None:
     tokens, hits = documents(0)
     told = of([[1] * right + [0] * (count - right) for count, right in zip(tokens, hits, strict=True)])
-    found = resample({"code": score(tokens, hits)})["code"]
+    found = resample({"code": score(tokens, hits)}, ACCURACY)["code"]
     assert told.stderr is not None
     assert float(found.std()) == pytest.approx(told.stderr, rel=0.1)
     assert float(found.mean()) == pytest.approx(told.accuracy, abs=told.stderr / 5)
@@ -52,7 +54,7 @@ def test_the_bootstraps_spread_is_the_standard_error_clustered_by_document() -> 
 def test_pairing_takes_away_what_documents_have_in_common() -> None:
     tokens, hits = documents(1)
     better = [min(count, right + 2) for count, right in zip(tokens, hits, strict=True)]
-    ours, theirs = (resample({"code": score(tokens, each)})["code"] for each in (better, hits))
+    ours, theirs = (resample({"code": score(tokens, each)}, ACCURACY)["code"] for each in (better, hits))
     paired = interval_over_documents(float((ours - theirs).mean()), [ours - theirs], effective_size(tokens))
     assert paired.excludes_zero
     assert paired.low > 0.0
@@ -62,7 +64,7 @@ def test_pairing_takes_away_what_documents_have_in_common() -> None:
 
 def test_equal_rows_have_no_difference() -> None:
     tokens, hits = documents(2)
-    same = resample({"code": score(tokens, hits)})["code"]
+    same = resample({"code": score(tokens, hits)}, ACCURACY)["code"]
     interval = interval_over_documents(0.0, [same - same], effective_size(tokens))
     assert (interval.low, interval.high, interval.excludes_zero) == (0.0, 0.0, False)
 
@@ -80,14 +82,14 @@ def test_about_five_of_a_hundred_intervals_miss_the_truth(sizes: tuple[int, ...]
         random = np.random.default_rng(seed)
         hits = [tokens * np.clip(0.5 + 0.05 * random.standard_normal(len(tokens)), 0, 1) for _ in range(2)]
         pair = [score(list(sizes), each.round().astype(int).tolist()) for each in hits]
-        ours, theirs = (resample({"code": each})["code"] for each in pair)
-        gap = pair[0]["accuracy"] - pair[1]["accuracy"]
+        ours, theirs = (resample({"code": each}, ACCURACY)["code"] for each in pair)
+        gap = pair[0].accuracy - pair[1].accuracy
         wrong += interval_over_documents(gap, [ours - theirs], effective_size(sizes)).excludes_zero
     assert 8 <= wrong <= 32  # 20 are meant; three standard errors are 13
 
 
 def test_a_domain_of_one_document_has_no_spread() -> None:
-    assert set(resample({"code": score([10], [4])})["code"]) == {0.4}
+    assert set(resample({"code": score([10], [4])}, ACCURACY)["code"]) == {0.4}
 
 
 @pytest.mark.parametrize(("count", "critical"), [(2, 12.706), (3, 4.303), (5, 2.776), (40, 2.023)])
@@ -130,3 +132,13 @@ def test_a_difference_holds_if_neither_documents_nor_seeds_explain_it(
     gap = line(ours, spread).minus(line([0.0] * len(ours)), "code")
     assert gap is not None
     assert gap.holds is holds
+
+
+def test_a_metric_per_byte_is_resampled_in_its_own_unit() -> None:
+    tokens, nats = (10, 30), (20.0, 90.0)
+    score = Score({}, None, 40, 80, tokens, {"document_nll": nats})
+    bits, loss = (resample({"code": score}, METRICS[name])["code"] for name in ("bits-per-byte", "loss"))
+    assert loss.min() == pytest.approx(2.0)  # the first document alone
+    assert loss.max() == pytest.approx(3.0)
+    assert bits == pytest.approx(loss / math.log(2) * 40 / 80)
+    assert resample({"code": score}, ACCURACY) == {}

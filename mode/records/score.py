@@ -1,0 +1,114 @@
+"""Score of a model on one split of one domain: what evaluation computes, records hold and tables read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from mode.records.metrics import ACCURACY, METRICS, Metric
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score of a model on one split of one domain.
+
+    Attributes:
+        values: Recorded numbers of the metrics, by key.
+        stderr: Standard error of the accuracy, clustered by document; None with a single document.
+        tokens: Tokens scored.
+        bytes: UTF-8 bytes of the text; None in records that do not hold the number.
+        document_tokens: Tokens scored in each document.
+        document_sums: By name, the sum of a value over each document.
+    """
+
+    values: Mapping[str, float]
+    stderr: float | None
+    tokens: int
+    bytes: int | None
+    document_tokens: tuple[int, ...]
+    document_sums: Mapping[str, tuple[float, ...]]
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Score:
+        """Read a score as records hold it, after `mode.records.contents.upgrade`."""
+        keys, sums = (dict.fromkeys(names) for names in zip(*((m.key, m.sums) for m in METRICS.values()), strict=True))
+        return cls(
+            values={key: float(plain[key]) for key in keys if key in plain},
+            stderr=plain["stderr"],
+            tokens=plain["tokens"],
+            bytes=plain["bytes"],
+            document_tokens=tuple(plain["document_tokens"]),
+            document_sums={name: tuple(plain[name]) for name in sums if name in plain},
+        )
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the score as records hold it."""
+        return {
+            **self.values,
+            "stderr": self.stderr,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "document_tokens": list(self.document_tokens),
+            **{name: list(sums) for name, sums in self.document_sums.items()},
+        }
+
+    @property
+    def accuracy(self) -> float:
+        """Share of tokens whose most likely prediction is right."""
+        return self.values[ACCURACY.key]
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood, in nats per token."""
+        return self.values["loss"]
+
+    def find(self, metric: Metric) -> float | None:
+        """Return the number of a metric: recorded, or derived from the sums recorded; None where neither is there."""
+        if metric.key in self.values:
+            return self.values[metric.key]
+        total, count = self.find_total(metric.sums), self.count(metric.per)
+        return None if total is None or count is None else total / metric.divisor / count
+
+    def find_total(self, sums: str) -> float | None:
+        """Return the sum of a value over all tokens, from its documents or from a metric that follows from it."""
+        if sums in self.document_sums:
+            return float(sum(self.document_sums[sums]))
+        for other in METRICS.values():
+            count = self.count(other.per)
+            if other.sums == sums and other.key in self.values and count is not None:
+                return self.values[other.key] * count * other.divisor
+        return None
+
+    def count(self, per: Literal["token", "byte"]) -> int | None:
+        """Return the tokens or bytes that a sum is divided by."""
+        return self.tokens if per == "token" else self.bytes
+
+    def find_error(self, metric: Metric) -> float | None:
+        """Return the standard error of a metric, clustered by document; None where the record does not tell."""
+        if metric is ACCURACY:
+            return self.stderr
+        sums, count = self.document_sums.get(metric.sums), self.count(metric.per)
+        if sums is None or count is None:
+            return None
+        error = compute_error(sums, self.document_tokens)
+        return None if error is None else error * self.tokens / metric.divisor / count
+
+
+def compute_error(sums: Sequence[float], tokens: Sequence[int]) -> float | None:
+    """Return the standard error of a ratio of sums over documents (linearised); None with a single document.
+
+    Tokens of one document are not independent, so documents are the units.
+
+    >>> compute_error([1, 3], [4, 4])
+    0.25
+    """
+    values, sizes, count = np.asarray(sums), np.asarray(tokens), len(tokens)
+    if count < 2:
+        return None
+    ratio = float(values.sum() / sizes.sum())
+    spread = float(((values - ratio * sizes) ** 2).sum())
+    return math.sqrt(spread * count / (count - 1)) / float(sizes.sum())
