@@ -1,1 +1,1 @@
-"""Every method that MoDE is compared with, one file each."""
+"""Methods that MoDE is compared with, one file each."""

@@ -1,11 +1,12 @@
-"""BAM, Branch-Attend-Mix (Zhang et al., 2024): as BTX, but attention becomes experts too.
+"""BAM, Branch-Attend-Mix (Zhang et al., 2024): as BTX, with experts of attention too.
 
-In every decoder layer the attention of the backbone and of its fully fine-tuned copies are mixed, sum_j g_j(x) A_j(x),
-softly over all, each with keys and values of its own; a token has one feed-forward expert, whose output is multiplied
-by its probability. All other weights are the mean of theirs, the routers are random, and everything trains on the mix,
-with Switch's balance loss and the z-loss, whose weights are not published.
+In every decoder layer, the attention of the backbone and of its fully fine-tuned copies is mixed, sum_j g_j(x) A_j(x).
+All attention experts run, each with its own keys and values. A token goes to one feed-forward expert, whose output is
+multiplied by its probability. All other weights are the mean over the models, and the routers are random. Then all
+weights train on the mix, with the balance loss of the Switch Transformer and the z-loss. The paper does not give the
+weights of these losses.
 
-The published block runs attention and feed-forward part in parallel; here they stay in the backbone's order.
+The published block runs attention and the feed-forward part in parallel. Here they keep the backbone's order.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class BAM(Mixture):
     """Branch, attend, mix.
 
     Attributes:
-        router: How tokens choose a feed-forward expert.
-        attention_router: How tokens weigh the attention experts: all of them, as published.
-        shares_keys: Whether the attention experts of a layer share keys and values, whose maps are the mean of theirs.
+        router: Settings of the router of feed-forward experts.
+        attention_router: Settings of the router of attention experts. All attention experts run, as published.
+        shares_keys: Whether the attention experts of a layer share keys and values, with the mean of their projections.
     """
 
     recorded_as: ClassVar[str] = "baselines.bam.BAM"
@@ -46,7 +47,7 @@ class BAM(Mixture):
 
     def __post_init__(self) -> None:
         if self.attention_router.top_k is not None or self.attention_router.top_p is not None:
-            raise ValueError("attention_router: all attention experts run, so there is no top_k or top_p")
+            raise ValueError("attention_router: all attention experts run, so top_k and top_p must be null")
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the mixture of the backbone and its branches."""
@@ -63,7 +64,7 @@ class BAM(Mixture):
         return mixed
 
     def cost(self, run: Run) -> Cost | None:
-        """Return what the mixture takes; not known where keys are shared, or with `router.top_p`."""
+        """Return the cost of the mixture; None with `shares_keys` or `router.top_p`."""
         if self.shares_keys or not self.router.known:
             return None
         shape, count = read_shape(run.backbone), len(run.targets) + 1

@@ -1,11 +1,12 @@
-"""BTM, Branch-Train-Merge (Li et al., 2022): models trained a domain each, and no training after that.
+"""BTM, Branch-Train-Merge (Li et al., 2022): models trained on one domain each, combined without further training.
 
-`combine=posterior`: p(x_t | x_<t) = sum_j w_j p_j(x_t | x_<t), where w_j is the probability that model j wrote x_<t,
-proportional to p_j(x_<t); `top_k` keeps the most probable models. `uniform`: the same with equal weights.
-`average`: one model whose weights are the mean of all.
+- `combine=posterior`: p(x_t | x_<t) = sum_j w_j p_j(x_t | x_<t), where w_j is the posterior probability of model j
+  given x_<t, proportional to p_j(x_<t). `top_k` keeps the most probable models.
+- `combine=uniform`: the same mixture with equal weights.
+- `combine=average`: one model whose weights are the mean over all models.
 
-The published prior over domains is estimated on text of the domain that is scored. Here nothing tells which that is, so
-all are as likely at the beginning of a row, and its own tokens decide.
+The published prior over domains is estimated on text of the scored domain. In this implementation the domain is not
+given: the prior at the beginning of a row is uniform, and only the tokens of the row change the weights.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class BTM(Method):
     """Branch, train, merge.
 
     Attributes:
-        branch: The method that trains a model on a domain, as its YAML has it: full fine-tuning.
-        combine: How the models become one.
-        top_k: Models that stay, of `posterior`.
+        branch: Method that trains a model on a domain, with the settings of its YAML file: full fine-tuning.
+        combine: Combination of the models: `posterior`, `uniform` or `average`.
+        top_k: Number of models to keep per token, with `posterior`; None for all.
         backbone: Whether the backbone is one of the models.
     """
 
@@ -57,7 +58,7 @@ class BTM(Method):
         return self.combine != "average"
 
     def unused(self) -> tuple[str, ...]:
-        """Nothing trains here, so there is no learning rate."""
+        """Return the settings that do not matter: nothing trains in this stage, so there is no learning rate."""
         return ("lr",)
 
     def needs(self, run: Run) -> tuple[Run, ...]:
@@ -65,15 +66,15 @@ class BTM(Method):
         return stages_by_domain(run, build_method(self.branch), run.targets, trains=False)
 
     def steps(self, run: Run) -> int:
-        """Return 0: what trains are the stages before."""
+        """Return 0: only the earlier stages train."""
         return 0
 
     def branches(self, run: Run) -> tuple[str, ...]:
-        """Return the names of the models that are mixed."""
+        """Return the names of the combined models."""
         return ("backbone", *run.targets) if self.backbone else run.targets
 
     def build(self, run: Run, material: Material) -> nn.Module:
-        """Return the models as one."""
+        """Return the combination of the models."""
         from mode.core.tensors import average_weights, load_tensors
         from mode.gating.router import Posterior
         from mode.moe.ensemble import Ensemble
@@ -95,7 +96,7 @@ class BTM(Method):
         return mixture
 
     def cost(self, run: Run) -> Cost:
-        """Return what a forward pass of all models takes; nothing trains."""
+        """Return the cost of a forward pass of all models. Nothing trains."""
         one = untouched_cost(read_shape(run.backbone), run.train.sequence_length)
         count = 1 if self.combine == "average" else len(run.targets) + self.backbone
         total = count * one.total

@@ -1,10 +1,11 @@
-"""BTX, Branch-Train-MiX (Sukhbaatar et al., 2024): models trained a domain each become the experts of one mixture.
+"""BTX, Branch-Train-MiX (Sukhbaatar et al., 2024): models trained on one domain each become experts of a mixture.
 
-In every decoder layer the feed-forward parts of the backbone and of its fully fine-tuned copies are the experts of
-FF(x) = sum_i g_i FF_i(x), g = softmax(TopK(W x)); all other weights are the mean of theirs; its router is random.
-Then everything trains on the mix, with the load-balance loss alpha N sum_i f_i P_i.
+In every decoder layer, the feed-forward parts of the backbone and of its fully fine-tuned copies are the experts of
+FF(x) = sum_i g_i FF_i(x), g = softmax(TopK(W x)). All other weights are the mean over the models, and the router is
+random. Then all weights train on the mix, with the load-balancing loss alpha N sum_i f_i P_i.
 
-The mix here is of the targets; the published one has the data of pretraining too (`train.batch.replay` adds a domain).
+The mix consists of the target domains. The published mix includes pretraining data (`train.batch.replay` adds a
+domain).
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ class BTX(Mixture):
     """Branch, train, mix.
 
     Attributes:
-        router: How tokens choose; without `top_k` all experts run, the published soft routing.
-        train_experts: Whether the experts train on the mix too, or the rest alone.
-        soft_layers: Where a token's expert is drawn (`router.sample`): first layers in which all of them run.
+        router: Settings of the router. Without `top_k` all experts run, the published soft routing.
+        train_experts: Whether the experts train on the mix, or only the other weights.
+        soft_layers: Number of first layers in which all experts run if the router samples (`router.sample`).
     """
 
     recorded_as: ClassVar[str] = "baselines.btx.BTX"
@@ -46,7 +47,7 @@ class BTX(Mixture):
     soft_layers: Annotated[int, Field(ge=0)] = 0
 
     def unused(self) -> tuple[str, ...]:
-        """Without drawing, all layers are alike."""
+        """Return the settings that do not matter: `soft_layers` only matters if the router samples."""
         return (*super().unused(), *(() if self.router.sample else ("soft_layers",)))
 
     def build(self, run: Run, material: Material) -> nn.Module:
@@ -65,7 +66,7 @@ class BTX(Mixture):
         return mixed
 
     def cost(self, run: Run) -> Cost | None:
-        """Return what the mixture takes; not known where the number of a token's experts is not."""
+        """Return the cost of the mixture; None if the number of experts per token is not fixed (`router.top_p`)."""
         if not self.router.known:
             return None
         shape, count = read_shape(run.backbone), len(run.targets) + 1
@@ -75,5 +76,5 @@ class BTX(Mixture):
 
     @property
     def soft(self) -> int:
-        """First layers in which all experts run though they are drawn in the others."""
+        """Number of first layers in which all experts run although the router samples in the others."""
         return self.soft_layers if self.router.sample else 0

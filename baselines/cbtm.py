@@ -1,12 +1,12 @@
-"""c-BTM (Gururangan et al., 2023): branch, train and merge over clusters of the text, which nobody has to name.
+"""c-BTM (Gururangan et al., 2023): Branch-Train-Merge over clusters of the text, without domain labels.
 
-The targets' training rows are clustered by what tokens they have (tf-idf, its first 100 components, k-means with
-clusters of one size), a copy of the backbone is fully fine-tuned on each cluster, and p(x_t | x_<t) = sum_j w_j
-p_j(x_t | x_<t), w = softmax(- |z - centre_j|^2 / T) with z the place of x_<t; `top_k` keeps the nearest clusters.
-Nothing trains after that.
+The training rows of the targets are clustered by their tokens: tf-idf, projection to the first 100 components, and
+k-means with clusters of equal size. A copy of the backbone is fully fine-tuned on each cluster. The mixture is
+p(x_t | x_<t) = sum_j w_j p_j(x_t | x_<t), w = softmax(- |z - centre_j|^2 / T), where z is the embedding of x_<t.
+`top_k` keeps the nearest clusters. Nothing trains after the branches.
 
-Rows of a run's length are clustered, where it was documents, and all tokens of the backbone's vocabulary count, where
-it was words without the most common ones and with one for all numbers.
+This implementation clusters rows of the sequence length; the paper clusters documents. tf-idf counts all tokens of the
+backbone's vocabulary; the paper counts words, without the most common words and with one entry for all numbers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mode.data.pack import Packed, Tokens
 
 CLUSTERS = "clusters.safetensors"
-"""File of a branch: vectors of the tokens, and centres."""
+"""File of a branch: vectors of the tokens, and centres of the clusters."""
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
@@ -43,8 +43,8 @@ class Branch(Method):
     """Full fine-tuning on one cluster of the targets' rows.
 
     Attributes:
-        num_clusters: K.
-        cluster: Which of them, from 0.
+        num_clusters: Number of clusters, K.
+        cluster: Number of the cluster to train on, from 0.
     """
 
     recorded_as: ClassVar[str] = "baselines.cbtm.Branch"
@@ -54,17 +54,17 @@ class Branch(Method):
 
     def __post_init__(self) -> None:
         if self.cluster >= self.num_clusters:
-            raise ValueError(f"cluster={self.cluster}: num_clusters={self.num_clusters} are counted from 0")
+            raise ValueError(f"cluster={self.cluster}: num_clusters={self.num_clusters}, numbered from 0")
 
     def mixture(self, run: Run) -> dict[str, int]:
-        """Return the only source of rows: the cluster."""
+        """Return the cluster as the only source of rows."""
         return {f"cluster-{self.cluster}": 1}
 
     def stream(self, run: Run, packed: Mapping[str, Packed], name: str) -> Tokens | None:
-        """Return the rows of the cluster, one after the other."""
+        """Return the rows of the cluster as one stream of tokens."""
         import numpy as np
 
-        rows, _, _, members = clusters(self, run, packed)
+        rows, _, _, members = cluster_rows(self, run, packed)
         stream: Tokens = rows[np.asarray(members) == self.cluster].reshape(-1)
         return stream
 
@@ -74,15 +74,15 @@ class Branch(Method):
         return model
 
     def cost(self, run: Run) -> Cost:
-        """Return what full training takes."""
+        """Return the cost of full fine-tuning."""
         return full_cost(read_shape(run.backbone), run.train.sequence_length)
 
     def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
-        """Write where the clusters are, for who weighs them."""
+        """Write the vectors of tokens and the centres of clusters. The mixture reads them."""
         from mode.core.tensors import save_tensors
         from mode.runs.prepare import prepare_run
 
-        _, vectors, centres, _ = clusters(self, run, prepare_run(run).packed)
+        _, vectors, centres, _ = cluster_rows(self, run, prepare_run(run).packed)
         save_tensors(folder / CLUSTERS, {"vectors": vectors, "centres": centres}, {})
 
 
@@ -91,10 +91,10 @@ class CBTM(Method):
     """Branch, train, merge over clusters.
 
     Attributes:
-        branch_lr: The rate at which a model trains on a cluster.
-        num_clusters: K.
-        temperature: T.
-        top_k: Models that stay, the nearest first; all by default.
+        branch_lr: Learning rate of the training on a cluster.
+        num_clusters: Number of clusters, K.
+        temperature: Temperature of the weights, T.
+        top_k: Number of nearest clusters to keep per token; None for all.
     """
 
     recorded_as: ClassVar[str] = "baselines.cbtm.CBTM"
@@ -106,11 +106,11 @@ class CBTM(Method):
     top_k: Annotated[int, Field(gt=0)] | None
 
     def unused(self) -> tuple[str, ...]:
-        """Nothing trains here, so there is no learning rate."""
+        """Return the settings that do not matter: nothing trains in this stage, so there is no learning rate."""
         return ("lr",)
 
     def needs(self, run: Run) -> tuple[Run, ...]:
-        """Return one run per cluster; they share steps or operations as those by domain do."""
+        """Return one run per cluster. The runs share steps or operations as runs by domain do."""
         stages = []
         for cluster in range(self.num_clusters):
             method = Branch(lr=self.branch_lr, num_clusters=self.num_clusters, cluster=cluster)
@@ -120,15 +120,15 @@ class CBTM(Method):
         return tuple(stages)
 
     def branches(self, run: Run) -> tuple[str, ...]:
-        """Return the names of the models that are mixed."""
+        """Return the names of the models in the mixture."""
         return tuple(f"cluster {number + 1}" for number in range(self.num_clusters))
 
     def steps(self, run: Run) -> int:
-        """Return 0: what trains are the stages before."""
+        """Return 0: only the earlier stages train."""
         return 0
 
     def build(self, run: Run, material: Material) -> nn.Module:
-        """Return the models as one."""
+        """Return the mixture of the models."""
         from mode.core.tensors import load_tensors
         from mode.moe.clusters import ClusterWeights
         from mode.moe.ensemble import Ensemble
@@ -136,21 +136,21 @@ class CBTM(Method):
         members = [material.backbone().requires_grad_(False) for _ in material.needs]
         for member, folder in zip(members, material.needs, strict=True):
             member.load_state_dict(load_tensors(folder / WEIGHTS)[0], strict=False)  # a tied head has one name
-        found, _ = load_tensors(material.needs[0] / CLUSTERS)
-        judge = ClusterWeights(found["vectors"], found["centres"], self.temperature, Choice(top_k=self.top_k))
-        mixture: nn.Module = Ensemble(members, judge)
+        tensors, _ = load_tensors(material.needs[0] / CLUSTERS)
+        weights = ClusterWeights(tensors["vectors"], tensors["centres"], self.temperature, Choice(top_k=self.top_k))
+        mixture: nn.Module = Ensemble(members, weights)
         return mixture
 
     def cost(self, run: Run) -> Cost:
-        """Return what a forward pass of all models takes; nothing trains."""
+        """Return the cost of a forward pass of all models. Nothing trains."""
         one = untouched_cost(read_shape(run.backbone), run.train.sequence_length)
         total = self.num_clusters * one.total
         flops = add_flops([one.flops] * self.num_clusters)
         return Cost(flops=flops, total=total, trainable=0, added=total - one.total, active=total)
 
 
-def clusters(branch: Branch, run: Run, packed: Mapping[str, Packed]) -> tuple[Any, Any, Any, list[int]]:
-    """Return the targets' training rows, the tokens' vectors, the centres, and the cluster of every row."""
+def cluster_rows(branch: Branch, run: Run, packed: Mapping[str, Packed]) -> tuple[Any, Any, Any, list[int]]:
+    """Cluster the training rows of the targets; return rows, token vectors, centres, and the cluster of every row."""
     from mode.moe.clusters import cut_rows, find_clusters
 
     rows = cut_rows([packed[name].split("train").tokens for name in run.targets], run.train.sequence_length)

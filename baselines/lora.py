@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2021) with PEFT: y = W0 x + (alpha / r) B A x, W0 frozen, B = 0 at the start."""
+"""LoRA (Hu et al., 2021) with PEFT: y = W0 x + (alpha / r) B A x, with W0 frozen and B = 0 at initialization."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class LoRA(LowRank):
     """Low-rank adapters.
 
     Attributes:
-        target_modules: Linear layers that get an adapter: those of `attention`, as in the MoDE paper, or named ones.
-        rank_stabilized: Scale by alpha / sqrt(r) instead (Kalajdzievski, 2023).
+        target_modules: Linear layers with an adapter: `attention`, as in the MoDE paper, or names of layers.
+        rank_stabilized: Whether the scale is alpha / sqrt(r) instead of alpha / r (Kalajdzievski, 2023).
     """
 
     recorded_as: ClassVar[str] = "baselines.lora.LoRA"
@@ -39,16 +39,16 @@ class LoRA(LowRank):
     rank_stabilized: bool = False
 
     def build(self, run: Run, material: Material) -> nn.Module:
-        """Return the backbone with adapters injected; the adapters alone train.
+        """Return the backbone with adapters. Only the adapters train.
 
         Raises:
-            ConfigError: No layer has one of the target names, or the head is among them.
+            ConfigError: A target name is the head, or not a linear layer of the backbone.
         """
         import torch
         from peft import LoraConfig, inject_adapter_in_model
 
         model = material.backbone().requires_grad_(False)
-        names = attention(model) if self.target_modules == "attention" else self.target_modules
+        names = list_attention_layers(model) if self.target_modules == "attention" else self.target_modules
         linears = {name.rpartition(".")[2]: module for name, module in model.named_modules() if is_linear(module)}
         linears.pop("lm_head", None)
         unknown = [name for name in names if name.rpartition(".")[2] not in linears]
@@ -68,18 +68,18 @@ class LoRA(LowRank):
         return adapted
 
     def at(self, rank: int) -> Self:
-        """Return the method at another rank: with the same alpha / r, or as it is if that is to shrink."""
+        """Return the method at another rank, with the same alpha / r; with `rank_stabilized`, alpha does not change."""
         if not self.rank_stabilized:
             return super().at(rank)
         changed: Self = replace_settings(self, rank=rank)
         return changed
 
     def size(self, shape: Shape) -> int:
-        """Return the parameters of adapters of rank 1: inputs and outputs of every matrix that has one."""
+        """Return the number of parameters of adapters of rank 1: inputs plus outputs of every adapted matrix."""
         return sum(sum(layer.matrices[path]) for layer in shape.layers for path in self.targets(layer))
 
     def cost(self, run: Run) -> Cost:
-        """Return what the adapters take beside a frozen backbone."""
+        """Return the cost with adapters on a frozen backbone."""
         shape, rank, length = read_shape(run.backbone), self.sized(run).rank, run.train.sequence_length
         parts = [shape.head(trains=False)]
         for number, layer in enumerate(shape.layers):
@@ -90,13 +90,13 @@ class LoRA(LowRank):
         return Cost(flops=add_flops(parts), total=total, trainable=added, added=added, active=total)
 
     def targets(self, layer: Layer) -> list[str]:
-        """Return the paths of a layer's matrices that get an adapter."""
+        """Return the paths of a layer's matrices with an adapter."""
         if self.target_modules == "attention":
             return [path for stage in layer.stages[:2] for path in stage]
         return [path for path in layer.matrices if any(matches_name(path, name) for name in self.target_modules)]
 
     def plain(self, model: Any) -> PreTrainedModel:
-        """Return the backbone with the adapters added to its weights: W0 + (alpha / r) B A."""
+        """Return the backbone with the adapters merged into its weights: W0 + (alpha / r) B A."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
@@ -108,15 +108,15 @@ class LoRA(LowRank):
         return plain
 
 
-def attention(model: PreTrainedModel) -> tuple[str, ...]:
-    """Return the linear layers of a decoder's attention, each with the name of the module that holds it."""
+def list_attention_layers(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the paths of the linear layers of attention within a decoder layer."""
     trunk, name = find_layer_stack(model)
     paths = [path for path, module in getattr(trunk, name)[0].named_modules() if is_linear(module)]
     return tuple(path for path in paths if "att" in path.partition(".")[0])
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Say whether a module is a linear layer; GPT-2 has a class of its own."""
+    """Return whether a module is a linear layer; GPT-2 has its own class, Conv1D."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 

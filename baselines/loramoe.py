@@ -1,11 +1,12 @@
 """LoRAMoE (Dou et al., 2023): low-rank experts of two kinds on a frozen feed-forward part, balanced within their kind.
 
 At every matrix of a feed-forward part y = W0 x + (alpha / r) sum_i w_i B_i A_i x, with w = softmax(W x) over all N
-experts, a router for each matrix. Half of the experts are for rows of world knowledge and half for other tasks; the
-localized balancing constraint, beta var(Z) / mean(Z)^2, lets either half have more of the rows of its kind.
+experts. Every matrix has its own router. Half of the experts are for rows of world knowledge, and half for rows of
+other tasks. The localized balancing constraint, beta var(Z) / mean(Z)^2, allows larger weights of experts on rows of
+their own kind.
 
-Rows that are replayed or anchored are of the first kind and those of the targets of the second. Without such rows the
-kinds are the targets themselves in turn, which is not as published. The published dropout of 0.05 is left out.
+Replayed and anchored rows are of the first kind, and rows of the targets of the second. Without replayed and anchored
+rows the targets alternate between the kinds, which differs from the paper. The published dropout of 0.05 is left out.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class LoRAMoE(LowRank):
     """Low-rank experts of two kinds.
 
     Attributes:
-        num_experts: N, half of them of each kind.
-        balance: beta, weight of the localized balancing constraint.
-        spread: delta, by how much an expert may have more of its own kind's rows.
+        num_experts: Number of experts, N. Half of them are of each kind.
+        balance: Weight of the localized balancing constraint, beta.
+        spread: Extra importance of an expert on rows of its own kind, delta.
     """
 
     recorded_as: ClassVar[str] = "baselines.loramoe.LoRAMoE"
@@ -48,14 +49,14 @@ class LoRAMoE(LowRank):
     spread: Annotated[float, Field(ge=0.0, lt=1.0)]
 
     def row_kinds(self, run: Run) -> Mapping[str, int]:
-        """Return the kind of every source's rows."""
+        """Return the kind, 0 or 1, of every source of rows."""
         sources = self.mixture(run)
         if set(sources) - set(run.targets):
             return {name: int(name in run.targets) for name in sources}
         return {name: number % 2 for number, name in enumerate(run.targets)}
 
     def build(self, run: Run, material: Material) -> nn.Module:
-        """Return the backbone with experts beside its feed-forward parts; they and their routers alone train."""
+        """Return the backbone with experts at its feed-forward parts. Only experts and routers train."""
         import torch
 
         from mode.gating.router import LocalizedRouter
@@ -72,15 +73,15 @@ class LoRAMoE(LowRank):
             torch.nn.init.kaiming_uniform_(bank.down.flatten(0, 1), a=math.sqrt(5))  # as in LoRA
             return bank
 
-        replace_linears(model, feed_forward(read_shape(run.backbone).layers[0]), make)
+        replace_linears(model, list_feed_forward(read_shape(run.backbone).layers[0]), make)
         return model
 
     def cost(self, run: Run) -> Cost:
-        """Return what experts and routers take beside a frozen backbone."""
+        """Return the cost with experts and routers on a frozen backbone."""
         shape, length = read_shape(run.backbone), run.train.sequence_length
-        return bank_cost(shape, length, self.num_experts, self.sized(run).rank, feed_forward)
+        return bank_cost(shape, length, self.num_experts, self.sized(run).rank, list_feed_forward)
 
 
-def feed_forward(layer: Layer) -> list[str]:
+def list_feed_forward(layer: Layer) -> list[str]:
     """Return the paths of the matrices of a layer's feed-forward part."""
     return [path for stage in layer.stages[2:] for path in stage]

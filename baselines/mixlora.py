@@ -1,7 +1,8 @@
-"""MixLoRA (Li et al., 2024): a frozen feed-forward part with low-rank changes as experts, and LoRA on attention.
+"""MixLoRA (Li et al., 2024): low-rank experts on a frozen feed-forward part, and LoRA on attention.
 
-Each expert is the whole gated feed-forward part, with its own low-rank change of all three matrices; a token goes to
-the two that a linear router prefers, weights renormalised. Attention has plain adapters. The balance loss is Switch's.
+Each expert is the whole gated feed-forward part with its own low-rank change of all three matrices. A token goes to the
+two experts with the highest router logits, with renormalized weights. Attention has plain LoRA adapters. The balance
+loss is that of the Switch Transformer.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class MixLoRA(LowRank):
     """Low-rank experts of the feed-forward part.
 
     Attributes:
-        num_experts: N.
-        router: How tokens choose.
+        num_experts: Number of experts, N.
+        router: Settings of the router.
     """
 
     recorded_as: ClassVar[str] = "baselines.mixlora.MixLoRA"
@@ -43,7 +44,7 @@ class MixLoRA(LowRank):
     router: RouterSettings
 
     def build(self, run: Run, material: Material) -> nn.Module:
-        """Return the backbone with experts and adapters, which alone train with their routers.
+        """Return the backbone with experts and adapters. Only experts, routers and adapters train.
 
         Raises:
             ConfigError: The backbone's feed-forward part is not gated.
@@ -68,12 +69,12 @@ class MixLoRA(LowRank):
         frozen = {key for key, value in model.named_parameters() if not value.requires_grad}
         mixed: nn.Module = inject_adapter_in_model(config, model)
         for key, value in mixed.named_parameters():
-            # PEFT freezes all but its own.
+            # PEFT freezes all other parameters, including those of the experts.
             value.requires_grad_(key.replace(".base_layer.", ".") not in frozen)
         return mixed
 
     def cost(self, run: Run) -> Cost | None:
-        """Return what experts and adapters take beside a frozen backbone; not known with `router.top_p`."""
+        """Return the cost with experts and adapters on a frozen backbone; None with `router.top_p`."""
         if not self.router.known:
             return None
         shape, length, rank = read_shape(run.backbone), run.train.sequence_length, self.sized(run).rank

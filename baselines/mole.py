@@ -1,11 +1,12 @@
-"""MoLE, mixture of LoRA experts (Wu et al., 2024): one trained LoRA per domain, mixed by gates that alone train.
+"""MoLE, mixture of LoRA experts (Wu et al., 2024): one trained LoRA per domain, mixed by gates. Only the gates train.
 
-At each adapted layer y = W0 x + sum_i G_i E_i, with E_i = (alpha / r) B_i A_i x and G = softmax(e [E_1 ... E_N] / tau):
-a gate reads what the experts say, each normalised, side by side; tau trains too. The balance loss is - sum_i log q_i,
-where q_i is expert i's mean weight over all layers and tokens.
+At each adapted layer y = W0 x + sum_i G_i E_i, with E_i = (alpha / r) B_i A_i x and G = softmax(e [E_1 ... E_N] / tau).
+The input of a gate is the concatenation of the normalized outputs of the experts. tau trains too. The balance loss is
+- sum_i log q_i, where q_i is the mean weight of expert i over all layers and tokens.
 
-As published a gate reads the outputs of all tokens of a text at once, which looks ahead; here each token's alone, as it
-must be in a decoder. Where the published form has one gate per block, this has one per layer, its other form.
+The published gate reads the outputs of all tokens of a text, including later tokens. Here a gate reads only the output
+at its own token, as a causal decoder requires. The paper has one gate per block or per layer. Here there is one gate
+per layer.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class MoLE(ParameterMatched):
     """Gates over trained LoRAs.
 
     Attributes:
-        experts: The method of the experts, as its YAML has it: LoRA.
+        experts: Method of the experts, with the settings of its YAML file: LoRA.
         balance: Weight of the balance loss.
     """
 
@@ -54,7 +55,7 @@ class MoLE(ParameterMatched):
 
     @property
     def expert(self) -> Any:
-        """The method of the experts."""
+        """Method of the experts."""
         return build_method(self.experts)
 
     def at(self, rank: int) -> Self:
@@ -72,10 +73,10 @@ class MoLE(ParameterMatched):
         return run.targets
 
     def build(self, run: Run, material: Material) -> nn.Module:
-        """Return the backbone with the trained experts at its layers; gates alone train.
+        """Return the backbone with the trained experts at its layers. Only the gates train.
 
         Raises:
-            ConfigError: What an earlier stage left is not a LoRA's.
+            ConfigError: The weights of an earlier stage are not those of a LoRA.
         """
         import torch
 
@@ -84,7 +85,7 @@ class MoLE(ParameterMatched):
 
         model: nn.Module = material.backbone()
         model.requires_grad_(False)
-        experts = [factors(load_tensors(folder / WEIGHTS)[0]) for folder in material.needs]
+        experts = [read_factors(load_tensors(folder / WEIGHTS)[0]) for folder in material.needs]
         balance_loss = BalanceLoss(self.balance)
         scale = self.sized(run).expert.scale
 
@@ -92,42 +93,42 @@ class MoLE(ParameterMatched):
             down, up = (torch.stack([expert[path][part] for expert in experts]) for part in (0, 1))
             return OutputGatedBank(base, down, up, scale, balance_loss)
 
-        replace_linears(model, sorted({in_layer(path) for path in experts[0]}), make)
+        replace_linears(model, sorted({strip_layer(path) for path in experts[0]}), make)
         return model
 
     def cost(self, run: Run) -> Cost:
-        """Return what frozen experts and their gates take beside a frozen backbone."""
+        """Return the cost with frozen experts and trained gates on a frozen backbone."""
         shape, length, count = read_shape(run.backbone), run.train.sequence_length, len(run.targets)
         expert = self.sized(run).expert
         parts, gates = [shape.head(trains=False)], 0
         for number, layer in enumerate(shape.layers):
             paths = expert.targets(layer)
             ranks = dict.fromkeys(paths, count * expert.rank)
-            read = {path: count * count * layer.matrices[path][1] for path in paths}
-            parts.append(adapter_cost(layer, length, ranks, upstream=number > 0, routers=read, trains=False))
-            gates += sum(read.values()) + len(paths)
+            routers = {path: count * count * layer.matrices[path][1] for path in paths}
+            parts.append(adapter_cost(layer, length, ranks, upstream=number > 0, routers=routers, trains=False))
+            gates += sum(routers.values()) + len(paths)
         added = gates + count * expert.rank * expert.size(shape)
         total = shape.parameters + added
         return Cost(flops=add_flops(parts), total=total, trainable=gates, added=added, active=total)
 
 
-def factors(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return both factors of every adapter of a LoRA that PEFT made, by the path of its layer in the model.
+def read_factors(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return both factors, A and B, of every adapter of a LoRA from PEFT, by the path of the layer in the model.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: The tensors have no adapter.
     """
     ends = (".lora_A.default.weight", ".lora_B.default.weight")
     paths = [name.removesuffix(ends[0]) for name in tensors if name.endswith(ends[0])]
     if not paths:
-        raise ConfigError("method.experts: these runs left no LoRA")
+        raise ConfigError("method.experts: the weights of these runs have no LoRA adapters")
     return {path: (tensors[path + ends[0]], tensors[path + ends[1]]) for path in paths}
 
 
-def in_layer(path: str) -> str:
-    """Return a module's path within its decoder layer.
+def strip_layer(path: str) -> str:
+    """Return a module's path without the path of its decoder layer.
 
-    >>> in_layer("model.layers.11.self_attn.q_proj")
+    >>> strip_layer("model.layers.11.self_attn.q_proj")
     'self_attn.q_proj'
     """
     return re.split(r"\.\d+\.", path, maxsplit=1)[1]

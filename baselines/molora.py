@@ -1,8 +1,8 @@
 """MoLORA (Zadouri et al., 2023): low-rank experts on every linear layer, mixed per token by a dense router.
 
-y = W0 x + (alpha / r) sum_i s_i B_i A_i x, with s = softmax(W x) over N experts, in fp32, without a bias; A is normal
-and B = 0 at the start. Outputs are mixed, not factors. There is no load-balance loss where all experts run. Published
-for T5; here on a decoder.
+y = W0 x + (alpha / r) sum_i s_i B_i A_i x, with s = softmax(W x) over N experts, in fp32, without a bias. A is drawn
+from a normal distribution and B = 0 at initialization. The outputs of the experts are mixed, not their factors. There
+is no load-balancing loss if all experts run. The method was published for T5. This implementation is for decoders.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class MoLORA(LowRank):
     """Mixture of LoRA experts with a router at every layer.
 
     Attributes:
-        num_experts: N.
-        target_modules: Linear layers with experts, by the ends of their paths; or `all`.
-        router: How the router chooses; dense by default, as published.
+        num_experts: Number of experts, N.
+        target_modules: Linear layers with experts, by the last parts of their paths; or `all`.
+        router: Settings of the router; dense by default, as published.
     """
 
     recorded_as: ClassVar[str] = "baselines.molora.MoLORA"
@@ -44,7 +44,7 @@ class MoLORA(LowRank):
     router: RouterSettings = RouterSettings()
 
     def build(self, run: Run, material: Material) -> nn.Module:
-        """Return the backbone with experts beside its layers; they and their routers alone train.
+        """Return the backbone with experts at its linear layers. Only experts and routers train.
 
         Raises:
             ConfigError: No layer has one of the target names.
@@ -67,11 +67,11 @@ class MoLORA(LowRank):
         return model
 
     def cost(self, run: Run) -> Cost:
-        """Return what experts and routers take beside a frozen backbone."""
+        """Return the cost with experts and routers on a frozen backbone."""
         shape, length = read_shape(run.backbone), run.train.sequence_length
         return bank_cost(shape, length, self.num_experts, self.sized(run).rank, self.targets)
 
     def targets(self, layer: Layer) -> list[str]:
-        """Return the paths of a layer's matrices that have experts."""
+        """Return the paths of a layer's matrices with experts."""
         every, names = list(layer.matrices), self.target_modules
         return every if names == "all" else [path for path in every if any(matches_name(path, name) for name in names)]

@@ -1,7 +1,8 @@
 """MoV (Zadouri et al., 2023): (IA)3 vectors as experts on keys, values and the feed-forward part, mixed per token.
 
-h becomes h * sum_i s_i l_i for a key, a value, or what enters the last matrix of the feed-forward part; l = 1 at the
-start, s = softmax(W h) over N experts, in fp32, without a bias. Published for T5; here on a decoder.
+h becomes h * sum_i s_i l_i, where h is a key, a value, or the input of the last matrix of the feed-forward part. l = 1
+at initialization, and s = softmax(W h) over N experts, in fp32, without a bias. The method was published for T5. This
+implementation is for decoders.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ class MoV(ParameterMatched):
     """Mixture of vectors.
 
     Attributes:
-        num_experts: N.
-        outputs: Linear layers whose output is scaled, by the ends of their paths: keys and values.
-        inputs: Linear layers whose input is scaled: the last of the feed-forward part.
-        router: How the router chooses; dense by default, as published.
+        num_experts: Number of experts, N.
+        outputs: Linear layers whose output is scaled (keys and values), by the last parts of their paths.
+        inputs: Linear layers whose input is scaled (the last of the feed-forward part), named likewise.
+        router: Settings of the router; dense by default, as published.
     """
 
     recorded_as: ClassVar[str] = "baselines.mov.MoV"
@@ -55,7 +56,7 @@ class MoV(ParameterMatched):
         return changed
 
     def build(self, run: Run, material: Material) -> nn.Module:
-        """Return the backbone with vectors at its layers; they and their routers alone train.
+        """Return the backbone with vectors at its layers. Only vectors and routers train.
 
         Raises:
             ConfigError: No layer has one of the names.
@@ -79,7 +80,7 @@ class MoV(ParameterMatched):
         return model
 
     def cost(self, run: Run) -> Cost:
-        """Return what vectors and routers take beside a frozen backbone; each vector has a router's row of its size."""
+        """Return the cost with vectors and routers on a frozen backbone."""
         shape, length = read_shape(run.backbone), run.train.sequence_length
         count = self.sized(run).num_experts
         parts, added = [shape.head(trains=False)], 0
@@ -88,7 +89,7 @@ class MoV(ParameterMatched):
             for path, (inputs, outputs) in layer.matrices.items():
                 for names, width in ((self.outputs, outputs), (self.inputs, inputs)):
                     if any(matches_name(path, name) for name in names):
-                        widths[path] = 2 * width * count  # the router's matrix, and that of the vectors
+                        widths[path] = 2 * width * count  # the router's matrix and the vectors, of equal size
             parts.append(adapter_cost(layer, length, dict.fromkeys(widths, 0), upstream=number > 0, routers=widths))
             added += sum(widths.values())
         total = shape.parameters + added

@@ -1,4 +1,4 @@
-"""Full-parameter fine-tuning: every weight trains with next-token cross-entropy."""
+"""Full fine-tuning: all parameters train with next-token cross-entropy."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class SFT(Adaptation):
     identical_at_start: ClassVar[bool] = True
 
     def effective(self, run: Run) -> Budget:
-        """Return the plainest budget: all of them measure by full fine-tuning, and give it `train.steps`."""
+        """Return the plainest budget. Budgets are measured by full fine-tuning, so it trains `train.steps` steps."""
         return Budget(policy="paper")
 
     def cost(self, run: Run) -> Cost:
-        """Return what full training takes."""
+        """Return the cost of full fine-tuning."""
         return full_cost(read_shape(run.backbone), run.train.sequence_length)
 
     def build(self, run: Run, material: Material) -> nn.Module:

@@ -1,8 +1,9 @@
 """Sparse Upcycling (Komatsuzaki et al., 2023): every feed-forward layer becomes N copies of itself behind a router.
 
-All else is copied and everything trains as the dense model did. As published for decoders a token goes to two experts,
-whose weights keep what the softmax gave them: the model does not start as the backbone then, and does with
-`method.router.renormalize=true`. Copies are the same at first; they grow apart by the tokens that are sent to them.
+All other weights are copied, and all weights train. As published for decoders, a token goes to two experts, and the
+weights of these experts are not renormalized after the softmax. The initial model then differs from the backbone. With
+`method.router.renormalize=true` the initial model equals the backbone. Copies are equal at first and diverge because
+they receive different tokens.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 
 @settings(frozen=True, kw_only=True, config=STRICT)
 class SparseUpcycling(Adaptation):
-    """A mixture of experts made of one dense model.
+    """A mixture of experts made from one dense model.
 
     Attributes:
-        num_experts: N.
-        router: How tokens choose.
+        num_experts: Number of experts, N.
+        router: Settings of the router.
     """
 
     recorded_as: ClassVar[str] = "baselines.upcycling.SparseUpcycling"
@@ -41,7 +42,7 @@ class SparseUpcycling(Adaptation):
     router: RouterSettings
 
     def build(self, run: Run, material: Material) -> nn.Module:
-        """Return the upcycled backbone, all of which trains."""
+        """Return the upcycled backbone with all parameters trainable."""
         import torch
 
         from mode.moe.feed_forward import insert_feed_forward_banks
@@ -53,7 +54,7 @@ class SparseUpcycling(Adaptation):
         return upcycled
 
     def cost(self, run: Run) -> Cost | None:
-        """Return what the mixture takes; not known where the number of a token's experts is not."""
+        """Return the cost of the mixture; None if the number of experts per token is not fixed (`router.top_p`)."""
         if not self.router.known:
             return None
         shape = read_shape(run.backbone)

@@ -1,1 +1,1 @@
-"""The command line: thin, and nothing heavy at import."""
+"""The command line. Its import is fast: heavy modules are imported inside commands."""

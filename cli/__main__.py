@@ -1,4 +1,4 @@
-"""`python -m cli`, and so `torchrun -m cli`."""
+"""Entry point of `python -m cli` and `torchrun -m cli`."""
 
 from cli.app import main
 

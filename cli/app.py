@@ -1,4 +1,4 @@
-"""The Typer application."""
+"""The Typer application and the entry point `mode`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 from mode.core import processes
 
-# A busy neighbour core slows spinning OpenMP threads many times over; waiting ones it does not. Read when torch loads.
+# Spinning OpenMP threads are much slower next to a busy core; waiting threads are not. torch reads this on import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-if processes.world_size() > 1:  # DDP warns of a search for idle experts where none was idle
+if processes.world_size() > 1:  # DDP warns if it searches for unused parameters and finds none
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import typer
@@ -63,11 +63,11 @@ app.add_typer(data.app, name="data")
 
 
 def main() -> None:
-    """Run the command line; of several processes the first alone is heard."""
+    """Run the command line. Of several processes, only the first prints to stdout."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     if processes.world_size() > 1 and command not in launch.ABLE:
         if processes.is_main():
-            print(f"mode: {command}: several processes can share {' or '.join(launch.ABLE)} alone", file=sys.stderr)
+            print(f"mode: {command}: several processes can only run {' or '.join(launch.ABLE)}", file=sys.stderr)
         raise SystemExit(2)
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(sys.stdout if processes.is_main() else nowhere):
         app()

@@ -1,4 +1,4 @@
-"""mode bench."""
+"""Command `mode bench`: measure speed and size, and write a record."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import ConfOption, Overrides, reporting_errors, with_method
+from cli.options import ConfOption, Overrides, add_method, reporting_errors
 
 
 def bench(
@@ -19,10 +19,12 @@ def bench(
         ),
     ],
     overrides: Overrides = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Times that everything is measured, in turn.")] = 9,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds. Every variant is timed once per round.")] = 9,
     conf: ConfOption = None,
 ) -> None:
-    """Measure speed and size as ratios of variants that are timed in turn, and keep the figures.
+    """Measure speed and size of variants.
+
+    The variants are timed in turn and compared by ratios. The results are written as a record.
 
     Example: mode bench edge backbone=smollm2-135m
     """
@@ -31,7 +33,7 @@ def bench(
         from mode.bench.run import run_suite
         from mode.config.compose import compose
 
-        run = compose(with_method(overrides or [], "mode", "mode bench", conf), conf)
+        run = compose(add_method(overrides or [], "mode", "mode bench", conf), conf)
 
         def done(number: int) -> None:
             print(f"round {number} of {rounds}" if number else "warmed up", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""mode data prepare, mode data show."""
+"""Commands `mode data prepare` and `mode data show`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from cli.options import ConfOption, DomainOption, Overrides, reporting_errors, with_domains
+from cli.options import ConfOption, DomainOption, Overrides, add_domains, reporting_errors
 
 if TYPE_CHECKING:
     from mode.config.data import Domain
@@ -24,21 +24,21 @@ def prepare(overrides: Overrides = None, domain: DomainOption = None, conf: Conf
     Example: mode data prepare --domain code
     """
     with reporting_errors():
-        for packed, _ in packed_domains(overrides or [], domain, conf)[0]:
+        for packed, _ in prepare_domains(overrides or [], domain, conf)[0]:
             print(f"{packed.name}: {packed.fingerprint} in {packed.folder}")
 
 
 @app.command("show")
 def show(overrides: Overrides = None, domain: DomainOption = None, conf: ConfOption = None) -> None:
-    """Show each domain's documents, tokens, licence, fingerprint, duplicates and overlap.
+    """Show documents, tokens, licence, fingerprint, duplicates and overlap of every domain.
 
     Example: mode data show
     """
     with reporting_errors():
         from mode.data.contamination import measure_contamination
 
-        domains, pretraining = packed_domains(overrides or [], domain, conf)
-        seen = measure_contamination({packed.name: packed for packed, _ in domains}, "test", pretraining)
+        domains, pretraining = prepare_domains(overrides or [], domain, conf)
+        overlap = measure_contamination({packed.name: packed for packed, _ in domains}, "test", pretraining)
         for packed, settings in domains:
             meta = packed.meta
             print(f"{packed.name}: {settings.description}")
@@ -48,7 +48,7 @@ def show(overrides: Overrides = None, domain: DomainOption = None, conf: ConfOpt
                 f"  duplicates   {meta['exact_duplicates_dropped']:,} exact and "
                 f"{meta['near_duplicates_dropped']:,} near ones across splits dropped"
             )
-            shares = [f"{name} {percent(value)}" for name, value in seen[packed.name].items()]
+            shares = [f"{name} {format_percent(value)}" for name, value in overlap[packed.name].items()]
             print(f"  seen         of the test split's 13-token n-grams in training: {', '.join(shares)}")
             print(f"  {'split':<12} {'documents':>10} {'tokens':>12} {'bytes':>12} {'bytes/token':>12}")
             for name, split in meta["splits"].items():
@@ -56,23 +56,23 @@ def show(overrides: Overrides = None, domain: DomainOption = None, conf: ConfOpt
                 print(f"  {name:<12} {documents:>10,} {tokens:>12,} {size:>12,} {size / tokens:>12.2f}")
 
 
-def percent(share: float | None) -> str:
-    """Render a share.
+def format_percent(share: float | None) -> str:
+    """Render a share in per cent.
 
-    >>> percent(0.1234), percent(None)
+    >>> format_percent(0.1234), format_percent(None)
     ('12.3 %', 'not known')
     """
     return "not known" if share is None else f"{100 * share:.1f} %"
 
 
-def packed_domains(
+def prepare_domains(
     overrides: Sequence[str], domain: str | None, conf: Path | None
 ) -> tuple[list[tuple[Packed, Domain]], dict[str, str]]:
-    """Prepare the domains named by --domain, or all used; return them, and what the backbone was pretrained on."""
+    """Prepare the domains of --domain, or all domains; return them, and fingerprints of the pretraining data."""
     from mode.config.compose import compose
     from mode.runs.prepare import prepare_run
 
-    given = with_domains(overrides, domain)
+    given = add_domains(overrides, domain)
     if domain is not None:
         given.append(given[0].replace("targets", "evaluate.domains"))
     run = compose(given, conf)

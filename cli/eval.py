@@ -1,4 +1,4 @@
-"""mode eval: scores of finished runs, on their domains and on downstream tasks."""
+"""Command `mode eval`: score finished runs on their domains and on downstream tasks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def score_downstream(run: Run, names: Sequence[str], limit: int | None, conf: Path | None, *, again: bool) -> None:
-    """Score the finished run that the settings describe on downstream tasks, and keep the results."""
+    """Score a finished run on downstream tasks, and write the results."""
     from mode.core.errors import ConfigError
     from mode.downstream.run import plan_tasks, score_tasks
     from mode.runs.prepare import find_finished, prepare_run
@@ -30,13 +30,13 @@ def score_downstream(run: Run, names: Sequence[str], limit: int | None, conf: Pa
     if record is None:
         raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
     print(f"run {prepared.id}: {record.filename.removesuffix('.json')}", file=sys.stderr)
-    for result, existed in score_tasks(prepared, record, planned, limit=limit, again=again, done=print_progress):
-        print(describe_result(result) + ("  (exists; --again scores it anew)" if existed else ""))
+    for result, existed in score_tasks(prepared, record, planned, limit=limit, overwrite=again, done=print_progress):
+        print(describe_result(result) + ("  (exists; --again scores it again)" if existed else ""))
     print("`mode report downstream` renders all", file=sys.stderr)
 
 
 def print_progress(name: str, number: int, total: int) -> None:
-    """Say how far a task is: in place on a terminal, else ten times in all."""
+    """Print the progress of a task: in place on a terminal, else about ten lines per task."""
     if sys.stderr.isatty():
         print(f"\r{name}: {number} of {total}", end="\n" if number == total else "", file=sys.stderr, flush=True)
     elif number == total or number % max(1, total // 10) == 0:
@@ -44,7 +44,7 @@ def print_progress(name: str, number: int, total: int) -> None:
 
 
 def describe_result(result: Result) -> str:
-    """Phrase a result in one line."""
+    """Return a result as one line of text."""
     asked, outcome = result.request, result.outcome
     parts = [
         f"{asked.task} v{asked.version}",
@@ -70,18 +70,21 @@ def evaluate(
     ] = False,
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", help="With --downstream: a task; repeat it.", autocompletion=complete("downstream")),
+        typer.Option("--task", help="With --downstream: a task; repeatable.", autocompletion=complete("downstream")),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="With --downstream: questions of each task.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="With --downstream: score anew what has a result.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="With --downstream: maximum number of questions per task.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="With --downstream: score tasks again.")] = False,
     metric: MetricOption = None,
     conf: ConfOption = None,
 ) -> None:
-    """Score runs on every domain against the bare backbone.
+    """Score finished runs.
 
-    With --retention: every finished run, from its record; the backbone is scored first if it has no record yet.
-    With --downstream: the run that the settings describe, on downstream tasks, from its weights.
-    Without: that run on its domains, from its weights.
+    Without flags: score the run of the given settings on its domains, from its weights, and compare with its record.
+    With --downstream: score the same run on downstream tasks.
+    With --retention: show every finished run next to the bare backbone, from records. The backbone is scored first if
+    it has no record.
 
     Examples: mode eval --retention; mode eval method=sft; mode eval --downstream --task gsm8k-100 method=sft
     """
@@ -90,7 +93,7 @@ def evaluate(
         from mode.core.errors import ConfigError
 
         if downstream and retention:
-            raise ConfigError("--downstream and --retention are two commands: give one of them")
+            raise ConfigError("--downstream and --retention exclude each other: give one of them")
         if not downstream and (task or limit is not None or again):
             raise ConfigError("--task, --limit and --again go with --downstream")
         if metric and not retention:
@@ -107,7 +110,7 @@ def evaluate(
 
 
 def show_retention(overrides: Sequence[str], conf: Path | None, names: Sequence[str]) -> None:
-    """Print metrics of every finished run, after scoring the bare backbone where it has no record."""
+    """Print metrics of every finished run. The bare backbone is scored first if it has no record."""
     from mode.config.check import replace_settings
     from mode.config.compose import compose
     from mode.records.metrics import find_metrics
@@ -116,14 +119,14 @@ def show_retention(overrides: Sequence[str], conf: Path | None, names: Sequence[
 
     metrics = find_metrics(names)
     bare = compose([*overrides, "method=backbone"], conf)
-    zero = execute(replace_settings(bare, track=replace_settings(bare.track, mode="none")))
+    baseline = execute(replace_settings(bare, track=replace_settings(bare.track, mode="none")))
     records = read_records(Path(bare.paths.results).expanduser())
     for metric in metrics:
-        print_retention(records, zero, metric)
+        print_retention(records, baseline, metric)
 
 
 def rescore(run: Run) -> None:
-    """Score a finished run from its weights and compare with its record."""
+    """Score a finished run from its weights, and compare the accuracies with its record."""
     from cli.train import print_scores
     from mode.core.device import set_up
     from mode.core.errors import ConfigError
@@ -146,57 +149,57 @@ def rescore(run: Run) -> None:
     print("accuracies equal the record's" if same else "accuracies differ from the record's")
 
 
-def print_retention(records: Sequence[Record], zero: Record, metric: Metric) -> None:
-    """Print a metric of every record under the conditions of the bare backbone's, by domain, and its retention.
+def print_retention(records: Sequence[Record], baseline: Record, metric: Metric) -> None:
+    """Print a metric, by domain, and its retention for the bare backbone and every comparable record.
 
     Args:
         records: All records.
-        zero: The bare backbone's record.
+        baseline: Record of the bare backbone.
         metric: The metric.
     """
     from mode.tables.columns import RETENTION, TARGET, Column
     from mode.tables.compile import compute_qualities
 
-    same = [record for record in records if record.id != zero.id and comparable(record, zero)]
-    apart = distinctions([zero, *same])
-    parts = [*zero.outcome.scores, TARGET, RETENTION]
+    comparable = [record for record in records if record.id != baseline.id and are_comparable(record, baseline)]
+    differences = list_differences([baseline, *comparable])
+    parts = [*baseline.outcome.scores, TARGET, RETENTION]
     widths = [max(10, len(part) + 2) for part in parts]
     print(f"{'run':<44}" + "".join(f"{part:>{width}}" for part, width in zip(parts, widths, strict=True)))
-    for record in [zero, *same]:
-        values = compute_qualities(record, zero, [metric])
+    for record in [baseline, *comparable]:
+        values = compute_qualities(record, baseline, [metric])
         cells = ""
         for part, width in zip(parts, widths, strict=True):
             value, sign = values.get(Column(part, metric).name), "+" if part == RETENTION else ""
             cells += f"{'–':>{width}}" if value is None else f"{value:>{sign}{width}.{metric.decimals}f}"
-        print(f"{record.filename.removesuffix('.json'):<44}{cells}  {apart[record.id]}".rstrip())
-    hidden = len(records) - len(same) - 1
+        print(f"{record.filename.removesuffix('.json'):<44}{cells}  {differences[record.id]}".rstrip())
+    hidden = len(records) - len(comparable) - 1
     if hidden:
         print(f"{hidden} records on other data, domains or context lengths, or another backbone, are not shown")
 
 
-def distinctions(records: Sequence[Record]) -> dict[str, str]:
-    """Return, by run id, the settings that distinguish a record from the others of its method and targets."""
+def list_differences(records: Sequence[Record]) -> dict[str, str]:
+    """Return, by run id, the settings in which a record differs from others with its method and targets."""
     from mode.config.check import flatten
 
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(f"{record.request.method} {record.request.targets}", []).append(record)
-    found: dict[str, str] = {}
+    differences: dict[str, str] = {}
     for members in groups.values():
         flat = {record.id: flatten(record.asked) for record in members}
         keys = dict.fromkeys(key for settings in flat.values() for key in settings)
         differing = [key for key in keys if len({str(settings.get(key)) for settings in flat.values()}) > 1]
         for run_id, settings in flat.items():
             shown = [key for key in differing if key in settings and key != "seed"]
-            found[run_id] = " ".join(f"{key.rpartition('.')[2]}={settings[key]}" for key in shown)
-    return found
+            differences[run_id] = " ".join(f"{key.rpartition('.')[2]}={settings[key]}" for key in shown)
+    return differences
 
 
-def comparable(record: Record, zero: Record) -> bool:
-    """Say whether two records score the same tokens, with the same context, data, backbone and precision."""
+def are_comparable(record: Record, other: Record) -> bool:
+    """Return whether two records score the same tokens, with the same context, data, backbone and precision."""
     return (
-        record.conditions == zero.conditions
-        and list(record.outcome.scores) == list(zero.outcome.scores)
-        and record.outcome.split == zero.outcome.split
-        and record.request.sequence_length == zero.request.sequence_length
+        record.conditions == other.conditions
+        and list(record.outcome.scores) == list(other.outcome.scores)
+        and record.outcome.split == other.outcome.split
+        and record.request.sequence_length == other.request.sequence_length
     )

@@ -1,4 +1,4 @@
-"""mode expert show, add, remove; mode export."""
+"""Commands `mode expert show`, `add` and `remove`, and `mode export`."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cli.options import ConfOption, Overrides, reporting_errors, runs_folder
+from cli.options import ConfOption, Overrides, find_runs_folder, reporting_errors
 
 if TYPE_CHECKING:
     from mode.artefacts.find import FoundModel
 
-app = typer.Typer(help="Look at experts, put them into a composed model, take them out.", no_args_is_help=True)
+app = typer.Typer(help="Show experts, add them to a composed model, or remove them.", no_args_is_help=True)
 
-Model = Annotated[str, typer.Argument(metavar="RUN", help="A run's id or the start of it, or a model's folder.")]
+Model = Annotated[str, typer.Argument(metavar="RUN", help="Id of a run or its start, or folder of a model.")]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder to write.")]
-EmbedOption = Annotated[bool, typer.Option("--embed", help="Put the backbone's weights into the folder too.")]
+EmbedOption = Annotated[bool, typer.Option("--embed", help="Include the backbone's weights in the folder.")]
 
 
 @app.command("show")
 def show(
-    name: Annotated[str, typer.Argument(metavar="EXPERT", help="An expert's folder, or a run's id or folder.")],
+    name: Annotated[str, typer.Argument(metavar="EXPERT", help="Folder of an expert, or id or folder of a run.")],
     overrides: Overrides = None,
     conf: ConfOption = None,
 ) -> None:
-    """Show what an expert is, and whether its weights are whole; or the experts of a composed model.
+    """Show an expert, or list the experts of a composed model.
+
+    The weights of an expert are checked.
 
     Example: mode expert show runs/3f2a90c1d2e4/expert
     """
@@ -34,11 +36,11 @@ def show(
         from mode.core.errors import ConfigError
         from mode.modular.artefact import load_experts
 
-        runs = runs_folder(overrides, conf)
+        runs = find_runs_folder(overrides, conf)
         if any(path.name.startswith(name) and not (path / "expert").exists() for path in runs.glob("*")):
-            recalled = find_model(name, runs)
-            config = recalled.model.config
-            if not list_branches(recalled):
+            source = find_model(name, runs)
+            config = source.model.config
+            if not list_branches(source):
                 raise ConfigError(f"{name}: neither an expert nor a model with experts")
             print(f"a modular model on {config.backbone.get('name', 'an unnamed backbone')}: ", end="")
             print(f"{config.num_blocks} blocks, {config.expert_layers} layers per expert and block")
@@ -55,13 +57,15 @@ def show(
 @app.command("add")
 def add(
     run: Model,
-    expert: Annotated[str, typer.Argument(metavar="EXPERT", help="An expert's folder, or a run's id or folder.")],
+    expert: Annotated[str, typer.Argument(metavar="EXPERT", help="Folder of an expert, or id or folder of a run.")],
     folder: Folder,
     overrides: Overrides = None,
     embed: EmbedOption = False,
     conf: ConfOption = None,
 ) -> None:
-    """Put one more expert into a composed model, without training: the others keep their odds.
+    """Add an expert to a composed model, without training.
+
+    The weight ratios of the other experts do not change.
 
     Example: mode expert add 3f2a90c1d2e4 ~/experts/law with-law
     """
@@ -70,23 +74,25 @@ def add(
         from mode.artefacts.find import find_expert_folder, find_model
         from mode.artefacts.write import check_vacant
 
-        runs = runs_folder(overrides, conf)
+        runs = find_runs_folder(overrides, conf)
         check_vacant(folder)
         place = find_expert_folder(expert, runs, ())
-        recalled = find_model(run, runs)
-        write(join_experts(recalled, place), recalled, folder, embed=embed)
+        source = find_model(run, runs)
+        write(join_experts(source, place), source, folder, embed=embed)
 
 
 @app.command("remove")
 def remove(
     run: Model,
-    domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="Expert to take out.")],
+    domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="Expert to remove.")],
     folder: Folder,
     overrides: Overrides = None,
     embed: EmbedOption = False,
     conf: ConfOption = None,
 ) -> None:
-    """Take an expert out of a composed model, without training: the others keep their odds.
+    """Remove an expert of a composed model, without training.
+
+    The weight ratios of the other experts do not change.
 
     Example: mode expert remove 3f2a90c1d2e4 math code-alone
     """
@@ -96,23 +102,24 @@ def remove(
         from mode.artefacts.write import check_vacant
 
         check_vacant(folder)
-        recalled = find_model(run, runs_folder(overrides, conf))
-        write(remove_expert(recalled, domain), recalled, folder, embed=embed)
+        source = find_model(run, find_runs_folder(overrides, conf))
+        write(remove_expert(source, domain), source, folder, embed=embed)
 
 
 def export(
     run: Model,
     folder: Folder,
     overrides: Overrides = None,
-    experts: Annotated[str | None, typer.Option(help="Experts to keep, by comma; all by default.")] = None,
+    experts: Annotated[str | None, typer.Option(help="Experts to keep, separated by commas; all by default.")] = None,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the weights.")] = "fp32",
-    merge: Annotated[bool, typer.Option("--merge", help="Average one expert into the backbone: no gates.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Average one expert into the backbone.")] = False,
     conf: ConfOption = None,
 ) -> None:
-    """Write a run as a self-contained folder: backbone, experts, gates, tokenizer.
+    """Write a run as a self-contained folder.
 
-    With --merge the one expert that is kept is averaged into the backbone's layers by its mean gate on validation text:
-    a model of the backbone's size and speed, and an approximation, whose validation accuracy is told.
+    The folder has backbone, experts, gates and tokenizer. With --merge, the only expert is averaged into the backbone's
+    layers, weighted by its mean gate on validation text. The merged model has the backbone's size and speed. It is an
+    approximation, so its validation accuracy is printed.
 
     Example: mode export 3f2a90c1d2e4 code-model --experts code --precision bf16
     """
@@ -122,22 +129,22 @@ def export(
         from mode.artefacts.write import check_vacant
 
         check_vacant(folder)
-        recalled = find_model(run, runs_folder(overrides, conf))
-        model = recalled.model
+        source = find_model(run, find_runs_folder(overrides, conf))
+        model = source.model
         if experts is not None:
-            model = keep_experts(recalled, [name.strip() for name in experts.split(",") if name.strip()])
+            model = keep_experts(source, [name.strip() for name in experts.split(",") if name.strip()])
         if merge:
-            model, before, after = merge_and_measure(model, recalled)
+            model, before, after = merge_and_measure(model, source)
             gated, plain = 100 * before.accuracy, 100 * after.accuracy
             print(f"validation accuracy: {gated:.2f} % with gates, {plain:.2f} % merged")
-        write(model, recalled, folder, embed=True, precision=precision)
+        write(model, source, folder, embed=True, precision=precision)
 
 
-def write(model: object, recalled: FoundModel, folder: Path, *, embed: bool, precision: str = "fp32") -> None:
-    """Write a model and say where."""
+def write(model: object, source: FoundModel, folder: Path, *, embed: bool, precision: str = "fp32") -> None:
+    """Write a model and print the path and size of its folder."""
     from mode.artefacts.write import write_model
 
-    title = recalled.run.track.name or type(recalled.run.method).__name__ if recalled.run else folder.name
-    write_model(model, recalled.place, folder, embed=embed, precision=precision, title=title)
+    title = source.run.track.name or type(source.run.method).__name__ if source.run else folder.name
+    write_model(model, source.place, folder, embed=embed, precision=precision, title=title)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"wrote {folder}: {size / 1e6:.1f} MB")

@@ -1,4 +1,4 @@
-"""mode launch."""
+"""Command `mode launch`: run a command in several processes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ ABLE = ("train", "compose", "generate")
 
 def launch(
     command: Annotated[
-        list[str], typer.Argument(metavar="COMMAND...", help="What to run, such as train baseline sft --domain code.")
+        list[str],
+        typer.Argument(metavar="COMMAND...", help="Command, such as train baseline sft --domain code."),
     ],
-    nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes; with GPUs, one for each.")] = 2,
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="Number of processes; with GPUs, one per GPU.")] = 2,
 ) -> None:
-    """Run `mode train` or `mode compose` on several processes of this machine that share every step.
+    """Run a command in several processes of this machine.
 
-    Or `mode generate ... --layout mpmd`, with every expert in a process of its own.
+    The processes of `mode train` and `mode compose` share every step. `mode generate ... --layout mpmd` runs every
+    expert in its own process.
 
-    The same as `torchrun --nproc-per-node K -m cli COMMAND`, with mistakes told in one line. Options of `launch` come
-    before the command.
+    The command is equivalent to `torchrun --nproc-per-node K -m cli COMMAND`, but reports an error in one line. Options
+    of `launch` come before the command.
 
     Example: mode launch --nproc 2 train baseline sft --domain code
     """

@@ -1,4 +1,4 @@
-"""Options and arguments that several commands share, and how mistakes are told."""
+"""Options and arguments that several commands share, and the reporting of errors."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from mode.config.run import Run
 
 Result = TypeVar("Result")
-SECOND_OPINION = 3.0
-"""Seconds that a process waits for the first to tell a mistake."""
+REPORT_DELAY = 3.0
+"""Seconds that other processes wait for the first process to report an error."""
 
 
 def complete(group: str) -> Callable[[str], list[str]]:
-    """Return a completion over the members of a configuration group, listed from its folder."""
+    """Return a completion function for the members of a configuration group."""
 
-    def members(incomplete: str) -> list[str]:
+    def list_matches(incomplete: str) -> list[str]:
         from mode.config.groups import list_members
 
         head, comma, last = incomplete.rpartition(",")
         return [f"{head}{comma}{name}" for name in list_members(group) if name.startswith(last)]
 
-    return members
+    return list_matches
 
 
 Overrides = Annotated[
@@ -39,14 +39,14 @@ Overrides = Annotated[
 ]
 DomainOption = Annotated[
     str | None,
-    typer.Option("--domain", "-d", help="Domains to adapt to, by comma.", autocompletion=complete("domain")),
+    typer.Option("--domain", "-d", help="Target domains, separated by commas.", autocompletion=complete("domain")),
 ]
-AgainOption = Annotated[bool, typer.Option("--again", help="Train anew although there is a record.")]
-SweepOption = Annotated[bool, typer.Option("--sweep", help="Commas in a value mean one run each.")]
+AgainOption = Annotated[bool, typer.Option("--again", help="Train again although there is a record.")]
+SweepOption = Annotated[bool, typer.Option("--sweep", help="A value with commas starts one run per value.")]
 PrintOption = Annotated[bool, typer.Option("--print-config", help="Print the resolved configuration and stop.")]
 ConfOption = Annotated[
     Path | None,
-    typer.Option("--conf", help="Folder of your own configuration, laid out as conf/ is."),
+    typer.Option("--conf", help="Folder of your own configuration, with the layout of conf/."),
 ]
 
 
@@ -65,29 +65,33 @@ MetricOption = Annotated[
 
 @contextmanager
 def reporting_errors() -> Iterator[None]:
-    """Tell a mistake in one line on stderr, exit code 2; Ctrl-C says that the run goes on where it stopped.
+    """Report an error in one line on stderr, with exit code 2.
 
-    So does SIGTERM, which schedulers send, and what was started for it ends with it.
+    Ctrl-C and SIGTERM end the command with code 130 and the hint that the same command continues the run. Child
+    processes end too.
     """
     from mode.core import processes
     from mode.core.errors import ConfigError
 
     try:
-        with interrupted_by_sigterm() if processes.world_size() == 1 else nullcontext():
+        with interrupting_on_sigterm() if processes.world_size() == 1 else nullcontext():
             yield
     except ConfigError as error:
-        if not processes.is_main():  # what the first says too is said once: whoever launched them ends this one first
-            time.sleep(SECOND_OPINION)
-        print(f"mode: {who()}{error}", file=sys.stderr)
+        if not processes.is_main():  # the launcher ends this process if the first reports the error
+            time.sleep(REPORT_DELAY)
+        print(f"mode: {format_rank()}{error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        print("mode: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("mode: stopped; the same command continues from the last checkpoint", file=sys.stderr)
         raise typer.Exit(130) from None
     except RuntimeError as error:
         if not processes.is_peer_lost(error):
             raise
-        time.sleep(SECOND_OPINION)  # whoever launched them knows which, and ends this one first
-        print(f"mode: {who()}lost another process; the same command goes on from the last checkpoint", file=sys.stderr)
+        time.sleep(REPORT_DELAY)  # the launcher reports the lost process and ends this one
+        print(
+            f"mode: {format_rank()}lost another process; the same command continues from the last checkpoint",
+            file=sys.stderr,
+        )
         raise typer.Exit(1) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -99,8 +103,8 @@ def reporting_errors() -> Iterator[None]:
 
 
 @contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """Take SIGTERM as Ctrl-C for a while."""
+def interrupting_on_sigterm() -> Iterator[None]:
+    """Handle SIGTERM as Ctrl-C in this context."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -112,10 +116,10 @@ def interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def who() -> str:
-    """Say which of several processes speaks, if it is not the first.
+def format_rank() -> str:
+    """Return the prefix of messages of this process: its rank, or nothing for the first process.
 
-    >>> who()
+    >>> format_rank()
     ''
     """
     from mode.core import processes
@@ -123,10 +127,10 @@ def who() -> str:
     return "" if processes.is_main() else f"process {processes.rank()}: "
 
 
-def with_domains(overrides: Sequence[str], domain: str | None) -> list[str]:
-    """Turn domains named by comma into an override, refusing one that says something else.
+def add_domains(overrides: Sequence[str], domain: str | None) -> list[str]:
+    """Add the domains of --domain as an override. Overrides with other domains are refused.
 
-    >>> with_domains(["seed=1"], "code,math")
+    >>> add_domains(["seed=1"], "code,math")
     ['targets=[code,math]', 'seed=1']
     """
     from mode.core.errors import ConfigError
@@ -140,18 +144,28 @@ def with_domains(overrides: Sequence[str], domain: str | None) -> list[str]:
     for text in overrides:
         key, _, value = text.lstrip("+").partition("=")
         if key in ("targets", "domain") and value.strip("[]").replace(" ", "") != ",".join(names):
-            raise ConfigError(f"the domain {domain} and {text} must agree; give one of them")
+            raise ConfigError(f"--domain {domain} and {text} must agree: give one of them")
     rest = [text for text in overrides if text.lstrip("+").partition("=")[0] not in ("targets", "domain")]
     return [f"targets={wanted}", *rest]
 
 
-def with_method(
+def add_method(
     overrides: Sequence[str], method: str, command: str, conf: Path | None, *, variants: bool = False
 ) -> list[str]:
-    """Choose the method that a command trains, refusing an override or an experiment that chooses another.
+    """Add the method of a command as an override. Overrides and experiments with another method are refused.
 
-    A group choice on the command line silently beats an experiment's own, so the two have to agree. With `variants` an
-    override may choose other settings of the same method, such as `mode-anchored` for `mode`.
+    Without this check the method of the command would silently replace the method of an experiment.
+
+    Args:
+        overrides: Overrides of the configuration.
+        method: Name of the method.
+        command: Command, for messages.
+        conf: Folder of the user's own configuration.
+        variants: Whether an override may choose another YAML file of the same class, such as `mode-anchored` for
+            `mode`.
+
+    Raises:
+        ConfigError: An override or an experiment chooses another method.
     """
     from mode.config.groups import read_group
     from mode.core.errors import ConfigError
@@ -164,8 +178,8 @@ def with_method(
         elif key == "method" and value != method:
             raise ConfigError(f"`{command}` trains method={method}, not {text}: the two must agree")
         if key == "experiment" and value != "null":
-            for name in value.split(","):  # several in a sweep
-                chosen = experiment_method(read_group("experiment", name.strip(), conf))
+            for name in value.split(","):  # several names in a sweep
+                chosen = read_experiment_method(read_group("experiment", name.strip(), conf))
                 if chosen not in (None, method):
                     raise ConfigError(
                         f"`{command}` trains method={method}, but {text} chooses method={chosen}: the two must agree"
@@ -175,20 +189,20 @@ def with_method(
     return [f"method={method}", *rest]
 
 
-def experiment_method(node: Mapping[str, Any]) -> str | None:
-    """Return the method that an experiment's YAML chooses, if it does.
+def read_experiment_method(node: Mapping[str, Any]) -> str | None:
+    """Return the method that an experiment's YAML file chooses, or None.
 
-    >>> experiment_method({"defaults": [{"override /method": "lora"}]}), experiment_method({})
+    >>> read_experiment_method({"defaults": [{"override /method": "lora"}]}), read_experiment_method({})
     ('lora', None)
     """
     defaults = [item for item in node.get("defaults") or [] if isinstance(item, dict)]
     return next((item["override /method"] for item in defaults if "override /method" in item), None)
 
 
-def with_fixed(overrides: Sequence[str], fixed: Mapping[str, str], command: str) -> list[str]:
-    """Add the settings that a command stands for, refusing an override that says something else.
+def add_fixed(overrides: Sequence[str], fixed: Mapping[str, str], command: str) -> list[str]:
+    """Add the settings that a command implies. Overrides with other values are refused.
 
-    >>> with_fixed(["seed=1"], {"method.start": "fresh"}, "mode train expert")
+    >>> add_fixed(["seed=1"], {"method.start": "fresh"}, "mode train expert")
     ['seed=1', 'method.start=fresh']
     """
     from mode.config.compose import parse_overrides
@@ -200,12 +214,12 @@ def with_fixed(overrides: Sequence[str], fixed: Mapping[str, str], command: str)
         if key not in fixed:
             rest.append(text)
         elif parse_overrides([text])[0].value != parse_overrides([f"{key}={fixed[key]}"])[0].value:
-            raise ConfigError(f"`{command}` means {key}={fixed[key]}, not {text}: the two must agree")
+            raise ConfigError(f"`{command}` sets {key}={fixed[key]}, not {text}: the two must agree")
     return [*rest, *(f"{key}={value}" for key, value in fixed.items())]
 
 
 def take_list(overrides: Sequence[str], key: str) -> tuple[list[str], list[int] | None]:
-    """Take a list of whole numbers such as seeds=[0,1,2] out of the overrides.
+    """Remove a list of integers, such as seeds=[0,1,2], from the overrides, and return both.
 
     >>> take_list(["seeds=[0,1]", "train.lr=1"], "seeds")
     (['train.lr=1'], [0, 1])
@@ -221,9 +235,9 @@ def take_list(overrides: Sequence[str], key: str) -> tuple[list[str], list[int] 
         try:
             values = [int(part) for part in value.strip("[] ").split(",")]
         except ValueError:
-            raise ConfigError(f"{text}: a list of whole numbers is meant, such as {key}=[0,1,2]") from None
+            raise ConfigError(f"{text}: not a list of integers such as {key}=[0,1,2]") from None
         if min(values) < 0 or len(set(values)) != len(values):
-            raise ConfigError(f"{text}: seeds are different numbers from 0 up")
+            raise ConfigError(f"{text}: seeds must be different non-negative integers")
     return rest, values
 
 
@@ -234,8 +248,8 @@ def show_config(run: Run) -> None:
     print(to_yaml(run), end="")
 
 
-def runs_folder(overrides: Sequence[str] | None, conf: Path | None) -> Path:
-    """Return the folder of runs that the settings name."""
+def find_runs_folder(overrides: Sequence[str] | None, conf: Path | None) -> Path:
+    """Return the folder of runs of the configuration."""
     from mode.config.compose import compose
 
     return Path(compose(overrides or [], conf).paths.runs).expanduser()

@@ -1,4 +1,4 @@
-"""Progress of one run or several: bars in a terminal, plain lines elsewhere."""
+"""Progress display of one or several runs: bars in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from types import TracebackType
 from typing import Any
 
 
-def clock(seconds: float) -> str:
-    """Render a duration.
+def format_duration(seconds: float) -> str:
+    """Render a duration in seconds.
 
-    >>> clock(75), clock(3700)
+    >>> format_duration(75), format_duration(3700)
     ('1:15', '1:01:40')
     """
     minutes, rest = divmod(round(seconds), 60)
@@ -19,27 +19,27 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def summary(point: dict[str, Any], steps: int) -> str:
-    """Render a point of a training curve, with the time left at its speed.
+def format_point(point: dict[str, Any], steps: int) -> str:
+    """Render a point of a training curve, with an estimate of the time left.
 
-    >>> summary({"step": 5, "loss": 1.0, "accuracy": 0.5, "tokens_per_second": 100.0, "seconds": 10.0}, 10)
+    >>> format_point({"step": 5, "loss": 1.0, "accuracy": 0.5, "tokens_per_second": 100.0, "seconds": 10.0}, 10)
     'loss 1.000  accuracy 50.0 %  100 tokens/s  0:10 left'
     """
     left = point["seconds"] / point["step"] * (steps - point["step"])
     return (
         f"loss {point['loss']:.3f}  accuracy {100 * point['accuracy']:.1f} %  "
-        f"{point['tokens_per_second']:,.0f} tokens/s  {clock(left)} left"
+        f"{point['tokens_per_second']:,.0f} tokens/s  {format_duration(left)} left"
     )
 
 
 class PlainDisplay:
-    """One line when a run starts and ends, and one every so often in between."""
+    """Prints a line when a run starts, when it ends, and at most every `EVERY` seconds in between."""
 
     EVERY = 20.0
-    """Seconds between two lines of a run."""
+    """Minimum seconds between two lines of a run."""
 
     def __init__(self) -> None:
-        """Nothing has been shown yet."""
+        """Start without runs."""
         self.names: dict[str, tuple[str, int]] = {}
         self.shown: dict[str, float] = {}
 
@@ -48,27 +48,27 @@ class PlainDisplay:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Nothing needs closing."""
+        """Do nothing: there is nothing to close."""
 
     def line(self, text: str) -> None:
         """Print a line on stderr."""
         print(text, file=sys.stderr, flush=True)
 
     def start(self, run_id: str, name: str, steps: int) -> None:
-        """A run begins."""
+        """Print that a run starts."""
         self.names[run_id] = (name, steps)
         self.shown[run_id] = time.monotonic()
         self.line(f"{run_id}  {name}: {steps} steps")
 
     def point(self, run_id: str, point: dict[str, Any]) -> None:
-        """Show a point if the last one shown is old enough."""
+        """Print a point if the last printed point is old enough."""
         if run_id in self.names and time.monotonic() - self.shown[run_id] >= self.EVERY:
             name, steps = self.names[run_id]
             self.shown[run_id] = time.monotonic()
-            self.line(f"{run_id}  {name}: step {point['step']}/{steps}  {summary(point, steps)}")
+            self.line(f"{run_id}  {name}: step {point['step']}/{steps}  {format_point(point, steps)}")
 
     def end(self, run_id: str, error: str | None) -> None:
-        """A run has ended."""
+        """Print that a run has ended."""
         name, _ = self.names[run_id]
         self.line(f"{run_id}  {name}: {'done' if error is None else f'failed: {error}'}")
 
@@ -77,7 +77,7 @@ class BarDisplay:
     """A progress bar per run, with loss, accuracy, tokens per second and time left."""
 
     def __init__(self) -> None:
-        """Make the bars' columns."""
+        """Create the columns of the bars."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self.progress = Progress(
@@ -100,19 +100,19 @@ class BarDisplay:
         self.progress.stop()
 
     def start(self, run_id: str, name: str, steps: int) -> None:
-        """A run begins."""
+        """Add a bar for a run."""
         task = self.progress.add_task(name, total=max(steps, 1), info="preparing")
         self.tasks[run_id] = (task, steps)
 
     def point(self, run_id: str, point: dict[str, Any]) -> None:
-        """Move a run's bar."""
+        """Update the bar of a run."""
         if run_id in self.tasks:
             task, steps = self.tasks[run_id]
-            info = summary(point, steps) if point["step"] < steps else "evaluating"
+            info = format_point(point, steps) if point["step"] < steps else "evaluating"
             self.progress.update(task, completed=point["step"], info=info)
 
     def end(self, run_id: str, error: str | None) -> None:
-        """A run has ended."""
+        """Complete the bar of a run, or show its error."""
         task, steps = self.tasks[run_id]
         if error is None:
             self.progress.update(task, completed=max(steps, 1), info="done")

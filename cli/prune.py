@@ -1,4 +1,4 @@
-"""mode prune."""
+"""Command `mode prune`: prune experts of a finished run and score the pruned model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import ConfOption, Overrides, reporting_errors, runs_folder
+from cli.options import ConfOption, Overrides, find_runs_folder, reporting_errors
 
 
 def prune(
@@ -15,19 +15,21 @@ def prune(
     overrides: Overrides = None,
     ratio: Annotated[
         list[float] | None,
-        typer.Option("--ratio", min=0.0, max=1.0, help="Share of a layer's experts that go; repeat it."),
+        typer.Option("--ratio", min=0.0, max=1.0, help="Share of a layer's experts to prune; repeatable."),
     ] = None,
     by: Annotated[
-        list[str] | None, typer.Option("--by", help="Order: change, norm, usage or random; repeat it. Default: all.")
+        list[str] | None, typer.Option("--by", help="Order: change, norm, usage or random; repeatable. Default: all.")
     ] = None,
     conf: ConfOption = None,
 ) -> None:
-    """Take experts out of a finished run, those that are needed least by an order, and score what is left.
+    """Prune experts of a finished run, and score the pruned model.
+
+    The least needed experts go first, by one or more orders.
 
     Example: mode prune 3f2a90c1d2e4 --ratio 0.25 --ratio 0.5 --by change
     """
     with reporting_errors():
-        from cli.report import results_folder
+        from cli.report import find_results_folder
         from mode.artefacts.find import find_run
         from mode.artefacts.prune import ORDERS, render_pruned
         from mode.artefacts.prune import prune as measure
@@ -38,13 +40,13 @@ def prune(
             if order not in ORDERS:
                 raise ConfigError(f"--by {order}: not one of {', '.join(ORDERS)}{suggest(order, ORDERS)}")
         given = list(overrides or [])
-        recalled = find_run(run, runs_folder(given, conf))
+        source = find_run(run, find_runs_folder(given, conf))
         ratios = ratio or [0.25, 0.5, 0.75]
-        results = results_folder(given, conf)
+        results = find_results_folder(given, conf)
 
-        def tell(text: str) -> None:
+        def report_case(text: str) -> None:
             print(text, file=sys.stderr)
 
-        found, path = measure(recalled, ratios, orders, results, tell, conf)
-        print(render_pruned([found])["md"], end="")
+        result, path = measure(source, ratios, orders, results, report_case, conf)
+        print(render_pruned([result])["md"], end="")
         print(f"written to {path}; `mode report pruning` renders all", file=sys.stderr)

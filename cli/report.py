@@ -1,4 +1,4 @@
-"""mode report: tables, figures and the page, rendered from records."""
+"""Command `mode report`: render tables, figures and the HTML page from records."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import typer
 from cli.options import ConfOption, MetricOption, Overrides, complete, reporting_errors
 
 Rendered = tuple[str, list[str]]
-"""A table and the overrides that it was rendered under."""
+"""Name of a table, and the overrides that it was rendered with."""
 
 
 PUBLISHED = Path(__file__).parent.parent / "results"
+"""Folder of the published results."""
 
 
 def report(
@@ -25,16 +26,14 @@ def report(
     ] = None,
     overrides: Overrides = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Fail if a published table no longer follows from its records.")
+        bool, typer.Option("--check", help="Fail if a table differs from the one that its records give.")
     ] = False,
-    wandb: Annotated[bool, typer.Option("--wandb", help="Log the tables and figures to Weights & Biases too.")] = False,
-    html: Annotated[
-        bool, typer.Option("--html", help="Write tables, figures and every run as one page, report.html.")
-    ] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Also log the tables to Weights & Biases.")] = False,
+    html: Annotated[bool, typer.Option("--html", help="Write tables and runs as one page, report.html.")] = False,
     metric: MetricOption = None,
     conf: ConfOption = None,
 ) -> None:
-    """Render tables and figures from records; alone, all that there are records for.
+    """Render tables and figures from records, by name or all.
 
     Examples: mode report table1; mode report table1 --metric bits-per-byte; mode report --check; mode report --html
     """
@@ -52,7 +51,7 @@ def report(
         names = [*list_members("table", conf), *COLLECTIONS]
         if table is not None and table not in names:
             raise ConfigError(f"table {table}: not one of {', '.join(names)}{suggest(table, names)}")
-        results = results_folder(given, conf)
+        results = find_results_folder(given, conf)
         if check:
             asked = any(item.key == "paths.results" for item in parse_overrides(given))
             chosen = results if asked else PUBLISHED
@@ -61,7 +60,7 @@ def report(
         folder = table if table in COLLECTIONS else "records"
         published = not any((results / folder).glob("*.json")) and any((PUBLISHED / folder).glob("*.json"))
         if published:
-            print(f"no records in {results}; these are the published ones", file=sys.stderr)
+            print(f"no records in {results}; showing the published records", file=sys.stderr)
         chosen = PUBLISHED if published else results
         shown = [table] if table else names
         if html:
@@ -87,13 +86,13 @@ def find_metric_names(names: Sequence[str], *, check: bool) -> list[str]:
 
 
 def refuse_both(flags: Mapping[str, bool]) -> None:
-    """Refuse two flags that each do something else with what was rendered."""
+    """Refuse more than one of the flags that use the rendered tables in different ways."""
     from mode.core.errors import ConfigError
 
     given = [name for name, chosen in flags.items() if chosen]
     if len(given) > 1:
         does = {"--check": "compares files", "--wandb": "logs tables", "--html": "writes a page"}
-        raise ConfigError(f"{' and '.join(f'{name} {does[name]}' for name in given)}: one of the two")
+        raise ConfigError(f"{' and '.join(f'{name} {does[name]}' for name in given)}: choose one of the two")
 
 
 def print_page(
@@ -104,17 +103,21 @@ def print_page(
     conf: Path | None,
     metrics: Sequence[str],
 ) -> None:
-    """Write the page of some tables into the folder of results, wherever its records lie, and print where it is."""
+    """Write the page of tables into the folder `results`, from the records in `records`, and print its path."""
     from mode.report.page import write_page
 
-    tables = [(name, each) for name in names for each in known_variants(name, given, conf)]
+    tables = [(name, each) for name in names for each in list_variants(name, given, conf)]
     print(write_page(tables, records, results, conf, metrics))
 
 
 def publish_tables(
     rendered: Sequence[Rendered], results: Path, given: Sequence[str], conf: Path | None, metrics: Sequence[str]
 ) -> None:
-    """Log rendered tables to Weights & Biases."""
+    """Log rendered tables to Weights & Biases.
+
+    Raises:
+        ConfigError: There is no table to log, or tracking is off.
+    """
     from mode.config.check import replace_settings
     from mode.config.compose import compose
     from mode.core.errors import ConfigError
@@ -132,7 +135,11 @@ def publish_tables(
 
 
 def check_published(results: Path, names: Sequence[str], conf: Path | None) -> None:
-    """Compare the tables of a results folder with those that follow from its records."""
+    """Compare the files of a results folder with a new rendering of its records.
+
+    Raises:
+        ConfigError: A file differs.
+    """
     from mode.core.errors import ConfigError
     from mode.records.collection import COLLECTIONS, find_collection
     from mode.report.render import check_tables
@@ -141,7 +148,9 @@ def check_published(results: Path, names: Sequence[str], conf: Path | None) -> N
     stale = check_tables(results, tables, conf) if tables else []
     stale += [path for name in names if name in COLLECTIONS for path in find_collection(name).stale(results)]
     if stale:
-        raise ConfigError(f"{stale[0]} does not follow from the records beside it: `mode report` makes it anew")
+        raise ConfigError(
+            f"{stale[0]} does not follow from the records beside it: run `mode report` to render it again"
+        )
     print(f"every table in {results} follows from its records")
 
 
@@ -154,14 +163,18 @@ def render_tables(
     write: bool,
     metrics: Sequence[str] = (),
 ) -> list[Rendered]:
-    """Render every table that there are records for, and each under the experiments and budgets that it knows."""
+    """Render every table that has records, with each of its variants.
+
+    Raises:
+        NothingError: No table has records.
+    """
     from mode.core.errors import NothingError
     from mode.records.collection import COLLECTIONS, find_collection
     from mode.report.render import report as render_report
 
     rendered: list[Rendered] = []
     for name in names:
-        variants = known_variants(name, given, conf)
+        variants = list_variants(name, given, conf)
         for each in variants:
             try:
                 if name in COLLECTIONS:
@@ -181,8 +194,8 @@ def render_tables(
     return rendered
 
 
-def known_variants(table: str, given: Sequence[str], conf: Path | None) -> list[list[str]]:
-    """Return the overrides to render a table under: those given alone if they choose, else each that it knows."""
+def list_variants(table: str, given: Sequence[str], conf: Path | None) -> list[list[str]]:
+    """Return the overrides of every variant of a table; only the given ones if they choose an experiment or budget."""
     from mode.config.compose import parse_overrides
     from mode.records.collection import COLLECTIONS
     from mode.tables.table import load_table
@@ -192,8 +205,8 @@ def known_variants(table: str, given: Sequence[str], conf: Path | None) -> list[
     return [[*variant, *given] for variant in load_table(table, conf).variants]
 
 
-def results_folder(overrides: Sequence[str], conf: Path | None) -> Path:
-    """Return the folder that the configuration puts records in."""
+def find_results_folder(overrides: Sequence[str], conf: Path | None) -> Path:
+    """Return the folder of results of the configuration."""
     from mode.config.compose import compose
 
     return Path(compose(overrides, conf).paths.results).expanduser()

@@ -1,4 +1,4 @@
-"""mode reproduce: every run that a table needs."""
+"""Command `mode reproduce`: execute every run of a table, and render it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.options import ConfOption, Overrides, complete, reporting_errors, take_list
-from cli.report import results_folder
+from cli.report import find_results_folder
 
 if TYPE_CHECKING:
     from mode.config.run import Run
@@ -19,34 +19,35 @@ if TYPE_CHECKING:
 
 
 def reproduce(
-    table: Annotated[str, typer.Argument(help="Table to make.", autocompletion=complete("table"))],
+    table: Annotated[str, typer.Argument(help="Table to reproduce.", autocompletion=complete("table"))],
     overrides: Overrides = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Runs at a time; 0: one per core.")] = 0,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Runs at a time; 0: by cores, or one on a GPU.")] = 0,
     launcher: Annotated[
-        str, typer.Option("--launcher", help="Where runs are executed.", autocompletion=complete("launcher"))
+        str, typer.Option("--launcher", help="Launcher of the runs.", autocompletion=complete("launcher"))
     ] = "local",
     conf: ConfOption = None,
 ) -> None:
-    """Execute every run that a table needs, skipping those that exist, then render it.
+    """Execute every run of a table, then render the table.
 
-    A run whose process dies is started again from its checkpoint; one that fails is told, and the rest go on.
+    Finished runs are skipped. A run whose process dies is restarted from its checkpoint. A run that fails is reported,
+    and the others continue.
 
     Example: mode reproduce table1 seeds=[0,1,2]
     """
     with reporting_errors():
         from cli.progress import make_display
-        from mode.launch.schedule import run_all, table_runs
+        from mode.launch.schedule import compose_table, run_all
 
         given, seeds = take_list(overrides or [], "seeds")
-        runs = table_runs(table, seeds, given, conf)
-        start, retries = started_by(launcher, runs, conf)
+        runs = compose_table(table, seeds, given, conf)
+        start, retries = choose_starter(launcher, runs, conf)
         with make_display() as display:
-            outcome = run_all(runs, jobs=jobs or default_jobs(runs), display=display, start=start, retries=retries)
-        finish(table, given, conf, outcome)
+            outcome = run_all(runs, jobs=jobs or count_jobs(runs), display=display, start=start, retries=retries)
+        report_outcome(table, given, conf, outcome)
 
 
-def started_by(name: str, runs: Sequence[Run], conf: Path | None) -> tuple[Start | None, int]:
-    """Return what starts a run, None for a process of this machine, and how often one that dies is started again."""
+def choose_starter(name: str, runs: Sequence[Run], conf: Path | None) -> tuple[Start | None, int]:
+    """Return the function that starts a run, None for local processes, and the number of restarts."""
     from mode.launch.launchers import make_starter, read_launcher
 
     launcher = read_launcher(name, conf)
@@ -55,8 +56,12 @@ def started_by(name: str, runs: Sequence[Run], conf: Path | None) -> tuple[Start
     return make_starter(launcher, Path(runs[0].paths.runs).expanduser() / "jobs"), launcher.retries
 
 
-def finish(table: str, overrides: Sequence[str], conf: Path | None, outcome: Outcome) -> None:
-    """Render the table of what succeeded, and tell what failed."""
+def report_outcome(table: str, overrides: Sequence[str], conf: Path | None, outcome: Outcome) -> None:
+    """Print the number of runs and the failures, and render the table of the finished runs.
+
+    Raises:
+        ConfigError: No run succeeded.
+    """
     from mode.core.errors import ConfigError
     from mode.report.render import report as render_report
 
@@ -66,7 +71,7 @@ def finish(table: str, overrides: Sequence[str], conf: Path | None, outcome: Out
     if outcome.failed and not outcome.executed and not outcome.skipped:
         raise ConfigError("no run succeeded")
     text, path = render_report(
-        table, results_folder(overrides, conf), overrides, conf, write=True if outcome.executed else None
+        table, find_results_folder(overrides, conf), overrides, conf, write=True if outcome.executed else None
     )
     print(text)
     print(f"written to {path} with .tex, .csv and .png beside it", file=sys.stderr)
@@ -74,15 +79,15 @@ def finish(table: str, overrides: Sequence[str], conf: Path | None, outcome: Out
         raise typer.Exit(1)
 
 
-def default_jobs(runs: Sequence[Run]) -> int:
-    """Return how many runs fit on this machine: one on an accelerator, else as many as have cores for their threads."""
+def count_jobs(runs: Sequence[Run]) -> int:
+    """Return the number of runs at a time: one on a GPU, else the number of cores over the threads of a run."""
     if any(run.train.device != "cpu" for run in runs) and has_accelerator():
         return 1
     return max(1, (os.cpu_count() or 1) // max(run.train.threads for run in runs))
 
 
 def has_accelerator() -> bool:
-    """Say whether this machine has a CUDA device."""
+    """Return whether this machine has a CUDA device."""
     from mode.core.device import has_cuda
 
     return has_cuda()

@@ -1,4 +1,4 @@
-"""mode show methods, domains, backbones, tables, budget, runs, config."""
+"""Commands `mode show`: methods, domains, backbones, tables, runs, budget and config."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import ConfOption, DomainOption, Overrides, complete, reporting_errors, show_config, with_domains
+from cli.options import ConfOption, DomainOption, Overrides, add_domains, complete, reporting_errors, show_config
 
 if TYPE_CHECKING:
     from mode.runs.forecast import Forecast
 
-app = typer.Typer(help="List what there is.", no_args_is_help=True)
+app = typer.Typer(help="List methods, domains, tables and runs; show budget and config.", no_args_is_help=True)
 
 
-def listing(group: str, conf: Path | None, describe: str | None = None) -> None:
-    """Print the members of a configuration group, each with one line about it."""
+def print_group(group: str, conf: Path | None, describe: str | None = None) -> None:
+    """Print the members of a configuration group, with the text of one setting each."""
     from mode.config.groups import list_members, read_group
 
     for name in list_members(group, conf):
@@ -29,7 +29,7 @@ def listing(group: str, conf: Path | None, describe: str | None = None) -> None:
 
 @app.command("methods")
 def methods(conf: ConfOption = None) -> None:
-    """List the methods with the settings of each."""
+    """List the methods with their settings."""
     with reporting_errors():
         from mode.config.check import flatten
         from mode.config.compose import compose
@@ -52,26 +52,26 @@ def methods(conf: ConfOption = None) -> None:
 def domains(conf: ConfOption = None) -> None:
     """List the domains."""
     with reporting_errors():
-        listing("domain", conf, "description")
+        print_group("domain", conf, "description")
 
 
 @app.command("backbones")
 def backbones(conf: ConfOption = None) -> None:
     """List the backbones."""
     with reporting_errors():
-        listing("backbone", conf, "path")
+        print_group("backbone", conf, "path")
 
 
 @app.command("tables")
 def tables(conf: ConfOption = None) -> None:
-    """List the tables that `mode reproduce` can make."""
+    """List the tables for `mode reproduce`."""
     with reporting_errors():
-        listing("table", conf, "title")
+        print_group("table", conf, "title")
 
 
 @app.command("runs")
 def runs(overrides: Overrides = None, conf: ConfOption = None) -> None:
-    """List the finished runs, from their records, and those that can be resumed."""
+    """List the finished and the interrupted runs."""
     with reporting_errors():
         from mode.config.compose import compose
         from mode.records.record import read_records
@@ -84,11 +84,11 @@ def runs(overrides: Overrides = None, conf: ConfOption = None) -> None:
                 f"{record.filename.removesuffix('.json'):<48} {outcome.steps:>6} steps  "
                 f"{outcome.seconds:>8.0f} s  {record.origin.date}"
             )
-        unfinished = resumable(Path(run.paths.runs).expanduser())
+        unfinished = list_unfinished(Path(run.paths.runs).expanduser())
         for name in unfinished:
-            print(f"{name:<48} interrupted; the command that started it goes on from its checkpoint")
+            print(f"{name:<48} interrupted; the command that started it continues from its checkpoint")
         if not records and not unfinished:
-            print(f"no run in {run.paths.results} or {run.paths.runs} yet")
+            print(f"no run in {run.paths.results} or {run.paths.runs}")
 
 
 @app.command("budget")
@@ -97,7 +97,9 @@ def budget(
     overrides: Overrides = None,
     conf: ConfOption = None,
 ) -> None:
-    """Forecast what every row of a table trains and takes, before anything runs.
+    """Forecast the cost of every row of a table.
+
+    The forecast has steps, tokens, operations, parameters, minutes and memory.
 
     Example: mode show budget table1 budget=compute
     """
@@ -116,16 +118,16 @@ def budget(
         width = max(map(len, rows)) + 1
         print(f"{'row':<{width}}" + "".join(f"{head:>11}" for head in heads))
         for label, stages in rows.items():
-            print(f"{label:<{width}}" + "".join(f"{cell:>11}" for cell in forecast_cells(stages, rate)))
+            print(f"{label:<{width}}" + "".join(f"{cell:>11}" for cell in format_forecast(stages, rate)))
         print(
-            f"minutes: the operations at half of {rate / 1e9:,.0f} GFLOP/s, a product of matrices' rate here now; "
-            "scoring comes on top.\n"
-            "GB: weights, gradients and moments of the largest stage; activations come on top."
+            f"minutes: all operations at half of {rate / 1e9:,.0f} GFLOP/s, the rate of matrix products measured now; "
+            "without scoring.\n"
+            "GB: parameters, gradients and optimizer state of the largest stage; without activations."
         )
 
 
-def forecast_cells(stages: Sequence[Forecast] | None, rate: float) -> list[str]:
-    """Render what the stages of a row are to take."""
+def format_forecast(stages: Sequence[Forecast] | None, rate: float) -> list[str]:
+    """Render the forecast of the stages of a row; dashes if it is unknown."""
     if stages is None:
         return ["–"] * 8
     last, flops = stages[-1], sum(stage.flops for stage in stages)
@@ -141,15 +143,15 @@ def forecast_cells(stages: Sequence[Forecast] | None, rate: float) -> list[str]:
     ]
 
 
-def resumable(folder: Path) -> Sequence[str]:
-    """List the ids of runs that have a checkpoint and are not finished."""
+def list_unfinished(folder: Path) -> Sequence[str]:
+    """Return the ids of unfinished runs that have a checkpoint."""
     return sorted({path.parent.name for path in folder.glob("*/checkpoint-*")})
 
 
 @app.command("config")
 def config_command(overrides: Overrides = None, domain: DomainOption = None, conf: ConfOption = None) -> None:
-    """Print the resolved configuration that settings lead to."""
+    """Print the resolved configuration."""
     with reporting_errors():
         from mode.config.compose import compose
 
-        show_config(compose(with_domains(overrides or [], domain), conf))
+        show_config(compose(add_domains(overrides or [], domain), conf))

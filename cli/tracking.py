@@ -1,4 +1,4 @@
-"""mode sync."""
+"""Command `mode sync`: push offline runs to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from cli.options import ConfOption, Overrides, reporting_errors
 
 
 def sync(overrides: Overrides = None, conf: ConfOption = None) -> None:
-    """Push the runs that were logged offline to Weights & Biases, those it does not have yet.
+    """Push offline runs to Weights & Biases.
+
+    Runs that are already pushed are skipped.
 
     Example: mode sync paths.runs=runs
     """
@@ -20,7 +22,7 @@ def sync(overrides: Overrides = None, conf: ConfOption = None) -> None:
         runs = Path(compose(overrides or [], conf).paths.runs).expanduser()
         logs = list_unsynced(runs)
         if not logs:
-            print(f"nothing to push: no offline run in {runs} that was not pushed before")
+            print(f"nothing to push: {runs} has no offline run that is not pushed yet")
             return
         push(logs)
         print(f"{len(logs)} offline runs pushed")

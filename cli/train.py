@@ -1,4 +1,4 @@
-"""mode train, mode compose."""
+"""Commands `mode train` (expert, baseline, backbone) and `mode compose`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from cli.options import (
     Overrides,
     PrintOption,
     SweepOption,
+    add_domains,
+    add_fixed,
+    add_method,
     complete,
+    find_runs_folder,
     reporting_errors,
-    runs_folder,
     show_config,
-    with_domains,
-    with_fixed,
-    with_method,
 )
 
 if TYPE_CHECKING:
@@ -43,14 +43,14 @@ def expert(
     print_config: PrintOption = False,
     conf: ConfOption = None,
 ) -> None:
-    """Stage 1 of MoDE: train one expert for one domain.
+    """Train one expert for one domain: stage 1 of MoDE.
 
     Example: mode train expert --domain code train.steps=300
     """
     with reporting_errors():
-        given = with_domains(overrides or [], domain)
-        given = with_method(given, "mode", "mode train expert", conf, variants=True)
-        given = with_fixed(given, {"method.start": "fresh", "method.num_experts": "1"}, "mode train expert")
+        given = add_domains(overrides or [], domain)
+        given = add_method(given, "mode", "mode train expert", conf, variants=True)
+        given = add_fixed(given, {"method.start": "fresh", "method.num_experts": "1"}, "mode train expert")
         launch(given, again=again, sweep=sweep, print_config=print_config, conf=conf, single=True)
 
 
@@ -64,12 +64,12 @@ def baseline(
     print_config: PrintOption = False,
     conf: ConfOption = None,
 ) -> None:
-    """Train a method that MoDE is compared with.
+    """Train a baseline.
 
     Example: mode train baseline lora --domain code,math method.rank=8
     """
     with reporting_errors():
-        given = with_method(with_domains(overrides or [], domain), method, f"mode train baseline {method}", conf)
+        given = add_method(add_domains(overrides or [], domain), method, f"mode train baseline {method}", conf)
         launch(given, again=again, sweep=sweep, print_config=print_config, conf=conf)
 
 
@@ -80,15 +80,16 @@ def backbone(
     print_config: PrintOption = False,
     conf: ConfOption = None,
 ) -> None:
-    """Pretrain the embedded backbone again, tokenizer included; over an hour on two cores.
+    """Pretrain the embedded backbone and its tokenizer.
 
-    The weights end in runs/ID/backbone; use them with backbone.path=runs/ID/backbone.
+    This takes over an hour on two cores. The weights are written to runs/ID/backbone. Use them with
+    backbone.path=runs/ID/backbone.
     """
     with reporting_errors():
         given = list(overrides or [])
         if not any(text.startswith("experiment=") for text in given):
             given = ["experiment=pretrain_tiny", *given]
-        given = with_method(given, "pretrain", "mode train backbone", conf)
+        given = add_method(given, "pretrain", "mode train backbone", conf)
         launch(given, again=again, sweep=False, print_config=print_config, conf=conf)
 
 
@@ -97,20 +98,21 @@ def compose(
         list[str] | None,
         typer.Argument(
             metavar="[EXPERT]... [KEY=VALUE]...",
-            help="Experts to compose: a domain, a run's id, the folder of an expert or of a model; then settings.",
+            help="Experts to compose (domain, id of a run, or folder of an expert or model), then settings.",
         ),
     ] = None,
-    frozen: Annotated[bool, typer.Option("--frozen", help="Train the gates alone.")] = False,
+    frozen: Annotated[bool, typer.Option("--frozen", help="Train only the gates.")] = False,
     uninitialized: Annotated[bool, typer.Option("--uninitialized", help="Train fresh experts on the mix.")] = False,
     again: AgainOption = False,
     sweep: SweepOption = False,
     print_config: PrintOption = False,
     conf: ConfOption = None,
 ) -> None:
-    """Stage 2 of MoDE: compose one expert per domain into one model and fine-tune it on the mix.
+    """Compose experts into one model and fine-tune it: stage 2.
 
-    Without names, the experts of the configured target domains. A domain's expert is trained first if it is not yet. A
-    model's folder stands for all its experts, so that what `mode expert add` wrote can be fine-tuned.
+    The model has one expert per domain and trains on the mix of the domains. Without names, the command uses the
+    experts of the target domains. A missing expert of a domain is trained first. The folder of a model stands for all
+    its experts, so a model from `mode expert add` can be fine-tuned.
 
     Example: mode compose code math; mode compose code ~/experts/law
     """
@@ -118,21 +120,23 @@ def compose(
         from mode.core.errors import ConfigError
 
         names = [text for text in domains or [] if "=" not in text]
-        names, given = with_experts(names, [text for text in domains or [] if "=" in text], conf)
-        given = with_domains(given, ",".join(names) or None)
-        given = with_method(given, "mode", "mode compose", conf, variants=True)
+        names, given = resolve_experts(names, [text for text in domains or [] if "=" in text], conf)
+        given = add_domains(given, ",".join(names) or None)
+        given = add_method(given, "mode", "mode compose", conf, variants=True)
         if frozen and uninitialized:
-            raise ConfigError("--frozen trains gates alone, so it needs trained experts: not with --uninitialized")
+            raise ConfigError(
+                "--frozen trains only the gates and needs trained experts: choose --frozen or --uninitialized"
+            )
         if frozen:
-            given = with_fixed(given, {"method.train_experts": "false"}, "mode compose --frozen")
+            given = add_fixed(given, {"method.train_experts": "false"}, "mode compose --frozen")
         if uninitialized:
             fixed = {"method.start": "fresh"} | ({"method.num_experts": str(len(names))} if names else {})
-            given = with_fixed(given, fixed, "mode compose --uninitialized")
+            given = add_fixed(given, fixed, "mode compose --uninitialized")
         launch(given, again=again, sweep=sweep, print_config=print_config, conf=conf)
 
 
-def with_experts(names: Sequence[str], overrides: Sequence[str], conf: Path | None) -> tuple[list[str], list[str]]:
-    """Turn names of experts into the domains they are for, with an override for those that are at hand."""
+def resolve_experts(names: Sequence[str], overrides: Sequence[str], conf: Path | None) -> tuple[list[str], list[str]]:
+    """Return the domains of named experts, and the overrides with the folders of experts that are no domain names."""
     from mode.config.compose import quote
     from mode.config.groups import list_members
 
@@ -142,7 +146,7 @@ def with_experts(names: Sequence[str], overrides: Sequence[str], conf: Path | No
     from mode.artefacts.find import find_expert_folder
     from mode.modular.artefact import read_descriptions
 
-    runs = runs_folder(overrides, conf)
+    runs = find_runs_folder(overrides, conf)
     folders = {name: find_expert_folder(name, runs, known) for name in names if name not in known}
     domains = [domain for name in names for domain in (read_descriptions(folders[name]) if name in folders else [name])]
     given = ", ".join(quote(str(folder)) for folder in folders.values())
@@ -158,14 +162,26 @@ def launch(
     conf: Path | None,
     single: bool = False,
 ) -> None:
-    """Compose the runs that overrides describe, check them all, then execute them in order."""
+    """Compose and check the runs of overrides, then execute or print them.
+
+    Args:
+        overrides: Overrides of the configuration.
+        again: Whether a finished run is trained again.
+        sweep: Whether a comma in a value means one run per value.
+        print_config: Whether the configurations are printed instead.
+        conf: Folder of the user's own configuration.
+        single: Whether a run must have exactly one target domain.
+
+    Raises:
+        ConfigError: A run is not valid, or the flags do not fit together.
+    """
     from mode.config.compose import compose as compose_run
     from mode.config.compose import expand_sweep
     from mode.core import processes
     from mode.core.errors import ConfigError
 
     sets = expand_sweep(overrides) if sweep else [list(overrides)]
-    runs = [compose_run(each, conf) for each in sets]
+    runs = [compose_run(values, conf) for values in sets]
     for run in runs:
         if single and len(run.targets) != 1:
             raise ConfigError(
@@ -179,16 +195,16 @@ def launch(
         return
     if sweep:
         if processes.world_size() > 1:
-            raise ConfigError("--sweep is one run after the other; it does not go with several processes")
+            raise ConfigError("--sweep executes one run after the other: not with several processes")
         if again:
-            raise ConfigError("--again trains one run anew; it does not go with --sweep")
+            raise ConfigError("--again trains one run again: not with --sweep")
         execute_all(runs)
     else:
         execute(runs[0], again=again)
 
 
 def execute_all(runs: Sequence[Run]) -> None:
-    """Execute several runs in order, one process each, going on after a failure, and print a summary."""
+    """Execute several runs in order, one process each, and print a summary. After a failure the next run starts."""
     from cli.progress import make_display
     from mode.launch.schedule import run_all
     from mode.runs.prepare import find_finished, prepare_run
@@ -219,7 +235,7 @@ def execute(run: Run, *, again: bool) -> None:
     trains = prepared.method.steps(run) > 0
     if record is not None and not again and (has_weights(prepared) or not trains):
         where = f"; weights in {prepared.folder}" if trains else ""
-        print(f"run {prepared.id} is done (--again makes it anew){where}")
+        print(f"run {prepared.id} is done (--again trains it again){where}")
         print_scores(record.outcome.scores, record.request.targets)
         return
     with make_display() as display:

@@ -1,1 +1,1 @@
-"""Finished runs as parts: found, edited, pruned and written as model folders."""
+"""Finished runs and saved models: find, edit, prune and export them."""

@@ -1,4 +1,4 @@
-"""Experts of saved models: chosen, taken out, joined, and averaged into the backbone."""
+"""Edit the experts of a saved model: keep, remove, add, or average one into the backbone."""
 
 from __future__ import annotations
 
@@ -18,70 +18,78 @@ if TYPE_CHECKING:
     from mode.records.score import Score
 
 
-def list_experts(recalled: FoundModel) -> tuple[str, ...]:
+def list_experts(source: FoundModel) -> tuple[str, ...]:
     """Return the names of a modular model's experts.
 
     Raises:
         ConfigError: The model has no experts.
     """
-    names = list_branches(recalled)[1:]
+    names = list_branches(source)[1:]
     if not names:
-        raise ConfigError("this model has no experts; that is for MoDE models")
+        raise ConfigError("this model has no experts: only MoDE models have experts")
     return names
 
 
-def extract_states(recalled: FoundModel) -> dict[str, dict[str, Tensor]]:
+def extract_states(source: FoundModel) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of every expert of a modular model, by name.
 
     Raises:
         ConfigError: The model has no experts.
     """
-    return {name: extract_expert_state(recalled.model, index) for index, name in enumerate(list_experts(recalled))}
+    return {name: extract_expert_state(source.model, index) for index, name in enumerate(list_experts(source))}
 
 
-def keep_experts(recalled: FoundModel, names: Sequence[str]) -> PreTrainedModel:
-    """Return a modular model with some of its experts alone; consumes the one given.
+def keep_experts(source: FoundModel, names: Sequence[str]) -> PreTrainedModel:
+    """Return a modular model with only some of its experts. The given model is consumed.
+
+    Args:
+        source: The model.
+        names: Experts to keep, in their new order.
 
     Raises:
-        ConfigError: It has no such expert, or none would be left.
+        ConfigError: The model has no expert of such a name, or `names` is empty.
     """
     from mode.modular.edit import replace_experts
 
-    found = extract_states(recalled)
-    check_known(names, found)
+    states = extract_states(source)
+    check_known(names, states)
     if not names:
-        raise ConfigError("without experts the bare backbone is left")
-    model: Any = recalled.model
-    return replace_experts(model, {name: found[name] for name in names})
+        raise ConfigError("no expert is named: keep at least one expert")
+    model: Any = source.model
+    return replace_experts(model, {name: states[name] for name in names})
 
 
-def remove_expert(recalled: FoundModel, name: str) -> PreTrainedModel:
-    """Return a modular model with one expert less; consumes the one given.
+def remove_expert(source: FoundModel, name: str) -> PreTrainedModel:
+    """Return a modular model without one of its experts. The given model is consumed.
 
     Raises:
-        ConfigError: It has no such expert, or none would be left.
+        ConfigError: The model has no expert of that name, or no other expert.
     """
-    names = list_experts(recalled)
+    names = list_experts(source)
     check_known([name], names)
-    return keep_experts(recalled, [other for other in names if other != name])
+    return keep_experts(source, [other for other in names if other != name])
 
 
-def check_known(names: Sequence[str], found: Collection[str]) -> None:
-    """Refuse a name that no expert has."""
+def check_known(names: Sequence[str], experts: Collection[str]) -> None:
+    """Refuse names that no expert has."""
     for name in names:
-        if name not in found:
-            raise ConfigError(f"{name}: not one of the experts {', '.join(found)}{suggest(name, found)}")
+        if name not in experts:
+            raise ConfigError(f"{name}: not one of the experts {', '.join(experts)}{suggest(name, experts)}")
 
 
-def join_experts(recalled: FoundModel, folder: Path) -> PreTrainedModel:
-    """Return a modular model with the experts of a folder beside its own; consumes the one given.
+def join_experts(source: FoundModel, folder: Path) -> PreTrainedModel:
+    """Return a modular model with the experts of a folder added to its own. The given model is consumed.
+
+    Args:
+        source: The model.
+        folder: Folder of one expert, or of a saved modular model.
 
     Raises:
-        ConfigError: An expert is damaged, made for another backbone or other blocks, or its name is taken.
+        ConfigError: An expert is damaged, does not fit the backbone or the blocks, or has the name of another expert.
     """
     from mode.modular.edit import replace_experts
 
-    found, model = extract_states(recalled), recalled.model
+    states, model = extract_states(source), source.model
     config: Any = model.config
     wanted = {
         "backbone": config.backbone.get("name"),
@@ -90,42 +98,44 @@ def join_experts(recalled: FoundModel, folder: Path) -> PreTrainedModel:
     }
     for name, expert in load_experts(folder).items():
         check_fits(expert.about, wanted, folder)
-        if name in found:
-            raise ConfigError(f"{folder}: the model has an expert for {name} already; remove that first")
-        found[name] = expert.tensors
-    return replace_experts(model, found)
+        if name in states:
+            raise ConfigError(f"{folder}: the model already has an expert for {name}; remove that expert first")
+        states[name] = expert.tensors
+    return replace_experts(model, states)
 
 
 def check_mergeable(model: PreTrainedModel) -> None:
-    """Refuse a model whose layers have no partners to merge with.
+    """Refuse a model whose expert cannot be merged layer by layer.
 
     Raises:
-        ConfigError: It has more than one expert, or an expert does not have as many layers as a block, or changes the
-            head.
+        ConfigError: The model has several experts, or its expert has fewer layers than a block, or changes the head.
     """
     config: Any = model.config
     per_block = config.decoder.num_hidden_layers // config.num_blocks
     if len(config.experts) != 1:
         raise ConfigError(f"only one expert can be merged: keep one of {', '.join(config.experts)} with --experts")
     if config.head_rank:
-        raise ConfigError("only experts without a change of the head can be merged: this one has method.head_rank")
+        raise ConfigError("an expert that changes the head cannot be merged: this one has method.head_rank")
     if config.expert_layers != per_block:
         raise ConfigError(
-            f"only experts with as many layers as their block can be merged: {config.expert_layers} here, "
-            f"beside {per_block} of the backbone"
+            f"only experts with as many layers as their block can be merged: this expert has {config.expert_layers}, "
+            f"a block has {per_block}"
         )
 
 
 def merge_expert(model: Any, shares: Sequence[float]) -> PreTrainedModel:
-    """Merge a modular model's only expert into its backbone: a decoder without gates; consumes the model.
+    """Merge a modular model's only expert into its backbone. The model is consumed.
 
-    A layer becomes (1 - share) of the backbone's and share of the expert's weights. That is exact where a share is 0
-    or 1, or where the two are equal; elsewhere it is an approximation, since the mean of two layers' outputs is not the
-    output of their mean.
+    The weights of a merged layer are (1 - share) times the backbone's plus share times the expert's. The merge is exact
+    if the share is 0 or 1, or if both layers are equal. Otherwise the merge is an approximation: the mean of two
+    layers' outputs is not the output of the mean layer.
 
     Args:
-        model: A modular model with one expert, for which `check_mergeable` has nothing to say.
+        model: A modular model with one expert that passes `check_mergeable`.
         shares: Weight of the expert in every block, such as its mean gate on validation text.
+
+    Returns:
+        A plain decoder without gates.
     """
     import torch
 
@@ -139,30 +149,30 @@ def merge_expert(model: Any, shares: Sequence[float]) -> PreTrainedModel:
     return extract_backbone(model)
 
 
-def merge_and_measure(model: PreTrainedModel, recalled: FoundModel) -> tuple[PreTrainedModel, Score, Score]:
-    """Merge a model's only expert by its mean gates on its domain's validation split; consumes the model.
+def merge_and_measure(model: PreTrainedModel, source: FoundModel) -> tuple[PreTrainedModel, Score, Score]:
+    """Merge a model's only expert with its mean gates on its domain's validation split. The model is consumed.
 
     Args:
         model: A modular model with one expert.
-        recalled: Where it comes from.
+        source: The saved model or run that `model` comes from.
 
     Returns:
-        The merged model, and the scores on that split of the model with gates and of the merged one.
+        The merged model, then two scores on that split: of the model with gates, and of the merged model.
 
     Raises:
-        ConfigError: The model cannot be merged, or nothing says what text its expert trained on.
+        ConfigError: The model cannot be merged, or the training data of its expert is not known.
     """
     from mode.gating.meter import GateMeter, watch_gates
     from mode.runs.fit import score_domains
     from mode.runs.prepare import prepare_run
 
-    list_experts(recalled)
+    list_experts(source)
     check_mergeable(model)
     config: Any = model.config
     (name,) = config.experts
-    if recalled.run is None or name not in recalled.run.domains:
-        raise ConfigError(f"merging measures the gates on the text of {name}: name the run that trained on it")
-    prepared = prepare_run(recalled.run)
+    if source.run is None or name not in source.run.domains:
+        raise ConfigError(f"merging needs the validation text of {name}: name the run that trained on {name}")
+    prepared = prepare_run(source.run)
     with watch_gates(model) as latest:
         meter = GateMeter(latest)
         before = score_domains(prepared, model, "validation", (name,), probe=meter)[name]

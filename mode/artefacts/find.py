@@ -1,4 +1,4 @@
-"""Find a finished run, or a saved model, by what people call it, and load it."""
+"""Find a finished run by its id, or a saved model by its folder, and load it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model at hand.
+    """A loaded model.
 
     Attributes:
-        model: The model, on the CPU, not training.
-        tokenizer: Its tokenizer.
+        model: The model, on the CPU, in evaluation mode.
+        tokenizer: Tokenizer of the model.
         place: Folder of the tokenizer's files.
-        run: The run that made it; None for a folder.
+        run: The run that trained the model; None for a saved model.
     """
 
     model: PreTrainedModel
@@ -41,25 +41,29 @@ class FoundModel:
 
 
 def find_run(name: str, runs: Path) -> Run:
-    """Return the configuration of a run in a folder of runs, by its id or the start of it.
+    """Return the configuration of a run in a folder of runs.
+
+    Args:
+        name: Id of the run, or the start of the id.
+        runs: Folder of runs.
 
     Raises:
-        ConfigError: There is no such run, or more than one.
+        ConfigError: No run has that id, or several ids start with `name`.
     """
     known = {path.parent.name: path for path in sorted(runs.glob("*/" + SETTINGS))}
     found = [run_id for run_id in known if run_id.startswith(name)]
     if len(found) != 1:
-        what = "no run of that id" if not found else f"{len(found)} runs begin with it"
+        what = "no run of that id" if not found else f"the ids of {len(found)} runs start with {name}"
         raise ConfigError(f"{name}: {what} in {runs}{suggest(name, known)}")
     run: Run = from_yaml(known[found[0]].read_text("utf-8"))
     return replace_settings(run, paths=replace_settings(run.paths, runs=str(runs)))  # type: ignore[no-any-return]
 
 
 def load_folder(folder: Path) -> PreTrainedModel:
-    """Load a saved model from its folder: a modular one, or any supported decoder.
+    """Load a saved model from its folder: a modular model, or any supported decoder.
 
     Raises:
-        ConfigError: It is not a whole model, or not a supported one.
+        ConfigError: The model is incomplete or not supported.
     """
     try:
         kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
@@ -82,10 +86,14 @@ def load_folder(folder: Path) -> PreTrainedModel:
 
 
 def find_model(name: str, runs: Path) -> FoundModel:
-    """Load a run's model by the run's id, or a saved model by its folder.
+    """Load the model of a run, or a saved model.
+
+    Args:
+        name: Id of the run or the start of the id, or folder of the model.
+        runs: Folder of runs.
 
     Raises:
-        ConfigError: There is neither, or its weights are not here.
+        ConfigError: No run or model has that name, or the weights are missing.
     """
     folder = Path(name).expanduser()
     if (folder / "config.json").exists():
@@ -93,7 +101,7 @@ def find_model(name: str, runs: Path) -> FoundModel:
             load_folder(folder), load_tokenizer(Backbone(name=folder.name, path=str(folder))), folder, None
         )
     if folder.is_dir() and name not in {path.name for path in runs.glob("*")}:
-        raise ConfigError(f"{name}: a folder without a config.json, so not a model")
+        raise ConfigError(f"{name}: a folder without a config.json is not a model")
     run = find_run(name, runs)
     prepared = prepare_run(run)
     model = prepared.method.plain(restore(prepared))
@@ -101,15 +109,15 @@ def find_model(name: str, runs: Path) -> FoundModel:
 
 
 def find_expert_folder(name: str, runs: Path, domains: Collection[str]) -> Path:
-    """Return the folder of experts: one expert's, a saved model's, its run's, or by its run's id or the start of it.
+    """Return the folder that an expert, or several experts, are saved in.
 
     Args:
-        name: What the expert is called.
+        name: Folder of an expert, of a saved model or of a run; or id of a run, or the start of the id.
         runs: Folder of runs.
-        domains: Names that a domain could have meant, for the answer to a mistake.
+        domains: Names of domains. The error message suggests the nearest.
 
     Raises:
-        ConfigError: There is no expert of that name.
+        ConfigError: No expert has that name, or several run ids start with `name`.
     """
     here = Path(name).expanduser()
     places = [here, here / "expert", *sorted(path / "expert" for path in runs.glob("*") if path.name.startswith(name))]
@@ -119,13 +127,13 @@ def find_expert_folder(name: str, runs: Path, domains: Collection[str]) -> Path:
     if found and (len(found) == 1 or found[0] in places[:2]):
         return found[0]
     if found:
-        raise ConfigError(f"{name}: {len(found)} runs begin with it")
+        raise ConfigError(f"{name}: the ids of {len(found)} runs start with {name}")
     raise ConfigError(
         f"{name}: neither a domain, nor a run in {runs}, nor a folder with an expert{suggest(name, domains)}"
     )
 
 
-def list_branches(recalled: FoundModel) -> tuple[str, ...]:
-    """Return the names of a modular model's branches, the backbone's first; none for another model."""
-    experts = getattr(recalled.model.config, "experts", None)
+def list_branches(source: FoundModel) -> tuple[str, ...]:
+    """Return the names of a modular model's branches, the backbone first; an empty tuple for other models."""
+    experts = getattr(source.model.config, "experts", None)
     return ("backbone", *experts) if experts else ()

@@ -1,12 +1,17 @@
-"""Take experts out of a finished mixture, the least needed first, and score what is left.
+"""Prune experts of a finished mixture, the least needed first, and score the pruned model.
 
-By `change`, a layer's experts go in the order of how much the norm of their row of the router grew in training, the
-smallest first (Chowdhury et al., 2024); by `norm`, in that of the norm it has; by `usage`, in that of their mean weight
-on the validation split of the targets; by `random`, in a random one. Of MoDE the rows of the gates count, and the
-backbone stays.
+Experts of a layer are ranked by one of four orders, and the lowest go first:
 
-A pruned expert of a mixture says nothing, and what the others weigh stays as it was, as published. What a MoDE gate
-gave to a pruned expert goes to the branches that are left: a block's output is a mean of branches.
+- `change`: growth of the norm of the expert's row of the router during training (Chowdhury et al., 2024).
+- `norm`: norm of the expert's row of the router.
+- `usage`: mean weight of the expert on the validation split of the targets.
+- `random`: random numbers.
+
+For MoDE the rows are those of the gates, and the backbone is never pruned.
+
+The output of a pruned expert of a mixture is zero, and the weights of the other experts do not change, as published. In
+MoDE the output of a block is a weighted mean of its branches, so the weight of a pruned expert is redistributed to the
+branches that are left.
 """
 
 from __future__ import annotations
@@ -46,33 +51,34 @@ SCHEMA = 1
 
 
 def measure_usage(prepared: Prepared, model: nn.Module) -> dict[str, Tensor]:
-    """Return the weight of every branch on validation text, summed over the targets' means, by the path of its gate."""
+    """Return the mean weight of every branch on validation text, summed over the targets, by the path of the gate."""
     names = list(find_gates(model))
     with watch_gates(model) as latest:
         meter = GateMeter(latest)
         score_domains(prepared, model, "validation", prepared.run.targets, probe=meter)
     totals: dict[str, Tensor] = {}
-    for told in meter.result().values():
-        for name, mean in zip(names, told["mean"], strict=True):
+    for measured in meter.result().values():
+        for name, mean in zip(names, measured["mean"], strict=True):
             totals[name] = totals.get(name, 0.0) + torch.tensor(mean)
     return totals
 
 
 ORDERS = ("change", "norm", "usage", "random")
-"""Orders in which experts go."""
+"""Orders in which experts are pruned."""
 
 
 INTRODUCTION = (
-    "Next-token top-1 accuracy in per cent after a share of every layer's experts, the least needed by an order, has "
-    "been taken out of a finished run, without training on. Change: growth of the norm of the expert's row of the "
-    "router; norm: the norm; usage: mean weight on validation text of the targets; random: by a seed. Of MoDE the "
-    "backbone stays. Variant: what of the method is not as its configuration has it."
+    "Next-token top-1 accuracy in per cent after pruning a share of the experts of every layer of a finished run, "
+    "without further training. Experts are pruned by an order, the lowest first. Change: growth of the norm of the "
+    "expert's row of the router during training. Norm: that norm. Usage: mean weight on validation text of the "
+    "targets. Random: random numbers from a seed. The backbone of MoDE is never pruned. Variant: settings of the "
+    "method that differ from its configuration."
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is left without some experts: their order and share, and the accuracy by domain."""
+    """Order and share of the pruned experts, and the accuracy by domain without them."""
 
     order: str
     ratio: float
@@ -81,15 +87,16 @@ class Case:
 
 @dataclass(frozen=True)
 class PruningResult(Measurement):
-    """What is left of a run without some of its experts.
+    """Scores of a run without some of its experts.
 
-    `asked` has the run, what of its method is not as configured, orders, ratios and split, `happened` the cases (order,
-    ratio, experts that went and their number, accuracy by domain), the whole model's first.
+    `asked` has the run, the settings of its method that differ from the configuration, orders, ratios and split.
+    `happened` has the cases, first the model without pruning. A case has the order, the ratio, the pruned experts and
+    their number, and the accuracy and loss by domain.
     """
 
     @property
     def filename(self) -> str:
-        """Name of its file."""
+        """Name of the result's file."""
         return f"{self.run_name}-{self.id}.json"
 
     @property
@@ -99,7 +106,7 @@ class PruningResult(Measurement):
 
     @property
     def run_name(self) -> str:
-        """Name of the run, for people."""
+        """Readable name of the run."""
         return str(self.asked["run_name"])
 
     @property
@@ -109,12 +116,12 @@ class PruningResult(Measurement):
 
     @property
     def variant(self) -> str:
-        """What of the method is not as configured; empty in results of earlier versions."""
+        """Settings of the method that differ from its YAML; empty in results of earlier versions."""
         return str(self.asked.get("variant", ""))
 
     @property
     def cases(self) -> list[Case]:
-        """The cases, the whole model first."""
+        """The cases, the model without pruning first."""
         return [pick_fields(Case, case) for case in self.happened["cases"]]
 
 
@@ -126,52 +133,52 @@ def prune(
     done: Callable[[str], None],
     extra: Path | None = None,
 ) -> tuple[PruningResult, Path]:
-    """Prune a finished run by every order and ratio, score what is left, and write what was measured, atomically.
+    """Prune a finished run by every order and ratio; return the scores and the path of the file that has them.
 
     Args:
         run: The run.
-        ratios: Shares of a layer's experts that go, from 0 to 1.
-        orders: Orders in which they go.
+        ratios: Shares of the experts of a layer to prune, from 0 to 1.
+        orders: Orders in which experts are pruned.
         results: Folder of results.
-        done: Called with every case that is scored.
-        extra: A folder of the user's own configuration.
+        done: Called with a description of every case that is scored.
+        extra: Folder of the user's own configuration.
 
     Raises:
-        ConfigError: The run is not finished or has no experts that a router weighs, or its weights are not here.
+        ConfigError: The run is not finished, has no experts with a router, or its weights are missing.
     """
     prepared = prepare_run(run)
     record = find_finished(prepared)
     if record is None:
         raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
     folder = results / COLLECTION.name
-    folder.mkdir(parents=True, exist_ok=True)  # now, so that a place where nothing can be written costs no time
+    folder.mkdir(parents=True, exist_ok=True)  # fails before any work if the folder is not writable
     device = set_up(run.train.threads, run.train.device)
-    seen = {"data": prepared.fingerprints, "backbone": prepared.backbone}
-    seen |= describe_environment(describe_device(device), run.train.threads)
+    environment = {"data": prepared.fingerprints, "backbone": prepared.backbone}
+    environment |= describe_environment(describe_device(device), run.train.threads)
     model = restore(prepared).eval()
     quantize_frozen(model, run.train.memory.frozen_weights)
     model = model.to(device)
-    gates = find_weighing(model)
+    gates = find_weighted_gates(model)
     if not gates:
-        raise ConfigError(f"run {prepared.id}: {type(run.method).__name__} has no experts that a router weighs")
+        raise ConfigError(f"run {prepared.id}: {type(run.method).__name__} has no experts with a router to prune")
     variant = describe_variant(record, extra)
     cases = [score_case(prepared, model, "", 0.0, {})]
     for order in orders:
-        needs = rank_experts(order, prepared, model)
+        scores = rank_experts(order, prepared, model)
         for ratio in ratios:
             cases.append(
-                score_case(prepared, model, order, ratio, {name: choose_least(needs[name], ratio) for name in gates})
+                score_case(prepared, model, order, ratio, {name: choose_least(scores[name], ratio) for name in gates})
             )
             done(f"{order}, {ratio:g} pruned")
     asked = describe_pruning(record, run, ratios, orders)
     identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-    asked["variant"] = variant  # a name for people: no part of the identity
-    found = PruningResult(SCHEMA, identity, asked, {"cases": cases}, seen)
-    return found, found.write(folder)
+    asked["variant"] = variant  # for display only: not part of the identity
+    result = PruningResult(SCHEMA, identity, asked, {"cases": cases}, environment)
+    return result, result.write(folder)
 
 
 def describe_variant(record: Record, extra: Path | None) -> str:
-    """Return what of a record's method is not as configured; nothing where no method of its class is configured."""
+    """Return the settings of a record's method that differ from its YAML, or an empty text if it has no YAML."""
     try:
         return command.write_variant(record, extra)
     except ConfigError:
@@ -179,7 +186,7 @@ def describe_variant(record: Record, extra: Path | None) -> str:
 
 
 def describe_pruning(record: Record, run: Run, ratios: Sequence[float], orders: Sequence[str]) -> dict[str, Any]:
-    """Return what identifies a measurement."""
+    """Return the part of a result that its identity is computed from."""
     return {
         "run": record.id,
         "run_name": record.filename.removesuffix(f"-{record.id}.json"),
@@ -191,14 +198,14 @@ def describe_pruning(record: Record, run: Run, ratios: Sequence[float], orders: 
     }
 
 
-def find_weighing(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the gates and routers of a model that have a row of weights for every expert, by their paths."""
+def find_weighted_gates(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the gates and routers that have one row of weights per branch, by their paths."""
     return {name: gate for name, gate in find_gates(model).items() if isinstance(getattr(gate, "weight", None), Tensor)}
 
 
 def rank_experts(order: str, prepared: Prepared, model: nn.Module) -> dict[str, Tensor]:
-    """Return how much each expert is needed, by an order: for every gate (N,), more for those that stay longer."""
-    gates = find_weighing(model)
+    """Return a score for every expert, by the path of the gate: (N,). Experts with low scores are pruned first."""
+    gates = find_weighted_gates(model)
     if order == "random":
         random = torch.Generator().manual_seed(prepared.run.seed)
         return {
@@ -212,38 +219,38 @@ def rank_experts(order: str, prepared: Prepared, model: nn.Module) -> dict[str, 
     if order == "norm":
         return norms
     stages = [prepare_run(stage) for stage in prepared.method.needs(prepared.run)]
-    before = find_weighing(build(prepared, stages))
+    before = find_weighted_gates(build(prepared, stages))
     return {name: norms[name].cpu() - drop_backbone(gate, compute_row_norms(gate)) for name, gate in before.items()}
 
 
 def compute_row_norms(gate: nn.Module) -> Tensor:
-    """Return the norm of a gate's row of every branch."""
+    """Return the norm of every row of a gate's weights."""
     weight: Any = gate.weight
     norms: Tensor = weight.detach().norm(dim=1)
     return norms
 
 
 def drop_backbone(gate: nn.Module, values: Tensor) -> Tensor:
-    """Return values of branches without that of the backbone, which is the first of a MoDE gate's."""
+    """Return the values of the experts. The first branch of a MoDE gate is the backbone, and its value is dropped."""
     return values[1:] if isinstance(gate, Gate) else values
 
 
-def choose_least(needs: Tensor, ratio: float) -> list[int]:
-    """Return the experts that go: so large a share of them, rounded, those that are needed least.
+def choose_least(scores: Tensor, ratio: float) -> list[int]:
+    """Return the experts to prune: the share `ratio` of all, rounded, with the lowest scores.
 
     >>> choose_least(torch.tensor([0.3, -0.2, 0.9, 0.1]), 0.5)
     [1, 3]
     """
-    return [int(index) for index in needs.argsort(stable=True)[: round(ratio * len(needs))]]
+    return [int(index) for index in scores.argsort(stable=True)[: round(ratio * len(scores))]]
 
 
 @contextmanager
 def mask_experts(model: nn.Module, gone: Mapping[str, Sequence[int]]) -> Iterator[None]:
-    """Let a model do without some experts for a while; tokens that chose those alone have the backbone.
+    """Mask some experts of a model in this context. In MoDE, tokens without any other branch use the backbone.
 
     Args:
         model: The model.
-        gone: Numbers of the experts that go, by the path of their gate.
+        gone: Numbers of the experts to mask, by the path of their gate.
     """
 
     def hook(numbers: Sequence[int]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
@@ -261,19 +268,21 @@ def mask_experts(model: nn.Module, gone: Mapping[str, Sequence[int]]) -> Iterato
         return masked
 
     hooks = [
-        gate.register_forward_hook(hook(gone[name])) for name, gate in find_weighing(model).items() if gone.get(name)
+        gate.register_forward_hook(hook(gone[name]))
+        for name, gate in find_weighted_gates(model).items()
+        if gone.get(name)
     ]
     try:
         yield
     finally:
-        for each in hooks:
-            each.remove()
+        for handle in hooks:
+            handle.remove()
 
 
 def score_case(
     prepared: Prepared, model: nn.Module, order: str, ratio: float, gone: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
-    """Score what is left without some experts."""
+    """Score a model with some experts masked."""
     with mask_experts(model, gone):
         scores = score_domains(prepared, model, prepared.run.evaluate.split)
     return {
@@ -281,34 +290,34 @@ def score_case(
         "ratio": ratio,
         "pruned": sum(map(len, gone.values())),
         "gone": {name: list(numbers) for name, numbers in gone.items()},
-        "accuracy": {name: found.accuracy for name, found in scores.items()},
-        "loss": {name: found.loss for name, found in scores.items()},
+        "accuracy": {name: score.accuracy for name, score in scores.items()},
+        "loss": {name: score.loss for name, score in scores.items()},
     }
 
 
-def make_frame(found: Sequence[PruningResult]) -> pd.DataFrame:
-    """Return measurements as a table of texts: a row for every run, order and share."""
+def make_frame(results: Sequence[PruningResult]) -> pd.DataFrame:
+    """Return results as a table of texts, with a row for every run, order and ratio."""
     rows = [
         {
-            "Method": each.method,
-            "Variant": each.variant or "–",
-            "Run": f"{each.run_name}-{each.run}",
-            "Order": one.order or "–",
-            "Pruned": f"{100 * one.ratio:.0f} %",
-            **{name.capitalize(): ACCURACY.format(value) for name, value in one.accuracy.items()},
+            "Method": result.method,
+            "Variant": result.variant or "–",
+            "Run": f"{result.run_name}-{result.run}",
+            "Order": case.order or "–",
+            "Pruned": f"{100 * case.ratio:.0f} %",
+            **{name.capitalize(): ACCURACY.format(value) for name, value in case.accuracy.items()},
         }
-        for each in sorted(found, key=lambda each: each.filename)
-        for one in each.cases
+        for result in sorted(results, key=lambda result: result.filename)
+        for case in result.cases
     ]
     return pd.DataFrame(rows).fillna("–")
 
 
-def render_pruned(found: Sequence[PruningResult]) -> dict[str, str]:
-    """Render measurements in Markdown and as CSV."""
-    table = make_frame(found)
+def render_pruned(results: Sequence[PruningResult]) -> dict[str, str]:
+    """Render results in Markdown and as CSV."""
+    table = make_frame(results)
     markdown = str(table.to_markdown(index=False, disable_numparse=True))
     return {"md": f"# Pruning\n\n{INTRODUCTION}\n\n{markdown}\n", "csv": str(table.to_csv(index=False))}
 
 
 COLLECTION = Collection("pruning", "pruned run", PruningResult, SCHEMA, "mode prune RUN", render_pruned)
-"""The folder of pruned runs in a folder of results, and the report beside it."""
+"""The pruning results in a folder of results, and the files that are rendered from them."""

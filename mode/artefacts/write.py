@@ -1,4 +1,7 @@
-"""Write a model as a folder that transformers and this package load: whole, or on a backbone that is elsewhere."""
+"""Write a model as a folder that transformers and this package can load.
+
+The folder of a modular model contains the backbone's weights, or the path that they load from.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from mode.core.errors import ConfigError
 from mode.core.files import write_atomic
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "*.model")
-"""Files of a tokenizer, as the libraries name them."""
+"""Patterns of the names of tokenizer files."""
 
 
 CARD = """# {title}
@@ -31,18 +34,18 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 def write_model(
     model: Any, place: Path, folder: Path, *, embed: bool, precision: str = "fp32", title: str = "Model"
 ) -> None:
-    """Write a model, its tokenizer and a card; the folder appears whole or not at all.
+    """Write a model, its tokenizer and a model card, atomically: the folder appears complete or not at all.
 
     Args:
-        model: The model; cast in place.
+        model: The model; its weights are cast in place.
         place: Folder of the tokenizer's files.
-        folder: Folder to write; it must not exist, or be empty.
-        embed: Whether a modular model's folder holds its backbone's weights too.
-        precision: `fp32` or `bf16`.
+        folder: Folder to write. It must be empty or not exist.
+        embed: Whether the folder of a modular model includes the backbone's weights.
+        precision: Precision of the weights: `fp32` or `bf16`.
         title: Heading of the card.
 
     Raises:
-        ConfigError: There is something in the folder, or no folder to put it in, or no class would load the model.
+        ConfigError: The folder is not empty, its parent does not exist, or no class of transformers can load the model.
     """
     import torch
 
@@ -68,7 +71,7 @@ def write_model(
 
 
 def check_loads(model: Any, title: str) -> None:
-    """Refuse a model with parts that its class in `transformers` has not: its folder would load as another."""
+    """Refuse a model with parameters that its class in `transformers` does not have."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -77,24 +80,26 @@ def check_loads(model: Any, title: str) -> None:
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(model.config)
     if set(plain.state_dict()) != set(model.state_dict()):
-        raise ConfigError(f"{title}: no class of transformers loads such a model; generate and eval take its run")
+        raise ConfigError(
+            f"{title}: no class of transformers can load this model; use its run with mode generate or mode eval"
+        )
 
 
 def check_vacant(folder: Path) -> None:
-    """Refuse a folder that holds something, or has no parent."""
+    """Refuse a folder that is not empty, or whose parent does not exist."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ConfigError(f"{folder}: there is something already; choose a new folder")
+        raise ConfigError(f"{folder}: exists and is not empty; choose a new folder")
     if not folder.absolute().parent.is_dir():
         raise ConfigError(f"{folder}: no folder {folder.absolute().parent}")
 
 
 def describe_model(model: Any, *, embed: bool) -> str:
-    """Say in a card what a model is."""
+    """Return the description of a model for its card."""
     if model.config.model_type != "mode":
         return f"A causal LM of the {model.config.model_type} family."
     source = model.config.backbone
     origin = f"`{source['name']}` (weights {source['fingerprint']})" if source else "an unnamed backbone"
-    where = "are in this folder" if embed else f"are not in this folder: they load from `{source.get('path')}`"
+    where = "are in this folder" if embed else f"are not in this folder; they are loaded from `{source.get('path')}`"
     shape = f"{model.config.expert_layers} layers in each of {model.config.num_blocks} blocks"
     return (
         f"A modular model (MoDE): the backbone {origin} with experts for {', '.join(model.config.experts)}, {shape}. "

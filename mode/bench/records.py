@@ -1,4 +1,4 @@
-"""Records of benchmarks, and the page that is rendered from them."""
+"""Records of benchmarks, and their rendering."""
 
 from __future__ import annotations
 
@@ -18,62 +18,65 @@ SCHEMA = 1
 
 
 FIGURES = {"scale": draw_scale, "sharding": draw_layouts}
-"""Suites whose record is drawn too."""
+"""Suites whose records have a figure, with the function that draws it."""
 
 
 HEADS = ("Job", "Variant", "Median", "Ratio", "Quartiles")
+"""Columns of every table."""
 
 
 USAGE = ("GFLOP", "Of peak", "Peak MB")
+"""Further columns of tables with operations or peak memory."""
 
 
 INTRODUCTION = (
-    "Every variant is timed once a round, in an order that is reversed from round to round, in one process. "
-    "Ratios are to the first variant of the same job: of tokens per second (more is better) where tokens are "
-    "counted, else of time or size (less is better); median and quartiles of the rounds' paired ratios. "
-    "Loading and exchange end with the first token, since weights that are mapped are read when they are used. "
-    "Absolute figures are medians, and hold for the machine they were taken on."
+    "Every variant is timed once per round, in one process. The order is reversed from round to round. Ratios are "
+    "relative to the first variant of the same job: of tokens per second (more is better) if tokens are counted, else "
+    "of time or size (less is better). They are medians and quartiles of paired ratios of the rounds. Loading and "
+    "exchange include the first token, since memory-mapped weights are read on first use. Absolute values are medians "
+    "and hold only for the machine of the measurement."
 )
 
 
 @dataclass(frozen=True)
 class Benchmark(Measurement):
-    """What a suite leaves.
+    """Record of a suite.
 
-    Its identity is what was asked, on which machine; measuring the same again replaces it. `asked` has suite, backbone,
-    shape, threads, precision and options, `happened` the cases (job, variant, tokens, seconds by round) and bytes.
+    Its identity is what was asked and the machine, so a second measurement replaces the first. `asked` has suite,
+    backbone, shape, threads, precision and options. `happened` has the cases (job, variant, tokens, seconds by round)
+    and sizes in bytes.
     """
 
     @property
     def title(self) -> str:
-        """Suite and backbone."""
+        """Suite and backbone, as a heading."""
         return f"{self.asked['suite']}: {self.asked['backbone']}"
 
     @property
     def filename(self) -> str:
-        """Name of its file, for people; the id alone decides."""
+        """Name of the record's file. Only the id identifies the record."""
         return f"{self.asked['suite']}-{self.asked['backbone']}-{self.id}.json"
 
 
 def render_benchmarks(benchmarks: Sequence[Benchmark]) -> dict[str, str]:
     """Render benchmarks in Markdown."""
-    return {"md": "\n".join(["# Benchmarks", "", INTRODUCTION, *(f"\n{render_section(each)}" for each in benchmarks)])}
+    return {"md": "\n".join(["# Benchmarks", "", INTRODUCTION, *(f"\n{render_section(one)}" for one in benchmarks)])}
 
 
 def draw_figures(benchmarks: Sequence[Benchmark], folder: Path) -> None:
     """Draw the figure of every benchmark whose suite has one."""
-    for each in benchmarks:
-        if each.asked["suite"] in FIGURES:
-            path = folder / f"bench-{each.filename.removesuffix('.json')}.png"
-            FIGURES[each.asked["suite"]](each.happened["cases"], path)
+    for benchmark in benchmarks:
+        if benchmark.asked["suite"] in FIGURES:
+            path = folder / f"bench-{benchmark.filename.removesuffix('.json')}.png"
+            FIGURES[benchmark.asked["suite"]](benchmark.happened["cases"], path)
 
 
 COLLECTION = Collection("bench", "benchmark", Benchmark, SCHEMA, "mode bench branches", render_benchmarks, draw_figures)
-"""The folder of benchmarks in a folder of results, and their table beside it."""
+"""The benchmarks in a folder of results, and the files that are rendered from them."""
 
 
 def render_section(benchmark: Benchmark) -> str:
-    """Render one benchmark."""
+    """Render one benchmark in Markdown."""
     heads, *rows = make_cells(benchmark)
     lines = [
         f"## {benchmark.title}",
@@ -88,36 +91,36 @@ def render_section(benchmark: Benchmark) -> str:
 
 
 def make_cells(benchmark: Benchmark) -> list[tuple[str, ...]]:
-    """Return a benchmark's table as texts, its heads first; without columns of usage where nothing was counted."""
-    found = benchmark.happened["cases"]
-    timed = [(*format_case(case, found), *format_usage(case, found)) for case in found]
-    weighed = [(*each, *[""] * (1 + len(USAGE))) for each in format_sizes(benchmark)]
-    counted = any("flops" in case or "peak" in case for case in found)
-    return [each if counted else each[: len(HEADS)] for each in (HEADS + USAGE, *timed, *weighed)]
+    """Return the rows of a benchmark's table, headings first. Columns of usage are left out if nothing was counted."""
+    cases = benchmark.happened["cases"]
+    timed = [(*format_case(case, cases), *format_usage(case, cases)) for case in cases]
+    sizes = [(*row, *[""] * (1 + len(USAGE))) for row in format_sizes(benchmark)]
+    counted = any("flops" in case or "peak" in case for case in cases)
+    return [row if counted else row[: len(HEADS)] for row in (HEADS + USAGE, *timed, *sizes)]
 
 
 def describe_conditions(benchmark: Benchmark) -> str:
-    """Say what was measured, on what, and when."""
-    asked, seen = benchmark.asked, benchmark.provenance
-    machine = seen["machine"]
+    """Describe the shape, the machine, the versions and the date of a benchmark in one line."""
+    asked, provenance = benchmark.asked, benchmark.provenance
+    machine = provenance["machine"]
     return (
         f"{asked['num_blocks']} blocks, {asked['expert_layers']} layers per expert and block, {asked['precision']}"
         f"{'; {} rows of {} tokens'.format(*asked['rows']) if 'rows' in asked else ''}"
         f"{''.join(f'; {OLD_NAMES.get(key, key)}={value}' for key, value in asked.get('options', {}).items())}; "
         f"{machine['device']} of {machine['processor']}, {asked['threads']} of {machine['cores']} threads; "
-        f"torch {seen['versions']['torch']}; {benchmark.happened['rounds']} rounds, {seen['date'][:10]}."
+        f"torch {provenance['versions']['torch']}; {benchmark.happened['rounds']} rounds, {provenance['date'][:10]}."
     )
 
 
 def format_sizes(benchmark: Benchmark) -> list[tuple[str, ...]]:
-    """Return `size`, variant, megabytes and ratio of everything weighed, as texts."""
-    found = benchmark.happened["bytes"]
-    first = next(iter(found.values()), 0)
-    return [("size", name, f"{size / 1e6:.2f} MB", f"{size / first:.3f}") for name, size in found.items()]
+    """Return `size`, variant, megabytes and ratio of every size, as texts."""
+    sizes = benchmark.happened["bytes"]
+    first = next(iter(sizes.values()), 0)
+    return [("size", name, f"{size / 1e6:.2f} MB", f"{size / first:.3f}") for name, size in sizes.items()]
 
 
 def format_case(case: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Render one case beside the first of its job: job, variant, median, ratio and quartiles."""
+    """Return job, variant, median, ratio to the first case of the job, and quartiles, as texts."""
     median = statistics.median(case["seconds"])
     if case["job"] == MACHINE:
         shown = f"{(case.get('bytes') or case['flops']) / median / 1e9:,.1f} {'GB' if 'bytes' in case else 'GFLOP'}/s"
@@ -131,11 +134,11 @@ def format_case(case: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> 
 
 
 def format_usage(case: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Render what a case takes: operations, the share of the machine's rate at them, and peak memory."""
+    """Return operations, share of the machine's peak rate, and peak memory of a case, as texts."""
     peak = f"{case['peak'] / 1e6:,.1f}" if "peak" in case else ""
     if "flops" not in case or case["job"] == MACHINE:
         return "", "", peak
-    after = cases[cases.index(case) :]  # a group's own limits are the last of its cases
+    after = cases[cases.index(case) :]  # the limits of the machine are the last cases of a group
     limit = next(other for other in after if other["job"] == MACHINE and other.get("precision") == case["precision"])
     rate = compute_ratio(limit["seconds"], case["seconds"]).median / (limit["flops"] / case["flops"])
     return f"{case['flops'] / 1e9:,.1f}", f"{100 * rate:.0f} %", peak

@@ -1,4 +1,4 @@
-"""Timed cases, interleaved, and the limits of the machine."""
+"""Timing of interleaved cases, and the limits of the machine."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Case:
     """One variant of a job.
 
     Attributes:
-        job: What is done; a job's first case is what its others are compared with.
-        variant: How it is done.
-        action: Does it once.
-        tokens: Tokens that it handles; 0 where time itself is what counts.
-        flops: Floating-point operations that it takes, if they are known.
-        precision: Of those.
-        bytes: Bytes that it moves, if that is what it is for.
-        resident: Bytes of weights and optimizer states that it keeps from one time to the next.
-        counted: Whether its memory is counted.
+        job: Name of the job. The other cases of a job are compared with its first case.
+        variant: Name of the variant.
+        action: Runs the variant once. May return its own time in seconds, as a float.
+        tokens: Tokens that one run processes; 0 if the case is rated by time.
+        flops: Floating-point operations of one run; 0 if unknown.
+        precision: Precision of the operations.
+        bytes: Bytes that one run moves, if the case measures memory bandwidth.
+        resident: Returns the bytes of weights and optimizer state that stay allocated between runs.
+        counted: Whether the peak memory is measured.
     """
 
     job: str
@@ -42,7 +42,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median and quartiles of the paired ratios of two variants."""
+    """Paired ratios of two variants.
+
+    Attributes:
+        median: Median.
+        low: First quartile.
+        high: Third quartile.
+    """
 
     median: float
     low: float
@@ -52,26 +58,26 @@ class Ratio:
 def interleave(
     cases: Sequence[Case], rounds: int, done: Callable[[int], None] = lambda number: None
 ) -> list[list[float]]:
-    """Time every case once a round, in an order that is reversed from round to round, after a round that warms up.
+    """Time every case once per round, after one round of warm-up. The order is reversed from round to round.
 
-    An action that returns seconds, a float, has timed itself, without what it does before and after.
+    If an action returns a float, this value is taken as its seconds instead of the measured time.
 
     Args:
-        cases: What to time.
-        rounds: Rounds that count.
-        done: Told the number of every round that is over; the warm-up's is 0.
+        cases: Cases to time.
+        rounds: Number of rounds after the warm-up.
+        done: Called after every round with its number; 0 is the warm-up.
 
     Returns:
         Seconds by case and round.
     """
     seconds: list[list[float]] = [[] for _ in cases]
     gc.collect()
-    gc.freeze()  # to look before every case through all that is loaded takes half a second
+    gc.freeze()  # otherwise every collection below scans all loaded objects, half a second each
     try:
         for number in range(rounds + 1):
             order = range(len(cases)) if number % 2 else reversed(range(len(cases)))
             for index in order:
-                gc.collect()  # garbage of one case is not to be another's time
+                gc.collect()  # so that the garbage of one case does not slow the next
                 synchronize()
                 passed = start_clock()
                 own = cases[index].action()
@@ -84,7 +90,7 @@ def interleave(
 
 
 def start_clock() -> Callable[[], float]:
-    """Start a clock; what it returns waits for an accelerator and says how many seconds have passed on it, or here."""
+    """Start a clock and return a function that stops it and returns seconds. On a GPU the clock is a pair of events."""
     if not torch.cuda.is_available():
         start = time.perf_counter()
         return lambda: time.perf_counter() - start
@@ -100,18 +106,18 @@ def start_clock() -> Callable[[], float]:
 
 
 def synchronize() -> None:
-    """Wait until an accelerator has done what it was given."""
+    """Wait until a GPU has finished all queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def compute_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """Return the ratio of two series that were measured in the same rounds.
+    """Return the paired ratios of two series of times from the same rounds.
 
     >>> compute_ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
     Ratio(median=2.0, low=2.0, high=2.5)
     """
-    paired = [one / other for one, other in zip(ours, theirs, strict=True)]
+    paired = [first / second for first, second in zip(ours, theirs, strict=True)]
     if len(paired) == 1:
         return Ratio(paired[0], paired[0], paired[0])
     low, median, high = statistics.quantiles(paired, n=4, method="inclusive")
@@ -119,15 +125,15 @@ def compute_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
 
 
 MACHINE = "machine"
-"""The job of these cases."""
+"""Job of the cases that measure the limits of the machine."""
 
 
 SIZE = {"cpu": 1024, "cuda": 8192}
-"""Rows and columns of the matrices."""
+"""Rows and columns of the multiplied matrices, by device type."""
 
 
 def time_limits(device: torch.device) -> list[Case]:
-    """Return what times a device's rate of products of large matrices, by precision, and of copying in its memory."""
+    """Return cases that measure a device's rate of large matrix products, by precision, and of copies in its memory."""
     size = SIZE[device.type]
     cases = []
     for precision, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -141,10 +147,10 @@ def time_limits(device: torch.device) -> list[Case]:
 
 
 def multiply(left: Tensor, right: Tensor) -> None:
-    """Multiply matrices."""
+    """Multiply two matrices."""
     left @ right
 
 
 def copy(source: Tensor, target: Tensor) -> None:
-    """Copy a tensor over another."""
+    """Copy one tensor into another."""
     target.copy_(source)

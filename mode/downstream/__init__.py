@@ -1,1 +1,1 @@
-"""Downstream tasks: prompts, scoring, and programs run in a sandbox."""
+"""Downstream tasks: score finished runs on benchmarks such as HumanEval and GSM8K."""

@@ -1,18 +1,18 @@
-"""Run one program where it can harm nothing, and report what it did. Linux only; started by `mode.downstream.sandbox`.
+"""Run one program in a confined process and report the verdict. Linux only; started by `mode.downstream.sandbox`.
 
-This is a script of its own, with nothing but the standard library, since it runs in an interpreter that sees no other
-package. It reads a request in JSON from its standard input, gives up what the program must not have, and then runs the
-program in its own process:
+This script uses only the standard library, because its interpreter sees no other package. The script reads a request in
+JSON from standard input, drops its own rights, and then runs the program in the same process:
 
-- Landlock leaves it the standard library and the shared libraries to read, and one folder to write.
-- A seccomp filter lets through the system calls that Python needs to compute and to use those files, and no other: no
-  sockets, no new process or thread, no signals, no tracing, no change of modes, owners, limits or name spaces.
-- Resource limits bound processor time, memory, the size of a file and the number of open ones.
+- Landlock allows reading the standard library and shared libraries, and writing one folder.
+- A seccomp filter allows the system calls that Python needs to compute and to use those files. All other calls fail:
+  sockets, new processes and threads, signals, tracing, and changes of modes, owners, limits and name spaces.
+- Resource limits bound processor time, memory, file size and the number of open files.
 
-None of this needs privileges, and none can be undone. Metadata of files elsewhere (that they exist, their size) can
-still be read. The verdict goes through a pipe, after a word that the program does not know. That protects against
-programs that end early or print; a program that sets out to look for the word in its own process could find it, as it
-could return an object that equals everything. What is protected is the machine.
+The restrictions need no privileges and cannot be undone. The existence and size of other files can still be read.
+
+The verdict is written to a pipe, after a secret that the program does not get. The secret protects against programs
+that end early or print a verdict. A program that searches its own process for the secret can find it, and a program can
+return an object that is equal to everything. The sandbox protects the machine, not the score.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ ALLOWED = {
         faccessat2 439
     """,
 }
-"""System calls that are let through, by processor, with their numbers."""
+"""Names and numbers of the allowed system calls, by processor."""
 
 
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-"""What the kernel calls the processor in a seccomp filter."""
+"""Number of the processor in a seccomp filter."""
 
 
 # linux/landlock.h; the numbers of the calls are the same on every processor.
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 
 
-NEEDED_ABI = 3  # the first that controls truncation
+NEEDED_ABI = 3  # the first version that controls truncation
 
 
 EVERY_RIGHT = (1 << 15) - 1
@@ -71,7 +71,7 @@ EVERY_RIGHT = (1 << 15) - 1
 READ_FILE, READ_FOLDER = 1 << 2, 1 << 3
 
 
-# Write, read, list, remove, make and truncate files; no folders (a deep tree is hard to remove), links or devices.
+# Write, read, list, remove, create and truncate files. No folders (a deep tree is hard to remove), links or devices.
 WORK = 1 << 1 | READ_FILE | READ_FOLDER | 1 << 5 | 1 << 8 | 1 << 14
 
 
@@ -85,55 +85,56 @@ LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000  # a refused call fails with EPERM
 
 
-def allowed_calls(processor: str) -> list[int]:
-    """Return the numbers of the system calls that are let through.
+def list_allowed_calls(processor: str) -> list[int]:
+    """Return the numbers of the allowed system calls.
 
-    >>> allowed_calls("x86_64")[:3]
+    >>> list_allowed_calls("x86_64")[:3]
     [0, 1, 2]
     """
     return [int(entry.split()[1]) for entry in ALLOWED[processor].split(",")]
 
 
 def limit_resources(limits: Mapping[str, int]) -> None:
-    """Bound what this process may use from now on.
+    """Limit the resources of this process.
 
     Args:
-        limits: `cpu` in seconds; `memory`, the address space, and `file`, the size of one, in bytes.
+        limits: `cpu` in seconds; `memory`, the size of the address space, in bytes; `file`, the size of a file, in
+            bytes.
     """
     resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu"], limits["cpu"] + 1))
     for name, value in (
         (resource.RLIMIT_AS, limits["memory"]),
         (resource.RLIMIT_FSIZE, limits["file"]),
         (resource.RLIMIT_NOFILE, 32),
-        (resource.RLIMIT_NPROC, 0),  # does not bind root; the filter does
+        (resource.RLIMIT_NPROC, 0),  # does not bind root, but the seccomp filter does
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(name, (value, value))
 
 
-def readable_folders() -> set[Path]:
-    """Return the folders that the interpreter needs: its standard library and the shared libraries that it has open."""
-    found = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
+def list_readable_folders() -> set[Path]:
+    """Return the folders that the interpreter needs: standard library, and shared libraries that are loaded."""
+    folders = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
     for line in Path("/proc/self/maps").read_text("utf-8").splitlines():
         name = line.partition("/")[2]
         if ".so" in name.rpartition("/")[2]:
-            found.add(Path("/" + name).parent)
-    return {path for path in found if path.is_dir()}
+            folders.add(Path("/" + name).parent)
+    return {path for path in folders if path.is_dir()}
 
 
 class Kernel:
-    """The C library's way to system calls, with errors as exceptions."""
+    """System calls through the C library. Errors are raised as exceptions."""
 
     def __init__(self) -> None:
         """Open the C library.
 
         Raises:
-            OSError: There is none to open.
+            OSError: The C library cannot be opened.
         """
         self.library = ctypes.CDLL(None, use_errno=True)
 
     def __call__(self, name: str, number: int, *arguments: int | Any) -> int:
-        """Do a system call.
+        """Make a system call and return its result.
 
         Raises:
             OSError: The kernel refused it; the message begins with `name`.
@@ -158,13 +159,17 @@ class Kernel:
 
 
 def confine_files(kernel: Kernel, folder: Path) -> None:
-    """Leave this process the interpreter's folders to read, and one folder to write."""
+    """Restrict this process to reading the interpreter's folders and writing one folder.
+
+    Raises:
+        OSError: The kernel has no Landlock, or an older version.
+    """
     abi = kernel("Landlock", CREATE_RULESET, 0, 0, 1)
     if abi < NEEDED_ABI:
-        raise OSError(f"Landlock of version {abi}, where {NEEDED_ABI} (Linux 6.2) is needed")
+        raise OSError(f"Landlock version {abi} is too old: version {NEEDED_ABI} (Linux 6.2) is needed")
     handled = ctypes.create_string_buffer(struct.pack("=Q", EVERY_RIGHT), 8)
     rules = kernel("Landlock", CREATE_RULESET, handled, 8, 0)
-    for path, rights in [*((path, READ_FILE | READ_FOLDER) for path in readable_folders()), (folder, WORK)]:
+    for path, rights in [*((path, READ_FILE | READ_FOLDER) for path in list_readable_folders()), (folder, WORK)]:
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         rule = ctypes.create_string_buffer(struct.pack("=Qi", rights, place), 12)
         kernel("Landlock", ADD_RULE, rules, 1, rule, 0)
@@ -174,7 +179,7 @@ def confine_files(kernel: Kernel, folder: Path) -> None:
 
 
 def build_filter(processor: str, numbers: Iterable[int]) -> list[tuple[int, int, int, int]]:
-    """Return the seccomp filter: code, steps to skip if equal, if not, operand."""
+    """Return the instructions of a seccomp filter: code, jump if equal, jump if not equal, operand."""
     program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, AUDIT_ARCH[processor]), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
     for number in numbers:
         program += [(EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
@@ -182,41 +187,45 @@ def build_filter(processor: str, numbers: Iterable[int]) -> list[tuple[int, int,
 
 
 def confine_calls(kernel: Kernel, processor: str) -> None:
-    """Take every system call from this process that is not let through."""
+    """Restrict this process to the allowed system calls.
+
+    Raises:
+        OSError: The processor has no list of calls, or the kernel refuses the filter.
+    """
     if processor not in ALLOWED:
         raise OSError(f"seccomp: no list of system calls for the processor {processor}")
-    program = build_filter(processor, allowed_calls(processor))
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in program))
+    program = build_filter(processor, list_allowed_calls(processor))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in program))
     head = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
     kernel.control("seccomp", SET_SECCOMP, FILTER, head, 0, 0)
 
 
 def judge(program: str, test: str) -> str:
-    """Run a program and its test, and return `passed`, `unparsed` or `failed` with the name of the exception."""
+    """Run a program and its test; return `passed`, `unparsed`, or `failed` and the name of the exception."""
     try:
         compile(program, "program", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):
         return "unparsed"
     try:
         exec(compile(f"{program}\n{test}", "program", "exec", dont_inherit=True), {"__name__": "program"})
-    except BaseException as error:  # SystemExit too: a program that ends itself has not passed
+    except BaseException as error:  # includes SystemExit: a program that exits has not passed
         return f"failed {type(error).__name__}"
     return "passed"
 
 
-def make_reporter(pipe: int, word: str) -> Callable[[str], None]:
-    """Return how to say the verdict: the word and the verdict, in one write."""
+def make_reporter(pipe: int, secret: str) -> Callable[[str], None]:
+    """Return a function that writes the secret and a verdict to the pipe in one write."""
 
-    def say(verdict: str) -> None:
-        os.write(pipe, f"{word} {verdict}\n".encode())
+    def report(verdict: str) -> None:
+        os.write(pipe, f"{secret} {verdict}\n".encode())
 
-    return say
+    return report
 
 
 def main() -> None:
-    """Read the request, give up what the program must not have, run it, and end without what it left to be done."""
+    """Read the request, confine this process, run the program, and exit without running exit handlers."""
     request = json.load(sys.stdin.buffer)
-    say = make_reporter(int(sys.argv[1]), request.pop("word"))
+    report = make_reporter(int(sys.argv[1]), request.pop("secret"))
     try:
         kernel = Kernel()
         limit_resources(request["limits"])
@@ -224,9 +233,9 @@ def main() -> None:
         confine_files(kernel, Path.cwd())
         confine_calls(kernel, platform.machine())
     except OSError as error:
-        say(f"unconfined {error.strerror or error}")
+        report(f"unconfined {error.strerror or error}")
         return
-    say(judge(request["program"], request["test"]))
+    report(judge(request["program"], request["test"]))
     os._exit(0)
 
 

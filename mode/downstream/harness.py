@@ -1,6 +1,6 @@
-"""Tasks that lm-evaluation-harness scores: the project's own, offline, and any other of its registry by name.
+"""Tasks that lm-evaluation-harness scores: tasks of this project, offline, and tasks of the harness's registry.
 
-lm-evaluation-harness is an extra and takes seconds to import, so it is imported where it is used.
+lm-evaluation-harness is an optional dependency and slow to import, so functions import it when they need it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mode.core.errors import ConfigError, suggest
-from mode.downstream.task import Done, Scored, Task
+from mode.downstream.task import Progress, Task, TaskScore
 from mode.evaluation.generate import count_context
 from mode.evaluation.likelihood import Text, compute_log_likelihoods
 
@@ -26,37 +26,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 INSTALL = "pip install -c constraints.txt -e '.[downstream]'"
+"""Command that installs lm-evaluation-harness."""
 
 
 INVALID = "[invalid]"
-"""What the harness's filters put in the place of an answer that they cannot read."""
+"""Text that the harness's filters return for an answer that they cannot parse."""
 
 
 DEFAULT_TOKENS = 256
-"""Tokens of an answer where a task of the registry does not say, as in the harness."""
+"""Maximum number of tokens of an answer if a task of the registry sets none: the harness's own default."""
 
 
 ROW, ROWS = 256, 8
-"""Tokens of a row of packed texts, and rows that are read at a time."""
+"""Tokens of a row of packed texts, and rows of a batch."""
 
 
 def is_installed() -> bool:
-    """Say whether lm-evaluation-harness is here, without importing it."""
+    """Return whether lm-evaluation-harness is installed, without importing it."""
     return find_spec("lm_eval") is not None
 
 
 @dataclass(frozen=True)
-class Harnessed:
-    """A task as lm-evaluation-harness has it.
+class HarnessTask:
+    """A task of lm-evaluation-harness.
 
     Attributes:
-        name: Its name.
-        task: The harness's own object.
-        prompt: Its template; the first prompt if it is made by a function.
-        version: Its version, as the harness gives it.
-        num_fewshot: Worked examples before the question.
-        metric: The metric that is its score.
-        questions: Questions that it has.
+        name: Name of the task.
+        task: The harness's task object.
+        prompt: Template of the prompt; None if a function makes the prompt.
+        version: Version of the task, as the harness reports it.
+        num_fewshot: Number of worked examples before the question.
+        metric: Name of the headline metric.
+        questions: Number of questions.
     """
 
     name: str
@@ -68,11 +69,16 @@ class Harnessed:
     questions: int
 
 
-def convert_task(name: str, task: Task, questions: Sequence[Mapping[str, Any]]) -> Harnessed:
-    """Turn a task of the project's own into one of the harness's, over questions that are at hand.
+def convert_task(name: str, task: Task, questions: Sequence[Mapping[str, Any]]) -> HarnessTask:
+    """Convert a task of this project to a task of the harness.
+
+    Args:
+        name: Name of the task.
+        task: The task, of the kind `harness`.
+        questions: Questions of the task.
 
     Raises:
-        ConfigError: The harness refuses its settings.
+        ConfigError: The harness refuses the settings.
     """
     from datasets import Dataset
 
@@ -92,22 +98,22 @@ def convert_task(name: str, task: Task, questions: Sequence[Mapping[str, Any]]) 
         from lm_eval.api.task import ConfigurableTask
 
         for metric in settings.get("metric_list", ()):
-            # The harness would fetch any other, and any `hf_evaluate`, from the hub as code, and run it.
+            # The harness would download any other metric, and any `hf_evaluate`, as code from the hub and run it.
             if metric.get("metric") not in metric_registry or "hf_evaluate" in metric:
                 raise ConfigError(f"task {name}: metric {metric.get('metric')}: not one of lm-evaluation-harness's own")
-        made = ConfigurableTask(config=settings)
-    return Harnessed(name, made, task.prompt, task.version, task.num_fewshot, task.metric, len(questions))
+        converted = ConfigurableTask(config=settings)
+    return HarnessTask(name, converted, task.prompt, task.version, task.num_fewshot, task.metric, len(questions))
 
 
-def load_registered_tasks(name: str, own: Sequence[str]) -> list[Harnessed]:
-    """Load a task, or all tasks of a group, from the harness's registry; most need the Hugging Face hub.
+def load_registered_tasks(name: str, own: Sequence[str]) -> list[HarnessTask]:
+    """Load a task, or all tasks of a group, from the harness's registry. Most tasks need the Hugging Face hub.
 
     Args:
-        name: Its name there.
-        own: Names that could have been meant besides.
+        name: Name of the task or group.
+        own: Names of this project's tasks. The error message suggests the nearest name.
 
     Raises:
-        ConfigError: There is no such task, or its data are not to be had, or it runs programs unconfined.
+        ConfigError: There is no such task, its data are not available, or it runs programs without confinement.
     """
     with silence_harness(), reporting_refusals(name):
         from lm_eval.tasks import TaskManager
@@ -119,39 +125,41 @@ def load_registered_tasks(name: str, own: Sequence[str]) -> list[Harnessed]:
                 f"{len(manager.all_tasks)}{suggest(name, [*own, *manager.all_tasks])}"
             )
         loaded = manager.load([name])["tasks"]
-    found = []
-    for each, task in loaded.items():
+    tasks = []
+    for task_name, task in loaded.items():
         if getattr(task, "UNSAFE_CODE", False):
-            raise ConfigError(f"task {each}: runs what a model writes unconfined; humaneval confines it")
+            raise ConfigError(
+                f"task {task_name}: runs programs of a model unconfined; use humaneval, which confines them"
+            )
         shots = task.get_config("num_fewshot") or 0
         task.set_config(key="num_fewshot", value=shots)
         text = task.get_config("doc_to_text")
         metrics = list(task.higher_is_better())
         version = getattr(task, "VERSION", None)
         prompt = text if isinstance(text, str) else None
-        found.append(Harnessed(each, task, prompt, version, shots, metrics[0], len(task.eval_docs)))
-    return found
+        tasks.append(HarnessTask(task_name, task, prompt, version, shots, metrics[0], len(task.eval_docs)))
+    return tasks
 
 
-def make_reader(model: PreTrainedModel, folder: Path) -> Any:
+def wrap_model(model: PreTrainedModel, folder: Path) -> Any:
     """Wrap a model for the harness.
 
-    Log-likelihoods are this project's own, of texts packed without padding (`mode.evaluation.likelihood`); answers are
-    generated one at a time, so that padding cannot change one. Nothing gets special tokens, as in training. `done`
-    receives the number of questions done and the number of all.
+    Log-likelihoods are computed by this project, on texts packed without padding (`mode.evaluation.likelihood`).
+    Answers are generated one at a time, so that padding cannot change an answer. Special tokens are never added, as in
+    training. The attribute `done` of the wrapper reports progress.
 
     Args:
-        model: A causal LM, on its device, not training.
-        folder: Folder of its tokenizer.
+        model: A causal LM, on its device, in evaluation mode.
+        folder: Folder of the tokenizer's files.
     """
     with silence_harness():
         from lm_eval.models.huggingface import HFLM
         from transformers import AutoTokenizer
 
-        class Reader(HFLM):  # type: ignore[misc]
-            """The harness's own wrapper, but for how texts are scored."""
+        class HarnessModel(HFLM):  # type: ignore[misc]
+            """The harness's own wrapper with this project's scoring of texts."""
 
-            done: Done = staticmethod(lambda number, total: None)
+            done: Progress = staticmethod(lambda number, total: None)
             questions = 0
 
             def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -164,8 +172,8 @@ def make_reader(model: PreTrainedModel, folder: Path) -> Any:
 
             def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
                 self.questions = len({request.doc_id for request in requests})
-                found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-                return found
+                scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+                return scores
 
             def _loglikelihood_tokens(
                 self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
@@ -173,7 +181,7 @@ def make_reader(model: PreTrainedModel, folder: Path) -> Any:
                 return score_texts(self, requests)
 
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        return Reader(
+        return HarnessModel(
             pretrained=model,
             tokenizer=tokenizer,
             max_length=count_context(model),
@@ -183,90 +191,95 @@ def make_reader(model: PreTrainedModel, folder: Path) -> Any:
         )
 
 
-def score_texts(reader: Any, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-    """Return the log-likelihood of each request's end, and whether it is what the model would say greedily."""
+def score_texts(wrapped: Any, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    """Return, per request, the log-likelihood of its continuation, and whether greedy decoding would generate it."""
 
-    def count_questions(number: int) -> None:
-        reader.done(number * reader.questions // len(requests), reader.questions)
+    def report(number: int) -> None:
+        wrapped.done(number * wrapped.questions // len(requests), wrapped.questions)
 
-    texts = [cut_to_end(given, scored, reader.max_length + 1) for _, given, scored in requests]
-    found = compute_log_likelihoods(reader.model, texts, row=ROW, batch_size=ROWS, done=count_questions)
-    return [(each.total, each.greedy) for each in found]
+    texts = [cut_to_end(given, scored, wrapped.max_length + 1) for _, given, scored in requests]
+    scores = compute_log_likelihoods(wrapped.model, texts, row=ROW, batch_size=ROWS, done=report)
+    return [(score.total, score.greedy) for score in scores]
 
 
 def cut_to_end(given: Sequence[int], scored: Sequence[int], longest: int) -> Text:
-    """Return a text of which the end is scored, cut at its beginning where it is longer than a model can read.
+    """Return a text whose end is scored. A text that is too long is truncated at its beginning.
+
+    Args:
+        given: Tokens of the context.
+        scored: Tokens of the continuation, which is scored.
+        longest: Maximum number of tokens of the text.
 
     >>> cut_to_end([1, 2, 3], [4, 5], 4)
     Text(tokens=[2, 3, 4, 5], given=2)
 
     Raises:
-        ConfigError: Not even the end alone can be read.
+        ConfigError: The continuation alone is too long.
     """
     if len(scored) >= longest:
-        raise ConfigError(f"an answer of {len(scored)} tokens: this model reads {longest - 1}")
+        raise ConfigError(f"an answer has {len(scored)} tokens: this model reads {longest - 1}")
     tokens = [*given, *scored][-longest:]
     return Text(tokens, len(tokens) - len(scored))
 
 
-def score_harnessed(
-    given: Harnessed, reader: Any, limit: int | None = None, done: Done = lambda number, total: None
-) -> Scored:
+def score_harness_task(
+    given: HarnessTask, wrapped: Any, limit: int | None = None, done: Progress = lambda number, total: None
+) -> TaskScore:
     """Score a model on a task, greedily.
 
     Args:
         given: The task.
-        reader: The model, as `make_reader` wraps it.
-        limit: Questions to ask at most, the first ones.
-        done: Called after every question with how many are done, and of how many.
+        wrapped: The model, wrapped by `wrap_model`.
+        limit: Maximum number of questions, from the first; None for all.
+        done: Called after every question.
 
     Raises:
-        ConfigError: The model reads too little to make an answer, or the harness fails.
+        ConfigError: The context of the model is shorter than an answer, or the harness fails.
     """
     task = given.task
     generates = task.OUTPUT_TYPE == "generate_until"
     length = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", DEFAULT_TOKENS) if generates else 0
-    window = count_context(reader.model) - length
+    window = count_context(wrapped.model) - length
     if window <= 0:
-        raise ConfigError(f"{given.name}: an answer of up to {length} tokens: this model reads {window + length}")
+        raise ConfigError(f"{given.name}: an answer takes up to {length} tokens: this model reads {window + length}")
     task.set_fewshot_seed(seed=1234)  # the harness's own default
     with silence_harness() as stderr, reporting_refusals(given.name), sandbox_templates():
         from lm_eval.evaluator import evaluate
 
-        reader.done = restore_output(done, stderr)
-        results = evaluate(reader, {"tasks": {given.name: task}, "groups": {}}, limit=limit, log_samples=True)
+        wrapped.done = restore_output(done, stderr)
+        results = evaluate(wrapped, {"tasks": {given.name: task}, "groups": {}}, limit=limit, log_samples=True)
     samples = results["samples"][given.name]
     first = samples[0]["filter"]
     samples = [sample for sample in samples if sample["filter"] == first]
     texts = [
-        ["".join(part for part in request[:2] if isinstance(part, str)) for request in each["arguments"]]
-        for each in samples
+        ["".join(part for part in request[:2] if isinstance(part, str)) for request in sample["arguments"]]
+        for sample in samples
     ]
-    cut = sum(any(len(reader.tok_encode(text)) > window for text in each) for each in texts)
+    truncated = sum(any(len(wrapped.tok_encode(text)) > window for text in group) for group in texts)
     counts = results["n-samples"][given.name]
-    return Scored(
+    return TaskScore(
         asked=counts["effective"],
         of=counts["original"],
         values=[float(value) for sample in samples if isinstance(value := sample.get(given.metric), int | float)],
         metrics=read_metrics(results["results"][given.name], first),
         unparsed=sum(INVALID in sample["filtered_resps"] for sample in samples) if generates else None,
-        truncated=cut,
+        truncated=truncated,
         example=samples[0]["arguments"][0][0],
     )
 
 
-def read_metrics(found: Mapping[str, Any], first: str) -> dict[str, tuple[float, float | None]]:
-    """Return the metrics of the harness's results under one filter, each with its standard error.
+def read_metrics(results: Mapping[str, Any], first: str) -> dict[str, tuple[float, float | None]]:
+    """Return value and standard error of every metric in the harness's results under one filter.
 
     >>> read_metrics({"alias": "x", "acc,none": 0.5, "acc_stderr,none": "N/A"}, "none")
     {'acc': (0.5, None)}
     """
     metrics: dict[str, tuple[float, float | None]] = {}
-    for key, value in found.items():
+    for key, value in results.items():
         name, _, kind = key.partition(",")
         if kind != first or name.endswith("_stderr"):
             continue
-        error = found.get(f"{name}_stderr,{kind}")
+        error = results.get(f"{name}_stderr,{kind}")
         known = isinstance(error, int | float) and math.isfinite(error)
         metrics[name] = (float(value), float(error) if known and error is not None else None)
     return metrics
@@ -274,10 +287,10 @@ def read_metrics(found: Mapping[str, Any], first: str) -> dict[str, tuple[float,
 
 @contextlib.contextmanager
 def reporting_refusals(name: str) -> Iterator[None]:
-    """Tell in one line what the harness, its tasks or the hub refuse; their exceptions are of many kinds.
+    """Convert any exception of the harness, its tasks or the hub to an error of one line.
 
     Raises:
-        ConfigError: Something was refused.
+        ConfigError: The code in this context raised an exception.
     """
     try:
         yield
@@ -290,7 +303,7 @@ def reporting_refusals(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sandbox_templates() -> Iterator[None]:
-    """Let the harness render templates in Jinja's sandbox: a template is text, and must not reach Python's insides."""
+    """Let the harness render templates in Jinja's sandbox, so that a template cannot reach Python's internals."""
     from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import utils
 
@@ -306,7 +319,7 @@ def sandbox_templates() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silence_harness() -> Iterator[TextIO]:
-    """Keep what the harness logs and its progress bars to itself; yield where messages of our own still go."""
+    """Silence log messages and progress bars of the harness. Yield the real stderr for other messages."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -320,11 +333,11 @@ def silence_harness() -> Iterator[TextIO]:
             logger.setLevel(level)
 
 
-def restore_output(done: Done, stderr: TextIO) -> Done:
-    """Return a callback that prints to a stream although output around the callback is kept quiet."""
+def restore_output(done: Progress, stderr: TextIO) -> Progress:
+    """Return a progress function that prints to the real stderr although stderr is silenced around it."""
 
-    def print_done(number: int, total: int) -> None:
+    def report(number: int, total: int) -> None:
         with contextlib.redirect_stderr(stderr):
             done(number, total)
 
-    return print_done
+    return report

@@ -1,4 +1,4 @@
-"""Score programs that a model completes: whether their tests pass, each run in a sandbox."""
+"""Score programs that a model completes: each is run against its tests in a sandbox."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mode.core.errors import ConfigError
 from mode.downstream.sandbox import run_program
-from mode.downstream.task import Done, Scored, Task, cut_at_stops, render_prompt
+from mode.downstream.task import Progress, Task, TaskScore, cut_at_stops, render_prompt
 from mode.evaluation.generate import Sampling, count_context, generate
 
 if TYPE_CHECKING:
@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from mode.backbone.tokenizer import BackboneTokenizer
 
 FIELDS = ("test", "entry_point")
-"""What a question has beside its prompt: Python that defines `check(candidate)`, and the name of the function."""
+"""Fields of a question besides the prompt: Python source that defines `check(candidate)`, and the function's name."""
 
 
 def complete_prompt(
     model: PreTrainedModel, tokenizer: BackboneTokenizer, prompt: str, max_tokens: int, stop: Sequence[str]
 ) -> str:
-    """Continue a prompt greedily up to the first of the texts that end it, the end of a document or so many tokens."""
+    """Continue a prompt greedily.
+
+    The completion ends at the first stop text, at the end of a document, or after `max_tokens` tokens.
+    """
     text = ""
     for piece in generate(model, tokenizer, prompt, Sampling(max_tokens)):
         text += piece.text
@@ -40,28 +43,29 @@ def score_programs(
     model: PreTrainedModel,
     tokenizer: BackboneTokenizer,
     limit: int | None = None,
-    done: Done = lambda number, total: None,
-) -> Scored:
+    done: Progress = lambda number, total: None,
+) -> TaskScore:
     """Complete every program greedily and run it against its tests.
 
     Args:
-        task: A task of the kind program.
-        questions: Its questions.
-        model: A causal LM with a key-value cache, not training.
-        tokenizer: Its tokenizer.
-        limit: Questions to ask at most, the first ones.
-        done: Called after every question with how many are done, and of how many.
+        task: A task of the kind `program`.
+        questions: Questions of the task.
+        model: A causal LM with a key-value cache, in evaluation mode.
+        tokenizer: Tokenizer of the model.
+        limit: Maximum number of questions, from the first; None for all.
+        done: Called after every question.
 
     Returns:
-        pass@1 of one greedy sample, and what became of every completion; those that are not Python are unparsed.
+        pass@1 of one greedy sample, and the number of completions by outcome. Completions that are not valid Python
+        count as unparsed.
 
     Raises:
-        ConfigError: A question is incomplete, or the model reads too little to make the answer.
+        ConfigError: A question is incomplete, or the context of the model is shorter than an answer.
     """
     length = task.max_tokens or 0
     window = count_context(model) - length
     if window <= 0:
-        raise ConfigError(f"an answer of up to {length} tokens: this model reads {count_context(model)}")
+        raise ConfigError(f"an answer takes up to {length} tokens: this model reads {count_context(model)}")
     asked = questions[:limit]
     check_questions(asked)
     prompts = [render_prompt(task, question) for question in asked]
@@ -73,11 +77,11 @@ def score_programs(
         passed.append(verdict.outcome == "passed")
         outcomes[verdict.outcome] += 1
         done(number, len(asked))
-    return Scored(
+    return TaskScore(
         asked=len(asked),
         of=len(questions),
-        values=[float(each) for each in passed],
-        metrics={task.metric: mean_with_error(passed)},
+        values=[float(value) for value in passed],
+        metrics={task.metric: compute_mean(passed)},
         unparsed=outcomes["unparsed"],
         truncated=truncated,
         example=prompts[0],
@@ -89,7 +93,7 @@ def check_questions(questions: Sequence[Mapping[str, Any]]) -> None:
     """Refuse questions without tests.
 
     Raises:
-        ConfigError: One has no test, or no name of a function.
+        ConfigError: A question lacks its test or the name of its function.
     """
     for number, question in enumerate(questions, 1):
         missing = [name for name in FIELDS if not isinstance(question.get(name), str)]
@@ -97,10 +101,10 @@ def check_questions(questions: Sequence[Mapping[str, Any]]) -> None:
             raise ConfigError(f"question {number} has no {missing[0]}")
 
 
-def mean_with_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return a mean and its standard error, which one value has not.
+def compute_mean(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean of values and its standard error, which is None for a single value.
 
-    >>> mean_with_error([True, False, False, False])
+    >>> compute_mean([True, False, False, False])
     (0.25, 0.25)
     """
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

@@ -1,7 +1,7 @@
-"""Results of downstream tasks, and the report that follows from them.
+"""Results of downstream tasks, and their rendering.
 
-A result is a JSON in `downstream/` of a folder of results: what was asked (run, task, version, prompt), what happened
-and under what conditions. `downstream.md` and `downstream.csv` follow from them alone.
+A result is a JSON file in `downstream/` of a folder of results. The file has what was asked (run, task, version,
+prompt), what happened, and the conditions. `downstream.md` and `downstream.csv` are rendered from these files alone.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ SCHEMA = 1
 
 
 SHARES = ("pass@1", "exact_match", "acc", "acc_norm")
-"""Metrics that are shares, and shown in per cent."""
+"""Metrics that are shares and are shown in per cent."""
 
 
 INTRO = (
-    "Decoding is greedy. Scores stand with their standard error over the questions asked, in per cent where the metric "
-    "is a share. Unparsed: answers that could not be read as answers, which count as wrong; a dash where every answer "
-    "can be read. Cut: questions whose prompt lost its beginning, since the model reads no more. With few questions "
-    "asked the score is of the first ones, and its error is large; where all are wrong the formula gives 0, which says "
-    "nothing."
+    "Decoding is greedy. Scores have their standard error over the questions asked, in per cent if the metric is a "
+    "share. Unparsed: answers that could not be parsed, which count as wrong; a dash if every answer can be parsed. "
+    "Cut: questions whose prompt was truncated at its beginning to fit the context. If not all questions are asked, "
+    "the first ones are. With few questions the error is large. If all answers are wrong, the formula gives an error "
+    "of 0, which has no meaning."
 )
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a run was asked.
+    """Run, task and limit of a result.
 
     Attributes:
         run: Id of the run.
-        run_name: Name of the run, for people.
+        run_name: Readable name of the run.
         backbone: Name of the backbone.
         task: Name of the task.
         version: Version of the task.
-        metric: The metric that is the score.
-        num_fewshot: Worked examples in a prompt.
-        chance: Score of guessing; None where nobody guesses.
-        max_tokens: Tokens of an answer; None or 0 where nothing is generated.
+        metric: Name of the headline metric.
+        num_fewshot: Number of worked examples in a prompt.
+        chance: Score of random guessing, as a share; None if unknown.
+        max_tokens: Maximum number of tokens of an answer; None or 0 if nothing is generated.
         stop: Texts that end an answer.
-        unparsed: What counts as an unparsed answer; empty where every answer can be read.
-        prompt: The prompt, as a template.
+        unparsed: Description of unparsed answers; empty if every answer can be parsed.
+        prompt: Template of the prompt.
         prompt_sha256: Digest of the prompt.
-        limit: Questions asked, the first ones; None for all.
+        limit: Number of questions asked, from the first; None for all.
     """
 
     run: str
@@ -71,18 +71,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a task.
+    """Scores of a result.
 
     Attributes:
-        n: Questions asked.
-        of: Questions of the task.
-        score: The score.
+        n: Number of questions asked.
+        of: Number of questions of the task.
+        score: Value of the headline metric.
         stderr: Standard error of the score.
-        metrics: By name, the value and the standard error of every metric.
-        unparsed: Unparsed answers; None where every answer can be read.
-        truncated: Prompts whose beginning was cut off.
-        outcomes: Answers by what became of them.
-        seconds: Seconds of scoring.
+        metrics: Value and standard error of every metric, by name.
+        unparsed: Number of unparsed answers; None if every answer can be parsed.
+        truncated: Number of prompts that were truncated at their beginning.
+        outcomes: Number of answers by outcome.
+        seconds: Duration of the scoring.
     """
 
     n: int
@@ -98,36 +98,36 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Result(Measurement):
-    """What a run did on a task.
+    """Result of a run on a task.
 
-    `asked` and `happened` are what its file holds; `request` and `outcome` are the same by name. `provenance` has the
-    data with their digest, and the conditions. `happened` also has the score of every question.
+    `asked` and `happened` have the contents of the file; `request` and `outcome` have the same values by name.
+    `provenance` has the data with its digest, and the conditions. `happened` also has the score of every question.
     """
 
     @cached_property
     def request(self) -> Request:
-        """What was asked."""
+        """Run, task and limit."""
         return pick_fields(Request, self.asked)
 
     @cached_property
     def outcome(self) -> Outcome:
-        """What came of it."""
+        """Scores."""
         return pick_fields(Outcome, self.happened)
 
     @property
     def filename(self) -> str:
-        """Name of its file: the run, the task, and how many questions if not all."""
+        """Name of the result's file: the run, the task, and the limit on questions if there is one."""
         limit = self.request.limit
         return f"{self.request.run}-{self.request.task}{f'-first-{limit}' if limit else ''}.json"
 
     @property
     def score(self) -> str:
-        """The score and its standard error, as people read it."""
+        """The score and its standard error, as text."""
         return format_metric(self.request.metric, self.outcome.score, self.outcome.stderr)
 
     @property
     def unparsed(self) -> str:
-        """The number of unparsed answers, as people read it."""
+        """The number of unparsed answers, as text; a dash if every answer can be parsed."""
         count = self.outcome.unparsed
         return "–" if count is None else str(count)
 
@@ -143,7 +143,7 @@ def format_metric(metric: str, value: float, error: float | None) -> str:
 
 
 def format_row(result: Result) -> dict[str, str]:
-    """Render a result as a line of the table."""
+    """Render a result as a row of the table."""
     asked, outcome = result.request, result.outcome
     others = [
         f"{name} {format_metric(name, value, None)}"
@@ -166,7 +166,7 @@ def format_row(result: Result) -> dict[str, str]:
 
 
 def describe_task(result: Result) -> str:
-    """Render what a task is."""
+    """Render the description of a result's task in Markdown."""
     asked, data = result.request, result.provenance["data"]
     facts = [f"{asked.num_fewshot} worked examples", f"scored by {asked.metric}"]
     if asked.chance is not None:
@@ -182,7 +182,7 @@ def describe_task(result: Result) -> str:
 
 
 def render_results(results: Sequence[Result]) -> dict[str, str]:
-    """Render results in Markdown, and as CSV with one line per result and metric."""
+    """Render results in Markdown, and as CSV with one row per result and metric."""
     ordered = sorted(results, key=lambda each: (each.request.task, each.request.backbone, each.filename))
     table = pd.DataFrame([format_row(result) for result in ordered]).to_markdown(index=False, disable_numparse=True)
     tasks = {
@@ -202,4 +202,4 @@ def render_results(results: Sequence[Result]) -> dict[str, str]:
 
 
 COLLECTION = Collection("downstream", "result", Result, SCHEMA, "mode eval --downstream", render_results)
-"""The folder of results of downstream tasks in a folder of results, and the report beside it."""
+"""The downstream results in a folder of results, and the files that are rendered from them."""

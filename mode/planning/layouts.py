@@ -1,4 +1,4 @@
-"""Estimates of a step in each layout of several processes."""
+"""Estimates of a training step under each layout of several processes: DDP, FSDP and MPMD."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from mode.planning.machine import Device, Link
 from mode.planning.work import HALF, IDLE, WHOLE, Branch, Work
 
 BUCKET = 25e6
-"""Bytes of gradients that DDP reduces at a time."""
+"""Bytes of gradients in one all-reduce of DDP."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step is predicted to take under one layout.
+    """Predicted time, traffic and memory of a step under one layout.
 
     Attributes:
-        layout: Its name.
-        seconds: Of a step.
+        layout: Name of the layout: `ddp`, `fsdp` or `mpmd`.
+        seconds: Seconds of a step.
         computing: Seconds of a step in which the slowest device computes or waits for another slot.
-        traffic: Bytes that a device sends in a step.
-        memory: Bytes that the fullest device holds.
-        placement: Branches and devices of every slot.
-        micro: Micro-batches in flight.
+        traffic: Bytes that one device sends in a step.
+        memory: Bytes on the device that holds the most.
+        placement: Branches and devices of every slot, as text.
+        micro: Number of micro-batches in flight.
     """
 
     layout: str
@@ -35,97 +35,100 @@ class Estimate:
     micro: int = 1
 
 
-def count_held(branch: Branch, shards: int, tokens: float) -> float:
-    """Return the bytes of a branch on one of the devices that share it.
+def count_memory(branch: Branch, shards: int, tokens: float) -> float:
+    """Return the bytes that a branch takes on one of the devices that share it.
 
-    Weights, gradients and moments are in fp32 and in shards; activations are in bf16, and so are the weights that
-    products of matrices read where there is one device: else those of a layer at a time.
+    Parameters, gradients and optimizer state are sharded and in fp32. Activations are in bf16. Without sharding, a bf16
+    copy of the weights for matrix products is counted too. With sharding, that copy exists for one layer at a time and
+    is left out.
     """
-    read = HALF * branch.weights if shards == 1 else 0
-    return (WHOLE * branch.weights + 3 * WHOLE * branch.trained) / shards + read + tokens * branch.kept
+    copies = HALF * branch.weights if shards == 1 else 0
+    return (WHOLE * branch.weights + 3 * WHOLE * branch.trained) / shards + copies + tokens * branch.kept
 
 
 def estimate_ddp(work: Work, devices: int, device: Device, link: Link) -> Estimate:
-    """Predict a step with a copy of the model on every device."""
+    """Estimate a step of DDP: every device has a copy of the model."""
     whole, share = work.whole, work.tokens / devices
-    computing = sum(device.seconds(whole, share))
+    computing = sum(device.estimate_seconds(whole, share))
     traffic = 2.0 * WHOLE * whole.trained * (devices - 1) / devices
     messages = 2 * (devices - 1) * -(-WHOLE * whole.trained // BUCKET)
-    seconds = link.hides(computing, traffic / link.bandwidth + messages * link.latency)
-    return Estimate("ddp", seconds, computing, traffic, count_held(whole, 1, share))
+    seconds = link.overlap_seconds(computing, traffic / link.bandwidth + messages * link.latency)
+    return Estimate("ddp", seconds, computing, traffic, count_memory(whole, 1, share))
 
 
-def count_sharded(branch: Branch, devices: int, half: int, *, stays: bool = False) -> tuple[float, float]:
-    """Return the bytes and the messages of a branch's weights in shards over some devices.
+def count_sharded_traffic(branch: Branch, devices: int, half: int, *, stays: bool = False) -> tuple[float, float]:
+    """Return the bytes that a device sends for a sharded branch in a step, and the number of messages.
 
     Args:
         branch: The branch.
-        devices: Their number.
-        half: Bytes in which weights are sent.
-        stays: Whether it stays whole from the forward to the backward pass.
+        devices: Number of devices that share the branch.
+        half: Bytes of one weight on the link.
+        stays: Whether gathered weights are kept from the forward to the backward pass.
     """
-    back = branch.weights if branch.flops.backward and not stays else 0
-    volume = (half * (branch.weights + back) + WHOLE * branch.trained) * (devices - 1) / devices
-    rounds = branch.layers * (1 + bool(back) + bool(branch.trained))
+    regathered = branch.weights if branch.flops.backward and not stays else 0
+    volume = (half * (branch.weights + regathered) + WHOLE * branch.trained) * (devices - 1) / devices
+    rounds = branch.layers * (1 + bool(regathered) + bool(branch.trained))
     return volume, float(rounds * (devices - 1))
 
 
-def count_all_sharded(head: Branch, branches: Sequence[Branch], devices: int, half: int) -> tuple[float, float]:
-    """Return the same of several branches and of what is outside the layers, which stays."""
-    each = [
-        count_sharded(head, devices, half, stays=True),
-        *(count_sharded(branch, devices, half) for branch in branches),
+def sum_sharded_traffic(head: Branch, branches: Sequence[Branch], devices: int, half: int) -> tuple[float, float]:
+    """Return bytes and messages of several sharded branches and of the head, whose weights stay gathered."""
+    counts = [
+        count_sharded_traffic(head, devices, half, stays=True),
+        *(count_sharded_traffic(branch, devices, half) for branch in branches),
     ]
-    volumes, messages = zip(*each, strict=True)
+    volumes, messages = zip(*counts, strict=True)
     return sum(volumes), sum(messages)
 
 
 def estimate_fsdp(work: Work, devices: int, device: Device, link: Link) -> Estimate:
-    """Predict a step with the weights in shards over all devices."""
+    """Estimate a step of FSDP: parameters, gradients and optimizer state are sharded over all devices."""
     whole, share = work.whole, work.tokens / devices
-    computing = sum(device.seconds(whole, share))
+    computing = sum(device.estimate_seconds(whole, share))
     parts = [branch for block in work.blocks for branch in block]
-    traffic, messages = count_all_sharded(work.head, parts, devices, work.half)
-    seconds = link.hides(computing, link.shards(traffic, messages))
-    return Estimate("fsdp", seconds, computing, traffic, count_held(whole, devices, share))
+    traffic, messages = sum_sharded_traffic(work.head, parts, devices, work.half)
+    seconds = link.overlap_seconds(computing, link.estimate_sharded_seconds(traffic, messages))
+    return Estimate("fsdp", seconds, computing, traffic, count_memory(whole, devices, share))
 
 
 Slots = tuple[tuple[tuple[int, ...], int], ...]
-"""Of every slot its branches, and its devices."""
+"""One pair for each slot: the numbers of its branches, and its number of devices. Branch 0 is the backbone."""
 
 
 def estimate_mpmd(work: Work, slots: Slots, micro: int, device: Device, link: Link) -> Estimate:
-    """Predict a step with the branches of every block spread over slots of devices."""
+    """Estimate a step of MPMD: the branches of every block are spread over slots of devices."""
     count, all_devices = len(slots), sum(devices for _, devices in slots)
-    ahead = [0.0, 0.0]
+    synchronized = [0.0, 0.0]  # forward and backward seconds if every block waits for its slowest slot
     alone: list[list[float]] = [[0.0, 0.0] for _ in slots]
     for block in work.blocks:
-        each = [sum((block[index] for index in chosen), start=IDLE) for chosen, _ in slots]
-        spent = [
-            device.seconds(one, work.tokens / devices, micro) for one, (_, devices) in zip(each, slots, strict=True)
+        parts = [sum((block[index] for index in chosen), start=IDLE) for chosen, _ in slots]
+        times = [
+            device.estimate_seconds(part, work.tokens / devices, micro)
+            for part, (_, devices) in zip(parts, slots, strict=True)
         ]
-        for way in range(2):
-            ahead[way] += max(both[way] for both in spent)
-            for slot, both in enumerate(spent):
-                alone[slot][way] += both[way]
+        for direction in range(2):
+            synchronized[direction] += max(both[direction] for both in times)
+            for slot, both in enumerate(times):
+                alone[slot][direction] += both[direction]
     bound = max(map(sum, alone))
-    computing = bound + (sum(ahead) - bound) / micro + sum(device.seconds(work.head, work.tokens / all_devices))
+    head = sum(device.estimate_seconds(work.head, work.tokens / all_devices))
+    computing = bound + (sum(synchronized) - bound) / micro + head
     fewest = min(devices for _, devices in slots)
     times_sent = 2 * (len(work.blocks) - 1) + 1
     exchange = times_sent * 2 * (count - 1) / count * work.half * work.hidden * work.tokens / fewest
     waiting = (exchange / link.bandwidth + times_sent * micro * 2 * (count - 1) * link.latency) / micro
-    traffic, behind, memory = 0.0, 0.0, 0.0
+    traffic, hidden, memory = 0.0, 0.0, 0.0
     for chosen, devices in slots:
         mine = [block[index] for block in work.blocks for index in chosen]
-        volume, messages = count_all_sharded(work.head, mine, devices, work.half)
-        traffic, behind = max(traffic, volume), max(behind, link.shards(volume, messages))
-        memory = max(memory, count_held(sum(mine, start=work.head), devices, work.tokens / devices))
-    seconds = link.hides(computing, behind) + waiting
+        volume, messages = sum_sharded_traffic(work.head, mine, devices, work.half)
+        traffic, hidden = max(traffic, volume), max(hidden, link.estimate_sharded_seconds(volume, messages))
+        memory = max(memory, count_memory(sum(mine, start=work.head), devices, work.tokens / devices))
+    seconds = link.overlap_seconds(computing, hidden) + waiting
     return Estimate("mpmd", seconds, computing, traffic + exchange, memory, format_placement(slots), micro)
 
 
 def format_placement(slots: Slots) -> str:
-    """Write a placement.
+    """Render a placement as text.
 
     >>> format_placement((((0,), 4), ((1, 2), 2)))
     'backbone on 4, experts 1 and 2 on 2'
@@ -139,11 +142,11 @@ def format_placement(slots: Slots) -> str:
 
 
 def list_placements(work: Work, devices: int) -> Iterator[Slots]:
-    """Return placements worth trying: the backbone alone on a part of the devices, experts even over the rest."""
+    """Yield candidate placements: the backbone on some devices, and the experts spread evenly over the others."""
     experts = len(work.blocks[0]) - 1
     for slots in range(1, min(experts, devices - 1) + 1):
         dealt = [tuple(range(1 + slot, experts + 1, slots)) for slot in range(slots)]
         for alone in {devices // (slots + 1), devices // 4, devices // 2, 3 * devices // 4}:
-            each, rest = divmod(devices - alone, slots)
-            if alone and each and not rest:
-                yield (((0,), alone), *((chosen, each) for chosen in dealt))
+            share, rest = divmod(devices - alone, slots)
+            if alone and share and not rest:
+                yield (((0,), alone), *((chosen, share) for chosen in dealt))

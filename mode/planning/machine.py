@@ -1,4 +1,4 @@
-"""Devices and links, by their data sheets."""
+"""Devices and links: speed, memory, bandwidth and latency, from data sheets or measurements."""
 
 from __future__ import annotations
 
@@ -14,38 +14,44 @@ from mode.core.errors import ConfigError, suggest
 from mode.planning.work import Branch
 
 OVERLAP = 0.8
-"""Share of the shorter of computing and traffic that hides behind the longer, where a link does not say."""
+"""Default of `Link.overlap`."""
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
 class Device:
-    """A device.
+    """A device that trains.
 
     Attributes:
-        flops: Operations a second that dense training reaches.
-        memory: Bytes.
-        layer: Seconds that a layer takes in a step however few its tokens are: starting its operations, and its update.
+        flops: Floating-point operations per second that dense training reaches.
+        memory: Memory in bytes.
+        layer: Fixed seconds of a layer in a step, independent of the tokens: kernel launches and the optimizer update.
     """
 
     flops: Annotated[float, Field(gt=0.0)]
     memory: Annotated[float, Field(gt=0.0)]
     layer: Annotated[float, Field(ge=0.0)] = 0.0
 
-    def seconds(self, branch: Branch, tokens: float, micro: int = 1) -> tuple[float, float]:
-        """Return what the forward and the backward pass of so many tokens, in micro-batches, take here."""
+    def estimate_seconds(self, branch: Branch, tokens: float, micro: int = 1) -> tuple[float, float]:
+        """Return the seconds of the forward and of the backward pass.
+
+        Args:
+            branch: The layers to run.
+            tokens: Number of tokens of the step on this device.
+            micro: Number of micro-batches that the tokens are split into.
+        """
         fixed = micro * branch.layers * self.layer / 2
         return tokens * branch.flops.forward / self.flops + fixed, tokens * branch.flops.backward / self.flops + fixed
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
 class Link:
-    """What connects devices.
+    """A link between devices.
 
     Attributes:
-        bandwidth: Bytes a second, of each device and direction.
-        gathering: The same of weights that are gathered and gradients that are scattered; null where it is the same.
-        latency: Seconds of a message.
-        overlap: Share of the shorter of computing and traffic that hides behind the longer.
+        bandwidth: Bytes per second of each device in each direction.
+        gathering: Bandwidth of all-gather and reduce-scatter; null if it equals `bandwidth`.
+        latency: Seconds of one message.
+        overlap: How much of the shorter of computing and traffic overlaps with the longer, as a share from 0 to 1.
     """
 
     bandwidth: Annotated[float, Field(gt=0.0)]
@@ -53,20 +59,26 @@ class Link:
     latency: Annotated[float, Field(ge=0.0)]
     overlap: Annotated[float, Field(ge=0.0, le=1.0)] = OVERLAP
 
-    def shards(self, volume: float, messages: float) -> float:
-        """Return the seconds that so many bytes of weights in shards take, in so many messages."""
+    def estimate_sharded_seconds(self, volume: float, messages: float) -> float:
+        """Return the seconds to gather and scatter sharded tensors: `volume` in bytes, and the number of messages."""
         return volume / (self.gathering or self.bandwidth) + messages * self.latency
 
-    def hides(self, computing: float, sending: float) -> float:
-        """Return the seconds of computing and sending, of which the shorter hides behind the longer in part."""
+    def overlap_seconds(self, computing: float, sending: float) -> float:
+        """Return the seconds of computing and sending together, given the overlap of both."""
         return max(computing, sending) + (1 - self.overlap) * min(computing, sending)
 
 
 def read_machine(kind: type[Any], group: str, name: str, extra: Path | None = None) -> Any:
-    """Read a device or a link from its YAML.
+    """Read a device or a link from its YAML file.
+
+    Args:
+        kind: `Device` or `Link`.
+        group: Configuration group: `device` or `link`.
+        name: Name of the YAML file, without suffix.
+        extra: Folder of the user's own configuration.
 
     Raises:
-        ConfigError: There is none of that name, or it does not say what it should.
+        ConfigError: The group has no such member, or a setting of it is not valid.
     """
     known = list_members(group, extra)
     if name not in known:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mode.artefacts.prune import COLLECTION, ORDERS, choose_least, find_weighing, mask_experts, rank_experts
+from mode.artefacts.prune import COLLECTION, ORDERS, choose_least, find_weighted_gates, mask_experts, rank_experts
 from mode.config.compose import compose
 from mode.gating.meter import find_gates, watch_gates
 from mode.modular.block import bypass_experts
@@ -39,7 +39,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def test_nothing_pruned_changes_nothing_and_everything_pruned_is_a_layer_that_says_nothing(world: World) -> None:
     _, model = finished(world, "method=upcycling")
-    names, whole = list(find_weighing(model)), logits(model)
+    names, whole = list(find_weighted_gates(model)), logits(model)
     with mask_experts(model, {name: [] for name in names}):
         assert torch.equal(logits(model), whole)
     with mask_experts(model, {key: [0, 1, 2, 3] for key in names}):
@@ -49,7 +49,7 @@ def test_nothing_pruned_changes_nothing_and_everything_pruned_is_a_layer_that_sa
 
 def test_a_pruned_expert_is_as_if_its_weights_were_nothing(world: World) -> None:
     _, model = finished(world, "method=upcycling")
-    with mask_experts(model, {name: [2] for name in find_weighing(model)}):
+    with mask_experts(model, {name: [2] for name in find_weighted_gates(model)}):
         pruned = logits(model)
     assert (pruned - logits(model)).abs().max() > 1e-4
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_an_expert_that_no_token_chose_can_go(world: World) -> None:
         whole = model(input_ids=one).logits
     idle = {
         name: (weights[0, 0] == 0).nonzero()[:, 0].tolist()
-        for name, weights in zip(find_weighing(model), latest, strict=True)
+        for name, weights in zip(find_weighted_gates(model), latest, strict=True)
     }
     assert idle
     assert all(len(numbers) == 2 for numbers in idle.values())
@@ -99,8 +99,8 @@ def test_tokens_that_chose_pruned_experts_alone_have_the_backbone(world: World) 
 
 def test_orders_are_what_their_names_say(world: World) -> None:
     prepared, model = finished(world, "method=upcycling")
-    before = find_weighing(build(prepared, []))
-    for name, gate in find_weighing(model).items():
+    before = find_weighted_gates(build(prepared, []))
+    for name, gate in find_weighted_gates(model).items():
         norms = gate.weight.detach().norm(dim=1)  # type: ignore[union-attr, operator]
         torch.testing.assert_close(rank_experts("norm", prepared, model)[name], norms)
         change = norms - before[name].weight.detach().norm(dim=1)  # type: ignore[union-attr, operator]
@@ -139,4 +139,4 @@ def test_what_cannot_be_pruned_is_told_in_one_line(world: World) -> None:
     prepared, _ = finished(world, "method=sft")
     result = call(world, "prune", prepared.id)
     assert result.exit_code == 2
-    assert result.stderr == f"mode: run {prepared.id}: SFT has no experts that a router weighs\n"
+    assert result.stderr == f"mode: run {prepared.id}: SFT has no experts with a router to prune\n"

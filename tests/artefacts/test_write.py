@@ -142,8 +142,8 @@ def test_a_merged_export_is_a_plain_decoder_of_the_backbones_size(world: World) 
     # A folder says nothing of its data, and a thinner expert has no partner for every layer.
     assert call(world, "export", record.id, str(world.root / "whole")).exit_code == 0
     for words, message in {
-        (str(world.root / "whole"),): "measures the gates on the text of py",
-        (stage_one(world, "py", "method.num_blocks=3")[0].id,): "1 here, beside 2 of the backbone",
+        (str(world.root / "whole"),): "merging needs the validation text of py",
+        (stage_one(world, "py", "method.num_blocks=3")[0].id,): "this expert has 1, a block has 2",
     }.items():
         refused = call(world, "export", *words, str(world.root / "new"), "--merge")
         assert refused.exit_code == 2, refused.output
@@ -239,7 +239,7 @@ def test_a_model_that_no_class_of_the_library_loads_is_generated_from_and_not_ex
     assert call(world, "generate", run_id, "def f", "--max-tokens", "3").exit_code == 0
     result = call(world, "export", run_id, str(world.root / "exported"))
     assert result.exit_code == 2
-    assert "no class of transformers loads such a model" in result.stderr
+    assert "no class of transformers can load this model" in result.stderr
     assert not (world.root / "exported").exists()
 
 
@@ -289,15 +289,15 @@ def test_mistakes_are_told_in_one_line_and_write_nothing(world: World) -> None:
     full.mkdir()
     (full / "kept").write_text("kept", "utf-8")
     cases = {
-        ("export", record.id, str(full)): "there is something already",
+        ("export", record.id, str(full)): "exists and is not empty",
         ("export", record.id, str(world.root / "no" / "where")): "no folder",
         ("export", record.id, new, "--experts", "py,sumz"): "sumz: not one of the experts py, sums; did you mean sums?",
-        ("export", record.id, new, "--experts", ","): "without experts the bare backbone is left",
+        ("export", record.id, new, "--experts", ","): "keep at least one expert",
         ("export", bare.id, new, "--experts", "py"): "has no experts",
         ("export", "zzz", new): "no run of that id",
         ("expert", "remove", record.id, "pz", new): "pz: not one of the experts py, sums; did you mean py?",
         ("expert", "remove", bare.id, "py", new): "has no experts",
-        ("expert", "add", record.id, str(folder), new): "has an expert for py already",
+        ("expert", "add", record.id, str(folder), new): "already has an expert for py",
         ("expert", "add", record.id, "nothing", new): "nor a folder with an expert",
         ("expert", "show", "nothing"): "nor a folder with an expert",
         ("export", record.id, new, "--merge"): "only one expert can be merged: keep one of py, sums",

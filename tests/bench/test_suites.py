@@ -15,17 +15,17 @@ import torch
 
 from mode.backbone.load import fingerprint_weights, load_model
 from mode.bench.records import COLLECTION, FIGURES, render_section
-from mode.bench.suites.data import batches
-from mode.bench.suites.evaluation import evaluation
-from mode.bench.suites.inference import generation
+from mode.bench.suites.data import prepare_data
+from mode.bench.suites.evaluation import prepare_evaluation
+from mode.bench.suites.inference import prepare_generation
 from mode.bench.suites.loops import EnoughError, OwnLoop, Rows, supports_bf16
-from mode.bench.suites.loss import compute_full_logits_loss, losses, make_fused
-from mode.bench.suites.options import branches, options
-from mode.bench.suites.scale import scale
+from mode.bench.suites.loss import compute_full_logits_loss, compute_fused_loss, prepare_losses
+from mode.bench.suites.options import prepare_branches, prepare_options
+from mode.bench.suites.scale import prepare_scale
 from mode.bench.suites.setup import STEPS, Bench, load_method
 from mode.bench.suites.sharding import list_variants
 from mode.bench.suites.startup import make_command_action, make_first_step, make_script_action
-from mode.bench.suites.step import Step, steps
+from mode.bench.suites.step import Step, prepare_steps
 from mode.bench.suites.trainers import Kernels, OtherLoop
 from mode.config.backbone import Backbone, RandomWeights
 from mode.config.check import replace_settings
@@ -111,8 +111,8 @@ def test_all_forms_of_the_loss_are_the_same(trains: bool) -> None:
 
     expected = results(lambda: compute_full_logits_loss(states, weight, targets))
     for form in (
-        lambda: make_fused(states, weight, targets, chunk=None),
-        lambda: make_fused(states, weight, targets, chunk=32),
+        lambda: compute_fused_loss(states, weight, targets, chunk=None),
+        lambda: compute_fused_loss(states, weight, targets, chunk=32),
         lambda: compute_next_token_loss(states[None], weight, targets[None]),
     ):
         for ours, theirs in zip(results(form), expected, strict=True):
@@ -157,7 +157,9 @@ def test_texts_are_packed_into_few_rows() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", [batches, branches, generation, losses, options, scale])
+@pytest.mark.parametrize(
+    "suite", [prepare_data, prepare_branches, prepare_generation, prepare_losses, prepare_options, prepare_scale]
+)
 def test_suites_do_what_they_time(world: World, suite: Any) -> None:
     run = run_of(world)
     folder = world.root / "suite"
@@ -174,7 +176,7 @@ def test_suites_do_what_they_time(world: World, suite: Any) -> None:
 @pytest.mark.skipif(not find_spec("lm_eval"), reason="needs lm-evaluation-harness")
 def test_the_eval_suite_leaves_its_peers_and_limits_in_the_record(world: World) -> None:
     run = run_of(world)
-    cases, _ = evaluation(run, run.method, CPU, world.root)  # it asserts that both come to the same sum
+    cases, _ = prepare_evaluation(run, run.method, CPU, world.root)  # it asserts that both come to the same sum
     assert [case.variant for case in cases] == 2 * ["lm-evaluation-harness", "mode"]
     result = call(world, "bench", "eval", "--rounds", "1")
     assert result.exit_code == 0, result.output
@@ -245,7 +247,7 @@ def test_loops_are_no_graphs_without_a_gpu(world: World) -> None:
 def test_the_scale_suite_varies_what_a_step_grows_with_and_is_drawn(world: World) -> None:
     run = run_of(world)
     method = replace_settings(run.method, num_blocks=2)
-    cases, _ = scale(replace_settings(run, backbone=random_backbone(world.root)), method, CPU, world.root)
+    cases, _ = prepare_scale(replace_settings(run, backbone=random_backbone(world.root)), method, CPU, world.root)
     sizes = [case for case in cases if case.job == "vocabulary"]
     assert [case.variant for case in sizes] == [f"V = {number}" for number in (75, 150, 300, 600, 1200)]
     assert len({case.action.model.get_output_embeddings().weight.shape for case in sizes}) == len(sizes)  # type: ignore[attr-defined]
@@ -294,7 +296,7 @@ def test_the_step_suite_makes_real_steps_of_every_method(world: World, monkeypat
     # Compiling takes a minute; that compiled layers train as plain ones is another test's.
     monkeypatch.setattr("mode.bench.suites.loops.OwnLoop", lambda at, compiled=False: OwnLoop(at))
     run: Run = run_of(world, "train.batch.size=8")
-    cases, sizes = steps(run, run.method, CPU, world.root)  # type: ignore[arg-type]
+    cases, sizes = prepare_steps(run, run.method, CPU, world.root)  # type: ignore[arg-type]
     assert list(sizes)[:3] == ["full fine-tuning", "LoRA", "MoDE, one expert"]
     assert sizes["LoRA"] < sizes["MoDE, one expert"] < sizes["MoDE, two experts"]
     assert len({(case.job, case.variant) for case in cases}) == len(cases)

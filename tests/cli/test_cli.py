@@ -470,7 +470,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(world: World, monkeypatch: pytest.Monk
         patch.setattr("cli.progress.PlainDisplay.point", stop)
         result = call(world, *LORA)
     assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1].startswith("mode: stopped; the same command goes on")
+    assert result.stderr.splitlines()[-1].startswith("mode: stopped; the same command continues")
     assert records(world) == []
     assert "interrupted" in call(world, "show", "runs").stdout
     assert call(world, *LORA).exit_code == 0

@@ -194,7 +194,7 @@ def test_a_job_one_of_whose_processes_is_killed_says_so_and_goes_on(
         os.kill(one, signal.SIGKILL)
         told = job.communicate(timeout=60)[1].splitlines()
     assert job.returncode == 1
-    assert told[-1] == f"mode: process {rank} was ended by SIGKILL; the same command goes on from the last checkpoint"
+    assert told[-1] == f"mode: process {rank} was ended by SIGKILL; the same command continues from the last checkpoint"
     assert not any("Traceback" in line for line in told)
     done = launched(2, words(killed, *LONG))
     assert done.returncode == 0, done.stderr
@@ -216,7 +216,7 @@ def environment(pid: int) -> bytes:
 
 def test_other_commands_are_refused_to_several_processes() -> None:
     for rank, told in (
-        ("0", "mode: reproduce: several processes can share train or compose or generate alone\n"),
+        ("0", "mode: reproduce: several processes can only run train or compose or generate\n"),
         ("1", ""),
     ):
         several = os.environ | {"WORLD_SIZE": "2", "RANK": rank}

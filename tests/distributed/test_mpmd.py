@@ -317,8 +317,8 @@ def test_a_process_forgets_the_branches_of_others(world: World) -> None:
 
 @pytest.mark.parametrize(("layout", "suggestion"), [("mpmd", "--layout mpmd"), ("mmpd", "mpmd")])
 def test_a_layout_of_text_that_cannot_be_is_told(world: World, layout: str, suggestion: str) -> None:
-    from cli.generate import laid_out
+    from cli.generate import spread_branches
 
     run = compose([*world.overrides, *FRESH], world.conf)
     with refused(f"--layout {layout}", suggestion=suggestion):
-        laid_out(noisy(run), layout)
+        spread_branches(noisy(run), layout)

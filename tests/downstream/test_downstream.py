@@ -27,7 +27,7 @@ from mode.downstream.programs import complete_prompt, score_programs
 from mode.downstream.results import COLLECTION, SCHEMA, Result, render_results
 from mode.downstream.run import plan_registered, summarise_score
 from mode.downstream.sandbox import check_isolation
-from mode.downstream.task import DEFAULT, Scored, Task, cut_at_stops, load_task, read_questions, render_prompt
+from mode.downstream.task import DEFAULT, Task, TaskScore, cut_at_stops, load_task, read_questions, render_prompt
 from mode.evaluation.generate import Sampling, generate
 from mode.evaluation.next_token import evaluate
 from tests.cli.test_cli import call
@@ -301,7 +301,7 @@ def result_of(**changes: Any) -> Result:
         **{"prompt": "Q: {{prompt}}", "prompt_sha256": "00ff", "num_fewshot": 0, "max_tokens": 8, "stop": ["\n"]},
         **{"metric": "exact_match", "chance": None, "unparsed": "answers without a number", "limit": None},
     }
-    scored = Scored(
+    scored = TaskScore(
         asked=4,
         of=4,
         values=[1, 0, 0, 0],
@@ -331,7 +331,7 @@ def test_the_page_shows_score_error_unparsed_version_and_prompt() -> None:
 
 
 def test_a_metric_that_was_not_measured_is_refused() -> None:
-    scored = Scored(asked=1, of=1, values=[], metrics={"acc": (1.0, None)}, unparsed=None, truncated=0, example="")
+    scored = TaskScore(asked=1, of=1, values=[], metrics={"acc": (1.0, None)}, unparsed=None, truncated=0, example="")
     with refused("metric", "acc_nrom", suggestion="acc"):
         summarise_score("acc_nrom", scored, 1.0)
 
@@ -412,18 +412,18 @@ def test_the_prompt_of_a_program_does_not_reach_pythons_insides(asked: World) ->
 def test_a_task_runs_no_code_that_its_yaml_names(asked: World, change: dict[str, Any], told: str) -> None:
     from lm_eval import utils
 
-    from mode.downstream.harness import score_harnessed
+    from mode.downstream.harness import score_harness_task
 
     plain = utils.env
     with refused(told):
-        score_harnessed(harnessed(changed(asked, "words", **change), "words", WORDS), reader(asked))
+        score_harness_task(harnessed(changed(asked, "words", **change), "words", WORDS), reader(asked))
     assert utils.env is plain
 
 
 def reader(world: World, model: Any = None) -> Any:
-    from mode.downstream.harness import make_reader
+    from mode.downstream.harness import wrap_model
 
-    return make_reader(model or load_model(pico(world)).eval(), Path(pico(world).path))
+    return wrap_model(model or load_model(pico(world)).eval(), Path(pico(world).path))
 
 
 @needs_harness
@@ -519,15 +519,15 @@ def test_choices_are_put_as_the_harness_puts_them(asked: World) -> None:
 
 @needs_harness
 def test_harness_scores_follow_from_the_likelihoods(asked: World) -> None:
-    from mode.downstream.harness import score_harnessed
+    from mode.downstream.harness import score_harness_task
 
     given = harnessed(asked, "choices", CHOICES)
-    scored = score_harnessed(given, reader(asked))
+    scored = score_harness_task(given, reader(asked))
     # The four questions differ in nothing but the right answer, so any model is right about exactly one.
     assert sum(scored.values) == 1.0
     assert {name: value for name, (value, _) in scored.metrics.items()} == {"acc": 0.25, "acc_norm": 0.25}
     assert (scored.asked, scored.of, scored.unparsed, scored.truncated) == (4, 4, None, 0)
-    words = score_harnessed(harnessed(asked, "words", WORDS), reader(asked), 1)
+    words = score_harness_task(harnessed(asked, "words", WORDS), reader(asked), 1)
     assert (words.asked, words.of, len(words.values)) == (1, 2, 1)
     assert words.unparsed in (0, 1)
     assert words.metrics["exact_match"][1] is None

@@ -12,7 +12,7 @@ import pytest
 
 from mode.config.groups import list_members, read_group
 from mode.launch.launchers import Launcher, make_starter, read_launcher
-from mode.launch.schedule import run_all, table_runs
+from mode.launch.schedule import compose_table, run_all
 from mode.records.record import read_records
 from mode.runs.execute import execute
 from tests.cli.test_cli import call
@@ -70,7 +70,7 @@ def test_a_job_that_dies_goes_on_from_its_checkpoint_and_one_that_fails_does_not
     rows = {"wrong": ["method=lora", "method.target_modules=[q_porj]"], "sft": ["method=sft"]}
     write_table(world.conf, f"jobs-{kind}", rows, seeds=[0])
     long = [*world.overrides, "train.steps=120"]
-    wrong, sft = table_runs(f"jobs-{kind}", [0], long, world.conf)
+    wrong, sft = compose_table(f"jobs-{kind}", [0], long, world.conf)
     watch = Killing()
     nproc = 2 if kind == "submitit" else 1  # of submitit, a job is itself several processes
     start = make_starter(launcher_of(kind, nproc=nproc), tmp_path / "jobs")
@@ -83,7 +83,7 @@ def test_a_job_that_dies_goes_on_from_its_checkpoint_and_one_that_fails_does_not
     there = world.at(world.root / "there")
     again = [text for text in long if not text.startswith("paths.re") and not text.startswith("paths.ru")]
     kept = [text for text in there.overrides if text.startswith(("paths.re", "paths.ru"))]
-    plain = execute(table_runs(f"jobs-{kind}", [0], [*again, *kept], world.conf)[1])
+    plain = execute(compose_table(f"jobs-{kind}", [0], [*again, *kept], world.conf)[1])
     assert plain.id == record.id
     losses, expected = ([point["loss"] for point in curve_of(one)] for one in (record, plain))
     assert losses == (expected if nproc == 1 else pytest.approx(expected, rel=1e-4))

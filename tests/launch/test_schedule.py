@@ -23,7 +23,7 @@ from mode.config.run import Run
 from mode.core.errors import ConfigError
 from mode.core.files import lock_folder
 from mode.launch import schedule
-from mode.launch.schedule import Node, list_ready, name_run, plan_runs, prepare_data, run_all, table_runs
+from mode.launch.schedule import Node, compose_table, list_ready, name_run, plan_runs, prepare_data, run_all
 from mode.records.record import read_records
 from mode.runs.execute import WEIGHTS, execute
 from mode.runs.prepare import prepare_run
@@ -77,7 +77,7 @@ POLICIES = ("paper", "data", "compute", "params")
 
 
 def runs_of(own: World, table: str = "tiny", seeds: tuple[int, ...] | None = None) -> list[Run]:
-    return table_runs(table, seeds, own.overrides, own.conf)
+    return compose_table(table, seeds, own.overrides, own.conf)
 
 
 # --- planning
@@ -91,7 +91,7 @@ def test_a_row_with_a_budget_of_its_own_is_no_row_under_another() -> None:
     assert "mode-2x-data" in names["paper"]
     others = [name for name in names["paper"] if name != "mode-2x-data"]
     assert names["data"] == names["compute"] == names["params"] == others
-    assert [run.track.name for run in table_runs("table1", [0], ["budget=compute"], None)] == names["compute"]
+    assert [run.track.name for run in compose_table("table1", [0], ["budget=compute"], None)] == names["compute"]
 
 
 def test_a_tables_runs_come_seed_by_seed(own: World) -> None:
@@ -146,7 +146,7 @@ def test_data_are_prepared_side_by_side_and_what_cannot_be_is_left_to_planning(o
     given = [*kept, f"paths.cache={tmp_path / 'fresh'}", "domains.prose.sources=[{kind: files, paths: [/nowhere.txt]}]"]
     whole = [text for text in given if not text.startswith("domains.prose")]
     context = multiprocessing.get_context("forkserver")
-    runs = table_runs("tiny", [0], whole, own.conf)
+    runs = compose_table("tiny", [0], whole, own.conf)
     prepare_data(runs, 2, context)
     packed = sorted(path.name.partition("-")[0] for path in (tmp_path / "fresh" / "packed").iterdir())
     assert packed == ["prose", "py", "sums"]
@@ -154,7 +154,7 @@ def test_data_are_prepared_side_by_side_and_what_cannot_be_is_left_to_planning(o
     prepare_data(runs, 2, context)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     with refused("nowhere"):
-        run_all(table_runs("tiny", [0], given, own.conf), jobs=2, display=Watch())
+        run_all(compose_table("tiny", [0], given, own.conf), jobs=2, display=Watch())
 
 
 # --- executing, with processes that only pretend
@@ -240,9 +240,9 @@ def test_a_failure_reaches_all_that_stand_on_it_and_nothing_else(monkeypatch: py
     waits: dict[str, set[str]] = {"a": set(), "b": {"a"}, "c": {"b"}, "d": {"b", "c"}, "e": set(), "f": {"e"}}
     outcome, watch, scripted = pretend(monkeypatch, waits, {"a": fails})
     assert outcome.failed["a"] == "it broke"
-    assert outcome.failed["b"] == "stands on a, which failed"
+    assert outcome.failed["b"] == "depends on run a, which failed"
     assert set(outcome.failed) == {"a", "b", "c", "d"}
-    assert "stands on" in outcome.failed["c"]
+    assert "depends on" in outcome.failed["c"]
     assert outcome.executed == 2
     assert set(scripted.order) == {"a", "e", "f"}
     assert watch.ended == {"a": "it broke", "e": None, "f": None}
@@ -348,7 +348,7 @@ def test_a_failing_row_does_not_stop_the_rest(own: World) -> None:
     assert set(outcome.failed) == {lora, modular, *stages}
     assert "method.target_modules: q_porj is not one of the backbone's" in outcome.failed[lora]
     assert "method.num_blocks=4: 6 layers divide into" in outcome.failed[stages[0]]
-    assert outcome.failed[modular] in {f"stands on {stage}, which failed" for stage in stages}
+    assert outcome.failed[modular] in {f"depends on run {stage}, which failed" for stage in stages}
     assert modular not in watch.started
     assert watch.ended[lora] == outcome.failed[lora]
     assert {record.id for record in read_records(Path(runs[0].paths.results))} == {sft}
@@ -380,7 +380,7 @@ def test_a_table_that_is_terminated_takes_its_runs_with_it(own: World) -> None:
         process.terminate()
         told = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert told.splitlines()[-1] == "mode: stopped; the same command goes on from the last checkpoint"
+    assert told.splitlines()[-1] == "mode: stopped; the same command continues from the last checkpoint"
     (curve,) = (own.root / "runs").rglob("curve.jsonl")
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
@@ -395,7 +395,7 @@ def test_table_one_on_a_real_model_runs_dry(world: World) -> None:
     experiment = "experiment=table1_smollm2"
     assert compose([experiment]).backbone.name == "smollm2-135m"
     small = ["train.steps=3", "train.sequence_length=16", "train.log_every=1", "train.checkpoint_every=1"]
-    runs = table_runs("table1", [0], [experiment, *world.overrides, *small], world.conf)
+    runs = compose_table("table1", [0], [experiment, *world.overrides, *small], world.conf)
     records = [execute(run, weights=True) for run in runs]
     assert [record.asked["train"]["batch_size"] for record in records] == [2] * len(runs)
     assert {record.asked["train"]["warmup"] for record in records} == {0.03}

@@ -160,7 +160,7 @@ def test_the_verdict_names_the_best_and_says_when_side_by_side_is_out_of_reach()
     link = read_machine(Link, "link", "nvlink")
     large, small = work("llama-8b", tokens=16 * 4096), work("llama-8b", tokens=16 * 128)
     told = summarise_estimates(large, estimate_layouts(large, 16, H100, link), 16, H100)
-    assert told.startswith("best: ddp, bound by computing; mpmd cannot win: its slots alone")
+    assert told.startswith("best: ddp, bound by computing; mpmd cannot win: even with free traffic")
     tight = Device(flops=4e14, memory=25e9)  # a copy of the backbone does not fit
     assert summarise_estimates(small, estimate_layouts(small, 16, tight, link), 16, tight).startswith("best: mpmd")
     none = Device(flops=4e14, memory=1e6)

@@ -1,4 +1,4 @@
-"""The suite `data`: a batch from the packed stream, against Hugging Face's data sets and collator."""
+"""Suite `data`: batches from the packed stream, compared with Hugging Face datasets and collator."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from mode.methods.mode import MoDE
 
 TOGETHER = 50
-"""Batches that are made each time."""
+"""Number of batches of one run."""
 
 
-def batches(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
-    """Return what to time, and the bytes of the rows as either keeps them on disk.
+def prepare_data(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return cases that make batches, and the bytes of the rows on disk in either format.
 
     Args:
-        run: Says how many rows and tokens a batch has.
+        run: Run with the batch size and the sequence length.
         method: Not used.
-        device: Where batches go.
-        folder: For the rows.
+        device: Device of the batches.
+        folder: Folder for the rows.
     """
     from datasets import Dataset
 
@@ -62,25 +62,25 @@ def batches(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
         "mode": packed,
     }
     cases = [Case("batches", name, way, tokens=tokens) for name, way in ways.items()]
-    weighed = {"datasets": folder / "dataset", "mode": folder / "stream.npy"}
-    return cases, {name: measure_size(place) for name, place in weighed.items()}
+    places = {"datasets": folder / "dataset", "mode": folder / "stream.npy"}
+    return cases, {name: measure_size(place) for name, place in places.items()}
 
 
 def make_loader(dataset: Any, size: int, device: torch.device) -> Callable[[], None]:
-    """Return an action that takes batches from a data set as `Trainer` does, its rows in a random order."""
+    """Return an action that takes batches from a dataset as `Trainer` does, with rows in random order."""
     from torch.utils.data import DataLoader
     from transformers import default_data_collator
 
-    made: Any = DataLoader(dataset, batch_size=size, shuffle=True, collate_fn=default_data_collator)
+    loader: Any = DataLoader(dataset, batch_size=size, shuffle=True, collate_fn=default_data_collator)
 
     def action() -> None:
-        for _, batch in zip(range(TOGETHER), cycle(made), strict=False):
+        for _, batch in zip(range(TOGETHER), cycle(loader), strict=False):
             batch["input_ids"].to(device)
 
     return action
 
 
 def measure_size(place: Path) -> int:
-    """Return the bytes of a file, or of all in a folder."""
+    """Return the bytes of a file, or of all files in a folder."""
     files = place.rglob("*") if place.is_dir() else [place]
     return sum(file.stat().st_size for file in files if file.is_file())

@@ -1,4 +1,4 @@
-"""The suite `eval`: log-likelihoods of short texts, and of whole rows, against lm-evaluation-harness."""
+"""Suite `eval`: log-likelihoods of short texts and of whole rows, compared with lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -25,21 +25,24 @@ if TYPE_CHECKING:
     from mode.methods.mode import MoDE
 
 SHORTEST, LONGEST, TEXTS = 32, 254, 24
-"""Tokens of the texts, evenly spread, and their number."""
+"""Fewest and most tokens of a short text, with lengths evenly spaced, and number of texts."""
 
 
 TOLERANCE = 1e-6
-"""Relative difference of both sums of log-likelihoods that may be."""
+"""Largest relative difference between the two sums of log-likelihoods."""
 
 
-def evaluation(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
-    """Return what to time, after both ways have come to the same sum of log-likelihoods.
+def prepare_evaluation(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return cases that score the same texts with mode and with lm-evaluation-harness.
 
     Args:
-        run: Names the backbone, and says how many tokens a row has and how many rows are read at once.
+        run: Run with the backbone, the sequence length and the batch size of evaluation.
         method: Not used.
-        device: Where the model is.
+        device: Device of the model.
         folder: Not used.
+
+    Raises:
+        ConfigError: The two sums of log-likelihoods differ.
     """
     model = load_model(run.backbone).to(device).eval()
     shape, random = read_shape(run.backbone), np.random.default_rng(0)
@@ -62,13 +65,13 @@ def evaluation(run: Run, method: MoDE, device: torch.device, folder: Path) -> tu
             ways = {"lm-evaluation-harness": make_harness_action(model, tokens, count), "mode": ours}
             first, second = (way() for way in ways.values())
             if abs(first / second - 1) > TOLERANCE:
-                raise ConfigError(f"{job}: sums of log-likelihoods differ, {first} and {second}: nothing to compare")
+                raise ConfigError(f"{job}: the sums of log-likelihoods differ: {first} and {second}")
         cases += [Case(job, name, drop_result(way), scored, flops=flops, counted=True) for name, way in ways.items()]
     return cases, {}
 
 
 def drop_result(action: Callable[[], float]) -> Callable[[], None]:
-    """Return an action whose result is not taken for seconds."""
+    """Return an action without a result, since a float would be taken as seconds."""
 
     def act() -> None:
         action()
@@ -77,13 +80,13 @@ def drop_result(action: Callable[[], float]) -> Callable[[], None]:
 
 
 def score_short(model: Any, texts: Sequence[Sequence[int]], row: int, rows: int) -> float:
-    """Return the sum of the log-likelihoods of texts."""
-    found = compute_log_likelihoods(model, [Text(tokens) for tokens in texts], row=row, batch_size=rows)
-    return sum(each.total for each in found)
+    """Return the sum of the log-likelihoods of texts, packed into rows."""
+    scores = compute_log_likelihoods(model, [Text(tokens) for tokens in texts], row=row, batch_size=rows)
+    return sum(score.total for score in scores)
 
 
 def score_whole(model: Any, split: PackedSplit, run: Run) -> float:
-    """Return the sum of the log-likelihoods of a stream."""
+    """Return the sum of the log-likelihoods of a stream, cut into rows."""
     score = evaluate(
         model,
         split,
@@ -95,7 +98,7 @@ def score_whole(model: Any, split: PackedSplit, run: Run) -> float:
 
 
 def make_harness_action(model: Any, texts: Sequence[Sequence[int]], rows: int) -> Callable[[], float]:
-    """Return an action that sums the log-likelihoods of texts by lm-evaluation-harness."""
+    """Return an action that sums the log-likelihoods of texts with lm-evaluation-harness."""
     with silence_harness():
         from lm_eval.models.huggingface import HFLM
 

@@ -1,4 +1,4 @@
-"""Suites edge and generate: what experts cost in size, loading and speed of generation."""
+"""Suites `edge` and `generate`: size, loading time and generation speed of models with experts."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from mode.methods.mode import MoDE
 
 PROMPT, NEW, LONG = 32, 32, 256
-"""Tokens of the prompt that is continued, of its continuation, and of the text that is read at once."""
+"""Tokens of the prompt, of its continuation, and of the text that is read at once."""
 
 
-def edge(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
-    """Write the models to a folder and return what to time, and the bytes of every folder's weights.
+def prepare_edge(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Write models to a folder; return cases that load, use and exchange them, and the bytes of their weights.
 
-    Experts have fresh weights: neither size nor speed depends on what they learned.
+    Experts have fresh weights. Neither size nor speed depends on the weights.
 
     Args:
-        run: Names the backbone.
-        method: Shape of blocks, experts and gates.
-        device: Where the models are used.
-        folder: A folder to write to.
+        run: Run with the backbone.
+        method: Method with the shape of blocks, experts and gates.
+        device: Device of the models.
+        folder: Folder to write to.
     """
     names = {"backbone": 0, "backbone + 1 expert": 1, "backbone + 2 experts": 2}
     places = {name: folder / str(number) for name, number in names.items()}
@@ -73,7 +73,7 @@ def build_modular(run: Run, method: MoDE, experts: list[str]) -> MoDEForCausalLM
 
 
 def describe_expert(run: Run, method: MoDE, name: str) -> dict[str, Any]:
-    """Describe a fresh expert as a trained one is described."""
+    """Return the description of a fresh expert, with the fields of a trained expert."""
     return {
         "domain": name,
         "backbone": run.backbone.name,
@@ -84,24 +84,24 @@ def describe_expert(run: Run, method: MoDE, name: str) -> dict[str, Any]:
 
 
 def load_and_use(place: Path, device: torch.device) -> None:
-    """Load a model from its folder to a device and use it once: weights that are mapped are read when they are used."""
+    """Load a model from its folder to a device and use it once, since memory-mapped weights are read on first use."""
     read_prompt(load_folder(place).to(device), 1)
 
 
 def make_ids(model: Any, count: int) -> torch.Tensor:
-    """Return as many tokens, (1, count); the same every time."""
+    """Return fixed token ids, (1, count)."""
     vocabulary: int = model.config.get_text_config().vocab_size
     return torch.arange(count, device=model.device)[None] * 7919 % vocabulary
 
 
 @torch.no_grad()
 def read_prompt(model: Any, count: int = LONG) -> None:
-    """Read a text at once, for the token after it."""
+    """Run one forward pass over a text, for the logits of the next token."""
     model(input_ids=make_ids(model, count), logits_to_keep=1)
 
 
 def write_tokens(model: Any) -> None:
-    """Continue a prompt greedily by as many tokens as asked, whatever they are."""
+    """Generate `NEW` tokens greedily after a prompt of `PROMPT` tokens."""
     prompt = make_ids(model, PROMPT)
     model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
@@ -109,14 +109,14 @@ def write_tokens(model: Any) -> None:
 
 
 def overwrite(model: Any, place: Path) -> None:
-    """Read a folder's weights over those of a model of the same shape, and use it once."""
+    """Load a folder's weights into a model of the same shape, and use the model once."""
     for path in place.glob("*.safetensors"):
         model.load_state_dict(load_file(path), strict=False)  # a tied head is not in the file
     read_prompt(model, 1)
 
 
 def make_swap(model: MoDEForCausalLM, folder: Path) -> Callable[[], None]:
-    """Return an action that reads and checks an expert, puts it in another's place, and uses it once."""
+    """Return an action that loads and checks an expert, replaces another expert with it, and uses the model once."""
 
     def action() -> None:
         leaves, comes = ("two", "three") if "two" in model.config.experts else ("three", "two")
@@ -127,21 +127,21 @@ def make_swap(model: MoDEForCausalLM, folder: Path) -> Callable[[], None]:
 
 
 def measure_weight_bytes(folder: Path) -> int:
-    """Return the size of a folder's weights."""
+    """Return the bytes of a folder's weights."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 NUMBERS = (1, 2, 4, 8)
-"""Experts of the models that are measured."""
+"""Numbers of experts to measure."""
 
 
-def generation(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
-    """Return what to time, and the bytes of every model's weights.
+def prepare_generation(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return cases that read and generate with several numbers of experts, and the bytes of every model's weights.
 
     Args:
-        run: Names the backbone.
-        method: Shape of blocks, experts and gates.
-        device: Where the models are used.
+        run: Run with the backbone.
+        method: Method with the shape of blocks, experts and gates.
+        device: Device of the models.
         folder: Not used.
     """
     live = {"backbone": load_model(run.backbone)}

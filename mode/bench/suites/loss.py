@@ -1,4 +1,4 @@
-"""The suite `loss`: next-token loss and its gradients from final hidden states, by chunk size, against full logits."""
+"""Suite `loss`: next-token loss and its gradients from final hidden states, by chunk size and with full logits."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from mode.methods.mode import MoDE
 
 SIZES = (128, 256, 512, 1024, 2048, 4096)
-"""Tokens per chunk that are compared."""
+"""Chunk sizes to compare, in tokens."""
 
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Maps final hidden states, (tokens, d), a head, (V, d), and next tokens to their mean loss."""
+"""A function of final hidden states, (tokens, d), the head, (V, d), and next tokens that returns the mean loss."""
 
 
-def losses(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
-    """Return what to time, and the bytes of the logits that full logits are.
+def prepare_losses(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return cases that compute losses and scores, and the bytes of full logits.
 
     Args:
-        run: Names a backbone, whose width and vocabulary count, and rows.
+        run: Run with the backbone (only its width and vocabulary matter), the batch size and the sequence length.
         method: Not used.
-        device: Where to compute.
+        device: Device of the tensors.
         folder: Not used.
     """
     shape, tokens = read_shape(run.backbone), run.train.batch.size * run.train.sequence_length
@@ -41,11 +41,11 @@ def losses(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[
     targets = torch.randint(shape.vocabulary, (tokens,), device=device)
     forms: dict[str, Loss] = {
         "full logits": compute_full_logits_loss,
-        **({"chunks as torch chooses them": partial(make_fused, chunk=None)} if NATIVE else {}),
-        **{f"chunks of {size}": partial(make_fused, chunk=size) for size in SIZES if size < tokens and NATIVE},
+        **({"chunks as torch chooses them": partial(compute_fused_loss, chunk=None)} if NATIVE else {}),
+        **{f"chunks of {size}": partial(compute_fused_loss, chunk=size) for size in SIZES if size < tokens and NATIVE},
         "mode": compute_own_loss,
         "full logits, bf16": partial(compute_full_logits_loss, kind=torch.bfloat16),
-        **{f"chunks of {size}, bf16": partial(make_chunked, chunk=size) for size in SIZES if size < tokens},
+        **{f"chunks of {size}, bf16": partial(compute_chunked_loss, chunk=size) for size in SIZES if size < tokens},
         "mode, bf16": partial(compute_own_loss, precision="bf16"),
     }
     cases = []
@@ -69,31 +69,31 @@ def losses(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[
 
 
 def run_both_passes(form: Loss, states: Tensor, weight: Tensor, targets: Tensor) -> None:
-    """Form a loss and its gradients, and drop them."""
+    """Compute a loss and its gradients, and discard both."""
     torch.autograd.backward(form(states, weight, targets))
     states.grad = weight.grad = None
 
 
 def compute_own_loss(states: Tensor, weight: Tensor, targets: Tensor, *, precision: str = "fp32") -> Tensor:
-    """Return the loss that the loop trains on."""
+    """Return the loss of the training loop."""
     return compute_next_token_loss(states[None], weight, targets[None], precision=precision)
 
 
 def compute_full_logits_loss(
     states: Tensor, weight: Tensor, targets: Tensor, *, kind: torch.dtype = torch.float32
 ) -> Tensor:
-    """Return the loss from logits of all tokens, as `transformers` forms it."""
+    """Return the loss from the logits of all tokens, as `transformers` computes it."""
     return functional.cross_entropy((states.to(kind) @ weight.T.to(kind)).float(), targets)
 
 
-def make_chunked(states: Tensor, weight: Tensor, targets: Tensor, *, chunk: int) -> Tensor:
-    """Return the project's own loss in bf16, with chunks of so many tokens."""
+def compute_chunked_loss(states: Tensor, weight: Tensor, targets: Tensor, *, chunk: int) -> Tensor:
+    """Return this project's loss in bf16, in chunks of `chunk` tokens."""
     loss: Tensor = ChunkedLoss.apply(states, weight, targets, torch.bfloat16, chunk)  # type: ignore[no-untyped-call]
     return loss
 
 
-def make_fused(states: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None) -> Tensor:
-    """Return the loss by torch's function, with chunks of so many tokens or of its own choice."""
+def compute_fused_loss(states: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None) -> Tensor:
+    """Return the loss of torch's fused function, in chunks of `chunk` tokens; None lets torch choose."""
     options = nn.LinearCrossEntropyOptions()
     if chunk is not None:
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
@@ -102,7 +102,7 @@ def make_fused(states: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | 
 
 @torch.no_grad()
 def score_full_logits(states: Tensor, weight: Tensor, targets: Tensor) -> None:
-    """Score all tokens from logits of all of them."""
+    """Score all tokens from full logits."""
     logits = states @ weight.T
     functional.cross_entropy(logits, targets, reduction="none")
     logits.argmax(-1).eq(targets)

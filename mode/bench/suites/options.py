@@ -1,4 +1,4 @@
-"""Suites options and branches: what each option of the loop costs and saves."""
+"""Suites `options` and `branches`: time and memory of a step under each training option."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from mode.methods.mode import MoDE
 
 OPTIONAL = (FULL, LORA, ONE)
-"""Methods that are measured under the loop's options."""
+"""Methods that are measured under the training options."""
 
 
-def options(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
-    """Return what to time to see what the loop's options do to a step: precision, memory for time, compiled layers.
+def prepare_options(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return cases that vary precision, activation checkpointing, compilation and frozen weights of a step.
 
     Args:
-        run: Names backbone, rows and their length.
-        method: Shape of blocks, experts and gates.
-        device: Where the models train.
-        folder: For a checkpoint.
+        run: Run with the backbone, the batch size and the sequence length.
+        method: Method with the shape of blocks, experts and gates.
+        device: Device of the models.
+        folder: Folder for a checkpoint.
     """
     variants: dict[str, dict[str, Any]] = {
         "fp32": {},
@@ -43,25 +43,25 @@ def options(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple
         "frozen weights in int8, bf16": {"memory.frozen_weights": "int8", "precision": "bf16"},
         "frozen weights in fp8, bf16": {"memory.frozen_weights": "fp8", "precision": "bf16"},
     }
-    if device.type == "cuda":  # to compile takes long there, and nobody trains in fp32
+    if device.type == "cuda":  # compiling takes long on a GPU, and training in fp32 is rare there
         variants.pop("compiled layers")
     methods = choose_methods(run, method)
     cases = []
     for name in OPTIONAL:
         for variant, changes in variants.items():
             changed = replace_settings(run, train=replace_settings(run.train, **PLAIN | changes))
-            if name != FULL or "frozen" not in variant:  # nothing is there
+            if name != FULL or "frozen" not in variant:  # full fine-tuning freezes nothing
                 cases.append(Step(changed, methods[name], Anchor(), device).case(f"options, {name}", variant))
     return cases, measure_checkpoint(Step(run, methods[ONE], Anchor(), device), folder)
 
 
-def branches(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
-    """Return what to time of the ways that branches run, and on a GPU of steps whose passes are one CUDA graph.
+def prepare_branches(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return cases that vary the execution of branches and, on a GPU, the use of a CUDA graph.
 
     Args:
-        run: Names backbone, rows and their length.
-        method: Shape of blocks, experts and gates.
-        device: Where the models train.
+        run: Run with the backbone, the batch size and the sequence length.
+        method: Method with the shape of blocks, experts and gates.
+        device: Device of the models.
         folder: Not used.
     """
     methods, plain = choose_methods(run, method), PLAIN | {"precision": run.train.precision}
@@ -89,7 +89,7 @@ def branches(run: Run, method: MoDE, device: torch.device, folder: Path) -> tupl
 
 
 def measure_checkpoint(step: Step, folder: Path) -> dict[str, int]:
-    """Return the bytes of the trainable weights with their optimizer state, and of a checkpoint of them."""
+    """Return the bytes of trainable weights with the optimizer state of AdamW, and of a checkpoint."""
     step()
     with Saver() as saver:
         saver.save(folder, trainable_parameters(step.model), step.optimizer, 1, 0.0)

@@ -1,4 +1,4 @@
-"""Suite scale: how a step grows with experts, blocks, layers, tokens and vocabulary."""
+"""Suite `scale`: time of a step by numbers of experts, blocks, layers and tokens, and by vocabulary size."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ if TYPE_CHECKING:
     from mode.methods.mode import MoDE
 
 STAY = "two branches of every token stay"
+"""Name of variants with `top_k=2`, in records."""
 
 
-def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
-    """Return what to time to see how a step grows: experts, their layers, blocks, rows, vocabulary.
+def prepare_scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return cases that vary one quantity of a step at a time: experts, their layers, blocks, rows or vocabulary.
 
-    Where time follows the closed form of the operations, the share of the machine's rate stays the same.
+    If time follows the closed form of the operations, the share of the machine's peak rate is constant.
 
     Args:
-        run: Names backbone, rows and their length; longer rows are fewer, so that a step has as many tokens. With
-            random weights the vocabulary is varied too.
-        method: Shape of blocks, experts and gates where it is not varied.
-        device: Where the models train.
+        run: Run with the backbone, the batch size and the sequence length. Longer rows are fewer, so that the tokens of
+            a step stay the same. For a backbone with random weights, the vocabulary is varied too.
+        method: Method with the shape of blocks, experts and gates that are not varied.
+        device: Device of the models.
         folder: Not used.
     """
     count, size, length = len(read_shape(run.backbone).layers), run.train.batch.size, run.train.sequence_length
@@ -64,12 +65,12 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
         jobs["vocabulary"] = {f"V = {number}": (fresh(), {}) for number in sizes}
     cases = []
     for job, variants in jobs.items():
-        for name, (each, changes) in variants.items():
+        for name, (settings, changes) in variants.items():
             changed = replace_settings(run, train=replace_settings(run.train, **changes))
             if job == "vocabulary":
                 changed = replace_vocabulary(changed, int(name.removeprefix("V = ")))
             change = force_even_gates if STAY in name else lambda model: None
-            cases.append(Step(changed, each, Anchor(), device, change).case(job, name))
+            cases.append(Step(changed, settings, Anchor(), device, change).case(job, name))
     step = Step(run, fresh(), Anchor(), device)
     shared, states = make_first_block(run, method, step.batch.tokens)
     cases += [step.case("what runs on the same rows can share", "MoDE, one expert")]
@@ -80,7 +81,7 @@ def scale(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
 
 
 def replace_vocabulary(run: Run, number: int) -> Run:
-    """Return a run whose backbone, of random weights, has a vocabulary of another size."""
+    """Return a run whose backbone of random weights has a vocabulary of another size."""
     assert run.backbone.random is not None
     shape = {**run.backbone.random.config, "vocab_size": number}
     random = replace_settings(run.backbone.random, config=shape)
@@ -89,15 +90,15 @@ def replace_vocabulary(run: Run, number: int) -> Run:
 
 
 def force_even_gates(model: nn.Module) -> None:
-    """Give every branch the same number of tokens, as the count of operations does; fresh gates choose alike."""
+    """Give every branch the same number of tokens, as the closed form assumes; fresh gates choose alike for all."""
     for block in find_blocks(model):
         block.execution = replace(block.execution, balanced=True)
 
 
 def make_first_block(run: Run, method: MoDE, rows: torch.Tensor) -> tuple[Callable[[], None], int]:
-    """Return an action that runs the backbone's first block alone, and the bytes of what comes out of it.
+    """Return an action that runs the backbone's first block, and the bytes of its output.
 
-    It is the one part of a step that no expert changes: all that train on the same rows could share it.
+    No expert changes this part of a step. Experts that train on the same rows could share it.
     """
     model = load_model(run.backbone).to(rows.device).eval()
     trunk, name = find_layer_stack(model)

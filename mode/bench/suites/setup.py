@@ -1,4 +1,4 @@
-"""What several suites set up alike."""
+"""Setup that several suites share."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ if TYPE_CHECKING:
 
 
 class Loop(Protocol):
-    """Trains a model for `STEPS` steps when called, and returns the seconds of all but the first."""
+    """Trains a model for `STEPS` steps on every call, and returns the seconds of all but the first step."""
 
     def resident(self) -> int:
-        """Return the bytes of weights and optimizer states that stay between two calls."""
+        """Return the bytes of weights and optimizer state that stay allocated between calls."""
 
     def __call__(self) -> float:
-        """Train."""
+        """Train, and return seconds."""
 
 
 def load_method(name: str) -> Any:
-    """Return a method of the project as its YAML describes it."""
+    """Return a method with the settings of its YAML file."""
     return build_method(read_group("method", name))
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What a loop trains, and how.
+    """Setup of a loop.
 
     Attributes:
-        run: Names backbone, rows and their length.
+        run: Run with the backbone, the batch size and the sequence length.
         method: The method.
-        device: Where it trains.
-        folder: For what loops write.
-        precision: Of its products of matrices.
+        device: Device of the model.
+        folder: Folder for files of the loops.
+        precision: Precision of matrix products.
     """
 
     run: Run
@@ -57,15 +57,15 @@ class Bench:
 
     @cached_property
     def lora(self) -> Any:
-        """A low-rank method's settings as PEFT's, or None for full fine-tuning."""
-        made: Any = self.method.build(
+        """PEFT's settings of a low-rank method; None for full fine-tuning."""
+        model: Any = self.method.build(
             replace_settings(self.run, method=self.method),
             Material(backbone=partial(load_model, self.run.backbone)),
         )
-        return getattr(made, "peft_config", {}).get("default")
+        return getattr(model, "peft_config", {}).get("default")
 
     def case(self, job: str, variant: str, loop: Loop, *, counted: bool = False) -> Case:
-        """Return what to time."""
+        """Return a case that times a loop."""
         tokens = (STEPS - 1) * self.run.train.batch.size * self.run.train.sequence_length
         cost = self.method.cost(replace_settings(self.run, method=self.method))
         flops = tokens * cost.flops.total if cost else 0.0
@@ -82,9 +82,9 @@ class Bench:
 
 
 STEPS = 4
-"""Optimizer steps that a loop makes each time. The first, in which an optimizer's states are made, is not timed."""
+"""Optimizer steps of a loop. The first step is not timed, since it allocates the optimizer state."""
 
 
 def count_weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's weights."""
+    """Return the bytes of a model's parameters and buffers."""
     return sum(part.nbytes for part in (*model.parameters(), *model.buffers()))

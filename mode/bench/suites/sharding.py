@@ -1,4 +1,4 @@
-"""The suite `sharding`: a step on two processes of this machine: copies, shards, side by side; measured and planned."""
+"""Suite `sharding`: a training step in two processes of this machine under DDP, FSDP and MPMD, with predictions."""
 
 from __future__ import annotations
 
@@ -45,14 +45,15 @@ if TYPE_CHECKING:
     from mode.methods.mode import MoDE
 
 PROCESSES = 2
+"""Number of processes."""
 
 
 ROWS = ((4, 256), (4, 64), (4, 16))
-"""Rows of a step and tokens of each: what is sent weighs more and more."""
+"""Rows of a step and tokens of a row. With fewer tokens, traffic takes a larger share of the time."""
 
 
 WIDTHS = (1, 2)
-"""Factors on the hidden size, where weights are random."""
+"""Factors of the hidden size, for backbones with random weights."""
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -62,82 +63,84 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "side by side": {"parallelism.strategy": "mpmd"},
     "side by side, two in flight": {"parallelism.strategy": "mpmd", "parallelism.microbatches_in_flight": 2},
 }
+"""Training settings of every layout, by its name in records: one process, DDP, FSDP, and MPMD."""
 
 
 ALONE = next(iter(LAYOUTS))
+"""The layout in which only the first process makes a step."""
 
 
 EACH = "each alone"
-"""Every process makes the step of one, at the same time: what a process does while the others use the machine too."""
+"""A layout for calibration: every process makes the whole step, at the same time and without communication."""
 
 
 DRIFT = 20.0
-"""Seconds after which the machine is measured anew for the predictions: its speed changes with its neighbours."""
+"""Seconds after which the machine is measured again, since its speed changes with other load."""
 
 
 APART: Slots = (((0,), 1), ((1,), 1))
-"""The backbone in one slot of a process, the expert in the other."""
+"""Placement of MPMD: the backbone in one process, the expert in the other."""
 
 
-NUMBERS = (16_000_000, 1_000, 1_000_000)
-"""Numbers that are summed over processes to see what a link does, and what a message costs; and those of a layer."""
+ELEMENTS = (16_000_000, 1_000, 1_000_000)
+"""Elements of the collectives that measure bandwidth and latency, and of a layer in all-gather and reduce-scatter."""
 
 
-def sharding(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
-    """Return what to time: one process, copies, shards, and branches side by side, each with its prediction.
+def prepare_sharding(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return cases that time a step under every layout, each with its predicted time.
 
-    The predictions know of this machine what each of two processes that do the same takes at the first width, with the
-    most and the fewest tokens, and what summing, gathering and scattering take, as measured less than a minute before.
+    The predictions use measurements of this machine that are at most `DRIFT` seconds old: steps of two independent
+    processes at the first width, with the most and the fewest tokens, and the time of collectives.
 
     Args:
-        run: Names the backbone; rows are the suite's own.
-        method: Shape of blocks and experts: one expert, of half a block where that has several layers.
-        device: Not used: processes are on the CPU.
-        folder: For the runs' settings.
+        run: Run with the backbone. The rows are the suite's own.
+        method: Method with the number of blocks. The suite uses one expert, with half the layers of a block.
+        device: Not used. The processes run on the CPU.
+        folder: Folder for the settings of the runs.
 
     Raises:
-        ConfigError: The method is one that does not run branches side by side.
+        ConfigError: MPMD does not support the method.
     """
     if method.head_rank or method.gate.reads == "output":
         raise ConfigError(
-            "suite `sharding` goes with method.head_rank=0 and method.gate.reads=input, as layout mpmd does"
+            "suite `sharding` goes with method.head_rank=0 and method.gate.reads=input: layout mpmd needs both"
         )
-    team = Team(folder)
-    jobs = {name: team.settle(each) for name, each in list_variants(run, method).items()}
-    shape = {name: replace(describe_work(each), half=WHOLE) for name, each in list_variants(run, method).items()}
-    latest = Latest(team, jobs, shape)
+    team = ProcessTeam(folder)
+    jobs = {name: team.write_settings(variant) for name, variant in list_variants(run, method).items()}
+    work = {name: replace(describe_work(variant), half=WHOLE) for name, variant in list_variants(run, method).items()}
+    predictor = Predictor(team, jobs, work)
     cases = []
     for name, file in jobs.items():
         for layout in LAYOUTS:
-            step = partial(team.seconds, file, layout)
-            cases.append(Case(name, layout, step, tokens=shape[name].tokens))
+            step = partial(team.time_step, file, layout)
+            cases.append(Case(name, layout, step, tokens=work[name].tokens))
             if layout != ALONE:
-                told = partial(latest.planned, layout, name)
-                cases.append(Case(name, f"{layout}, planned", told, tokens=shape[name].tokens))
+                predict = partial(predictor.predict_seconds, layout, name)
+                cases.append(Case(name, f"{layout}, planned", predict, tokens=work[name].tokens))
     return cases, {}
 
 
-class Latest:
-    """What the machine and its link did when last measured, and what is planned from that."""
+class Predictor:
+    """Predictions of a step from the latest measurement of the machine and its link."""
 
-    def __init__(self, team: Team, jobs: Mapping[str, str], shape: Mapping[str, Work]) -> None:
-        """Have nothing measured yet.
+    def __init__(self, team: ProcessTeam, jobs: Mapping[str, str], work: Mapping[str, Work]) -> None:
+        """Keep the processes and the steps, without a measurement.
 
         Args:
             team: The processes.
-            jobs: Settings of every job.
-            shape: Its step.
+            jobs: File with the settings of every job, by job.
+            work: Work of a step, by job.
         """
-        self.team, self.jobs, self.shape = team, jobs, shape
+        self.team, self.jobs, self.work = team, jobs, work
         self.known: tuple[Device, Link] | None = None
         self.when = 0.0
 
-    def planned(self, layout: str, name: str) -> float:
-        """Return the predicted seconds of a step."""
+    def predict_seconds(self, layout: str, name: str) -> float:
+        """Return the predicted seconds of a job's step under a layout."""
         if self.known is None or time.monotonic() - self.when > DRIFT:
-            self.known = measure_machine(self.team, self.jobs, self.shape, 3), measure_link(self.team, 3)
+            self.known = measure_machine(self.team, self.jobs, self.work, 3), measure_link(self.team, 3)
             self.when = time.monotonic()
-        work, (machine, link) = self.shape[name], self.known
+        work, (machine, link) = self.work[name], self.known
         if layout == "copies":
             return estimate_ddp(work, PROCESSES, machine, link).seconds
         if layout == "in shards":
@@ -148,31 +151,29 @@ class Latest:
 
 
 def calibrate(run: Run, method: MoDE, conf: Path, name: str) -> list[Path]:
-    """Measure what a process of this machine does and what connects two, and write both for `mode plan`.
+    """Measure the speed of this machine's processes and of their link, and write both as YAML files for `mode plan`.
 
     Args:
-        run: Names the backbone; rows are the suite's own.
-        method: Shape of blocks and experts.
-        conf: Folder of configuration, which gets `device/NAME.yaml` and `link/NAME.yaml`.
-        name: What they are called.
+        run: Run with the backbone. The rows are the suite's own.
+        method: Method with the number of blocks.
+        conf: Folder of configuration. The files are `device/NAME.yaml` and `link/NAME.yaml`.
+        name: Name of the device and of the link.
 
     Returns:
-        Their paths.
+        The paths of both files.
     """
-    each = {job: one for job, one in list_variants(run, method).items() if job.startswith("width 1,")}
-    shape = {job: replace(describe_work(one), half=WHOLE) for job, one in each.items()}
+    variants = {job: one for job, one in list_variants(run, method).items() if job.startswith("width 1,")}
+    work = {job: replace(describe_work(one), half=WHOLE) for job, one in variants.items()}
     paths = [conf / group / f"{name}.yaml" for group in ("device", "link")]
     for path in paths:
-        path.parent.mkdir(
-            parents=True, exist_ok=True
-        )  # now, so that a place where nothing can be written costs no time
+        path.parent.mkdir(parents=True, exist_ok=True)  # fails before any work if the folder is not writable
     with tempfile.TemporaryDirectory() as folder:
-        team = Team(Path(folder))
+        team = ProcessTeam(Path(folder))
         machine, link = (
-            measure_machine(team, {job: team.settle(one) for job, one in each.items()}, shape, 5),
+            measure_machine(team, {job: team.write_settings(one) for job, one in variants.items()}, work, 5),
             measure_link(team, 5),
         )
-        team.end()
+        team.stop()
     machine = replace(machine, memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / PROCESSES))
     about = f"# Measured on this machine: {PROCESSES} processes of one thread, {run.backbone.name} in fp32.\n"
     for path, plain in zip(paths, (asdict(machine), asdict(link)), strict=True):
@@ -180,29 +181,29 @@ def calibrate(run: Run, method: MoDE, conf: Path, name: str) -> list[Path]:
     return paths
 
 
-def measure_machine(team: Team, jobs: Mapping[str, str], shape: Mapping[str, Work], times: int) -> Device:
-    """Return what a process does while the other does the same, from steps with the most and the fewest tokens."""
+def measure_machine(team: ProcessTeam, jobs: Mapping[str, str], work: Mapping[str, Work], times: int) -> Device:
+    """Return the speed of a process while the other does the same, from steps with the most and the fewest tokens."""
     names = list(jobs)
     most, least = names[0], names[len(ROWS) - 1]
-    spent = [statistics.median(team.seconds(jobs[name], EACH) for _ in range(times)) for name in (most, least)]
-    totals = [shape[name].tokens * shape[name].whole.flops.total for name in (most, least)]
+    spent = [statistics.median(team.time_step(jobs[name], EACH) for _ in range(times)) for name in (most, least)]
+    totals = [work[name].tokens * work[name].whole.flops.total for name in (most, least)]
     rate = (totals[0] - totals[1]) / (spent[0] - spent[1])
-    return Device(flops=rate, memory=1e12, layer=max(0.0, (spent[1] - totals[1] / rate) / shape[least].whole.layers))
+    return Device(flops=rate, memory=1e12, layer=max(0.0, (spent[1] - totals[1] / rate) / work[least].whole.layers))
 
 
-def measure_link(team: Team, times: int) -> Link:
-    """Return what summing, gathering and scattering over the processes shows of their link."""
+def measure_link(team: ProcessTeam, times: int) -> Link:
+    """Return the bandwidth and latency of the link between the processes, measured by collectives."""
 
-    def median(kind: str, count: int) -> float:
-        return statistics.median(team.ask(kind, count) for _ in range(times))
+    def measure(kind: str, count: int) -> float:
+        return statistics.median(team.run_command(kind, count) for _ in range(times))
 
-    large, small = (median("sum", count) for count in NUMBERS[:2])
-    sent = 2 * WHOLE * NUMBERS[0] * (PROCESSES - 1) / PROCESSES
+    large, small = (measure("sum", count) for count in ELEMENTS[:2])
+    sent = 2 * WHOLE * ELEMENTS[0] * (PROCESSES - 1) / PROCESSES
     latency = small / (2 * (PROCESSES - 1))
-    # A layer in shards is gathered twice and its gradients scattered once, as often as not.
-    both = 2 * median("gather", NUMBERS[2]) + median("scatter", NUMBERS[2])
-    gathering = 3 * WHOLE * NUMBERS[2] * (PROCESSES - 1) / PROCESSES / both
-    # The processor that computes is the one that sends, so nothing hides.
+    # FSDP gathers the weights of a layer twice and scatters its gradients once.
+    both = 2 * measure("gather", ELEMENTS[2]) + measure("scatter", ELEMENTS[2])
+    gathering = 3 * WHOLE * ELEMENTS[2] * (PROCESSES - 1) / PROCESSES / both
+    # The same processor computes and sends, so computing and traffic do not overlap.
     return Link(bandwidth=sent / large, gathering=gathering, latency=latency, overlap=0.0)
 
 
@@ -211,7 +212,7 @@ def list_variants(run: Run, method: MoDE) -> dict[str, Run]:
     per_block = divide_layers(len(read_shape(run.backbone).layers), method.num_blocks)
     half = max(1, per_block // 2)
     one = replace_settings(method, start="fresh", num_experts=1, experts=(), expert_layers=half, train_experts=True)
-    found = {}
+    variants = {}
     for factor in WIDTHS if run.backbone.random else (1,):
         backbone = run.backbone
         if backbone.random:
@@ -226,18 +227,19 @@ def list_variants(run: Run, method: MoDE) -> dict[str, Run]:
                 **{"batch.size": rows, "batch.gradient_accumulation_steps": 1},
             )
             name = f"width {factor}, {rows * length} tokens"
-            found[name] = replace_settings(run, backbone=backbone, method=one, train=train)
-    return found
+            variants[name] = replace_settings(run, backbone=backbone, method=one, train=train)
+    return variants
 
 
-class Team:
-    """Processes that wait for what to do, told on their standard input; the first answers with seconds.
+class ProcessTeam:
+    """Processes that execute commands from their standard input and answer with the seconds of each.
 
-    They make steps, or `sum`, `gather` or `scatter` numbers.
+    A command is `step` with a file of settings and a layout, or a collective (`sum`, `gather`, `scatter`) with a number
+    of elements.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Start them."""
+        """Start the processes."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -254,22 +256,22 @@ class Team:
             for rank in range(PROCESSES)
         ]
 
-    def settle(self, run: Run) -> str:
+    def write_settings(self, run: Run) -> str:
         """Write a run's settings to a file, and return its path."""
         path = self.folder / f"{len(list(self.folder.iterdir()))}.yaml"
         path.write_text(to_yaml(run), encoding="utf-8")
         return str(path)
 
-    def end(self) -> None:
-        """Let all go."""
-        for one in self.members:
-            one.communicate()
+    def stop(self) -> None:
+        """Close the input of all processes and wait for their end."""
+        for member in self.members:
+            member.communicate()
 
-    def ask(self, *words: str | int) -> float:
-        """Let all do something, and return the seconds that it took.
+    def run_command(self, *words: str | int) -> float:
+        """Run a command in all processes, and return the seconds that the first process measured.
 
         Raises:
-            ConfigError: One of them has ended, and has said why on its standard error.
+            ConfigError: A process has ended. Its error is on its standard error.
         """
         answers = [""]
         with suppress(BrokenPipeError):
@@ -279,16 +281,16 @@ class Team:
                 member.stdin.flush()
             answers = [member.stdout.readline() for member in self.members if member.stdout is not None]
         if not all(answers):
-            raise ConfigError(f"a process of suite `sharding` ended before it answered {' '.join(map(str, words))}")
+            raise ConfigError(f"a process of suite `sharding` ended during the command {' '.join(map(str, words))}")
         return float(answers[0])
 
-    def seconds(self, file: str, layout: str) -> float:
-        """Return the seconds of a step."""
-        return self.ask("step", file, layout)
+    def time_step(self, file: str, layout: str) -> float:
+        """Run one step in all processes, and return its seconds."""
+        return self.run_command("step", file, layout)
 
 
 def serve_member() -> None:
-    """Do what is asked on standard input, as one of the processes."""
+    """Execute the commands from standard input, as one of the processes."""
     torch.set_num_threads(1)
     processes.ensure_initialized()
     steps: dict[tuple[str, str], Callable[[], None]] = {}
@@ -308,7 +310,7 @@ def serve_member() -> None:
 
 
 def make_collective(kind: str, count: int) -> Callable[[], object]:
-    """Return what sums, gathers or scatters so many numbers over the processes."""
+    """Return a collective over the processes: all-reduce, all-gather or reduce-scatter of `count` elements."""
     whole, part = torch.ones(count), torch.ones(count // PROCESSES)
     return {
         "sum": partial(distributed.all_reduce, whole),
@@ -317,8 +319,8 @@ def make_collective(kind: str, count: int) -> Callable[[], object]:
     }[kind]
 
 
-class Alone(DDP):
-    """The layout of one process among several that does not communicate with the others."""
+class Independent(DDP):
+    """A layout in which every process trains its own model, without communication."""
 
     def select_rows(self, values: Tensor) -> Tensor:
         """Return all rows."""
@@ -330,7 +332,7 @@ class Alone(DDP):
 
 
 def make_step(file: Path, layout: str) -> Callable[[], None]:
-    """Return an optimizer step, as the loop makes it, under a layout; alone it is the first process's, or each's."""
+    """Return an action that makes an optimizer step under a layout, as the training loop does."""
     if layout == ALONE and not processes.is_main():
         return lambda: None
     run = check_run(yaml.safe_load(file.read_text("utf-8")))
@@ -338,7 +340,7 @@ def make_step(file: Path, layout: str) -> Callable[[], None]:
     model: nn.Module = method.build(run, Material(backbone=partial(load_model, run.backbone))).train()
     train = replace_settings(run.train, **LAYOUTS.get(layout, {}))
     device = torch.device("cpu")
-    placed = Alone(model) if layout in (ALONE, EACH) else choose_layout(model, train, device, anchored=False)
+    placed = Independent(model) if layout in (ALONE, EACH) else choose_layout(model, train, device, anchored=False)
     plain = Objective(model, train, None, placed.select_loss_rows)
     objective, optimizer = placed.wrap(plain, partial(make_optimizer, lr=1e-6, scales={}, settings=train))
     options = StepOptions(placed.model, train)

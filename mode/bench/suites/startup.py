@@ -1,4 +1,4 @@
-"""The suite `startup`: seconds that a command takes before it does what it was asked, each in a process of its own."""
+"""Suite `startup`: start-up time of commands, each in a fresh process."""
 
 from __future__ import annotations
 
@@ -22,31 +22,33 @@ if TYPE_CHECKING:
     from mode.methods.mode import MoDE
 
 EMBEDDED = "tiny"
+"""Name of the embedded backbone."""
 
 
 MAIN = "from cli.app import main; main()"
+"""Script that runs the command line."""
 
 
-def startup(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
-    """Return what to time: help, a first step with and without imports that anyone pays, and a table that is done.
+def prepare_startup(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return cases that time Python, its large imports, help, the first step of a run, and a finished table.
 
     Args:
-        run: Says which cache is used, and how many threads.
+        run: Run with the cache and the number of threads.
         method: Not used.
         device: Not used.
-        folder: For runs and records.
+        folder: Folder for runs and records.
 
     Raises:
-        ConfigError: Another backbone is asked for than the embedded one, which Table 1 is trained on by default.
+        ConfigError: The backbone is not the embedded one, which Table 1 uses by default.
     """
     if run.backbone.name != EMBEDDED:
-        raise ConfigError(f"suite `startup` starts backbone={EMBEDDED}, not {run.backbone.name}")
+        raise ConfigError(f"suite `startup` supports only backbone={EMBEDDED}, not {run.backbone.name}")
     cache = Path(run.paths.cache).expanduser()
     given = [f"paths.cache={cache}", f"train.threads={run.train.threads}"]
     here = [f"paths.runs={folder / 'runs'}", f"paths.results={folder / 'results'}", *given]
     short = ["train.steps=2", "train.sequence_length=32", "train.batch.size=2", "evaluate.split=validation"]
     table = ["reproduce", "table1", "seeds=[0]", *short, *here]
-    make_command_action(table)()  # prepares data too, which later calls find
+    make_command_action(table)()  # also prepares the data for later calls
     return [
         Case("start", "python", make_script_action("")),
         Case("start", "python with torch and transformers", make_script_action("import torch, transformers")),
@@ -71,7 +73,7 @@ def make_command_action(words: Sequence[str]) -> Callable[[], None]:
 
 
 def make_first_step(words: Sequence[str], folder: Path) -> Callable[[], float]:
-    """Return an action that starts a run in a fresh interpreter and stops it when its first step is done."""
+    """Return an action that starts a run in a fresh interpreter and stops it after its first step."""
 
     def action() -> float:
         begin = time.perf_counter()
@@ -83,9 +85,9 @@ def make_first_step(words: Sequence[str], folder: Path) -> Callable[[], float]:
                     time.sleep(0.005)
                 seconds, ended = time.perf_counter() - begin, process.poll()
                 process.terminate()
-                told = process.stderr.read() if process.stderr else ""
+                output = process.stderr.read() if process.stderr else ""
         if ended:
-            raise ConfigError(f"`mode {' '.join(words)}` failed: {(told.strip().splitlines() or ['no message'])[-1]}")
+            raise ConfigError(f"`mode {' '.join(words)}` failed: {(output.strip().splitlines() or ['no message'])[-1]}")
         return seconds
 
     return action
@@ -95,7 +97,7 @@ def run_silently(words: Sequence[str]) -> None:
     """Run a program silently.
 
     Raises:
-        ConfigError: It failed.
+        ConfigError: The program failed.
     """
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"}, check=False)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""The suites `step`, `options`, `branches` and `scale`: an optimizer step by method, by the loop's options, by size."""
+"""Suite `step`: an optimizer step of every method. The class `Step` serves other suites too."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ HALF = f"{ONE} of half a block"
 
 
 ANCHORED = (FULL, LORA, TWO)
-"""Methods whose anchor is measured."""
+"""Methods that are also measured with an anchor."""
 
 
 PLAIN = {
@@ -53,31 +53,31 @@ PLAIN = {
     "kernels.branch_execution": "loop",
     "kernels.cuda_graph": False,
 }
-"""The loop's options where none of them is measured."""
+"""Default training options of the suites."""
 
 
-def steps(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
-    """Return what to time, and the bytes of every method's weights that train.
+def prepare_steps(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+    """Return cases that time a step of every method, and the bytes of the trainable weights of each method.
 
-    Experts are fresh and rows are random: neither changes what a step takes.
+    Experts are fresh and rows are random. Neither changes the time of a step.
 
     Args:
-        run: Names backbone, rows and their length.
-        method: Shape of blocks, experts and gates.
-        device: Where the models train.
-        folder: For what other trainers write.
+        run: Run with the backbone, the batch size and the sequence length.
+        method: Method with the shape of blocks, experts and gates.
+        device: Device of the models.
+        folder: Folder for files of other trainers.
     """
     methods = choose_methods(run, method)
-    plain = {name: Step(run, each, Anchor(), device) for name, each in methods.items()}
+    plain = {name: Step(run, settings, Anchor(), device) for name, settings in methods.items()}
     cases = [step.case("step", name) for name, step in plain.items()]
     if HALF in methods:
-        again = replace_settings(
+        changed = replace_settings(
             run, train=replace_settings(run.train, **{"memory.activation_checkpointing": "frozen"})
         )
-        cases.append(Step(again, methods[HALF], Anchor(), device).case("step", f"{HALF}, frozen layers formed again"))
+        cases.append(Step(changed, methods[HALF], Anchor(), device).case("step", f"{HALF}, frozen layers formed again"))
     cases += [
         step.case("frozen weights, MoDE, one expert", name)
-        for name, step in compare_wasteful(run, methods[ONE], device)
+        for name, step in compare_gradients(run, methods[ONE], device)
     ]
     for name in ANCHORED:
         anchored = Step(run, methods[name], Anchor(source=SELF), device)
@@ -87,7 +87,7 @@ def steps(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[l
 
 
 def choose_methods(run: Run, method: MoDE) -> dict[str, Adaptation]:
-    """Return the methods to measure, by name: of MoDE, experts of other depths and in other numbers too."""
+    """Return the methods to measure, by name, including MoDE with other depths and numbers of experts."""
     per_block = divide_layers(len(read_shape(run.backbone).layers), method.num_blocks)
     fresh = partial(replace_settings, method, start="fresh", experts=())
     methods: dict[str, Adaptation] = {FULL: load_method("sft"), LORA: load_method("lora"), ONE: fresh(num_experts=1)}
@@ -98,8 +98,8 @@ def choose_methods(run: Run, method: MoDE) -> dict[str, Adaptation]:
     return methods | {name: fresh(num_experts=number) for name, number in numbers.items()}
 
 
-def compare_wasteful(run: Run, method: Adaptation, device: torch.device) -> list[tuple[str, Step]]:
-    """Return a step of one expert as it is, and as it is where frozen weights get gradients, which nobody reads."""
+def compare_gradients(run: Run, method: Adaptation, device: torch.device) -> list[tuple[str, Step]]:
+    """Return steps of one expert without and with unused gradients of frozen weights, by variant."""
 
     def gradients_everywhere(model: nn.Module) -> None:
         model.requires_grad_(True)
@@ -132,7 +132,7 @@ class Step:
         """Build the model, its optimizer and its rows.
 
         Args:
-            run: Names backbone, rows and their length.
+            run: Run with the backbone, the batch size and the sequence length.
             method: The method.
             anchor: Source, share and weight of the anchored rows.
             device: Device to train on.
@@ -182,7 +182,7 @@ class Step:
         return sum(part.nbytes for part in (*self.model.parameters(), *self.model.buffers(), *copies, *states))
 
     def case(self, job: str, variant: str) -> Case:
-        """Return what to time."""
+        """Return a case that times the step."""
         return Case(
             job,
             variant,

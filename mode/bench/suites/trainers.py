@@ -1,4 +1,4 @@
-"""Other trainers of a model, each by its own loop, with its own defaults: what `mode bench` compares with."""
+"""Training loops of other libraries, with their own defaults, for comparison in `mode bench`."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from mode.config.run import Run
 
 OTHERS = {"Trainer": "accelerate", "SFTTrainer": "trl"}
-"""Trainers to compare with, and what has to be installed for each."""
+"""Trainers to compare with, and the package that each needs."""
 
 
 class OtherLoop:
-    """Trains a model by another trainer's loop for some steps, and returns their seconds."""
+    """Trains a model with another library's trainer for `STEPS` steps, and returns the seconds of all but the first."""
 
     def __init__(self, other: str, at: Bench, *, compiled: bool = False, liger: bool = False) -> None:
         """Build the model and the trainer.
 
         Args:
             other: Name of the trainer.
-            at: What it trains, and how.
-            compiled: Whether it compiles the model.
-            liger: Whether it puts Liger's kernels in the place of the model's own.
+            at: Run, method, device and precision.
+            compiled: Whether the model is compiled.
+            liger: Whether Liger's kernels replace those of the model.
         """
         from transformers import PrinterCallback, TrainerCallback
 
@@ -48,7 +48,7 @@ class OtherLoop:
         rows = torch.randint(vocabulary, (STEPS * at.run.train.batch.size, length + 1))[:, :length].tolist()
 
         class Clock(TrainerCallback):  # type: ignore[misc]
-            """From the beginning of the second step to the end of the last."""
+            """Measures from the beginning of the second step to the end of the last."""
 
             begin = end = 0.0
 
@@ -65,52 +65,54 @@ class OtherLoop:
         self.clock = Clock()
         arguments = make_arguments(at.run, at.precision, at.device, at.folder) | {"use_liger_kernel": liger}
         if compiled:
-            model.compile()  # not by the trainer's `torch_compile`: accelerate would compile for all trainers there are
+            model.compile()  # the trainer's `torch_compile` would make accelerate compile for all trainers
         self.kernels = Kernels(model)
         with silence_libraries(), self.kernels:
             self.trainer = make_trainer(other, model, at.lora, rows, arguments, self.clock)
             self.trainer.remove_callback(PrinterCallback)
 
     def resident(self) -> int:
-        """Return the bytes of weights and of the optimizer's states, which stay from one time to the next."""
+        """Return the bytes of weights and optimizer state, which stay allocated between calls."""
         states = (value for state in self.trainer.optimizer.state.values() for value in state.values())
-        return count_weight_bytes(self.trainer.model) + sum(int(each.nbytes) for each in states)
+        return count_weight_bytes(self.trainer.model) + sum(int(state.nbytes) for state in states)
 
     def __call__(self) -> float:
-        """Train."""
+        """Train, and return seconds."""
         with silence_libraries(), self.kernels:
             self.trainer.train()
-        self.trainer.args.use_liger_kernel = False  # once: or Liger's forward pass replaces the one made to autocast
+        # Liger is applied once: a second time, its forward pass would replace the one with autocast.
+        self.trainer.args.use_liger_kernel = False
         return float(self.clock.end - self.clock.begin)
 
 
 class Kernels:
-    """What a trainer puts into the module of `transformers` that a model is from: there within this context alone.
+    """A context that confines changes to the module of `transformers` that defines a model's class.
 
-    Liger exchanges functions and classes for all models of a family, and leaves them exchanged.
+    Liger replaces functions and classes for all models of a family and does not restore them. On exit, this context
+    keeps the replacements and restores the originals. On entry, it puts the replacements back.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Find the module."""
+        """Find the module of the model's class."""
         self.place = vars(sys.modules[type(model).__module__])
         self.own: dict[str, Any] = {}
         self.before: dict[str, Any] = {}
 
     def __enter__(self) -> None:
-        """Put them there."""
+        """Put the replacements into the module."""
         self.before = dict(self.place)
         self.place.update(self.own)
 
     def __exit__(self, *_: object) -> None:
-        """Keep what is other than it was, and put that back."""
+        """Keep the replacements and restore the originals."""
         self.own = {name: value for name, value in self.place.items() if value is not self.before.get(name)}
         for name in self.own:
             del self.place[name]
         self.place.update(self.before)
 
 
-def knows_liger(run: Run) -> bool:
-    """Say whether Liger is installed, and has kernels for models like a run's; for others it says nothing."""
+def supports_liger(run: Run) -> bool:
+    """Return whether Liger is installed and has kernels for the family of a run's backbone."""
     if find_spec("liger_kernel") is None:
         return False
     from transformers import AutoConfig
@@ -120,7 +122,7 @@ def knows_liger(run: Run) -> bool:
 
 
 def make_arguments(run: Run, precision: str, device: torch.device, folder: Path) -> dict[str, Any]:
-    """Return the arguments that any of the trainers takes: its defaults, but for what has to be equal."""
+    """Return the arguments that make a trainer comparable: batch, precision and device. The rest are its defaults."""
     return {
         "output_dir": str(folder),
         "max_steps": STEPS,
@@ -139,7 +141,7 @@ def make_arguments(run: Run, precision: str, device: torch.device, folder: Path)
 def make_trainer(
     other: str, model: Any, lora: Any, rows: list[list[int]], arguments: Mapping[str, Any], clock: Any
 ) -> Any:
-    """Return another trainer, ready to train."""
+    """Return another library's trainer, ready to train."""
     if other == "SFTTrainer":
         return make_sft_trainer(model, lora, rows, arguments, clock)
     from peft import get_peft_model
@@ -152,7 +154,7 @@ def make_trainer(
 
 
 def make_sft_trainer(model: Any, lora: Any, rows: list[list[int]], arguments: Mapping[str, Any], clock: Any) -> Any:
-    """Return TRL's trainer."""
+    """Return TRL's trainer, ready to train."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -167,7 +169,7 @@ def make_sft_trainer(model: Any, lora: Any, rows: list[list[int]], arguments: Ma
 
 
 def make_one_word_tokenizer() -> Any:
-    """Return a tokenizer for those who want one, though what they are given are tokens already."""
+    """Return a tokenizer of one word, for libraries that require a tokenizer even for tokenized rows."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -177,7 +179,7 @@ def make_one_word_tokenizer() -> Any:
 
 @contextmanager
 def silence_libraries() -> Iterator[None]:
-    """Keep what other libraries have to say to themselves."""
+    """Silence warnings, log messages and progress bars of other libraries."""
     from datasets.utils import logging as bars
     from transformers.utils import logging
 
