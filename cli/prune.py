@@ -31,8 +31,8 @@ def prune(
     with reporting_errors():
         from cli.report import find_results_folder
         from mode.artefacts.find import find_run
-        from mode.artefacts.prune import ORDERS, render_pruned
         from mode.artefacts.prune import prune as measure
+        from mode.artefacts.prune_results import ORDERS, render_pruned
         from mode.core.errors import ConfigError, suggest
 
         orders = by or list(ORDERS)

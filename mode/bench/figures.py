@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mode.bench.timing import Ratio, compute_ratio
+from mode.bench.ratios import Ratio, compute_ratio
 from mode.charts.chart import Axis, Chart, Panel, Point, Series, Style
 from mode.charts.draw import write_chart
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mode.bench.figures import draw_layouts, draw_scale
-from mode.bench.timing import MACHINE, compute_ratio
+from mode.bench.ratios import MACHINE, compute_ratio
 from mode.config.names import OLD_NAMES
 from mode.records.collection import Collection
 from mode.records.measurement import Measurement

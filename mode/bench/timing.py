@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
+
+from mode.bench.ratios import MACHINE
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,6 @@ class Case:
     bytes: int = 0
     resident: Callable[[], int] = lambda: 0
     counted: bool = False
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Paired ratios of two variants.
-
-    Attributes:
-        median: Median.
-        low: First quartile.
-        high: Third quartile.
-    """
-
-    median: float
-    low: float
-    high: float
 
 
 def interleave(
@@ -109,23 +95,6 @@ def synchronize() -> None:
     """Wait until a GPU has finished all queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def compute_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """Return the paired ratios of two series of times from the same rounds.
-
-    >>> compute_ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
-    Ratio(median=2.0, low=2.0, high=2.5)
-    """
-    paired = [first / second for first, second in zip(ours, theirs, strict=True)]
-    if len(paired) == 1:
-        return Ratio(paired[0], paired[0], paired[0])
-    low, median, high = statistics.quantiles(paired, n=4, method="inclusive")
-    return Ratio(median, low, high)
-
-
-MACHINE = "machine"
-"""Job of the cases that measure the limits of the machine."""
 
 
 SIZE = {"cpu": 1024, "cuda": 8192}

@@ -14,7 +14,7 @@ from mode.records.measurement import Kind, read_measurement
 COLLECTIONS = {
     "bench": "mode.bench.records",
     "downstream": "mode.downstream.results",
-    "pruning": "mode.artefacts.prune",
+    "pruning": "mode.artefacts.prune_results",
 }
 """What `mode report` renders from a folder of its own and not by a table's YAML, with the module of each."""
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from mode.evaluation.generate import Piece
+if TYPE_CHECKING:
+    from mode.evaluation.generate import Piece
 
 COLOURS = ("#d9d9d9", "#8dd3c7", "#fdb462", "#bebada", "#fb8072", "#80b1d3", "#b3de69", "#fccde5")
 """One per branch, the backbone's first; they repeat after the last."""

@@ -16,7 +16,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from mode.artefacts import prune
+from mode.artefacts import prune_results as pruning
 from mode.bench import records as bench
 from mode.charts.maps import split_pages
 from mode.core.errors import ConfigError
@@ -344,8 +344,8 @@ def make_collection_section(name: str, results: Path, way: str) -> Bench | None:
             downstream.INTRO,
             pd.DataFrame([downstream.format_row(each) for each in scored]),
         )
-    elif name == prune.COLLECTION.name and (pruned := prune.COLLECTION.read(results)):
-        title, about, table = "Pruning", prune.INTRODUCTION, prune.make_frame(pruned)
+    elif name == pruning.COLLECTION.name and (pruned := pruning.COLLECTION.read(results)):
+        title, about, table = "Pruning", pruning.INTRODUCTION, pruning.make_frame(pruned)
     else:
         return None
     return Bench(name, title, about, make_grid(title, table), f"{way}/{name}.md")

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from mode.artefacts.prune import COLLECTION, ORDERS, choose_least, find_weighted_gates, mask_experts, rank_experts
+from mode.artefacts.prune import choose_least, find_weighted_gates, mask_experts, rank_experts
+from mode.artefacts.prune_results import COLLECTION, ORDERS
 from mode.config.compose import compose
 from mode.gating.meter import find_gates, watch_gates
 from mode.modular.block import bypass_experts

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from mode.bench.ratios import compute_ratio
 from mode.bench.records import COLLECTION, describe_conditions, make_cells, render_section
 from mode.bench.run import describe_benchmark, run_suite
 from mode.bench.suites.inference import build_modular
-from mode.bench.timing import Case, compute_ratio, interleave
+from mode.bench.timing import Case, interleave
 from mode.config.check import replace_settings
 from mode.config.compose import compose
 from mode.methods.mode import MoDE

@@ -101,6 +101,7 @@ def run_python(site: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_it_is_listed_beside_the_projects_own_whatever_else_is_broken(site: Path) -> None:
     done = run_python(site, "-m", "cli", "show", "methods")
     assert done.returncode == 0, done.stderr
@@ -114,7 +115,9 @@ def test_it_is_listed_beside_the_projects_own_whatever_else_is_broken(site: Path
     assert not (site / PACKAGE / "sprung").exists()  # what no entry point registers is not imported
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize(
+    "name", [name if name == "unregistered" else pytest.param(name, marks=pytest.mark.slow) for name in BROKEN]
+)
 def test_a_broken_one_says_in_one_line_what_is_wrong(site: Path, name: str) -> None:
     done = run_python(site, "-m", "cli", "show", "config", f"method={name}")
     assert (done.returncode, done.stdout) == (2, "")

@@ -255,3 +255,19 @@ def test_readme_shows_cells_of_the_published_table_one() -> None:
     for name, cells in shown.items():
         assert {"Math", "Code", "English", "Average", "Retention"} <= cells.keys()
         assert cells == {column: published[name][column] for column in cells}, name
+
+
+@pytest.mark.slow
+def test_settings_records_tables_and_reports_are_read_without_torch() -> None:
+    rooms = ("config", "records", "tables", "report", "charts")
+    modules = [
+        ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+        for path in FILES
+        if path.parts[1:2] in [(room,) for room in rooms]
+    ]
+    assert modules
+    script = (
+        f"import importlib, sys; [importlib.import_module(name) for name in {modules}]; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"
