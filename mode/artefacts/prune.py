@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mode.artefacts.prune_results import COLLECTION, ORDERS, SCHEMA, PruningResult
+from mode.artefacts.prune_results import COLLECTION, SCHEMA, PruningResult
 from mode.core.device import describe_device, set_up
 from mode.core.errors import ConfigError
 from mode.gating.gate import Gate
