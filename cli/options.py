@@ -9,14 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from mode.config.run import Run
 
-Result = TypeVar("Result")
 REPORT_DELAY = 3.0
 """Seconds that other processes wait for the first process to report an error."""
 

@@ -62,5 +62,5 @@ class FormerModules(MetaPathFinder, Loader):
             vars(module).update({key: value for key, value in held.items() if not key.startswith("__")})
 
 
-if not any(isinstance(finder, FormerModules) for finder in sys.meta_path):
+if not any(type(finder).__name__ == FormerModules.__name__ for finder in sys.meta_path):
     sys.meta_path.append(FormerModules())

@@ -85,6 +85,8 @@ def explain(error: ValidationError, cls: type, prefix: str) -> str:
         return f"{'.'.join(path)}: no such setting{suggest_setting('.'.join(path), known)}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{'.'.join(path)}: this setting is missing"
+    if path and f"{'.'.join(path)}." in message:  # it names the settings itself
+        return message
     value = first["input"]
     shown = (
         "" if isinstance(value, dict) or is_dataclass(value) or "ArgsKwargs" in type(value).__name__ else f"={value}"

@@ -59,14 +59,17 @@ class Batch:
     def __post_init__(self) -> None:
         if self.size % self.gradient_accumulation_steps:
             raise ValueError(
-                f"size {self.size} is not a multiple of gradient_accumulation_steps {self.gradient_accumulation_steps}"
+                f"train.batch.size={self.size} is not a multiple of "
+                f"train.batch.gradient_accumulation_steps={self.gradient_accumulation_steps}"
             )
         # In order of name, and None for nothing: the same mix is the same run however it is written.
         object.__setattr__(self, "replay", dict(sorted((self.replay or {}).items())) or None)
         if self.replay and sum(self.replay.values()) >= 1.0:
-            raise ValueError("replay: nothing is left for the targets")
+            raise ValueError("train.batch.replay: nothing is left for the targets")
         if self.replay and any(abs(float(as_fraction(share)) - share) > 1e-9 for share in self.replay.values()):
-            raise ValueError("replay: shares are fractions with a denominator up to 100, such as 0.125 or 0.1")
+            raise ValueError(
+                "train.batch.replay: shares are fractions with a denominator up to 100, such as 0.125 or 0.1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -87,7 +90,7 @@ class Memory:
 
     def __post_init__(self) -> None:
         if (self.activation_checkpointing == "auto") != (self.budget_gb is not None):
-            raise ValueError("activation_checkpointing=auto and budget_gb go together")
+            raise ValueError("train.memory.activation_checkpointing=auto and train.memory.budget_gb go together")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -112,9 +115,9 @@ class Kernels:
 
     def __post_init__(self) -> None:
         if self.branch_execution == "batched" and self.compile:
-            raise ValueError("branch_execution=batched does not go with compile")
+            raise ValueError("train.kernels.branch_execution=batched does not go with train.kernels.compile")
         if self.branch_execution == "streams" and self.cuda_graph:
-            raise ValueError("branch_execution=streams does not go with cuda_graph")
+            raise ValueError("train.kernels.branch_execution=streams does not go with train.kernels.cuda_graph")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -136,7 +139,10 @@ class Parallelism:
 
     def __post_init__(self) -> None:
         if self.strategy != "mpmd" and (self.microbatches_in_flight > 1 or self.placement is not None):
-            raise ValueError(f"microbatches_in_flight and placement go with strategy=mpmd, not {self.strategy}")
+            raise ValueError(
+                "train.parallelism.microbatches_in_flight and placement go with "
+                f"train.parallelism.strategy=mpmd, not {self.strategy}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -184,11 +190,13 @@ class Train:
     def __post_init__(self) -> None:
         for name in ("checkpoint_every", "validate_every"):
             if getattr(self, name) % self.log_every:
-                raise ValueError(f"{name} {getattr(self, name)} is not a multiple of log_every {self.log_every}")
+                raise ValueError(
+                    f"train.{name}={getattr(self, name)} is not a multiple of train.log_every={self.log_every}"
+                )
         if conflict := self.find_conflict():
-            raise ValueError("{} does not go with {}".format(*conflict))
+            raise ValueError("train.{} does not go with train.{}".format(*conflict))
         if self.kernels.attention == "flex" and not self.batch.intra_document_masking:
-            raise ValueError("kernels.attention=flex goes with batch.intra_document_masking=true")
+            raise ValueError("train.kernels.attention=flex goes with train.batch.intra_document_masking=true")
 
     def find_conflict(self) -> tuple[str, str] | None:
         """Return the first two settings of different groups that do not go together, if there are any."""

@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_map
 
 from mode.core import processes
 from mode.core.errors import ConfigError
-from mode.core.processes import world_size
 from mode.core.tensors import trainable_parameters
 from mode.modular.block import Block, find_blocks
 from mode.modular.branches import Call
@@ -81,9 +80,11 @@ class MPMD:
     def check_model(self) -> None:
         """Check that the model has blocks whose branches can run in different processes."""
         if not self.blocks:
-            raise ConfigError("layout mpmd: MoDE alone has branches to place")
+            raise ConfigError("train.parallelism.strategy=mpmd: only MoDE has branches to place")
         if len(self.blocks) < len(find_blocks(self.model)) or self.blocks[0].gate.settings.reads == "output":
-            raise ConfigError("layout mpmd goes with method.head_rank=0 and method.gate.reads=input")
+            raise ConfigError(
+                "train.parallelism.strategy=mpmd goes with method.head_rank=0 and method.gate.reads=input"
+            )
 
     def balance_branches(self) -> list[list[int]]:
         """Return a placement in as many slots as the processes allow, with balanced work: the longest branch first.
@@ -95,7 +96,8 @@ class MPMD:
         counts = [count for count in range(2, len(branches) + 1) if processes.world_size() % count == 0]
         if not counts:
             raise ConfigError(
-                f"layout mpmd: {processes.world_size()} processes are no multiple of 2 to {len(branches)} slots"
+                f"train.parallelism.strategy=mpmd: {processes.world_size()} processes are no multiple of 2 to "
+                f"{len(branches)} slots"
             )
         # A weight is used once forward, and backward once for the input and once for its own gradient if it trains.
         work = [sum(2 + each.requires_grad for each in branch.parameters()) for branch in branches]
@@ -121,7 +123,7 @@ class MPMD:
     def enter_step(self) -> Iterator[None]:
         """Run the local branches alone in every block, and free the weights of the others."""
         self.free_remote_branches()
-        last = self.blocks[-1]
+        last, before = self.blocks[-1], {block: block.execution for block in self.blocks}
         for block in self.blocks:
             exchange = BlockExchange(self.branch, self.local, self.in_flight, splits=block is last)
             block.execution = replace(block.execution, exchange=exchange)
@@ -129,7 +131,7 @@ class MPMD:
             yield
         finally:
             for block in self.blocks:
-                block.execution = replace(block.execution, exchange=None)
+                block.execution = before[block]
 
     def distribute_for_generation(self) -> None:
         """Run the local branches alone from now on, for text token by token, and free the weights of the others.
@@ -294,7 +296,7 @@ def check_placement(placement: Sequence[Sequence[int]], branches: int) -> None:
             f"train.parallelism.placement: not each of the branches {list(range(branches))}, the backbone being 0, "
             "in one slot"
         )
-    if len(placement) < 2 or world_size() % len(placement):
+    if len(placement) < 2 or processes.world_size() % len(placement):
         raise ConfigError(
-            f"train.parallelism.placement: {world_size()} processes do not divide over {len(placement)} slots"
+            f"train.parallelism.placement: {processes.world_size()} processes do not divide over {len(placement)} slots"
         )

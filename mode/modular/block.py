@@ -42,7 +42,7 @@ class Block(nn.Module):
         backbone: The block's own layers, frozen.
         experts: One stack of layers per expert.
         gate: Computes the branch weights (equation 1).
-        execution: How the branches execute; changed from outside by `execute_blocks` alone.
+        execution: How the branches execute; `execute_blocks` and `mode.distributed.mpmd` change it.
         weights: Mean branch weights of the last forward pass, (N + 1,).
         calls: Arguments that the decoder has passed to the block's layers so far in this forward pass.
     """
@@ -172,14 +172,14 @@ def find_blocks(model: nn.Module) -> list[Block | HeadBlock]:
 
 
 @contextmanager
-def execute_blocks(model: nn.Module, **changes: Any) -> Iterator[None]:
-    """Change the execution of every block of a model, and restore it afterwards.
+def execute_blocks(blocks: Sequence[Block | HeadBlock], **changes: Any) -> Iterator[None]:
+    """Change the execution of blocks, and restore it afterwards.
 
     Args:
-        model: A model; without blocks nothing changes.
+        blocks: Blocks of a model, as `find_blocks` returns them.
         changes: Fields of `Execution`.
     """
-    before = [(block, block.execution) for block in find_blocks(model)]
+    before = [(block, block.execution) for block in blocks]
     for block, execution in before:
         block.execution = replace(execution, **changes)
     try:
@@ -192,7 +192,7 @@ def execute_blocks(model: nn.Module, **changes: Any) -> Iterator[None]:
 @contextmanager
 def bypass_experts(model: nn.Module) -> Iterator[None]:
     """Make a modular model compute what its backbone computes, without gradients."""
-    with torch.no_grad(), execute_blocks(model, bypass_experts=True):
+    with torch.no_grad(), execute_blocks(find_blocks(model), bypass_experts=True):
         yield
 
 

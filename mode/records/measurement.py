@@ -67,7 +67,7 @@ def read_measurement(path: Path, kind: type[Kind], schema: int, what: str, use: 
             raise ConfigError(f"{path}: {what} schema {found}; this version reads schema {schema}")
         measurement = kind(**plain)
         use(measurement)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path}: not a {what} that mode wrote ({error})") from error

@@ -50,7 +50,8 @@ def report(
         raise NothingError(f"no record of {name} in {results / 'records'}: make them with `mode reproduce {name}`")
     base = results / file_stem(name, overrides, table.overrides, metrics)
     rendered = {base.with_suffix(f".{suffix}"): text for suffix, text in render_table(compiled).items()}
-    if write is False or (write is None and is_drawn(base.with_suffix(".png"), rendered, results / "records")):
+    figure = base.with_suffix(".md" if metrics else ".png")
+    if write is False or (write is None and is_drawn(figure, rendered, results / "records")):
         return render_markdown(compiled), base.with_suffix(".md")
     for path, text in rendered.items():
         path.write_text(text, encoding="utf-8")

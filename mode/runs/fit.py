@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mode.config.run import Run
-    from mode.data.pack import PackedSplit
     from mode.records.score import Score
     from mode.runs.tracking import Tracker
     from mode.train.curve import Point
@@ -66,7 +65,6 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
 
     row_kinds = method.row_kinds(run)
     trained_on = tuple(name for name in method.mixture(run) if name in prepared.packed)
-    split = next(iter(prepared.packed.values())).split(method.split)
     flops = token_flops * steps * run.train.batch.size * run.train.sequence_length
     job = TrainJob(
         settings=replace_settings(run.train, **{"kernels.compile": should_compile(run.train, device, flops)}),
@@ -79,7 +77,7 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
         lr_scales=method.lr_scales(),
         anchor=make_anchor_term(run, batches, device),
         seed=run.seed,
-        document_end=find_document_end(split) if run.train.batch.intra_document_masking else None,
+        document_end=find_document_end(prepared, trained_on) if run.train.batch.intra_document_masking else None,
         row_kinds=(lambda step: np.array([row_kinds[name] for name in batches.domains(step)])) if row_kinds else None,
     )
     return train(model, batches, fit_memory(model, batches, job))
@@ -125,8 +123,9 @@ def fit_memory(model: nn.Module, batches: Batches, job: TrainJob) -> TrainJob:
     )
 
 
-def find_document_end(split: PackedSplit) -> int:
-    """Return the token that ends every document of a split."""
+def find_document_end(prepared: Prepared, domains: Sequence[str]) -> int:
+    """Return the token that ends every document, from the first of the domains that a run trains on."""
+    split = prepared.packed[domains[0]].split(prepared.method.split)
     return int(split.tokens[split.starts[1] - 1])
 
 

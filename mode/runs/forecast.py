@@ -16,7 +16,7 @@ from mode.backbone.shape import Flops
 from mode.config.run import Run
 from mode.config.train import Train
 from mode.methods.base import Method
-from mode.modular.block import execute_blocks
+from mode.modular.block import execute_blocks, find_blocks
 from mode.ops.loss import compute_hidden_states, output_head
 from mode.train.precision import autocast, choose_precision
 
@@ -105,7 +105,7 @@ def count_step_flops(model: nn.Module, rows: Tensor, context: AbstractContextMan
         context: Context of the forward pass, such as autocast.
     """
     with Counter() as counter:
-        with context, execute_blocks(model, balanced=True):
+        with context, execute_blocks(find_blocks(model), balanced=True):
             states = compute_hidden_states(model, rows)
         forward = counter.total
         if states.requires_grad:

@@ -33,7 +33,7 @@ def choose_checkpointing(
     document_end: int | None,
     read: Callable[[], StepBatch],
 ) -> str:
-    """Return the layers to recompute so that a step takes no more than `settings.memory`.
+    """Return the layers to recompute so that a step takes no more than `settings.memory.budget_gb`.
 
     Forward and backward of a step are run for one choice after the other, until one exceeds the limit. Weights,
     gradients and both moments of AdamW count too. The model and the state of random numbers are as before.

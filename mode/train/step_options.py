@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from mode.backbone.structure import find_decoder_layers, find_frozen_matrices
 from mode.config.train import Train
 from mode.core.errors import ConfigError
-from mode.modular.block import Block, execute_blocks
+from mode.modular.block import Block, execute_blocks, find_blocks
 from mode.ops.attention import UNMASKED, check_flex_attention, find_configs, find_unmasked_configs
 from mode.ops.loss import find_auxiliary_modules
 from mode.ops.patch import Patch
@@ -63,11 +63,11 @@ class StepOptions:
             raise ConfigError(
                 "train.kernels.branch_execution=streams needs a CUDA device; loop and batched go without one"
             )
-        self.model, self.branches = model, settings.kernels.branch_execution
+        self.blocks, self.branches = find_blocks(model), settings.kernels.branch_execution
         self.skip_unchosen = not settings.kernels.cuda_graph  # counting chosen tokens waits for the device
         joined = not settings.batch.intra_document_masking
         self.attention_configs = find_unmasked_configs(model, settings.sequence_length) if joined else []
-        has_blocks = any(isinstance(module, Block) for module in model.modules())
+        has_blocks = any(isinstance(block, Block) for block in self.blocks)
         if settings.kernels.branch_execution == "batched" and has_blocks and not self.attention_configs:
             raise ConfigError(
                 "train.kernels.branch_execution=batched: not with layers that see a part of the row alone; "
@@ -97,7 +97,7 @@ class StepOptions:
         """Switch the options on for a step."""
         self.stack = ExitStack()
         self.stack.enter_context(self.patch)
-        self.stack.enter_context(execute_blocks(self.model, branches=self.branches, skip_unchosen=self.skip_unchosen))
+        self.stack.enter_context(execute_blocks(self.blocks, branches=self.branches, skip_unchosen=self.skip_unchosen))
         for layer, contexts in self.recomputed:
             layer.gradient_checkpointing = True
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=contexts)

@@ -55,7 +55,7 @@ def test_another_file_than_the_pinned_one_is_refused(cache: Path) -> None:
 def test_a_damaged_wheel_is_refused(cache: Path) -> None:
     (wheel,) = (cache / "wheels" / PIN).glob("*.whl")
     wheel.write_bytes(wheel.read_bytes()[:40])
-    with refused(".whl"):
+    with refused(".whl", "delete"):
         locate(backbone(cache))
 
 

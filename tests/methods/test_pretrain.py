@@ -14,6 +14,7 @@ import torch
 from mode.backbone.load import count_parameters, fingerprint_model, fingerprint_weights, load_model, locate
 from mode.backbone.tokenizer import load_tokenizer
 from mode.config.backbone import Backbone
+from mode.config.check import replace_settings
 from mode.config.compose import compose
 from mode.runs.execute import execute
 from mode.runs.prepare import prepare_run
@@ -58,6 +59,17 @@ def test_pretraining_twice_gives_the_same_bits(world: World, shared_world: World
     assert records[0].happened["scores"] == records[1].happened["scores"]
     curve = records[0].happened["curve"]
     assert [point["step"] for point in curve if "validation/prose/accuracy" in point] == [4, 6]
+
+
+@pytest.mark.slow
+def test_a_domain_that_is_scored_alone_needs_no_pretraining_split(world: World) -> None:
+    run = pretrain(world)
+    splits = {"test": 0.1, "validation": 0.1, "train": 0.8}
+    alone = replace_settings(run.domains["sums"], splits=splits)
+    mixed = replace_settings(run.method, weights={"prose": 2, "py": 1})
+    changed = replace_settings(run, targets=("prose", "py"), domains=run.domains | {"sums": alone}, method=mixed)
+    assert changed.scored[0] == "sums"
+    assert execute(changed).outcome.steps == 6
 
 
 @pytest.mark.slow

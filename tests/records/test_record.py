@@ -164,6 +164,10 @@ def damage(plain: dict[str, Any], **changes: Any) -> str:
         ('{"title": "something else"}', "not a record that mode wrote"),
         (damage(dataclasses.asdict(record()), asked=None), "not a record that mode wrote"),
         (damage(dataclasses.asdict(record()), id=7), "not a record that mode wrote"),
+        (
+            damage(dataclasses.asdict(record()), happened={**HAPPENED, "gates": {"code": {"mean": []}}}),
+            "not a record that mode wrote",
+        ),
         (damage(dataclasses.asdict(record()), schema=99), "record schema 99; this version reads schema 1"),
         ('{"schema": 2, "run": "x", "laid": "out otherwise"}', "record schema 2; this version reads schema 1"),
     ],

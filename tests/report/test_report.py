@@ -493,7 +493,7 @@ def test_an_experiment_has_files_of_its_own(conf: Path, results: Path) -> None:
     assert check_tables(results, ["both"], conf) == [results / f"both.{suffix}" for suffix in ("md", "tex", "csv")]
     report("both", results, extra=conf)
     assert check_tables(results, ["both"], conf) == []
-    with refused("both"):
+    with refused("both", "`mode reproduce both`"):
         report("both", results, ["experiment=tiny_long"], conf)
     (results / "both-tiny_long.md").write_text("a table of nothing", encoding="utf-8")
     assert check_tables(results, ["both"], conf) == [results / "both-tiny_long.md"]
