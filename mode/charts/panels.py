@@ -221,7 +221,8 @@ def draw_axes(sheet: Sheet, frame: Frame, panel: Panel) -> None:
     taken = max((measure(write_tick(value), USUAL) for value in up), default=0.0)
     middle = max(left - 0.12 - taken, left - LEFT + 0.12), (top + low) / 2.0
     sheet.write(middle, panel.y.label, USUAL, INK, "center", bold=False, turned=True)
-    write_text(sheet, (left, top - 0.2), [panel.title], USUAL + 0.5)
+    if panel.title:
+        write_text(sheet, (left, top - 0.2), [panel.title], USUAL + 0.5)
 
 
 def trace_front(frame: Frame, panel: Panel) -> list[Place]:
