@@ -61,10 +61,10 @@ class Batch:
             raise ValueError(
                 f"size {self.size} is not a multiple of gradient_accumulation_steps {self.gradient_accumulation_steps}"
             )
-        # Sorted by name, and None if empty, so that equal mixes have one identity.
+        # In order of name, and None for nothing: the same mix is the same run however it is written.
         object.__setattr__(self, "replay", dict(sorted((self.replay or {}).items())) or None)
         if self.replay and sum(self.replay.values()) >= 1.0:
-            raise ValueError("replay: the shares sum to 1 or more, which leaves no rows for the targets")
+            raise ValueError("replay: nothing is left for the targets")
         if self.replay and any(abs(float(as_fraction(share)) - share) > 1e-9 for share in self.replay.values()):
             raise ValueError("replay: shares are fractions with a denominator up to 100, such as 0.125 or 0.1")
 
