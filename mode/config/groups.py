@@ -1,4 +1,4 @@
-"""Groups of configuration: which members there are, and what their YAML says."""
+"""Groups of configuration: their members, and the YAML of a member."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from mode.config.registry import list_registered_folders
 from mode.core.errors import ConfigError, suggest
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
-"""Names of configuration files that Hydra's grammar can express."""
+"""Names of configuration files that are valid in Hydra's grammar."""
 
 
 GROUPS = ("backbone", "method", "budget", "track", "experiment")
-"""Groups of which a run chooses one member; domains are all composed and then chosen by name."""
+"""Groups of which a run chooses one member. All domains are composed, and a run chooses them by name."""
 
 
 def conf_dirs(extra: Path | None = None) -> list[Path]:
-    """Return the folders that configuration is read from: the project's, those of packages, then the user's own.
+    """Return the folders of configuration: the project's, those of installed packages, and the user's own.
 
     Raises:
-        ConfigError: The user's folder does not exist, or has a file of the same name as one of the project's, or one
-            whose name cannot be written in an override.
+        ConfigError: The user's folder does not exist, or a file in another folder than the project's has the name of a
+            project file or a name that is not valid in an override.
     """
     own = Path(str(files("conf")))
     if extra is not None and not extra.is_dir():
@@ -35,14 +35,14 @@ def conf_dirs(extra: Path | None = None) -> list[Path]:
         for path in sorted(folder.glob("*/*.yaml")):
             name = path.relative_to(folder)
             if (own / name).exists():
-                raise ConfigError(f"{path}: the project has a {name} too; choose another name")
+                raise ConfigError(f"{path}: the project has a file {name} too; choose another name")
             if not NAME.fullmatch(path.stem):
                 raise ConfigError(f"{path}: a name is made of letters, digits, - and _, and starts with a letter")
     return [own, *others]
 
 
 def list_members(group: str, extra: Path | None = None) -> list[str]:
-    """List the members of a configuration group.
+    """Return the names of the members of a configuration group.
 
     >>> "code" in list_members("domain")
     True
@@ -51,16 +51,16 @@ def list_members(group: str, extra: Path | None = None) -> list[str]:
 
 
 def list_written(extra: Path | None) -> tuple[tuple[Path, int], ...]:
-    """Return the files of a user's own configuration, and when they were written."""
+    """Return the files of a user's own configuration with their modification times in nanoseconds."""
     files = sorted(extra.glob("*/*.yaml")) if extra else []
     return tuple((path, path.stat().st_mtime_ns) for path in files)
 
 
 def read_group(group: str, name: str, extra: Path | None = None) -> dict[str, Any]:
-    """Read one YAML of a group as plain data, without composing it.
+    """Return the YAML of one member of a group as plain data, without composing it.
 
     Raises:
-        ConfigError: There is no such member, or it is not YAML.
+        ConfigError: There is no such member, or its file is not YAML with settings.
     """
     for root in conf_dirs(extra):
         path = root / group / f"{name}.yaml"
@@ -71,7 +71,7 @@ def read_group(group: str, name: str, extra: Path | None = None) -> dict[str, An
             except yaml.YAMLError as error:
                 raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from error
             if not isinstance(data, dict):
-                raise ConfigError(f"{path}: settings of the form KEY: VALUE are meant")
+                raise ConfigError(f"{path}: expected settings of the form KEY: VALUE")
             return data
     known = list_members(group, extra)
     raise ConfigError(f"{group} {name}: not one of {', '.join(known)}{suggest(name, known)}")

@@ -1,4 +1,4 @@
-"""What identifies a run: what was asked, and of which data and weights."""
+"""The identity of a run: its configuration, and the fingerprints of its data and weights."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from mode.config.registry import find_method
 from mode.config.run import Run
 
 RECIPE = 1
-"""Part of every run's identity; raised with the golden losses, when the mathematics of the loop changes."""
+"""Version of the loop's mathematics, part of every run's identity. It is raised together with the golden losses."""
 
 
 NO_EFFECT = ("log_every", "checkpoint_every", "validate_every", "parallelism")
-"""Settings of the loop that no weight depends on."""
+"""Settings of the loop that do not affect the trained weights."""
 
 
 NOT_IDENTITY = ("paths", "track", "domains")
-"""Settings that do not change what a run is; domains enter its identity through the fingerprints of their data."""
+"""Settings that are not part of a run's identity. Domains are part of it by the fingerprints of their data."""
 
 
 def describe_run(run: Run) -> dict[str, Any]:
-    """Return what identifies a run, as plain data: its configuration without paths, tracking and unused settings.
+    """Return the configuration that identifies a run, as plain data without paths, tracking and unused settings.
 
-    A setting that equals the default of its class is left out, so that a setting added later, off by default, does
-    not make older records unfindable. A setting without a default always counts, and so does one that had none when it
-    was first recorded, which its class names in `always_recorded`. Names are those of records (`mode.config.names`).
+    Settings that equal the default of their class are left out. So older records stay valid when a later version adds a
+    setting that is off by default. Settings without a default are always included. So are settings that had no default
+    when they were first recorded; their class lists them in `always_recorded`. Names are those of records
+    (`mode.config.names`).
     """
     plain = {item.name: as_plain(getattr(run, item.name)) for item in fields(run) if item.name not in NOT_IDENTITY}
     method = plain["method"]
@@ -43,7 +44,7 @@ def describe_run(run: Run) -> dict[str, Any]:
 
 
 def as_plain(value: Any) -> Any:
-    """Turn a settings object into plain data without the fields left at their class's default."""
+    """Return a settings object as plain data, without fields that equal the default of their class."""
     if is_dataclass(value) and not isinstance(value, type):
         always = getattr(value, "always_recorded", ())
         return {
@@ -51,12 +52,17 @@ def as_plain(value: Any) -> Any:
             for item in fields(value)
             if item.default is MISSING or item.name in always or getattr(value, item.name) != item.default
         }
-    if isinstance(value, Mapping) and "_target_" in value:  # a method that the run stands on
+    if isinstance(value, Mapping) and "_target_" in value:  # the method of an earlier stage
         return {**value, "_target_": find_method(str(value["_target_"])).recorded_name()}
     return list(value) if isinstance(value, tuple) else value
 
 
 def digest_run(plain: Mapping[str, Any], fingerprints: Mapping[str, str]) -> str:
-    """Return the id of a run: a hash of what was asked and of the data and weights that it was asked of."""
+    """Return the id of a run: a hash of its configuration and of the fingerprints of its data and weights.
+
+    Args:
+        plain: What `describe_run` returns.
+        fingerprints: Fingerprints of data and weights, by name.
+    """
     text = json.dumps([RECIPE, plain, dict(fingerprints)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -10,29 +10,29 @@ from pydantic.dataclasses import dataclass
 from mode.config.base import STRICT, as_fraction
 
 SELF = "self"
-"""Source of rows that the backbone itself made up."""
+"""Value of `source` for rows that are sampled from the backbone."""
 
 
 NONE = "none"
-"""Source of no rows."""
+"""Value of `source` for no rows."""
 
 
 SAMPLED = ("rows", "temperature", "prompt")
-"""Settings of such rows."""
+"""Settings of sampled rows."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Anchor:
-    """Rows of the mix on which a model is held to its backbone: by the divergence of its predictions, not by the text.
+    """Anchored rows: rows of the mix that train the divergence from the backbone's predictions, not the cross-entropy.
 
     Attributes:
-        source: Where the rows come from: `self`, sampled once from the backbone; a domain, whose training split gives
-            them; or `none`.
+        source: Source of the rows: `self`, sampled once from the backbone; the training split of a domain, by its name;
+            or `none`.
         share: Share of the rows of the mix.
-        weight: Factor on KL(backbone || model) of such a row, beside a cross-entropy of weight 1 of the others.
-        rows: Of `self`: rows that are sampled; they are seen again when training is longer.
-        temperature: Of `self`: divides the logits.
-        prompt: Of `self`: what a sampled row begins with: a new `document`, or a random `token`.
+        weight: Factor on KL(backbone || model) of an anchored row. The cross-entropy of other rows has the factor 1.
+        rows: With `self`, the number of sampled rows. Longer training repeats them.
+        temperature: With `self`, the temperature of sampling.
+        prompt: With `self`, the beginning of a sampled row: a new `document`, or a random `token`.
     """
 
     source: str = "none"
@@ -45,25 +45,26 @@ class Anchor:
     def __post_init__(self) -> None:
         if abs(float(as_fraction(self.share)) - self.share) > 1e-9:
             raise ValueError(f"share {self.share} is not a fraction with a denominator up to 100, such as 0.125 or 0.1")
-        # What has no effect is as by default: the same training is the same run however it is written.
+        # Settings without an effect are set to their defaults, so that equal training has one identity.
         unused = {"none": ("share", "weight", *SAMPLED), SELF: ()}.get(self.source, SAMPLED)
         for name in unused:
             object.__setattr__(self, name, getattr(type(self), name))
 
     @property
     def domain(self) -> str | None:
-        """The domain that gives the rows, if one does."""
+        """The domain that the rows come from; None for sampled rows, or without rows."""
         return None if self.source in ("none", SELF) else self.source
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Choice:
-    """Which of several branches a token hears, and how their load is kept even.
+    """The choice of branches per token, and the balance of their load.
 
     Attributes:
-        top_k: Branches that a token keeps, the largest first.
-        top_p: Share of weight that the branches a token keeps must hold: as few of them as can.
-        renormalize: Whether the kept weights are scaled to sum to one.
+        top_k: Number of branches per token, those of the largest weights.
+        top_p: Minimum total weight of the branches per token. As few branches as possible are chosen, by decreasing
+            weight.
+        renormalize: Whether the weights of the chosen branches are scaled to sum to one.
         balance: Weight of the load-balance loss.
     """
 
@@ -76,20 +77,20 @@ class Choice:
         if self.top_k is not None and self.top_p is not None:
             raise ValueError("top_k and top_p are two ways to choose branches: give one of them")
         if not self.renormalize and self.top_k is None and self.top_p is None:
-            raise ValueError("renormalize=false goes with top_k or top_p: all branches' weights sum to one anyway")
+            raise ValueError("renormalize=false needs top_k or top_p; without them the weights sum to one")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class GateSettings(Choice):
-    """How a MoDE gate turns its logits into weights of branches; the defaults are the paper's.
+    """Settings of a MoDE gate. The defaults are those of the paper.
 
     Attributes:
-        reads: What a gate reads: its block's `input`, or the `output` of the block's backbone layers, which has context
-            in the first block too.
-        scope: What a gate sees of it: its `token`, or the mean of the `prefix` up to it.
-        norm: Whether a root-mean-square norm, without weights of its own, comes before the gate.
-        temperature: Divides the logits.
-        hidden: Width of a hidden layer of the gate; 0, the paper's way, for none.
+        reads: Input of the gate: the `input` of its block, or the `output` of the block's backbone layers, which has
+            context even in the first block.
+        scope: Positions that the gate reads for a token: the `token` itself, or the mean over the `prefix` up to it.
+        norm: Whether a root mean square norm without weights precedes the gate.
+        temperature: Divisor of the logits.
+        hidden: Width of a hidden layer of the gate; 0, as in the paper, for none.
     """
 
     reads: Literal["input", "output"] = "input"
@@ -101,12 +102,13 @@ class GateSettings(Choice):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RouterSettings(Choice):
-    """How the router of a mixture of experts turns its logits into weights; by default all experts run.
+    """Settings of the router of a mixture of experts. By default all experts run.
 
     Attributes:
-        z: Weight of the z-loss, the mean square of the logits' log-sum-exp.
-        entropy: Weight of the mean entropy of the weights before any choice.
-        sample: Whether a token has one expert, drawn by its weight in training, and the one of most weight afterwards.
+        z: Weight of the z-loss: the mean square of the log-sum-exp of the logits.
+        entropy: Weight of the mean entropy of the weights before the choice.
+        sample: Whether a token has one expert: sampled by the weights in training, the one of the largest weight
+            afterwards.
     """
 
     z: Annotated[float, Field(ge=0.0)] = 0.0
@@ -120,10 +122,10 @@ class RouterSettings(Choice):
 
     @property
     def known(self) -> bool:
-        """Whether it is known beforehand how many experts a token has."""
+        """Whether the number of experts per token is fixed by the settings."""
         return self.top_p is None
 
     @property
     def active(self) -> int | None:
-        """Experts that a token has; None for all."""
+        """Number of experts per token; None for all."""
         return 1 if self.sample else self.top_k

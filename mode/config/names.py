@@ -1,4 +1,4 @@
-"""Names of settings: those of today, and those in records and in earlier versions, which stay accepted."""
+"""Names of settings: today's names, and the old names, which records keep and which are still accepted."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ RECORDED = {
     "train.batch.replay": "train.replay",
     "evaluate.logit_chunk_size": "evaluate.chunk",
 }
-"""Names in records of settings that have another name today; they never change."""
+"""From today's name of a setting to its name in records. Names in records never change."""
 
 
 OLD_NAMES = {old: new for new, old in RECORDED.items()}
-"""Names of earlier versions that a user may still write, and today's."""
+"""From the old name of a setting, which is still accepted, to today's name."""
 
 
 RECORDED_VALUES: dict[str, dict[Any, Any]] = {"train.batch.intra_document_masking": {False: "joined", True: "apart"}}
-"""Values in records of settings that have other values today."""
+"""From today's values of a setting to its values in records, by today's name."""
 
 
 GROUPED = {new.rpartition(".")[0] for new in RECORDED} | {old.rpartition(".")[0] for old in OLD_NAMES}
-"""Groups that have or had a renamed setting."""
+"""Groups with a setting that was renamed, by the old or the new name."""
 
 
 def rename_setting(name: str, value: Any) -> tuple[str, Any]:
-    """Return a setting by today's name, with today's value; a group is renamed inside.
+    """Return today's name and value of a setting. In a group, the settings inside are renamed.
 
     >>> rename_setting("train.documents", "apart")
     ('train.batch.intra_document_masking', True)
@@ -61,7 +61,7 @@ def rename_setting(name: str, value: Any) -> tuple[str, Any]:
 
 
 def rename_settings(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by today's names; those of earlier versions are moved to where they are today.
+    """Return nested settings by today's names. Settings with old names move to their groups of today.
 
     Raises:
         ConfigError: A setting has different values under its old and its new name.
@@ -81,23 +81,23 @@ def rename_settings(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
 
 
 def check_same(old: str, value: Any, new: str, other: Any) -> None:
-    """Refuse different values of one setting under an old and a new name.
+    """Check that one setting has the same value under its old and its new name.
 
     Raises:
-        ConfigError: They differ.
+        ConfigError: The values differ.
     """
     if value != other:
         raise ConfigError(f"{old}={value}: {new}={other} is the same setting under its new name; give one of them")
 
 
 def update_value(new: str, value: Any) -> Any:
-    """Return today's value of a setting for one of an earlier version; others are returned as they are."""
+    """Return today's value for an old value of a setting. Other values are returned unchanged."""
     values = {str(recorded): today for today, recorded in RECORDED_VALUES.get(new, {}).items()}
     return values.get(str(value), value) if values else value
 
 
 def find_place(node: dict[str, Any], name: str) -> tuple[dict[str, Any] | None, str]:
-    """Return the group that a dotted name is in, or None where there is none, and the last part of the name."""
+    """Return the group of a dotted name and the last part of the name. The group is None if it does not exist."""
     *groups, leaf = name.split(".")
     place: Any = node
     for group in groups:
@@ -106,7 +106,7 @@ def find_place(node: dict[str, Any], name: str) -> tuple[dict[str, Any] | None, 
 
 
 def make_place(node: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
-    """Return the group that a dotted name is in, which is made where there is none, and the last part of the name."""
+    """Return the group of a dotted name and the last part of the name. A missing group is created."""
     *groups, leaf = name.split(".")
     for group in groups:
         if not isinstance(node.get(group), dict):
@@ -116,7 +116,7 @@ def make_place(node: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
 
 
 def record_names(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested settings by their names and values in records; groups of which nothing is left are removed."""
+    """Return nested settings by their names and values in records. Groups that become empty are removed."""
     recorded = copy.deepcopy(dict(plain))
     moved = {}
     for new, old in RECORDED.items():
@@ -132,14 +132,14 @@ def record_names(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def remove_if_empty(node: dict[str, Any], group: str) -> None:
-    """Remove a group inside another from nested settings if it has no settings left."""
+    """Remove an empty group from nested settings, unless it is at the top level."""
     place, name = find_place(node, group)
     if place is not None and "." in group and place.get(name) == {}:
         del place[name]
 
 
 def suggest_setting(name: str, known: set[str] | frozenset[str]) -> str:
-    """Phrase the nearest setting to an unknown name; old names count, and today's is suggested for them.
+    """Return a suggestion for an unknown name. Old names are compared too, but today's name is suggested.
 
     >>> suggest_setting("train.accumulates", {"train.steps", "train.batch.gradient_accumulation_steps"})
     '; did you mean train.batch.gradient_accumulation_steps?'

@@ -1,4 +1,4 @@
-"""The page of training options, generated from the settings' classes: `python -m mode.config.options`."""
+"""The page docs/training-options.md, generated from the classes of settings: `python -m mode.config.options`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mode.config.train import Train
 
 OPENING = """# Training options
 
-Generated from the code by `python -m mode.config.options`. Every option is an override on the command line, such as
-`train.batch.size=16`, or a key in YAML. A YAML says what differs from these defaults; `mode show config` prints all
-settings of a run. Old names are still accepted.
+Generated from the code by `python -m mode.config.options`. An option is an override on the command line, such as
+`train.batch.size=16`, or a key in YAML. A YAML file contains only what differs from these defaults. `mode show config`
+prints all settings of a run. Old names are still accepted.
 """
 
 
@@ -37,7 +37,7 @@ def render_options() -> str:
 
 
 def list_groups(cls: type, name: str) -> Iterator[tuple[str, type]]:
-    """List a settings class and the groups in it, by their dotted names."""
+    """Yield a settings class and the groups in it, with their dotted names."""
     yield name, cls
     for item in fields(cls):
         if is_dataclass(item.default):
@@ -45,7 +45,7 @@ def list_groups(cls: type, name: str) -> Iterator[tuple[str, type]]:
 
 
 def list_rows(cls: type, prefix: str) -> Iterator[tuple[str, ...]]:
-    """List the settings of a class, those of its groups excepted: option, default, values, meaning, old name."""
+    """Yield a row per setting of a class, without those of its groups: option, default, values, meaning, old name."""
     kinds, meanings = typing.get_type_hints(cls, include_extras=True), read_attributes(cls)
     for item in fields(cls):
         if is_dataclass(item.default):
@@ -62,13 +62,13 @@ def summarise(cls: type) -> str:
 
 
 def read_attributes(cls: type) -> dict[str, str]:
-    """Return the descriptions of attributes in a class's docstring."""
+    """Return the descriptions in a class's docstring, by attribute."""
     text = inspect.cleandoc((inspect.getdoc(cls) or "").partition("Attributes:\n")[2])
     return {name: " ".join(about.split()) for name, about in re.findall(r"(?ms)^(\w+): (.*?)(?=^\w+: |\Z)", text)}
 
 
 def describe_values(kind: Any) -> str:
-    """Describe the values that a type allows.
+    """Return a description of the values of a type.
 
     >>> describe_values(typing.Literal["ddp", "fsdp"] | None)
     '`ddp`, `fsdp`, `null`'
@@ -91,7 +91,7 @@ def describe_values(kind: Any) -> str:
 
 
 def describe_bound(bound: Any) -> str:
-    """Describe a bound of a value."""
+    """Return a description of a bound on a value."""
     if isinstance(bound, MinLen):
         return "(not empty)"
     signs = {Gt: ("> ", "gt"), Ge: (">= ", "ge"), Lt: ("< ", "lt"), Le: ("<= ", "le")}

@@ -1,7 +1,7 @@
-"""Where the class of a method is: in this project, or in an installed package that registers it.
+"""Find the class of a method, in this project or in an installed package that registers it.
 
-A package registers its methods through the entry points `mode.methods`, and its YAML lies in a folder `conf` of the
-package, laid out as this project's. Nothing else that a configuration names is ever imported.
+A package registers its methods through the entry-point group `mode.methods`. Its YAML is in a folder `conf` of the
+package, with the layout of this project's `conf`. No other class that a configuration names is imported.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ from mode.config.run import MethodSettings
 from mode.core.errors import ConfigError
 
 TRUSTED = ("mode.", "baselines.")
-"""Packages of this project."""
+"""Prefixes of import paths in this project."""
+
+
 ENTRY_POINTS = "mode.methods"
+"""Entry-point group of methods."""
 
 
 @lru_cache
 def list_registered() -> tuple[EntryPoint, ...]:
-    """Return the methods that installed packages register, without importing them."""
+    """Return the entry points of methods in installed packages, without importing the methods."""
     return tuple(entry_points(group=ENTRY_POINTS))
 
 
 @lru_cache
 def list_registered_folders() -> tuple[Path, ...]:
-    """Return the folders of configuration that packages with registered methods bring."""
+    """Return the folders of configuration in packages with registered methods."""
     packages = dict.fromkeys(point.module.partition(".")[0] for point in list_registered())
     found = [find_spec(package) for package in packages]
     roots = [Path(root) for spec in found if spec for root in spec.submodule_search_locations or ()]
@@ -41,12 +44,12 @@ def find_method(target: str) -> type[MethodSettings]:
     """Return the class of a method by its import path, its entry point, or its name in records.
 
     Raises:
-        ConfigError: It is neither this project's nor registered, cannot be imported, or is not a method.
+        ConfigError: The class is neither in this project nor registered, cannot be imported, or is not a method.
     """
     if not target:
         raise ConfigError("method._target_: this setting is missing")
     found: object = None
-    reason = f"outside {' and '.join(TRUSTED)}, so it is not run; a package registers its own with {ENTRY_POINTS}"
+    reason = f"not in {' or '.join(TRUSTED)}, and no installed package registers it as an entry point of {ENTRY_POINTS}"
     try:
         found = import_target(target)
     except Exception as error:  # a registered package may fail in any way
@@ -61,12 +64,12 @@ def find_method(target: str) -> type[MethodSettings]:
 
 @lru_cache
 def list_recorded_methods() -> dict[str, type[MethodSettings]]:
-    """Return the methods by their names in records, without those that cannot be read or imported."""
+    """Return the methods by their names in records. Methods that cannot be read or imported are left out."""
     from mode.config.groups import list_members, read_group
 
     classes = {}
     for name in list_members("method"):
-        with suppress(Exception):  # whoever chooses such a method gets the reason; the others do not need it
+        with suppress(Exception):  # reported only to a user who chooses this method
             found = import_target(str(read_group("method", name)["_target_"]))
             if is_method(found):
                 classes[found.recorded_name()] = found
@@ -74,7 +77,7 @@ def list_recorded_methods() -> dict[str, type[MethodSettings]]:
 
 
 def import_target(target: str) -> object | None:
-    """Return what an import path or an entry point names; None where it is neither this project's nor registered."""
+    """Return the object of an import path or an entry point; None if it is neither in this project nor registered."""
     point = next((each for each in list_registered() if target in (each.name, each.value.replace(":", "."))), None)
     if point is None and not target.startswith(TRUSTED):
         return None
@@ -84,5 +87,5 @@ def import_target(target: str) -> object | None:
 
 
 def is_method(found: object) -> TypeGuard[type[MethodSettings]]:
-    """Say whether something imported is the class of a method."""
+    """Return whether an imported object is the class of a method."""
     return isinstance(found, type) and issubclass(found, MethodSettings)

@@ -1,7 +1,7 @@
-"""Every setting of a run as plain, frozen, checked types.
+"""The settings of a run, as frozen, checked dataclasses.
 
-Hydra composes YAML, `mode.config.compose` turns the result into these types, and nothing else in the project sees a
-`DictConfig`. Extra keys are refused, so a mistyped setting can never be ignored.
+Hydra composes YAML, and `mode.config.compose` turns the result into these classes. No other module uses a `DictConfig`.
+Unknown keys are refused, so a mistyped setting is never ignored.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from mode.config.train import Train
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MethodSettings:
-    """What every method says about itself; subclasses add their own settings and the behaviour (`mode.methods.base`).
+    """Settings of every method. Subclasses add their own settings, and `mode.methods.base` adds the behaviour.
 
     Attributes:
         recorded_as: The method's name in records, which is part of a run's identity. It never changes, wherever the
             class moves; by default it is the class's import path.
-        always_recorded: Settings with a default that always identify a run, since they had none when they were first
-            recorded.
+        always_recorded: Settings that always identify a run although they have a default: they had none when they were
+            first recorded.
         lr: Peak learning rate, chosen on the validation split.
     """
 
@@ -36,7 +36,7 @@ class MethodSettings:
 
     @classmethod
     def recorded_name(cls) -> str:
-        """Return the method's name in records. A subclass never inherits the name of its base."""
+        """Return the method's name in records. A subclass does not inherit the name of its base."""
         return str(vars(cls).get("recorded_as", f"{cls.__module__}.{cls.__qualname__}"))
 
     def peak_lr(self) -> float:
@@ -44,29 +44,29 @@ class MethodSettings:
         return self.lr
 
     def effective(self, run: Run) -> Budget:
-        """Return the plainest budget under which this run is the same: it identifies the run."""
+        """Return the simplest budget with the same result. This budget identifies the run."""
         return run.budget
 
     def reads(self) -> tuple[str, ...]:
-        """Return the domains that training reads besides the targets and what is replayed."""
+        """Return the domains that training reads in addition to targets and replay."""
         return ()
 
     def unused(self) -> tuple[str, ...]:
-        """Name the settings that make no difference as the others stand, and so do not identify a run."""
+        """Return the settings without an effect, given the other settings. They do not identify a run."""
         return ()
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Budget:
-    """How much training a row gets in all.
+    """The amount of training of a row, over all its stages.
 
     Attributes:
-        policy: `paper`: every stage gets `train.steps`, as published; `data`: the stages of a row share them, so that
-            all rows see the same number of tokens; `compute`: every row gets the floating-point operations of
-            `train.steps` steps of full fine-tuning, its stages in equal parts; `params`: as `data`, and adapters get
-            the rank, and MoV the number of vectors, with which they add as many parameters as MoDE.
-        num_blocks: Of `params`: B of the MoDE model that is matched, which has one expert per target.
-        expert_layers: Of `params`: its l.
+        policy: `paper`: every stage has `train.steps` steps, as published. `data`: the stages of a row share
+            `train.steps`, so all rows see the same number of tokens. `compute`: every row has the floating-point
+            operations of `train.steps` steps of full fine-tuning, in equal parts for its stages. `params`: as `data`;
+            in addition adapters have the rank, and MoV the number of vectors, that add as many parameters as MoDE.
+        num_blocks: With `params`, B of the MoDE model to match. The model has one expert per target.
+        expert_layers: With `params`, l of that model.
     """
 
     policy: Literal["paper", "data", "compute", "params"]
@@ -75,7 +75,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if {self.policy == "params"} != {self.num_blocks is not None, self.expert_layers is not None}:
-            raise ValueError("num_blocks and expert_layers go with policy=params, which needs them")
+            raise ValueError("policy=params needs num_blocks and expert_layers, and no other policy accepts them")
 
     @property
     def shares_steps(self) -> bool:
@@ -85,13 +85,13 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Evaluate:
-    """How a finished model is scored.
+    """Scoring of a finished model.
 
     Attributes:
-        domains: Domains that are scored beside the targets; those that are not targets measure retention.
-        split: `test` for results; `validation` for choosing settings, so that tuning never touches the test split.
-        batch_size: Rows per forward pass, at most: a processor reads fewer where that is faster.
-        logit_chunk_size: Tokens whose logits exist at one time, at most.
+        domains: Domains to score in addition to the targets. Domains that are not targets measure retention.
+        split: `test` for results; `validation` for choosing settings, so that tuning never uses the test split.
+        batch_size: Maximum number of rows per forward pass. A CPU uses fewer rows where that is faster.
+        logit_chunk_size: Maximum number of tokens whose logits are in memory at the same time.
     """
 
     always_recorded: ClassVar[frozenset[str]] = frozenset({"split", "batch_size", "logit_chunk_size"})
@@ -104,13 +104,13 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Track:
-    """Where a run can be watched; never the source of a number.
+    """Tracking of a run. It is never the source of a number.
 
     Attributes:
-        mode: `offline` and `online` log to Weights & Biases, `none` to nothing.
+        mode: `offline` and `online` log to Weights & Biases; `none` does not log.
         project: Weights & Biases project.
-        group: Groups the runs of one table.
-        name: Row of the table that the run belongs to.
+        group: Group of the runs of one table.
+        name: Name of the run's row in the table.
     """
 
     mode: Literal["offline", "online", "none"]
@@ -121,12 +121,12 @@ class Track:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Paths:
-    """Folders; never part of a run's identity.
+    """Folders. They are not part of a run's identity.
 
     Attributes:
-        runs: Work folders (checkpoints, logs, weights), one per run.
-        results: Records and the tables rendered from them.
-        cache: Prepared data and fetched wheels.
+        runs: Folder of the work folders, one per run: checkpoints, logs, weights.
+        results: Folder of the records and of the tables rendered from them.
+        cache: Folder of prepared data and fetched wheels.
     """
 
     runs: str
@@ -136,11 +136,11 @@ class Paths:
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
 class Run:
-    """One resolved configuration: one stage of one method on one backbone with one seed.
+    """A resolved configuration: one stage of one method on one backbone with one seed.
 
     Attributes:
-        seed: Seeds initialisation and the order of the data.
-        targets: Domains the model is adapted to.
+        seed: Seed of the initialisation and of the order of the data.
+        targets: Domains that the model is adapted to.
         domains: Settings of every domain that the run trains on or is scored on.
     """
 
@@ -157,11 +157,11 @@ class Run:
 
     @property
     def scored(self) -> tuple[str, ...]:
-        """Domains that the finished model is scored on: those of the evaluation, and all that it trains on."""
+        """Domains that the finished model is scored on: those of `evaluate.domains`, and all that it trains on."""
         replay = self.train.batch.replay or ()
         return tuple(dict.fromkeys([*self.evaluate.domains, *self.targets, *replay, *self.method.reads()]))
 
     @property
     def lr(self) -> float:
-        """Peak learning rate of this run's stage."""
+        """Peak learning rate of this run's own stage."""
         return self.method.peak_lr() if self.train.lr is None else self.train.lr

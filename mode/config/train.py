@@ -12,14 +12,14 @@ from mode.config.base import STRICT, Share, as_fraction
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Optim:
-    """AdamW and its schedule: a linear warmup and a cosine.
+    """AdamW and its schedule: a linear warm-up, then a cosine decay.
 
     Attributes:
-        warmup_ratio: Share of the steps in which the learning rate rises linearly.
-        min_lr_ratio: Learning rate at the end of the cosine, as a share of the peak.
-        weight_decay: Decoupled weight decay of matrices; vectors have none.
-        betas: Decay rates of AdamW's two moments.
-        max_grad_norm: Largest global gradient norm; larger gradients are scaled down to it.
+        warmup_ratio: Share of the steps in the linear warm-up.
+        min_lr_ratio: Learning rate at the end of the cosine decay, as a share of the peak.
+        weight_decay: Decoupled weight decay of matrices. Vectors have no weight decay.
+        betas: Decay rates of AdamW's two moment estimates.
+        max_grad_norm: Maximum global gradient norm. Larger gradients are scaled down to it.
     """
 
     always_recorded: ClassVar[frozenset[str]] = frozenset(
@@ -40,10 +40,10 @@ class Batch:
     Attributes:
         size: Rows per optimizer step, over all micro-batches and processes.
         gradient_accumulation_steps: Micro-batches per optimizer step.
-        examples: Number of different rows in the training mix, which are repeated; null uses all rows. Earlier stages
-            of a method always use all rows.
+        examples: Number of different rows in the training mix; training repeats them. null uses all rows. Earlier
+            stages of a method always use all rows.
         replay: Other domains in the training mix, each with its share of the rows, such as `{english: 0.2}`. Earlier
-            stages of a method have none.
+            stages of a method have no replay.
         intra_document_masking: Whether tokens attend only to their own document in training, with positions that
             restart at every document. Evaluation always attends to the whole row.
     """
@@ -74,13 +74,14 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Memory:
-    """What training keeps in memory.
+    """The memory of training.
 
     Attributes:
-        activation_checkpointing: Layers whose activations are recomputed in the backward pass, for less memory and more
-            time: `none`, the `frozen` layers, `all` layers, or `auto`, as few layers as `budget_gb` allows.
-        budget_gb: GB for weights, gradients, optimizer state and a step, with `activation_checkpointing=auto`.
-        frozen_weights: Precision of the frozen linear maps of decoder layers in training and evaluation: `full`, or
+        activation_checkpointing: Layers whose activations are recomputed in the backward pass, which takes less memory
+            and more time: `none`, the `frozen` layers, `all` layers, or with `auto` as few layers as fit in
+            `budget_gb`.
+        budget_gb: With `activation_checkpointing=auto`, GB for weights, gradients, optimizer state and a step.
+        frozen_weights: Precision of the frozen linear layers of decoder layers in training and evaluation: `full`, or
             eight bits per weight with one scale per row, `int8` or `fp8`. Exported models have full precision.
     """
 
@@ -95,16 +96,16 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Kernels:
-    """How a step is computed.
+    """The computation of a step.
 
     Attributes:
-        compile: Whether decoder layers are compiled, which takes up to 40 s before the first step; `auto` compiles in
+        compile: Whether decoder layers are compiled, which takes up to 40 s before the first step. `auto` compiles in
             stages of about five minutes and more.
         attention: Attention with `train.batch.intra_document_masking`: `sdpa`, torch's own with a full mask, or `flex`,
             FlexAttention, which skips masked blocks and needs CUDA.
-        branch_execution: How the branches of a MoDE block run in training: in a `loop`, `batched` as one computation,
-            or on CUDA `streams`.
-        cuda_graph: Whether the forward and backward pass of a step are one CUDA graph, which saves the launches of
+        branch_execution: Execution of the branches of a MoDE block in training: in a `loop`, `batched` as one
+            computation, or on CUDA `streams`.
+        cuda_graph: Whether the forward and backward pass of a step are one CUDA graph, which saves kernel launches in
             short steps.
     """
 
@@ -122,15 +123,17 @@ class Kernels:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Parallelism:
-    """How several processes share a run. Results are the same but for rounding.
+    """The layout of a run over several processes. Results are equal up to rounding.
 
     Attributes:
-        strategy: `ddp`, every process has the whole model and a part of the rows; `fsdp`, a shard of the model; `tp`, a
-            slice of every matrix and all rows; `mpmd`, some branches of a MoDE model.
-        microbatches_in_flight: With `mpmd`, micro-batches in the blocks at a time, so that processes overlap work and
-            communication.
+        strategy: Part of the model and of the rows in every process. `ddp`: the whole model and a part of the rows;
+            `fsdp`: a shard of the model and a part of the rows; `tp`: a slice of every matrix and all rows; `mpmd`:
+            some branches of a MoDE model.
+        microbatches_in_flight: With `mpmd`, the number of micro-batches in the blocks at the same time, so that
+            processes overlap computation and communication.
         placement: With `mpmd`, the branches of every slot by number, such as `[[0], [1, 2]]`; 0 is the backbone. null
-            balances the work over as many slots as there are processes.
+            balances the work over the slots. The number of slots is the largest divisor of the number of processes that
+            is at most the number of branches.
     """
 
     strategy: Literal["ddp", "fsdp", "tp", "mpmd"] = "ddp"
@@ -152,20 +155,19 @@ class Train:
     Attributes:
         steps: Optimizer steps of a stage.
         sequence_length: Tokens per row.
-        lr: Peak learning rate of this run, in place of the method's; null uses the method's. Earlier stages of a method
-            keep their own.
-        precision: `fp32`; `bf16`, autocast with weights in fp32; or `auto`, bf16 on GPUs and, for models of width 256
-            and more, on CPUs with AMX, else fp32.
-        device: Device that trains.
-        threads: CPU threads of torch. They identify a run, since the order of sums depends on them.
+        lr: Peak learning rate of this run. null uses that of the method. Earlier stages of a method keep their own.
+        precision: `fp32`; `bf16`, by autocast with weights in fp32; or `auto`: bf16 on GPUs, bf16 on CPUs with AMX for
+            models with a hidden size from 256, and fp32 otherwise.
+        device: Device of training.
+        threads: Number of CPU threads of torch. It identifies a run, because the order of sums depends on it.
         log_every: Steps between two points of the training curve.
         checkpoint_every: Steps between two checkpoints.
-        validate_every: Steps between two validations on the training domains; 0 validates at the end alone.
+        validate_every: Steps between two validations on the training domains; 0 validates only at the end.
         optim: AdamW and its schedule.
         batch: The rows of a step.
-        memory: What training keeps in memory.
-        kernels: How a step is computed.
-        parallelism: How several processes share a run.
+        memory: The memory of training.
+        kernels: The computation of a step.
+        parallelism: The layout over several processes.
     """
 
     always_recorded: ClassVar[frozenset[str]] = frozenset(
@@ -199,7 +201,7 @@ class Train:
             raise ValueError("train.kernels.attention=flex goes with train.batch.intra_document_masking=true")
 
     def find_conflict(self) -> tuple[str, str] | None:
-        """Return the first two settings of different groups that do not go together, if there are any."""
+        """Return the first two settings of different groups that exclude each other; None without a conflict."""
         memory, kernels, strategy = self.memory, self.kernels, self.parallelism.strategy
         recomputes = f"memory.activation_checkpointing={memory.activation_checkpointing}"
         frozen = f"memory.frozen_weights={memory.frozen_weights}"
@@ -211,7 +213,7 @@ class Train:
         given |= {masking} if self.batch.intra_document_masking else set()
         given |= {"kernels.cuda_graph=true"} if kernels.cuda_graph else set()
         pairs = (
-            ("memory.activation_checkpointing=auto", parallel),  # it measures a whole model
+            ("memory.activation_checkpointing=auto", parallel),  # auto measures a whole model
             (branches, parallel),
             (frozen, parallel),
             (frozen, "kernels.branch_execution=batched"),

@@ -1,1 +1,1 @@
-"""What a run or a measurement wrote: the only source of every number."""
+"""Records of runs and other measurements: the only source of every number."""

@@ -1,4 +1,4 @@
-"""Collections: folders of measurements that are no runs, and the report that follows from each alone."""
+"""Collections: folders of measurements other than runs, each with one report."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ COLLECTIONS = {
     "downstream": "mode.downstream.results",
     "pruning": "mode.artefacts.prune_results",
 }
-"""What `mode report` renders from a folder of its own and not by a table's YAML, with the module of each."""
+"""Collections that `mode report` renders, by name, with the module of each. A collection has no table YAML."""
 
 
 @dataclass(frozen=True)
 class Collection(Generic[Kind]):
-    """A folder of measurements in a folder of results, and the report that lies beside it.
+    """A folder of measurements in the results folder, and the report beside it.
 
     Attributes:
         name: Name of the folder, and of the report's files.
-        what: What people call one of the measurements.
-        kind: Its class.
-        schema: The version of its layout that this version reads.
-        make: The command that makes one.
-        render: Turns measurements into text by file suffix: md, and what others there are.
-        draw: Draws what figures there are of measurements into a folder.
+        what: Name of one measurement in messages.
+        kind: Class of a measurement.
+        schema: Version of the file format that this version of `mode` reads.
+        make: Command that makes a measurement.
+        render: Renders measurements as text, by file suffix: md, and possibly others.
+        draw: Draws the figures of measurements into a folder.
     """
 
     name: str
@@ -42,29 +42,30 @@ class Collection(Generic[Kind]):
     draw: Callable[[Sequence[Kind], Path], None] = lambda found, folder: None
 
     def read(self, results: Path) -> list[Kind]:
-        """Read every measurement of a folder of results, in the order of their file names.
+        """Return all measurements in a results folder, in order of file name.
 
         Raises:
-            ConfigError: A file is not a whole one of a known schema.
+            ConfigError: A file is damaged or has another schema.
         """
         return [self.read_file(path) for path in sorted((results / self.name).glob("*.json"))]
 
     def read_file(self, path: Path) -> Kind:
-        """Read one measurement, and see that it can be rendered.
+        """Return one measurement, after a check that it can be rendered.
 
         Raises:
-            ConfigError: The file is not a whole one of a known schema.
+            ConfigError: The file is damaged or has another schema.
         """
         return read_measurement(path, self.kind, self.schema, self.what, lambda found: self.render([found]))
 
     def report(self, results: Path, *, write: bool = True) -> tuple[str, Path]:
-        """Render the measurements of a folder of results and, with `write`, put the report beside them.
+        """Render the measurements in a results folder and, with `write`, write the report beside them.
 
         Returns:
-            The Markdown, and the path of its file.
+            The report in Markdown, and the path of its file.
 
         Raises:
-            ConfigError: A file is not a whole one of a known schema; `NothingError`: there is none.
+            ConfigError: A file is damaged or has another schema.
+            NothingError: There is no measurement.
         """
         found = self.read(results)
         if not found:
@@ -77,7 +78,7 @@ class Collection(Generic[Kind]):
         return texts["md"], results / f"{self.name}.md"
 
     def stale(self, results: Path, suffixes: Sequence[str] = ("md", "csv")) -> list[Path]:
-        """Return the report's committed files that no longer follow from the measurements."""
+        """Return the paths of committed report files that differ from a new rendering of the measurements."""
         found = self.read(results)
         texts = self.render(found) if found else {}
         paths = {suffix: results / f"{self.name}.{suffix}" for suffix in suffixes}
@@ -86,6 +87,6 @@ class Collection(Generic[Kind]):
 
 
 def find_collection(name: str) -> Collection[Any]:
-    """Return a collection by its name in `COLLECTIONS`; its module is imported now, since some are slow to import."""
+    """Return a collection by its name in `COLLECTIONS`. Its module is imported here, because some imports are slow."""
     collection: Collection[Any] = import_module(COLLECTIONS[name]).COLLECTION
     return collection

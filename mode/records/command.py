@@ -1,4 +1,4 @@
-"""The command that makes a run, written from its record: the settings that differ from the defaults, and no others."""
+"""The command that repeats a run, from its record. It contains only the settings that differ from the defaults."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from mode.records.record import Record
 
 
 def write_commands(records: Sequence[Record], extra: Path | None = None) -> dict[str, tuple[str, bool]]:
-    """Return, by run id, the command that asks for the same run and True, or why there is none and False.
+    """Return, by run id, the command for the same run and True; or the reason why there is none, and False.
 
     Args:
         records: Records of the runs.
-        extra: A folder of the user's own configuration, named in the commands.
+        extra: A folder of the user's own configuration. The commands name it.
     """
-    compose = cache(lambda overrides: compose_run(overrides, extra))  # many records have a beginning in common
+    compose = cache(lambda overrides: compose_run(overrides, extra))  # many records share their first overrides
     found = {}
     for record in records:
         try:
@@ -38,13 +38,18 @@ def write_commands(records: Sequence[Record], extra: Path | None = None) -> dict
 
 
 def write_command(record: Record, extra: Path | None, compose: Callable[[tuple[str, ...]], Run]) -> str:
-    """Write the command of one record.
+    """Return the command of one record.
+
+    Args:
+        record: The record.
+        extra: A folder of the user's own configuration.
+        compose: Composes a run from overrides.
 
     Raises:
-        ConfigError: Today's configuration does not lead to what was asked, or the record does not say all of it.
+        ConfigError: Today's configuration cannot express the run, or the record does not name all inputs of the run.
     """
     if "artefacts" in record.asked:
-        raise ConfigError("composed of experts from folders that the record does not name")
+        raise ConfigError("the run composed experts from folders, and the record does not name the folders")
     words, implied = split_opening(record.asked, extra)
     run = compose(tuple(implied))
     pairs = (
@@ -56,15 +61,15 @@ def write_command(record: Record, extra: Path | None, compose: Callable[[tuple[s
     settings = chosen + list_changes(record.asked, identity.describe_run(run), run)
     again = compose((*implied, *settings))
     if identity.describe_run(again) | {"backbone": {"name": again.backbone.name}} != record.asked:
-        raise ConfigError("its settings are of another version and do not compose")
+        raise ConfigError("its settings are from another version and do not compose")
     return shlex.join([*words, *settings, *(["--conf", str(extra)] if extra else [])])
 
 
 def write_variant(record: Record, extra: Path | None = None) -> str:
-    """Return what a record's method and training mix have that their configuration has not, as overrides.
+    """Return the settings of a record's method and replay that differ from the method's YAML, as overrides.
 
     Raises:
-        ConfigError: No method of its class is configured.
+        ConfigError: No YAML configures the method.
     """
     run = compose_run((f"method={find_method_name(record.request.method, extra)}",), extra)
     usual, replay = identity.describe_run(run), record.asked["train"].get("replay")
@@ -73,7 +78,7 @@ def write_variant(record: Record, extra: Path | None = None) -> str:
 
 
 def split_opening(asked: Mapping[str, Any], extra: Path | None) -> tuple[list[str], list[str]]:
-    """Return the words of the command that a run belongs to, and the overrides that it stands for."""
+    """Return the first words of a run's command, and the overrides that these words imply."""
     method, targets = asked["method"], asked["targets"]
     named = f"targets=[{','.join(targets)}]"
     name = find_method_name(method["_target_"], extra)
@@ -92,19 +97,19 @@ def split_opening(asked: Mapping[str, Any], extra: Path | None) -> tuple[list[st
 
 
 def find_method_name(target: str, extra: Path | None) -> str:
-    """Return the configuration of a method by its name in records; the shortest of several is the plain one.
+    """Return the name of the YAML of a method, from its name in records. Of several YAMLs, the shortest name is used.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no such YAML.
     """
     names = [name for name in list_members("method", extra) if recorded_as(name, extra) == target]
     if not names:
-        raise ConfigError(f"{target}: no method of that class is configured")
+        raise ConfigError(f"{target}: no YAML configures this method")
     return min(names, key=len)
 
 
 def recorded_as(name: str, extra: Path | None) -> str | None:
-    """Return the name in records of a method's configuration; None where a user's own cannot be read."""
+    """Return a method's name in records, from the name of its YAML; None if the YAML or the class cannot be read."""
     try:
         return find_method(str(read_group("method", name, extra)["_target_"])).recorded_name()
     except (ConfigError, KeyError):
@@ -112,7 +117,13 @@ def recorded_as(name: str, extra: Path | None) -> str | None:
 
 
 def list_changes(wanted: Mapping[str, Any], found: Mapping[str, Any], run: Run) -> list[str]:
-    """Return the overrides that lead from what a run asks for to what is wanted."""
+    """Return the overrides that turn one configuration into another, without backbone and budget.
+
+    Args:
+        wanted: The configuration of the record, by names in records.
+        found: The configuration of `run`, by names in records.
+        run: The run to start from.
+    """
     return list_differences(
         {name: value for name, value in rename_settings(wanted).items() if name not in ("backbone", "budget")},
         {name: value for name, value in rename_settings(found).items() if name not in ("backbone", "budget")},
@@ -122,7 +133,14 @@ def list_changes(wanted: Mapping[str, Any], found: Mapping[str, Any], run: Run) 
 
 
 def list_differences(wanted: Mapping[str, Any], found: Mapping[str, Any], settings: Any, prefix: str) -> list[str]:
-    """Compare setting by setting; one that a record leaves out had the default of its class."""
+    """Return overrides for the settings that differ. A setting that a record leaves out has the default of its class.
+
+    Args:
+        wanted: Settings to reach, by today's names.
+        found: Settings to start from, by today's names.
+        settings: Settings object that `found` describes.
+        prefix: Dotted name of the group, with a dot at the end.
+    """
     defaults = {item.name: item.default for item in fields(settings)}
     overrides: list[str] = []
     for name in dict.fromkeys([*wanted, *found]):

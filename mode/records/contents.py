@@ -1,7 +1,7 @@
-"""What a record holds, by name: the request, the outcome and the provenance of a run.
+"""Typed contents of a record: the request, the outcome and the provenance of a run.
 
-`upgrade` fills what earlier versions did not write, so that no reader asks which version wrote a record. Files keep the
-content that they were written with.
+`upgrade` fills in what earlier versions did not write, so other code does not depend on the version of a record. Files
+are not changed.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from mode.records.score import Score
 
 @dataclass(frozen=True)
 class Request:
-    """What a run was asked for. `Record.asked` holds every setting.
+    """The configuration of a run, in part. `Record.asked` holds all settings.
 
     Attributes:
         seed: The run's seed.
         targets: Domains that the run adapts to.
         backbone: Name of the backbone.
-        method: Name of the method in records, a path of a class.
+        method: Name of the method in records, in general the import path of a class.
         sequence_length: Tokens per row.
-        examples: Different rows that the run trains on; None for all.
-        anchor: Share and weight of the rows on which the model is anchored to its backbone; None where the method has
-            no such term.
+        examples: Number of different training rows; None for all.
+        anchor: `share` and `weight` of the anchored rows; None if the method has no anchor.
     """
 
     seed: int
@@ -40,13 +39,13 @@ class Request:
 
     @property
     def method_name(self) -> str:
-        """Name of the method's class."""
+        """Last part of the method's name in records: the name of its class, in general."""
         return self.method.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters: of the model, of those trained, and of those added to the backbone."""
+    """Numbers of parameters: in total, trainable, and added to the backbone."""
 
     total: int
     trainable: int
@@ -55,7 +54,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What was forecast of a run: tokens, operations, and parameters that a token's prediction can depend on."""
+    """Forecast of a run: tokens, floating-point operations, and active parameters, which a prediction can depend on."""
 
     tokens: int
     flops: float
@@ -64,12 +63,12 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Gates:
-    """Gates on the scored text of a domain.
+    """Gate weights on the scored text of a domain.
 
     Attributes:
-        mean: By block, the mean weight of every branch.
-        entropy: By block, the mean entropy of the weights; None in records that do not hold it.
-        active: By block, the mean number of branches in use; None in records that do not hold it.
+        mean: Mean weight of every branch, by block.
+        entropy: Mean entropy of the weights in nats, by block; None if the record does not hold it.
+        active: Mean number of branches in use per token, by block; None if the record does not hold it.
     """
 
     mean: Sequence[Sequence[float]]
@@ -79,7 +78,7 @@ class Gates:
 
 @dataclass(frozen=True)
 class Point:
-    """A point of the training curve: a step, and numbers by name, such as `loss` and `validation/DOMAIN/accuracy`."""
+    """A point of the training curve: a step, and values by name, such as `loss` and `validation/DOMAIN/accuracy`."""
 
     step: int
     values: Mapping[str, float]
@@ -87,25 +86,25 @@ class Point:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened in a run. None stands where nothing was trained, or where a record does not hold a number.
+    """The outcome of a run. A value is None if nothing was trained, or if the record does not hold it.
 
     Attributes:
-        steps: Steps trained.
-        tokens: Tokens trained on.
+        steps: Number of training steps.
+        tokens: Number of training tokens.
         seconds: Seconds of training.
-        tokens_per_second: Their ratio.
+        tokens_per_second: Ratio of `tokens` and `seconds`.
         lr: Peak learning rate.
-        flops: Operations of training.
-        forecast: What was forecast before training.
+        flops: Floating-point operations of training.
+        forecast: Forecast from before training.
         parameters: Numbers of parameters.
-        peak_memory_bytes: Peak memory of the process, with scoring.
-        kept_bytes: Size on disk of the weights that the method keeps.
+        peak_memory_bytes: Peak memory of the process in bytes, including scoring.
+        kept_bytes: Size on disk, in bytes, of the weights that the method keeps.
         evaluation_seconds: Seconds of scoring.
-        split: The split scored.
+        split: Split that was scored.
         scores: Scores by domain.
-        contamination: By domain scored, the share of its n-grams by where in training they occur.
+        contamination: Share of the n-grams of a scored domain that occur in a training text, by domain and text.
         curve: The training curve.
-        gates: Gates by domain scored; empty without gates.
+        gates: Gate weights by scored domain; empty without gates.
         branches: Names of the branches; empty without gates.
     """
 
@@ -130,20 +129,20 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Under what conditions a run was made.
+    """The provenance of a run.
 
     Attributes:
         data: Fingerprints of the data, by domain.
         backbone: Fingerprint of the backbone.
-        precision: Precision of the products of matrices.
-        pretraining_data: Fingerprints of the data that the backbone is known to have been pretrained on.
-        needs: Ids of the runs that the run stands on.
+        precision: Precision of matrix products.
+        pretraining_data: Fingerprints of the backbone's pretraining data, by domain; empty if unknown.
+        needs: Ids of the run's earlier stages.
         commit: Commit of the code; None outside a clone.
         dirty: Whether the code differed from the commit.
-        versions: Versions of Python and packages.
+        versions: Versions of Python and packages, by name.
         machine: Processor, cores, system and device.
-        threads: Threads of the processor; None where a record does not hold the number.
-        date: When the run began; None where a record does not hold the date.
+        threads: Number of CPU threads of torch; None if the record does not hold it.
+        date: Start of the run in UTC; None if the record does not hold it.
     """
 
     data: Mapping[str, str]
@@ -170,7 +169,7 @@ OUTCOME: Mapping[str, Any] = {
     "contamination": {},
     "gates": {},
 }
-"""What earlier versions did not write of what happened."""
+"""Defaults of outcome fields that earlier versions did not write."""
 
 
 PROVENANCE: Mapping[str, Any] = {
@@ -182,11 +181,11 @@ PROVENANCE: Mapping[str, Any] = {
     "threads": None,
     "date": None,
 }
-"""What earlier versions did not write of the provenance."""
+"""Defaults of provenance fields that earlier versions did not write."""
 
 
 def upgrade(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record with everything that this version reads, from one of any version."""
+    """Return the parts of a record of any version with all fields that this version reads."""
     asked, happened = plain["asked"], {**OUTCOME, **plain["happened"]}
     train, anchor = {"examples": None} | asked["train"], asked["method"].get("anchor")
     if anchor is not None:
@@ -206,12 +205,12 @@ def upgrade(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_score(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a domain's score with everything that is no metric."""
+    """Return a domain's score with all fields other than metrics."""
     return {"stderr": None, "tokens": sum(plain["document_tokens"]), "bytes": None} | dict(plain)
 
 
 def name_branches(asked: Mapping[str, Any], gates: Mapping[str, Any]) -> list[str]:
-    """Name the branches where a record does not: by targets where MoDE composed their experts, else by number."""
+    """Return names of branches for a record without names: the targets if MoDE composed their experts, else numbers."""
     count, method = len(next(iter(gates.values()))["mean"][0]), asked["method"]
     if "num_blocks" not in method:
         return [f"expert {number + 1}" for number in range(count)]
@@ -220,7 +219,7 @@ def name_branches(asked: Mapping[str, Any], gates: Mapping[str, Any]) -> list[st
 
 
 def read_request(asked: Mapping[str, Any]) -> Request:
-    """Read what an upgraded record asked for."""
+    """Return the request of an upgraded record."""
     return Request(
         seed=int(asked["seed"]),
         targets=tuple(asked["targets"]),
@@ -233,7 +232,7 @@ def read_request(asked: Mapping[str, Any]) -> Request:
 
 
 def read_outcome(happened: Mapping[str, Any]) -> Outcome:
-    """Read what happened in an upgraded record's run."""
+    """Return the outcome of an upgraded record."""
     forecast = happened["forecast"]
     read = {
         "forecast": None if forecast is None else pick_fields(Forecast, forecast),
@@ -250,5 +249,5 @@ def read_outcome(happened: Mapping[str, Any]) -> Outcome:
 
 
 def read_provenance(provenance: Mapping[str, Any]) -> Provenance:
-    """Read the provenance of an upgraded record."""
+    """Return the provenance of an upgraded record."""
     return pick_fields(Provenance, {**provenance, "needs": tuple(provenance["needs"])})

@@ -1,4 +1,4 @@
-"""What something measured leaves as one JSON file: what was asked, what happened, and under what conditions."""
+"""Measurements: JSON files with a configuration, an outcome and a provenance."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mode.core.files import write_atomic
 
 @dataclass(frozen=True)
 class Measurement:
-    """What something measured leaves.
+    """A measurement, the content of one JSON file.
 
     Attributes:
-        schema: Version of this layout.
-        id: Identity: what was asked.
-        asked: What was to be measured.
-        happened: What was measured.
-        provenance: Under what conditions: fingerprints, commit, versions, machine, date.
+        schema: Version of the file format.
+        id: Id, which depends on what was asked.
+        asked: Configuration of the measurement.
+        happened: Outcome of the measurement.
+        provenance: Conditions of the measurement: fingerprints, commit, versions, machine, date.
     """
 
     schema: int
@@ -33,11 +33,11 @@ class Measurement:
 
     @property
     def filename(self) -> str:
-        """Name of its file."""
+        """Name of the file."""
         return f"{self.id}.json"
 
     def write(self, folder: Path) -> Path:
-        """Write it into a folder, atomically, and return its path."""
+        """Write the file into a folder, atomically, and return its path."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.filename
         write_atomic(path, format_json(asdict(self)).encode())
@@ -48,17 +48,17 @@ Kind = TypeVar("Kind", bound=Measurement)
 
 
 def read_measurement(path: Path, kind: type[Kind], schema: int, what: str, use: Callable[[Kind], object]) -> Kind:
-    """Read one measurement, and see that it can be used.
+    """Return one measurement, after a check of its content.
 
     Args:
-        path: Its file.
-        kind: Its class.
-        schema: The version of its layout that this version reads.
-        what: What people call it.
-        use: Does with it what it is for; fails if it is not what it should be.
+        path: Path of the file.
+        kind: Class of the measurement.
+        schema: Version of the file format that this version of `mode` reads.
+        what: Name of such a measurement in messages.
+        use: Uses the measurement; raises an error if the content is wrong.
 
     Raises:
-        ConfigError: The file is not a whole one of that schema.
+        ConfigError: The file is damaged or has another schema.
     """
     try:
         plain = json.loads(path.read_text("utf-8"))
@@ -78,11 +78,11 @@ Part = TypeVar("Part")
 
 
 def pick_fields(kind: type[Part], plain: Mapping[str, Any]) -> Part:
-    """Make a dataclass of those entries of a mapping that are its fields."""
+    """Return a dataclass from a mapping. Entries that are not fields are ignored."""
     return kind(**{item.name: plain[item.name] for item in fields(kind)})  # type: ignore[arg-type]
 
 
 def format_json(plain: Mapping[str, Any]) -> str:
-    """Render JSON in which long lists of numbers stay on one line, so that it can be read and compared."""
+    """Return JSON with every list of numbers on one line, so that files stay readable and easy to compare."""
     text = json.dumps(plain, indent=1)
     return re.sub(r"\[[\s\d.,eE+\-]+\]", lambda match: " ".join(match[0].split()), text) + "\n"

@@ -1,7 +1,7 @@
 """Metrics of next-token prediction.
 
-To add a metric, append one `Metric` to `METRICS`. Evaluation then records it, and tables, the page and the command line
-show it; no other module changes. Records made before do not hold it and show a dash.
+To add a metric, append one `Metric` to `METRICS`. Evaluation then records the metric, and tables, the page and the
+command line show it. No other module changes. Earlier records do not hold the metric and show a dash.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from mode.core.errors import ConfigError, suggest
 
 @dataclass(frozen=True)
 class TokenValues:
-    """What evaluation knows of every scored token, each (num_tokens,).
+    """Values of every scored token, each (num_tokens,).
 
     Attributes:
         nll: Negative log-likelihood in nats.
-        hit: Whether the most likely token is the right one; of several equally likely tokens the first counts.
-        rank: How many tokens are more likely than the right one.
+        hit: Whether the most likely token is the right one. Of several equally likely tokens the first counts.
+        rank: Number of tokens that are more likely than the right one.
     """
 
     nll: NDArray[np.float64]
@@ -34,18 +34,18 @@ class TokenValues:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number for a split: the sum of a value over its tokens, per token or per byte.
+    """A metric of a split: the sum of a value over its tokens, divided by the number of tokens or of bytes.
 
     Attributes:
         name: Name on the command line and in a table's YAML.
         heading: Name in headings.
-        definition: What the number is, within a sentence.
+        definition: Definition, as part of a sentence.
         value: Returns the value of every token.
-        sums: Name in a record of the value's sum over every document. Metrics with the same value share it.
-        unit: Unit of the number shown; empty where the heading says it.
-        per: What the sum is divided by.
-        divisor: What the sum is divided by besides, to change its unit.
-        scale: The number shown over the number recorded.
+        sums: Name in records of the value's sums over documents. Metrics with the same value share the name.
+        unit: Unit of the number shown; empty if the heading contains it.
+        per: Denominator: the number of tokens or of bytes.
+        divisor: Further divisor of the sum, which changes its unit.
+        scale: Factor from the recorded number to the number shown.
         decimals: Decimals of the number shown.
         higher_is_better: Whether a larger number is better.
     """
@@ -69,11 +69,11 @@ class Metric:
 
     @property
     def label(self) -> str:
-        """Heading with the unit."""
+        """Heading, with the unit if there is one."""
         return f"{self.heading} ({self.unit})" if self.unit else self.heading
 
     def format(self, value: float) -> str:
-        """Render a recorded number, or a standard error of it, without the unit.
+        """Return a recorded number, or its standard error, as text without the unit.
 
         >>> ACCURACY.format(0.4761)
         '47.61'
@@ -128,14 +128,14 @@ METRICS = {
         ),
     )
 }
-"""Every metric by name, in the order in which they are shown. Tables show the accuracy unless they choose others."""
+"""All metrics by name, in order of display. A table shows the accuracy unless it names other metrics."""
 
 
 def find_metrics(names: Iterable[str]) -> tuple[Metric, ...]:
     """Return metrics by their names.
 
     Raises:
-        ConfigError: There is no metric of a name.
+        ConfigError: A name is not the name of a metric.
     """
     for name in names:
         if name not in METRICS:

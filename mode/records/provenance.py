@@ -1,4 +1,4 @@
-"""Where a record was made: code, packages, machine."""
+"""The provenance of a record: code, packages and machine."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from mode.core import processes
 
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy", "reasoning-gym", "mwparserfromhell")
+"""Packages whose versions are recorded."""
 
 
 def describe_provenance(
@@ -28,17 +29,17 @@ def describe_provenance(
     threads: int,
     layout: str,
 ) -> dict[str, Any]:
-    """Describe the conditions of a run. Called at its start, since the code may change before its end.
+    """Return the provenance of a run. It is read at the start of the run, because the code may change before the end.
 
     Args:
         data: Fingerprint of every domain's data.
-        backbone: Fingerprint of the weights that the run starts from.
-        pretraining: Fingerprints of the data that the backbone was pretrained on.
+        backbone: Fingerprint of the initial weights.
+        pretraining: Fingerprints of the backbone's pretraining data.
         needs: Ids of the run's earlier stages.
         device: Description of the device.
         precision: Precision of forward and backward passes.
         threads: CPU threads of torch.
-        layout: How several processes share the run.
+        layout: Layout of the run over several processes.
     """
     return {
         "data": dict(data),
@@ -52,7 +53,12 @@ def describe_provenance(
 
 
 def describe_environment(device: str, threads: int) -> dict[str, Any]:
-    """Describe the code, the packages and the machine that something is measured with."""
+    """Return the commit, the versions of packages, the machine, and the date.
+
+    Args:
+        device: Description of the device.
+        threads: CPU threads of torch.
+    """
     commit, dirty = read_git_state()
     return {
         "commit": commit,
@@ -70,11 +76,11 @@ def describe_environment(device: str, threads: int) -> dict[str, Any]:
 
 
 def read_git_state() -> tuple[str | None, bool | None]:
-    """Return the commit of the source tree and whether its code differs from it; both unknown outside a clone."""
+    """Return the commit of the source tree, and whether its code differs from the commit; None outside a clone."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None, None
-    # Results and runs are what a run writes, so they do not make the code dirty.
+    # Only code counts: a run itself writes results and runs.
     code = ["cli", "mode", "conf", "baselines", "setup.cfg", "constraints.txt"]
     head = run_git(root, "rev-parse", "HEAD")
     status = run_git(root, "status", "--porcelain", "--", *code)
@@ -82,7 +88,7 @@ def read_git_state() -> tuple[str | None, bool | None]:
 
 
 def run_git(root: Path, *arguments: str) -> str | None:
-    """Run git in a folder and return what it prints, or None where it fails."""
+    """Run git in a folder and return its output; None if git fails or is missing."""
     try:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -91,7 +97,7 @@ def run_git(root: Path, *arguments: str) -> str | None:
 
 
 def find_version(name: str) -> str | None:
-    """Return the installed version of a package."""
+    """Return the installed version of a package; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -99,7 +105,7 @@ def find_version(name: str) -> str | None:
 
 
 def read_processor_name() -> str:
-    """Return the processor's name."""
+    """Return the name of the processor."""
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:

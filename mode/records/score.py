@@ -1,4 +1,4 @@
-"""Score of a model on one split of one domain: what evaluation computes, records hold and tables read."""
+"""The score of a model on one split of one domain. Evaluation computes it, records hold it, tables read it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mode.records.metrics import ACCURACY, METRICS, Metric
 
 @dataclass(frozen=True)
 class Score:
-    """Score of a model on one split of one domain.
+    """The score of a model on one split of one domain.
 
     Attributes:
-        values: Recorded numbers of the metrics, by key.
+        values: Recorded metrics, by key.
         stderr: Standard error of the accuracy, clustered by document; None with a single document.
-        tokens: Tokens scored.
-        bytes: UTF-8 bytes of the text; None in records that do not hold the number.
-        document_tokens: Tokens scored in each document.
-        document_sums: By name, the sum of a value over each document.
+        tokens: Number of scored tokens.
+        bytes: Number of UTF-8 bytes of the text; None if the record does not hold it.
+        document_tokens: Number of scored tokens in each document.
+        document_sums: Sums of a value over each document, by name of the sums.
     """
 
     values: Mapping[str, float]
@@ -34,7 +34,7 @@ class Score:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Score:
-        """Read a score as records hold it, after `mode.records.contents.upgrade`."""
+        """Return a score from the plain data of an upgraded record (`mode.records.contents.upgrade`)."""
         keys, sums = (dict.fromkeys(names) for names in zip(*((m.key, m.sums) for m in METRICS.values()), strict=True))
         return cls(
             values={key: float(plain[key]) for key in keys if key in plain},
@@ -46,7 +46,7 @@ class Score:
         )
 
     def to_plain(self) -> dict[str, Any]:
-        """Return the score as records hold it."""
+        """Return the score as plain data, for a record."""
         return {
             **self.values,
             "stderr": self.stderr,
@@ -58,7 +58,7 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """Share of tokens whose most likely prediction is right."""
+        """Share of tokens for which the most likely token is the right one."""
         return self.values[ACCURACY.key]
 
     @property
@@ -67,14 +67,14 @@ class Score:
         return self.values["loss"]
 
     def find(self, metric: Metric) -> float | None:
-        """Return the number of a metric: recorded, or derived from the sums recorded; None where neither is there."""
+        """Return a metric as recorded, or computed from recorded sums; None if the record holds neither."""
         if metric.key in self.values:
             return self.values[metric.key]
         total, count = self.find_total(metric.sums), self.count(metric.per)
         return None if total is None or count is None else total / metric.divisor / count
 
     def find_total(self, sums: str) -> float | None:
-        """Return the sum of a value over all tokens, from its documents or from a metric that follows from it."""
+        """Return the sum of a value over all tokens, from sums over documents or from a metric of this value."""
         if sums in self.document_sums:
             return float(sum(self.document_sums[sums]))
         for other in METRICS.values():
@@ -84,11 +84,11 @@ class Score:
         return None
 
     def count(self, per: Literal["token", "byte"]) -> int | None:
-        """Return the tokens or bytes that a sum is divided by."""
+        """Return the denominator of a metric: the number of tokens or of bytes."""
         return self.tokens if per == "token" else self.bytes
 
     def find_error(self, metric: Metric) -> float | None:
-        """Return the standard error of a metric, clustered by document; None where the record does not tell."""
+        """Return the standard error of a metric, clustered by document; None if the record does not hold the sums."""
         if metric is ACCURACY:
             return self.stderr
         sums, count = self.document_sums.get(metric.sums), self.count(metric.per)
@@ -99,9 +99,13 @@ class Score:
 
 
 def compute_error(sums: Sequence[float], tokens: Sequence[int]) -> float | None:
-    """Return the standard error of a ratio of sums over documents (linearised); None with a single document.
+    """Return the linearised standard error of a ratio of sums over documents; None with a single document.
 
-    Tokens of one document are not independent, so documents are the units.
+    The tokens of a document are not independent, so documents are the sampling units.
+
+    Args:
+        sums: Sum of the value over each document.
+        tokens: Number of tokens of each document.
 
     >>> compute_error([1, 3], [4, 4])
     0.25

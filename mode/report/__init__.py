@@ -1,1 +1,1 @@
-"""Tables, figures and the page."""
+"""Rendered tables, figures and the HTML page."""

@@ -47,15 +47,15 @@ METHODS = {
     "mode": ("blue", "D"),
     "mode-anchored": ("blue", "*"),
 }
-"""Colour and marker of every method: a colour for the kind of method, a marker for the method."""
+"""Colour and marker by method. The colour is that of the kind of method."""
 
 
 REFERENCES = (METHODS["sft"], METHODS["lora"])
-"""Methods that every figure names."""
+"""Colours and markers of the methods that every figure names."""
 
 
 OTHER = ("black", "o")
-"""Colour and marker of a method that is not in the list."""
+"""Colour and marker of any other method."""
 
 
 AXES = {
@@ -64,20 +64,21 @@ AXES = {
     "share": "Share of the mix that the anchor takes",
     "weight": "Weight of the anchor's divergence",
 }
+"""Labels of the x axes of curves, by `Curves.x`."""
 
 
 MIX = "the mix"
-"""What rows are adapted to whose settings do not say it."""
+"""Name of the targets of a row whose settings do not name targets."""
 
 
 MOST_BRANCHES = 8
-"""Branches of a row whose weights are drawn one by one; records have those of all."""
+"""Maximum number of branches of a row in a figure of gate weights."""
 
 
 def chart_tradeoff(compiled: TableData) -> Chart:
-    """Describe target accuracy over retention, with cost as size and the Pareto front.
+    """Return the chart of target accuracy over retention, with the cost as marker size and the Pareto front.
 
-    Rows that are adapted to different domains are no rivals: every set of domains with several rows has its own panel.
+    Rows with different targets are not compared: every set of targets with several rows has a panel of its own.
     """
     groups = split_by_targets(compiled)
     if len(groups) > 1:
@@ -90,7 +91,7 @@ def chart_tradeoff(compiled: TableData) -> Chart:
 
 
 def split_by_targets(compiled: TableData) -> dict[str, TableData]:
-    """Return the rows of every set of target domains that several rows are adapted to, by its name."""
+    """Return a table for each set of targets, by its name. Sets of one or two rows are left out if there are larger."""
     if compiled.targets:
         return {"": compiled}
     sets: dict[tuple[str, ...], list[RowResult]] = {}
@@ -104,14 +105,14 @@ def split_by_targets(compiled: TableData) -> dict[str, TableData]:
 
 
 def find_targets(compiled: TableData, name: str) -> tuple[str, ...]:
-    """Return the domains that a row's settings adapt it to; the mix where they do not say."""
+    """Return the targets in a row's settings; `MIX` if the settings do not name targets."""
     row = next(row for row in compiled.table.rows if row.name == name)
     targets = last_value([*compiled.table.overrides, *row.overrides], "targets")
     return tuple(targets) if targets else (MIX,)
 
 
 def name_targets(targets: Sequence[str]) -> str:
-    """Name target domains.
+    """Return the name of a set of targets.
 
     >>> name_targets(["code", "math"]), name_targets(["the mix"])
     ('Code and Math', 'the mix')
@@ -120,7 +121,7 @@ def name_targets(targets: Sequence[str]) -> str:
 
 
 def chart_rivals(compiled: TableData, others: str, adapted: str) -> Chart:
-    """Describe the trade-off of rows that are adapted to the same domains, with names beside their points."""
+    """Return the chart of rows with the same targets; `others` and `adapted` name retention domains and targets."""
     seen = compute_tradeoff(compiled)
     styles = make_styles({name: find_method(compiled, name) for name in choose_named(compiled)})
     labels = write_labels(compiled)
@@ -148,9 +149,9 @@ def chart_rivals(compiled: TableData, others: str, adapted: str) -> Chart:
 
 
 def chart_groups(compiled: TableData, groups: Mapping[str, TableData]) -> Chart:
-    """Describe the trade-off of rows that are adapted to different domains: a panel for each set of domains.
+    """Return the chart of rows with different targets: a panel for each set of targets.
 
-    Names stand in one key if there are styles for all of them, else beside the points of every panel.
+    One key has all names if there are enough styles. Else the names are beside the points of every panel.
     """
     written = write_labels(compiled)
     labels = {
@@ -183,10 +184,10 @@ def chart_groups(compiled: TableData, groups: Mapping[str, TableData]) -> Chart:
 
 
 def choose_named(compiled: TableData) -> list[str]:
-    """Return the rows to name, in the table's order, as many as there are styles for.
+    """Return the names of the rows to label, in the table's order. Their number is limited by the number of styles.
 
-    The backbone comes first, then the front, full fine-tuning and LoRA, the plain form of every other method, which a
-    table has first, and the rest by their average.
+    Priority: the backbone, the Pareto front, full fine-tuning and LoRA, the first row of every other method, and all
+    other rows by decreasing average.
     """
     seen = compute_tradeoff(compiled)
     averages = {place.line.name: cell.mean for place in seen.places if (cell := place.line.cell("average"))}
@@ -209,16 +210,16 @@ def choose_named(compiled: TableData) -> list[str]:
 
 
 def find_method(compiled: TableData, name: str) -> tuple[str, str]:
-    """Return the colour and the marker of a row's method."""
+    """Return the colour and the marker of the method of a row."""
     row = next(row for row in compiled.table.rows if row.name == name)
     method = last_value([*compiled.table.overrides, *row.overrides], "method") or ""
     return METHODS.get(method) or METHODS.get(method.partition("-")[0], OTHER)
 
 
 def write_labels(compiled: TableData) -> dict[str, str]:
-    """Return what every row is called where it stands alone: its label without the sign of a note.
+    """Return the label of every row for use outside its table, without the sign of a note.
 
-    A label that begins with dots says what differs from the row above, so that row's method stands before it.
+    A label that begins with dots continues the row above. The method of that row is put before it.
     """
     found = {}
     method = ""
@@ -233,7 +234,7 @@ def write_labels(compiled: TableData) -> dict[str, str]:
 
 
 def drop_targets(label: str, targets: str) -> str:
-    """Return a row's label without the domains that it is adapted to.
+    """Return the label of a row without its targets.
 
     >>> drop_targets("SFT on Code and Math, English replayed", "Code and Math"), drop_targets("LoRA, on Code", "Code")
     ('SFT, English replayed', 'LoRA')
@@ -242,7 +243,7 @@ def drop_targets(label: str, targets: str) -> str:
 
 
 def make_point(place: Place, seen: Tradeoff) -> Point:
-    """Return a row's point."""
+    """Return the point of a row."""
     return Point(
         place.retention.mean,
         place.target.mean,
@@ -254,18 +255,18 @@ def make_point(place: Place, seen: Tradeoff) -> Point:
 
 
 def describe_place(place: Place, measure: str) -> str:
-    """Say where a row stands."""
+    """Return the target accuracy, retention and cost of a row as text."""
     kept, target = place.retention.text(signed=True), place.target.text()
     return f"{place.line.label}: target {target} %, retention {kept}, {place.cost:,.4g} {MEASURES[measure]}"
 
 
 def measure_spread(cell: Cell) -> float:
-    """Return a standard deviation, or 0 with a single seed."""
+    """Return the standard deviation over seeds; 0 with a single seed."""
     return 0.0 if math.isnan(cell.std) else cell.std
 
 
 def chart_curves(compiled: TableData) -> Chart:
-    """Describe the panels of a table: a quality over what its rows differ in; a name has one style in all panels."""
+    """Return the chart of a table's panels of curves. A line has the same style in all panels."""
     curves = compiled.table.curves
     methods = {
         label: find_method(compiled, names[0]) for panel in curves for label, names in panel.lines.items() if names
@@ -281,7 +282,7 @@ def chart_curves(compiled: TableData) -> Chart:
                 if (cell := row.cell(panel.column)) is not None
             ]
             if points:
-                # Where nothing was added, a row is a level to compare with.
+                # A row without added parameters is drawn as a horizontal reference line.
                 level = [point.x for point in points] == [0.0]
                 style = styles.get(label, CONTEXT_STYLE)
                 series.append(Series(label if label in styles else "", points, style, level=level))
@@ -295,22 +296,22 @@ def chart_curves(compiled: TableData) -> Chart:
 
 
 def chart_to_svg(chart: Chart | HeatMaps | None) -> Markup:
-    """Draw a chart for a page; empty where there is none."""
+    """Return a chart as SVG for a page; empty without a chart."""
     return Markup('<figure class="chart">{}</figure>').format(Markup(render_svg(chart))) if chart else Markup("")
 
 
 def chart_table(compiled: TableData) -> Chart:
-    """Describe the figure beside a table: its curves where it has any, else its trade-off."""
+    """Return the chart of a table: its curves if it has any, else target accuracy over retention."""
     return chart_curves(compiled) if compiled.table.curves else chart_tradeoff(compiled)
 
 
 def chart_gates(compiled: TableData) -> HeatMaps | None:
-    """Describe the mean gate weights of every row with a few branches; None where no row has gates."""
+    """Return the heat maps of mean gate weights, for rows with at most `MOST_BRANCHES` branches; None without gates."""
     maps = []
     labels = write_labels(compiled)
     for line in compiled.lines:
         if line.gates and len(line.branches) <= MOST_BRANCHES:
-            # By domain: a row of weights for every branch, over the blocks.
+            # For each domain, one row of weights per branch and one column per block.
             groups = {name.capitalize(): list(zip(*blocks, strict=True)) for name, blocks in line.gates.items()}
             maps.append(HeatMap(labels[line.name], line.branches, groups))
     note = "Mean gate weights of the branches on every domain's tokens, in per cent; a column for every block."
@@ -318,7 +319,7 @@ def chart_gates(compiled: TableData) -> HeatMaps | None:
 
 
 def chart_learning(compiled: TableData, records: Mapping[str, Record]) -> Chart | None:
-    """Describe the training loss of every row's last stage, the mean over seeds; None where nothing was trained."""
+    """Return the chart of training losses of all rows' own stages, as means over seeds; None without training."""
     found: dict[str, tuple[RowResult, list[tuple[float, float]]]] = {}
     for line in compiled.lines:
         if points := average_curve([records[run].outcome.curve for run in line.runs.values()], "loss"):
@@ -344,15 +345,15 @@ def chart_learning(compiled: TableData, records: Mapping[str, Record]) -> Chart 
 
 
 VALIDATION = "validation/"
-"""Beginning of what a point of a curve says of validation: validation/DOMAIN/loss, for one."""
+"""Prefix of validation values in a point of a curve, such as `validation/DOMAIN/loss`."""
 
 
 RUN_COLOURS = ("blue", "orange", "green", "pink", "amber", "sky")
-"""Colours of the lines of one run: training, and validation by domain."""
+"""Colours of the lines of one run: training, then validation by domain."""
 
 
 def chart_run(record: Record) -> Chart | None:
-    """Describe the loss and the accuracy of a run's training, with validation where it was measured."""
+    """Return the chart of loss and accuracy in a run's training, with validation if measured; None without training."""
     curve = record.outcome.curve
     ends = dict.fromkeys(name for point in curve for name in point.values if name.startswith(VALIDATION))
     panels = []
@@ -385,7 +386,7 @@ def unname(series: Sequence[Series]) -> Iterator[Series]:
 
 
 def average_curve(curves: Sequence[Sequence[CurvePoint]], key: str) -> list[tuple[float, float]]:
-    """Return a quantity over steps as the mean of several curves, at the steps that all have; accuracy in per cent.
+    """Return the mean of a quantity over several curves, at their common steps. Accuracy is in per cent.
 
     >>> first, second = [CurvePoint(1, {"loss": 2.0})], [CurvePoint(1, {"loss": 4.0}), CurvePoint(2, {"loss": 1.0})]
     >>> average_curve([first, second], "loss")

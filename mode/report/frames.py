@@ -1,4 +1,4 @@
-"""A table's numbers as frames of text cells."""
+"""The numbers of a table as data frames of text cells."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ COST_COLUMNS = {
     "seconds": "Seconds",
     "n": "n",
 }
+"""Headings of the costs in the main table, by name."""
 
 
 COSTS = {
@@ -31,7 +32,7 @@ COSTS = {
     "memory": "Peak GB",
     "domain": "Domain MB",
 }
-"""What else a row costs, in a table of its own."""
+"""Headings of the costs in the separate table of costs, by name."""
 
 
 FORMATS = {
@@ -39,6 +40,7 @@ FORMATS = {
     **{"steps": ",.0f", "tokens": ",.2f", "seconds": ",.0f", "n": ".0f"},
     **{"flops": ",.2f", "rate": ",.0f", "memory": ".2f", "domain": ",.2f"},
 }
+"""Number formats of costs, by name."""
 
 
 COST_NOTE = (
@@ -56,7 +58,7 @@ CONTAMINATION_NOTE = (
 
 
 def make_frame(compiled: TableData, *, strong: str = "{}") -> pd.DataFrame:
-    """Return the table as people read it; what is beyond noise is set in `strong`: winners, and differences."""
+    """Return the main table. Best rows and differences beyond noise are formatted with `strong`."""
     rows = []
     winners = {
         column: None if compiled.table.relative else find_winner(compiled, column) for column in compiled.columns
@@ -73,7 +75,7 @@ def make_frame(compiled: TableData, *, strong: str = "{}") -> pd.DataFrame:
 
 
 def format_cell(compiled: TableData, line: RowResult, column: Column) -> tuple[str, bool]:
-    """Render a cell, and say whether it is a difference beyond noise: in a relative table, to the backbone's."""
+    """Return a cell as text, and whether the cell is a difference from the backbone beyond noise (relative tables)."""
     value, decimals = line.cell(column.name), column.metric.decimals
     if value is None:
         return "–", False
@@ -84,13 +86,13 @@ def format_cell(compiled: TableData, line: RowResult, column: Column) -> tuple[s
 
 
 def make_cost_frame(compiled: TableData) -> pd.DataFrame:
-    """Return what else the rows cost: of what is known of at least one."""
+    """Return the table of costs, with the columns that at least one row has."""
     names = {name: label for name, label in COSTS.items() if any(name in line.cost for line in compiled.lines)}
     return pd.DataFrame([{"Cost": line.label, **format_costs(line, names)} for line in compiled.lines])
 
 
 def make_contamination_frame(compiled: TableData) -> pd.DataFrame:
-    """Return which share of what is scored occurs where in training."""
+    """Return the shares of the scored text that occur in each training text, in per cent."""
     rows = []
     for name, shares in compiled.contamination.items():
         row = {f"{compiled.split.capitalize()} split": name.capitalize()}
@@ -102,7 +104,7 @@ def make_contamination_frame(compiled: TableData) -> pd.DataFrame:
 
 
 def find_winner(compiled: TableData, column: Column) -> str | None:
-    """Return the row with the best mean of a quality column, if it is better than every other beyond noise."""
+    """Return the name of the row with the best mean, if it is better than all other rows beyond noise; else None."""
     cells = [(line, line.cell(column.name)) for line in compiled.lines if can_win(line, column)]
     means = [(value.mean, line.name) for line, value in cells if value is not None]
     lines = sorted(means, reverse=column.metric.higher_is_better)
@@ -115,19 +117,19 @@ def find_winner(compiled: TableData, column: Column) -> str | None:
 
 
 def can_win(line: RowResult, column: Column) -> bool:
-    """Say whether a line can be a column's best: the backbone's retention is zero by definition."""
+    """Return whether a row can be the best of a column. The backbone's retention is zero by definition."""
     return line.name != BACKBONE or column.part != RETENTION
 
 
 def format_costs(line: RowResult, labels: Mapping[str, str]) -> dict[str, str]:
-    """Render costs of a line under their headings."""
+    """Return the costs of a row as text, by heading. A missing cost is a dash."""
     return {
         label: format(line.cost[name], FORMATS[name]) if name in line.cost else "–" for name, label in labels.items()
     }
 
 
 def format_difference(compiled: TableData, left: str, right: str, strong: str = "{}") -> dict[str, str]:
-    """Render the row of paired differences between two lines."""
+    """Return the row of paired differences between two rows."""
     one, other = compiled.line(left), compiled.line(right)
     row = {"Method": f"{one.label} − {other.label}"}
     for column in compiled.columns:
@@ -140,7 +142,7 @@ def format_difference(compiled: TableData, left: str, right: str, strong: str = 
 
 
 def make_interval_frame(compiled: TableData) -> pd.DataFrame:
-    """Return the differences' intervals over documents."""
+    """Return the intervals over documents of all differences."""
     rows = []
     for left, right in compiled.table.differences:
         one, other = compiled.line(left), compiled.line(right)
@@ -154,7 +156,7 @@ def make_interval_frame(compiled: TableData) -> pd.DataFrame:
 
 
 def make_published_frame(compiled: TableData) -> pd.DataFrame | None:
-    """Return the published values, with the averages and differences worked out from them."""
+    """Return the published values with computed averages and differences; None if the table has no published values."""
     source = compiled.table.published
     if source is None:
         return None
@@ -171,7 +173,7 @@ def make_published_frame(compiled: TableData) -> pd.DataFrame | None:
 
 
 def format_or_dash(value: float) -> str:
-    """Render a published value, or a dash where there is none.
+    """Return a published value as text; a dash for NaN.
 
     >>> format_or_dash(76.1), format_or_dash(math.nan)
     ('76.10', '–')
@@ -180,7 +182,7 @@ def format_or_dash(value: float) -> str:
 
 
 def add_average(values: Mapping[str, float]) -> dict[str, float]:
-    """Return values under their headings, with their average."""
+    """Return values by heading, with their average if there are several."""
     named = {name.capitalize(): round(value, 2) for name, value in values.items()}
     if len(named) < 2:
         return named
@@ -194,7 +196,7 @@ ROUTING_NOTE = (
 
 
 def make_routing_frame(compiled: TableData) -> pd.DataFrame | None:
-    """Return experts in use and evenness by domain, of every row whose records say so; None without any."""
+    """Return the experts in use and the evenness of their weights, by row and domain; None without such records."""
     rows = []
     for line in compiled.lines:
         if line.routing:

@@ -1,4 +1,4 @@
-"""Generated text as a page that shows which expert was heard."""
+"""Generated text as an HTML page with the gates of every token."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ if TYPE_CHECKING:
     from mode.evaluation.generate import Piece
 
 COLOURS = ("#d9d9d9", "#8dd3c7", "#fdb462", "#bebada", "#fb8072", "#80b1d3", "#b3de69", "#fccde5")
-"""One per branch, the backbone's first; they repeat after the last."""
+"""Colours of branches, the backbone's first. They repeat after the last one."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A text on a page: a heading, what comes before the tokens, and the tokens."""
+    """A text on the page.
+
+    Attributes:
+        heading: Heading.
+        prompt: Text before the tokens.
+        pieces: Tokens with their gate weights.
+    """
 
     heading: str
     prompt: str
@@ -24,11 +30,11 @@ class Section:
 
 
 def to_html(title: str, sections: Sequence[Section], branches: Sequence[str]) -> str:
-    """Render texts as a self-contained page that colours every token by the branch with the largest weight.
+    """Return a self-contained HTML page. The colour of a token is that of the branch with the largest weight.
 
     Args:
         title: Title of the page.
-        sections: Texts; a token's weights show when it is pointed at.
+        sections: Texts. The weights of a token are its tooltip.
         branches: Names of the branches, the backbone's first.
     """
     legend = " ".join(
@@ -48,7 +54,7 @@ def to_html(title: str, sections: Sequence[Section], branches: Sequence[str]) ->
 
 
 def render_token(piece: Piece, branches: Sequence[str]) -> str:
-    """Render a token."""
+    """Return a token as HTML."""
     text = html.escape(piece.text)
     if not piece.gates:
         return text
@@ -58,7 +64,7 @@ def render_token(piece: Piece, branches: Sequence[str]) -> str:
 
 
 def format_gates(weights: Sequence[float], branches: Sequence[str]) -> str:
-    """Phrase a block's weights.
+    """Return the weights of a block as text.
 
     >>> format_gates((0.25, 0.75), ("backbone", "code"))
     'backbone 0.25, code 0.75'

@@ -1,6 +1,6 @@
-"""The report as one page: tables that sort, figures, and every run with its settings, curve, record and command.
+"""The report as one HTML page: sortable tables, figures, and the details of every run.
 
-Like every rendering it is a function of the records and the tables' YAML alone, and the file needs no other to be read.
+The page is a function of the records and the tables' YAML. The file is self-contained.
 """
 
 from __future__ import annotations
@@ -45,21 +45,24 @@ from mode.tables.select import add_needed
 from mode.tables.table import file_stem, load_table
 
 PAGE = "report.html"
+"""Name of the page's file."""
 
 
 ASSETS = files("mode.report") / "assets"
+"""Folder of the template, the style sheet and the script."""
 
 
 STRONG = "**{}**"
-"""What is beyond noise, in a frame of plain texts."""
+"""Format of cells beyond noise, in a frame of plain text."""
 
 
 BACKTICKS = re.compile(r"`([^`]+)`")
+"""Code in prose."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table as the page shows it: its cells, of which the first is its heading, and where they lead."""
+    """A row of a table on the page: its cells, the first of which is a heading, and the link of all cells."""
 
     cells: tuple[str, ...]
     link: str = ""
@@ -67,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table as the page shows it; rows are sorted within their group."""
+    """A table on the page. Rows are sorted within their group."""
 
     caption: str
     heads: tuple[str, ...]
@@ -76,7 +79,14 @@ class Grid:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a row was made from: its runs by seed, or those of the rows it is a difference of; or what would make it."""
+    """The runs of a row.
+
+    Attributes:
+        anchor: Anchor of the row on the page.
+        label: Label of the row.
+        runs: Seeds and ids of the runs. A difference has the runs of both rows.
+        missing: Command that makes the runs, if there is none.
+    """
 
     anchor: str
     label: str
@@ -85,7 +95,14 @@ class Origin:
 
 
 def make_grid(caption: str, table: pd.DataFrame, links: Sequence[str] = (), more: Sequence[str] = ()) -> Grid:
-    """Turn a frame into a table of the page; the rows that `more` leads from are a group of their own."""
+    """Return a frame as a table of the page.
+
+    Args:
+        caption: Caption of the table.
+        table: The frame.
+        links: Links of the rows of the first group.
+        more: Links of the rows of the second group, which follow the first.
+    """
     plain = [tuple(row) for row in table.itertuples(index=False, name=None)]
     every = [*links, *more] or [""] * len(plain)
     rows = [Row((head, *map(embolden, cells)), link) for (head, *cells), link in zip(plain, every, strict=True)]
@@ -95,7 +112,7 @@ def make_grid(caption: str, table: pd.DataFrame, links: Sequence[str] = (), more
 
 
 def describe_origins(anchor: str, name: str, compiled: TableData) -> Iterable[Origin]:
-    """Say what every row, and then every difference, was made from."""
+    """Yield the runs of every row, then of every difference."""
     for line in compiled.lines:
         missing = "" if line.runs else f"mode reproduce {name}"
         yield Origin(f"{anchor}--{line.name}", line.label, tuple(line.runs.items()), missing)
@@ -107,7 +124,7 @@ def describe_origins(anchor: str, name: str, compiled: TableData) -> Iterable[Or
 
 
 def make_extras(compiled: TableData, rows: Sequence[str], pairs: Sequence[str]) -> Iterable[tuple[str, Grid]]:
-    """Return the other tables of a table, each with a note."""
+    """Yield the further tables of a table, each with a note."""
     if pairs:
         yield "", make_grid("95 % intervals of the differences over documents", make_interval_frame(compiled), pairs)
     yield COST_NOTE, make_grid("Cost", make_cost_frame(compiled), rows)
@@ -123,7 +140,7 @@ def make_extras(compiled: TableData, rows: Sequence[str], pairs: Sequence[str]) 
 
 @dataclass(frozen=True)
 class Section:
-    """A table with everything about it."""
+    """A table on the page, with its notes, figures, further tables and runs."""
 
     anchor: str
     title: str
@@ -139,7 +156,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Bench:
-    """A benchmark, or all of a collection such as the results of downstream tasks, as the page shows it."""
+    """A benchmark on the page, or a whole collection such as the results of downstream tasks."""
 
     anchor: str
     title: str
@@ -150,7 +167,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Contents:
-    """Everything on a page."""
+    """The contents of the page."""
 
     sections: tuple[Section, ...]
     benches: tuple[Bench, ...]
@@ -169,12 +186,12 @@ def write_page(
     """Write the page of some tables.
 
     Args:
-        tables: Names of tables, with the overrides to render each under; `bench` stands for the benchmarks. With a
-            single one, the page has its runs alone; else all runs.
+        tables: Names of tables or collections, each with the overrides of its rendering. The page has all runs, or with
+            a single name only the runs of this table.
         results: Folder of the records.
-        out: Folder to write the page into.
+        out: Folder of the page.
         extra: A folder of the user's own configuration.
-        metrics: Metrics that tables show in the place of their own.
+        metrics: Metrics that tables show in place of their own.
 
     Returns:
         Path of the page.
@@ -195,14 +212,17 @@ def collect_contents(
     extra: Path | None = None,
     metrics: Sequence[str] = (),
 ) -> Contents:
-    """Collect what a page shows.
+    """Return the contents of the page.
 
     Args:
         tables: As for `write_page`.
         results: Folder of the records.
-        way: The path to it from the page.
+        way: Path of `results`, relative to the page.
         extra: A folder of the user's own configuration.
         metrics: As for `write_page`.
+
+    Raises:
+        ConfigError: There is no record of any of the tables.
     """
     records = read_records(results)
     names = dict.fromkeys(name for name, _ in tables)
@@ -246,10 +266,10 @@ def compile_section(
     *,
     alone: bool,
 ) -> TableData | None:
-    """Compile a table; None if it has nothing to say, or a record that it stands on is missing and it is not `alone`.
+    """Return a compiled table; None without records, or if the record of an earlier stage is missing.
 
     Raises:
-        ConfigError: Such a record is missing, and no other table is asked for.
+        ConfigError: The record of an earlier stage is missing, and the table is the only one (`alone`).
     """
     try:
         compiled = compile_table(load_table(name, extra, metrics), records, overrides, extra)
@@ -261,7 +281,11 @@ def compile_section(
 
 
 def order_tables(item: tuple[str, str, TableData]) -> tuple[bool, bool, bool, bool, str]:
-    """Order tables: results before choices, tables before curves, whole ones before those with gaps, numbered first."""
+    """Return the sort key of a table.
+
+    Results come before choices of settings, tables before curves, complete tables before incomplete ones, and numbered
+    tables before others.
+    """
     anchor, _, compiled = item
     return (
         compiled.table.choose,
@@ -273,7 +297,7 @@ def order_tables(item: tuple[str, str, TableData]) -> tuple[bool, bool, bool, bo
 
 
 def list_used(tables: Iterable[TableData], records: Sequence[Record]) -> list[Record]:
-    """Return the records that some tables are made of, with those they stand on, in the order given."""
+    """Return the records of some tables, with those of earlier stages, in the given order."""
     by_id = {record.id: record for record in records}
     ids = {run for compiled in tables for line in compiled.lines for run in line.runs.values()}
     wanted = {stage.id for run in ids for stage in add_needed(by_id[run], by_id)}
@@ -281,7 +305,7 @@ def list_used(tables: Iterable[TableData], records: Sequence[Record]) -> list[Re
 
 
 def list_places(sections: Iterable[Section]) -> dict[str, list[tuple[str, str, str]]]:
-    """Return, by run id, the rows that a run is part of: anchor, table and label; differences aside."""
+    """Return the rows of every run, by run id: anchor, title of the table, and label. Differences are left out."""
     found: dict[str, list[tuple[str, str, str]]] = {}
     for each in sections:
         for origin in each.origins[: len(each.grid.groups[0])]:
@@ -291,7 +315,7 @@ def list_places(sections: Iterable[Section]) -> dict[str, list[tuple[str, str, s
 
 
 def make_section(anchor: str, name: str, compiled: TableData, records: Mapping[str, Record]) -> Section:
-    """Make the section of one table."""
+    """Return the section of one table."""
     lines, pairs = compiled.lines, compiled.table.differences
     row_links = [f"#{anchor}--{line.name}" for line in lines]
     pair_links = [f"#{anchor}--{left}--{right}" for left, right in pairs]
@@ -313,7 +337,7 @@ def make_section(anchor: str, name: str, compiled: TableData, records: Mapping[s
 
 
 def embolden(text: str) -> str:
-    """Return a cell as it is, or in bold if it was marked so.
+    """Return a cell; in bold if it is marked with asterisks.
 
     >>> embolden("1.00"), embolden("**1.00**")
     ('1.00', Markup('<strong>1.00</strong>'))
@@ -323,7 +347,7 @@ def embolden(text: str) -> str:
 
 
 def make_bench_section(benchmark: bench.Benchmark, way: str) -> Bench:
-    """Make the section of one benchmark."""
+    """Return the section of one benchmark."""
     heads, *rows = bench.make_cells(benchmark)
     table = pd.DataFrame(rows, columns=list(heads))
     file = f"{way}/{bench.COLLECTION.name}/{benchmark.filename}"
@@ -337,7 +361,7 @@ def make_bench_section(benchmark: bench.Benchmark, way: str) -> Bench:
 
 
 def make_collection_section(name: str, results: Path, way: str) -> Bench | None:
-    """Make the section of downstream tasks or of pruned runs; None of anything else, or without a result."""
+    """Return the section of downstream tasks or of pruned runs; None for other names, or without results."""
     if name == downstream.COLLECTION.name and (scored := downstream.COLLECTION.read(results)):
         title, about, table = (
             "Downstream tasks",
@@ -352,7 +376,7 @@ def make_collection_section(name: str, results: Path, way: str) -> Bench | None:
 
 
 def render_prose(text: str) -> Markup:
-    """Set a sentence, with what stands in backticks as code.
+    """Return prose as HTML, with text in backticks as code.
 
     >>> render_prose("`mode report` & co")
     Markup('<code>mode report</code> &amp; co')
@@ -361,7 +385,7 @@ def render_prose(text: str) -> Markup:
 
 
 def render_page(shown: Contents) -> str:
-    """Render a page."""
+    """Return the page as HTML."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["prose"] = render_prose
     template = environment.from_string((ASSETS / "page.html.j2").read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""Planned steps over the tokens of a device, for backbones and links: a table, and figures of time and memory."""
+"""Planned steps by tokens per device, for several backbones and links: a table, and figures of time and memory."""
 
 from __future__ import annotations
 
@@ -15,30 +15,32 @@ from mode.planning.plan import estimate_layouts
 from mode.planning.work import Work, scale_tokens
 
 TOKENS = tuple(2**power for power in range(7, 17))
-"""Tokens of a step for each device."""
+"""Tokens per step and device."""
 
 
 DEVICES = (8, 64, 512, 4096)
+"""Numbers of devices."""
 
 
 COLOURS = {"ddp": "black", "fsdp": "blue", "mpmd": "orange"}
-"""Colour of every layout, as in the figures of benchmarks."""
+"""Colours of the layouts, as in the figures of benchmarks."""
 
 
 NAMES = {"ddp": "copies (DDP)", "fsdp": "in shards (FSDP)", "mpmd": "side by side (MPMD)"}
+"""Names of the layouts in figures."""
 
 
 def plan_points(works: Mapping[str, Work], links: Mapping[str, Link], device: Device) -> pd.DataFrame:
-    """Plan every backbone on every link, by number of devices and tokens of each.
+    """Return plans for every backbone, link, number of devices, and number of tokens per device.
 
     Args:
-        works: A step of each backbone, of any number of tokens.
-        links: What connects devices.
-        device: What they are.
+        works: A step of each backbone, with any number of tokens.
+        links: Links between the devices, by name.
+        device: Kind of device.
 
     Returns:
-        A row for every layout: backbone, link, devices, tokens of a device, layout, ms of a step, GB that a device
-        holds and sends, whether it fits, placement and micro-batches.
+        A row per layout: backbone, link, devices, tokens per device, layout, ms per step, GB that a device holds and
+        sends, whether the model fits, placement, and micro-batches.
     """
     rows = [
         {
@@ -61,13 +63,13 @@ def plan_points(works: Mapping[str, Work], links: Mapping[str, Link], device: De
 
 
 def chart_plan(found: pd.DataFrame, column: str, label: str, devices: Sequence[int]) -> Chart:
-    """Describe a quantity over the tokens of a device: a panel for every backbone and link, a line for every layout.
+    """Return the chart of a quantity over tokens per device: a panel per backbone and link, a line per layout.
 
     Args:
-        found: What `plan_points` returns.
-        column: The quantity.
-        label: What it is called.
-        devices: Two numbers of devices: a solid line and a broken one.
+        found: Plans from `plan_points`.
+        column: Column of the quantity.
+        label: Name of the quantity.
+        devices: Two numbers of devices, for a solid and a dashed line.
     """
     backbones, links = (list(dict.fromkeys(found[name])) for name in ("backbone", "link"))
     panels = []
@@ -87,7 +89,7 @@ def chart_plan(found: pd.DataFrame, column: str, label: str, devices: Sequence[i
 
 
 def list_points(rows: pd.DataFrame, column: str) -> list[Point]:
-    """Return the points of some rows."""
+    """Return the points of rows: the column over tokens per device."""
     return [Point(float(x), float(y)) for x, y in zip(rows["tokens"], rows[column], strict=True)]
 
 

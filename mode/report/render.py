@@ -1,4 +1,4 @@
-"""Render every table of a folder of results, and check the committed ones."""
+"""Render the tables of a results folder, and check the committed tables."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from mode.tables.table import file_stem, load_table
 
 
 def is_drawn(figure: Path, rendered: Mapping[Path, str], records: Path) -> bool:
-    """Say whether a table is rendered already: its texts as they would be, its figure later than every record."""
+    """Return whether a table is up to date: its files have the same text, and its figure is newer than all records.
+
+    Args:
+        figure: Path of the figure.
+        rendered: Text of every file, by path.
+        records: Folder of the records.
+    """
     same = all(path.exists() and path.read_text("utf-8") == text for path, text in rendered.items())
     latest = max(path.stat().st_mtime_ns for path in records.iterdir())
     return same and figure.exists() and figure.stat().st_mtime_ns > latest
 
 
 def render_table(compiled: TableData) -> dict[str, str]:
-    """Render a compiled table as text by file suffix: md, tex, csv."""
+    """Return a compiled table as text, by file suffix: md, tex, csv."""
     return {"md": render_markdown(compiled), "tex": render_latex(compiled), "csv": render_csv(compiled)}
 
 
@@ -33,16 +39,24 @@ def report(
     write: bool | None = True,
     metrics: Sequence[str] = (),
 ) -> tuple[str, Path]:
-    """Render a table from the records of a results folder and put it there with its figure.
+    """Render a table from the records of a results folder, and write the table and its figures into the folder.
 
-    `write=False` puts nothing there, and `write=None` only what is not there already. With metrics other than its own
-    a table has a file of its own and no figure, since figures show the accuracy.
+    With chosen metrics, the table has a file of its own and no figure, because figures show the accuracy.
+
+    Args:
+        name: Name of the table.
+        results: Folder of the results.
+        overrides: The user's overrides.
+        extra: A folder of the user's own configuration.
+        write: True writes the files, False writes none, and None writes them unless they are up to date.
+        metrics: Metrics to show in place of the table's own.
 
     Returns:
-        The Markdown, and the path of its file.
+        The table in Markdown, and the path of its file.
 
     Raises:
-        ConfigError: A file is not a whole record; `NothingError`: no record belongs to the table.
+        ConfigError: The file of a record is damaged.
+        NothingError: No record belongs to the table.
     """
     table = load_table(name, extra, metrics)
     compiled = compile_table(table, read_records(results), overrides, extra)
@@ -62,7 +76,7 @@ def report(
 
 
 def draw_figures(compiled: TableData, base: Path) -> None:
-    """Draw the figures beside a table: its chart, and pages of gate weights."""
+    """Draw the figures of a table: its chart, and pages of gate weights."""
     from mode.charts.draw import write_chart
     from mode.charts.maps import split_pages
     from mode.report.charts import chart_gates, chart_table
@@ -79,21 +93,26 @@ def draw_figures(compiled: TableData, base: Path) -> None:
 
 
 def list_gates(base: Path) -> list[Path]:
-    """Return the pages of a table's gate weights that there are, in order."""
+    """Return the paths of the existing pages of a table's gate weights, in order."""
     first = base.with_name(f"{base.name}-gates.png")
     others = sorted(base.parent.glob(f"{base.name}-gates-[0-9]*.png"))
     return [path for path in (first, *others) if path.exists()]
 
 
 def check_tables(results: Path, names: Sequence[str], extra: Path | None = None) -> list[Path]:
-    """Return the committed table files that no longer follow from the records beside them.
+    """Return the paths of committed table files that differ from a new rendering of the records.
+
+    Args:
+        results: Folder of the results.
+        names: Names of the tables.
+        extra: A folder of the user's own configuration.
 
     Raises:
-        ConfigError: There is no record at all.
+        ConfigError: There is no record.
     """
     records = read_records(results)
     if not records:
-        raise ConfigError(f"no record in {results / 'records'}, so no table can follow from any")
+        raise ConfigError(f"no record in {results / 'records'}, so there is no table to check")
     stale: list[Path] = []
     for name in names:
         table = load_table(name, extra)

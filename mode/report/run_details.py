@@ -1,4 +1,4 @@
-"""What a page says of one run: settings, scores, cost, origin, curves, its record and the command that makes it."""
+"""The details of one run on the page: settings, scores, cost, provenance, curves, record, and command."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mode.records.score import Score
 from mode.report.charts import chart_run, chart_to_svg
 
 Fact = tuple[str, str]
-"""A name and what is known under it."""
+"""A name and its value."""
 
 
 def describe_costs(outcome: Outcome) -> Iterator[Fact]:
-    """Write what a run's own stage took; earlier records do not say all of it."""
+    """Yield the costs of a run's own stage. Earlier records do not hold all of them."""
     for name, value, form in (
         ("Steps", outcome.steps, ","),
         ("Tokens", outcome.tokens, ","),
@@ -42,14 +42,14 @@ def describe_costs(outcome: Outcome) -> Iterator[Fact]:
 
 
 def describe_scores(record: Record) -> Iterator[tuple[str, ...]]:
-    """Write what a run scored, by domain: every metric, and the tokens."""
+    """Yield a row per scored domain: name, target or retention, all metrics, and the number of tokens."""
     for name, score in record.outcome.scores.items():
         kind = "target" if name in record.request.targets else "retention"
         yield name, kind, *(format_metric(score, metric) for metric in METRICS.values()), f"{score.tokens:,}"
 
 
 def format_metric(score: Score, metric: Metric) -> str:
-    """Write a metric with its standard error, or a dash where the record does not hold the metric."""
+    """Return a metric with its standard error as text; a dash if the record does not hold the metric."""
     value, error = score.find(metric), score.find_error(metric)
     if value is None:
         return "–"
@@ -57,7 +57,7 @@ def format_metric(score: Score, metric: Metric) -> str:
 
 
 def make_title(method: str, labels: Sequence[str]) -> str:
-    """Return what to call a run: a row's label that stands by itself, or the method with what is known besides.
+    """Return the title of a run: the first complete label of its rows, else the method with the first label.
 
     >>> make_title("MoDE", ["... B 2", "MoDE, B 2"]), make_title("MoDE", ["... B 2"]), make_title("MoDE", [])
     ('MoDE, B 2', 'MoDE ... B 2', 'MoDE')
@@ -67,7 +67,7 @@ def make_title(method: str, labels: Sequence[str]) -> str:
 
 
 def describe_origin(origin: Provenance) -> Iterator[Fact]:
-    """Write under what code, versions, machine and data a run was made."""
+    """Yield the provenance of a run: code, versions, machine and data."""
     if origin.commit is not None:
         yield "Commit", f"{origin.commit}{' with changes' if origin.dirty else ''}"
     if origin.date is not None:
@@ -85,22 +85,22 @@ def describe_origin(origin: Provenance) -> Iterator[Fact]:
 
 @dataclass(frozen=True)
 class RunDetails:
-    """Everything about a run.
+    """The details of a run.
 
     Attributes:
-        id: Its id.
-        title: Method, or the row of a table that it is part of.
-        about: Targets, seed, backbone and split, in a line.
-        rows: Rows that it is part of: anchor, table and label.
-        settings: What was asked, as `key=value`.
-        scores: By domain: name, target or retention, every metric with its standard error, tokens.
-        costs: What training and scoring took.
+        id: Id of the run.
+        title: Method of the run, or label of its row in a table.
+        about: Targets, seed, backbone and split, in one line.
+        rows: Table rows of the run: anchor, title of the table, and label.
+        settings: Settings of the run, as `key=value`.
+        scores: A row per domain: name, target or retention, all metrics with standard errors, tokens.
+        costs: Costs of training and scoring.
         origin: Commit, versions, machine, date and fingerprints.
-        needs: Ids of the runs that it stands on.
-        curve: Drawing of its training; empty where nothing was trained.
-        file: Path of its record from the page.
-        command: What makes it, or why no command does.
-        runs: Whether `command` is one.
+        needs: Ids of the earlier stages.
+        curve: Figure of the training curve; empty without training.
+        file: Path of the record, relative to the page.
+        command: Command for the run, or the reason why there is none.
+        runs: Whether `command` is a command.
     """
 
     id: str
@@ -121,12 +121,12 @@ class RunDetails:
 def collect_run_details(
     records: Sequence[Record], places: Mapping[str, Sequence[tuple[str, str, str]]], way: str, extra: Path | None
 ) -> Iterator[RunDetails]:
-    """Collect what is known of every run.
+    """Yield the details of every run.
 
     Args:
-        records: Their records.
-        places: By run id, the rows that it is part of.
-        way: Path from the page to the folder of results.
+        records: Records of the runs.
+        places: Table rows of a run, by run id.
+        way: Path of the results folder, relative to the page.
         extra: A folder of the user's own configuration.
     """
     commands = write_commands(records, extra)
@@ -152,7 +152,7 @@ def collect_run_details(
 
 
 def format_setting(value: Any) -> str:
-    """Write a setting.
+    """Return the value of a setting as text.
 
     >>> format_setting(["code", "math"]), format_setting(None), format_setting(0.001)
     ('[code,math]', 'null', '0.001')
@@ -163,5 +163,5 @@ def format_setting(value: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Say whether a value is a number, which truth values are not here."""
+    """Return whether a value is a number. Booleans do not count."""
     return isinstance(value, int | float) and not isinstance(value, bool)

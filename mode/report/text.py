@@ -32,11 +32,11 @@ WORDED = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
 }
-"""Characters that LaTeX has no escape for, but a name."""
+"""LaTeX commands for characters that a backslash does not escape."""
 
 
 def render_markdown(compiled: TableData) -> str:
-    """Render a compiled table in Markdown, with its notes and the published values."""
+    """Return a compiled table in Markdown, with its notes and the published values."""
     parts = [f"# {compiled.table.title}", "", align_frame(make_frame(compiled, strong="**{}**"))]
     parts += ["", *write_notes(compiled)]
     parts += [line for sentence in list_findings(compiled) for line in ("", f"- {sentence}")]
@@ -52,20 +52,20 @@ def render_markdown(compiled: TableData) -> str:
     if published is not None and compiled.table.published is not None:
         source = compiled.table.published
         parts += ["", f"Published: {source.source}"]
-        parts += ["", align_frame(published)] if len(published) else []  # values of a figure stand in the note
+        parts += ["", align_frame(published)] if len(published) else []  # a publication without values has only a note
         parts += ["", source.note] if source.note else []
     return "\n".join(parts).rstrip() + "\n"
 
 
 def align_frame(table: pd.DataFrame) -> str:
-    """Render a frame of texts in Markdown, its first column to the left."""
-    # Without numparse a cell stays the text it is: tabulate would turn 12.30 into 12.3 and +1.50 into 1.5.
+    """Return a frame of text cells in Markdown. The first column is left-aligned, all others right-aligned."""
+    # Number parsing is off: it would turn 12.30 into 12.3 and +1.50 into 1.5.
     sides = ["left", *["right"] * (len(table.columns) - 1)]
     return str(table.to_markdown(index=False, disable_numparse=True, colalign=sides))
 
 
 def write_notes(compiled: TableData) -> list[str]:
-    """Say what the columns mean, what was chosen, and what is missing."""
+    """Return the notes under a table: definitions, missing values and records, and choices."""
     definitions = "; ".join(metric.definition for metric in compiled.metrics)
     what = f"{definitions[0].upper()}{definitions[1:]}"
     lines = [
@@ -112,14 +112,14 @@ def write_notes(compiled: TableData) -> list[str]:
 
 
 def list_rows_without(compiled: TableData, metric: Metric) -> list[str]:
-    """Return the rows whose records do not hold a metric, as records do that were made before it."""
+    """Return the names of rows whose records do not hold a metric, such as records from before the metric."""
     names = [column.name for column in compiled.columns if column.metric is metric and column.part != RETENTION]
     lines = [line for line in compiled.lines if line.quality]
     return [line.name for line in lines if any(line.cell(name) is None for name in names)]
 
 
 def list_rows_without_sums(compiled: TableData, metric: Metric) -> list[str]:
-    """Return the rows whose records hold a metric, but not its sums over documents."""
+    """Return the names of rows whose records hold a metric but not its sums over documents."""
     average = Column(AVERAGE, metric).name
     return [
         line.name
@@ -129,13 +129,13 @@ def list_rows_without_sums(compiled: TableData, metric: Metric) -> list[str]:
 
 
 def describe_documents(compiled: TableData) -> dict[str, float]:
-    """Return the effective documents of every domain."""
+    """Return the effective number of documents, by domain."""
     found = next((line.documents for line in compiled.lines if line.documents), {})
     return {name: found[name] for name in compiled.domains if name in found}
 
 
 def write_overlap_note(domains: Sequence[str]) -> str:
-    """Say that the backbone may have seen some of the text in pretraining."""
+    """Return the note that the backbone may have seen some of the scored text in pretraining."""
     return (
         f"The text of {' and '.join(domains)} is not that of the backbone's pretraining (another version of Python, "
         "say), so its splits fall differently and the backbone may have seen some of what is scored."
@@ -143,7 +143,7 @@ def write_overlap_note(domains: Sequence[str]) -> str:
 
 
 def list_chosen_settings(compiled: TableData) -> list[str]:
-    """Say for each method which of its rows `method@setting` has the best average accuracy."""
+    """Return a sentence with the best setting of each method: of the rows `method@setting`, by average accuracy."""
     best: dict[str, tuple[float, str]] = {}
     for line in compiled.lines:
         method, at, setting = line.name.partition("@")
@@ -158,7 +158,7 @@ def list_chosen_settings(compiled: TableData) -> list[str]:
 
 
 def render_latex(compiled: TableData) -> str:
-    """Render a compiled table in LaTeX (booktabs)."""
+    """Return a compiled table in LaTeX (booktabs)."""
     table = make_frame(compiled, strong=r"\textbf{{{}}}")
     table.columns = pd.Index([escape_latex(name) for name in table.columns])
     table["Method"] = table["Method"].map(escape_latex)
@@ -167,7 +167,7 @@ def render_latex(compiled: TableData) -> str:
 
 
 def escape_latex(text: str) -> str:
-    r"""Escape what LaTeX would take for a command.
+    r"""Return text with the special characters of LaTeX escaped.
 
     >>> escape_latex("100% of A & B_1"), escape_latex("a^b")
     ('100\\% of A \\& B\\_1', 'a\\textasciicircum{}b')
@@ -176,9 +176,9 @@ def escape_latex(text: str) -> str:
 
 
 def render_csv(compiled: TableData) -> str:
-    """Render a compiled table as CSV: one line per row and column, with mean, standard deviation and n.
+    """Return a compiled table as CSV: one line per row and column, with mean, standard deviation and n.
 
-    Differences have the ends of their 95 % interval over documents besides.
+    Lines of differences also have the ends of the 95 % interval over documents.
     """
     rows: list[dict[str, Any]] = []
     for line in compiled.lines:

@@ -1,4 +1,4 @@
-"""Publish rendered tables and figures as one Weights & Biases run; the records stay the source of every number."""
+"""Log rendered tables and figures as one Weights & Biases run. Records remain the source of every number."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from mode.tables.compile import compile_table
 from mode.tables.table import file_stem, load_table
 
 JOB = "report"
+"""Name and job type of the Weights & Biases run."""
 
 
 def publish(
     rendered: Sequence[tuple[str, Sequence[str]]], run: Run, extra: Path | None = None, metrics: Sequence[str] = ()
 ) -> str:
-    """Log tables, as people read them, and their figures.
+    """Log rendered tables and their figures.
 
     Args:
-        rendered: Tables and the overrides that each was rendered under, whose files are in the results folder.
+        rendered: Names of tables, each with the overrides of its rendering. The files are in the results folder.
         run: Settings of the tracker and the folders.
         extra: A folder of the user's own configuration.
-        metrics: Metrics that the tables show in the place of their own.
+        metrics: Metrics that the tables show in place of their own.
 
     Returns:
-        The id of the run: the same tables are the same run.
+        The id of the Weights & Biases run, which is a hash of the tables.
     """
     results = Path(run.paths.results).expanduser()
     records = read_records(results)

@@ -1,1 +1,1 @@
-"""From records to numbers: rows, differences, intervals and claims; no torch."""
+"""Tables: from records to rows, differences, intervals and claims. Without torch."""

@@ -1,4 +1,4 @@
-"""Columns of a table's quality: a metric of a domain, of the average, of the targets, or as retention."""
+"""Quality columns of a table: a metric of one domain, of the average, of the targets, or as retention."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from mode.records.metrics import ACCURACY, METRICS, Metric
 
 AVERAGE, TARGET, RETENTION = "average", "target", "retention"
+"""Parts other than domains: the mean of all domains, the mean of the targets, the change on all other domains."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column.
+    """A quality column.
 
     Attributes:
         part: A domain, `average`, `target` or `retention`.
@@ -24,7 +25,7 @@ class Column:
 
     @property
     def name(self) -> str:
-        """Name in a table's YAML: the part alone for the accuracy, else PART/METRIC."""
+        """Name in a table's YAML: PART for the accuracy, PART/METRIC for other metrics."""
         return self.part if self.metric is ACCURACY else f"{self.part}/{self.metric.name}"
 
     @property
@@ -38,7 +39,7 @@ class Column:
         return heading if self.metric is ACCURACY else f"{heading}, {self.metric.heading.lower()}"
 
     def is_gain(self, difference: float) -> bool:
-        """Say whether a difference is one for the better."""
+        """Return whether a difference is an improvement."""
         return difference > 0.0 if self.metric.higher_is_better else difference < 0.0
 
 
@@ -49,6 +50,6 @@ def parse_column(name: str) -> Column:
 
 
 def list_column_names(domains: Iterable[str]) -> list[str]:
-    """Return the names of all columns that a table with some domains can have."""
+    """Return the names of all columns that a table of these domains can have."""
     parts = [AVERAGE, RETENTION, *domains]
     return [Column(part, metric).name for metric in METRICS.values() for part in parts]

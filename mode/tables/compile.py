@@ -1,4 +1,4 @@
-"""Compile a table from records: one line per row, with quality per seed and the cost of every stage."""
+"""Compile a table from records: one result per row, with quality per seed and the cost over all stages."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from mode.tables.statistics import Interval, effective_size, interval_over_docum
 from mode.tables.table import Table, compose_rows, select_rows
 
 BACKBONE = "backbone"
-"""Row of the untouched backbone."""
+"""Name of the row of the untouched backbone."""
 
 
 Number = TypeVar("Number", float, NDArray[np.float64])
-"""A quality, or the same in every resample."""
+"""A quality, or its values in all resamples, (RESAMPLES,)."""
 
 
 def average(values: Sequence[Number]) -> Number:
-    """Return the mean of numbers, or of arrays element by element."""
+    """Return the mean of numbers, or the element-wise mean of arrays."""
     total: Number = sum(values[1:], start=values[0]) / len(values)
     return total
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Mean and sample standard deviation over seeds."""
+    """Mean and sample standard deviation over n seeds. The standard deviation is NaN with one seed."""
 
     mean: float
     std: float
     n: int
 
     def text(self, *, signed: bool = False, decimals: int = 2) -> str:
-        """Render the cell.
+        """Return the cell as text.
 
         >>> Cell(1.234, 0.1, 3).text(), Cell(1.234, math.nan, 1).text(signed=True)
         ('1.23 ± 0.10', '+1.23')
@@ -54,7 +54,7 @@ class Cell:
 
 
 def summarise_seeds(values: Sequence[float]) -> Cell | None:
-    """Summarise the values of several seeds; None without any."""
+    """Return the mean and deviation of the values of several seeds; None without values."""
     if not values:
         return None
     std = statistics.stdev(values) if len(values) > 1 else math.nan
@@ -66,9 +66,9 @@ class Difference:
     """A paired difference between two rows.
 
     Attributes:
-        cell: Its mean and deviation over seeds.
-        documents: Its interval over documents, of the mean over seeds; None where the records have no sums over them.
-        seeds: Its interval over seeds; None with a single one.
+        cell: Mean and deviation over seeds.
+        documents: Interval over documents of the mean over seeds; None if the records have no sums over documents.
+        seeds: Interval over seeds; None with a single seed.
     """
 
     cell: Cell
@@ -77,7 +77,7 @@ class Difference:
 
     @property
     def holds(self) -> bool:
-        """Whether neither the choice of documents nor, where there are several, that of seeds explains it."""
+        """Whether the difference is beyond noise: no interval, over documents or seeds, includes zero."""
         return (
             self.documents is not None
             and self.documents.excludes_zero
@@ -86,7 +86,10 @@ class Difference:
 
 
 def read_routing(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
-    """Return, by domain, how many branches tokens had and how even their weights were; empty if unknown."""
+    """Return the mean number of branches per token and the evenness of their weights, by domain; empty if unknown.
+
+    Evenness is the entropy of the weights over that of equal weights, from 0 to 1.
+    """
     found = [record.outcome.gates for record in records]
     if not records or not all(each.active is not None for gates in found for each in gates.values()):
         return {}
@@ -104,7 +107,7 @@ def read_routing(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
 
 
 def differs_from_forecast(outcome: Outcome) -> bool:
-    """Say whether what a run trained on, or took, differs from its forecast by more than one per cent."""
+    """Return whether the tokens or the operations of a run differ from its forecast by more than one per cent."""
     expected = outcome.forecast
     if expected is None or outcome.flops is None:
         return False
@@ -117,21 +120,22 @@ class RowResult:
     """One row of a table, computed from its records.
 
     Attributes:
-        name: Row name.
-        label: What people read.
-        quality: Per seed, by column name: every metric of every domain, of their average, of the targets, and as
-            retention, in the unit shown.
-        resampled: The same in every resample of the documents, where the records have sums over documents.
-        documents: Effective documents by domain, `average`, `target` and `retention`; what rests on several domains
-            counts as the one with the fewest.
-        cost: Parameters in millions, `train.batch.examples`, share and weight of an anchor; steps, tokens in millions,
-            1e12 operations, seconds and tokens a second over all stages; peak memory in GB, MB that one domain adds on
-            disk; n.
-        gates: By domain, every block's mean gate weights over seeds, the backbone's first; empty without gates.
-        routing: By domain, the mean number of branches in use and the mean entropy as a share of the largest.
+        name: Name of the row.
+        label: Label of the row.
+        quality: Quality by seed and column name, in the unit shown: every metric of every domain, of the average, of
+            the targets, and as retention.
+        resampled: Quality in all resamples of the documents, (RESAMPLES,), by seed and column name, where the records
+            have sums over documents.
+        documents: Number of effective documents by domain, `average`, `target` and `retention`. A value over several
+            domains has that of the domain with the fewest.
+        cost: Cost by name: parameters in millions, `train.batch.examples`, share and weight of an anchor; over all
+            stages steps, tokens in millions, 1e12 operations, seconds, and tokens per second; peak memory in GB; MB on
+            disk that one domain adds; n.
+        gates: Mean gate weights of every block over seeds, by domain, the backbone's first; empty without gates.
+        routing: Mean number of branches in use and evenness of their weights, by domain (see `read_routing`).
         branches: Names of the branches.
-        astray: Whether a stage trained on, or took, something else than its forecast.
-        runs: Id of every seed's run.
+        astray: Whether the tokens or the operations of a stage differ from its forecast.
+        runs: Id of the run, by seed.
     """
 
     name: str
@@ -147,11 +151,11 @@ class RowResult:
     runs: Mapping[int, str] = field(default_factory=dict)
 
     def cell(self, column: str) -> Cell | None:
-        """Return a column's mean and deviation over seeds."""
+        """Return the mean and deviation of a column over seeds; None without values."""
         return summarise_seeds([values[column] for values in self.quality.values() if column in values])
 
     def minus(self, other: RowResult, column: str) -> Difference | None:
-        """Return the paired difference to another row over the seeds that both have."""
+        """Return the paired difference from another row over the seeds of both rows; None without a common seed."""
         both = [
             seed for seed, values in self.quality.items() if column in values and column in other.quality.get(seed, {})
         ]
@@ -167,7 +171,7 @@ class RowResult:
 
 
 def find_contamination(first: Record, records: Sequence[Record]) -> dict[str, dict[str, float | None]]:
-    """Return what any record under the conditions of a table's says of its split; earlier records do not say it."""
+    """Return the contamination from a record with the conditions and the split of `first`; empty if none holds it."""
     for record in records:
         found = record.outcome.contamination
         if found and record.conditions == first.conditions and record.outcome.split == first.outcome.split:
@@ -177,10 +181,18 @@ def find_contamination(first: Record, records: Sequence[Record]) -> dict[str, di
 
 @dataclass(frozen=True)
 class TableData:
-    """A table compiled from records: its lines, its domains in order, the split scored, and what to beware of.
+    """A table compiled from records.
 
-    `targets` are those of all rows, and empty where rows have different ones. `contamination` is, by domain scored, the
-    share of its n-grams by where in training they occur; empty where no record says it.
+    Attributes:
+        table: Settings of the table.
+        lines: Results of the rows, in order.
+        domains: Scored domains, in order.
+        targets: Targets of all rows; empty if rows have different targets.
+        split: Scored split.
+        left_out: Number of matching records under other conditions.
+        overlap: Domains whose splits may overlap with the backbone's pretraining text.
+        contamination: Share of the n-grams of a scored domain that occur in a training text, by domain and text; empty
+            if no record holds it.
     """
 
     table: Table
@@ -193,12 +205,12 @@ class TableData:
     contamination: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     def line(self, name: str) -> RowResult:
-        """Return a line by row name."""
+        """Return the result of a row by its name."""
         return next(line for line in self.lines if line.name == name)
 
     @property
     def says_something(self) -> bool:
-        """Whether there is a record of anything but the untouched backbone."""
+        """Whether there is a record of a row other than the untouched backbone."""
         return any(line.quality for line in self.lines if line.name != BACKBONE)
 
     @property
@@ -213,7 +225,11 @@ class TableData:
 
 
 def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[str], extra: Path | None) -> TableData:
-    """Compile a table from records."""
+    """Return a table compiled from all records of a results folder.
+
+    Raises:
+        ConfigError: A row does not compose, or the record of an earlier stage is missing.
+    """
     runs = compose_rows(table, overrides, extra)
     table = select_rows(table, runs)
     alike = [record for record in records if not table.settles or record.seed in table.seeds]
@@ -251,7 +267,16 @@ def compute_row(
     by_id: Mapping[str, Record],
     metrics: Sequence[Metric],
 ) -> RowResult:
-    """Compute one line. Cost counts every stage a row stands on, since whoever starts from nothing pays for all."""
+    """Return the result of one row. The cost includes all earlier stages of the row.
+
+    Args:
+        name: Name of the row.
+        label: Label of the row.
+        records: Records of the row, in order of seed.
+        bare: Record of the untouched backbone.
+        by_id: All records.
+        metrics: Metrics to compute.
+    """
     quality = {record.seed: compute_qualities(record, bare, metrics) for record in records}
     costs = [[stage.outcome for stage in add_needed(record, by_id)] for record in records]
     return RowResult(
@@ -270,11 +295,11 @@ def compute_row(
 
 
 def compute_row_cost(record: Record, costs: Sequence[Sequence[Outcome]]) -> dict[str, float]:
-    """Return what a row costs; earlier records do not say all of it.
+    """Return the cost of a row by name. Earlier records do not hold all of it.
 
     Args:
         record: The record of one seed.
-        costs: By seed, the outcome of every stage; the row's own stage first.
+        costs: Outcomes of all stages, by seed. The row's own stage is first.
     """
     outcome, stages = record.outcome, costs[0]
     cost: dict[str, float] = {"total": outcome.parameters.total / 1e6, "added": outcome.parameters.added / 1e6}
@@ -296,14 +321,14 @@ def compute_row_cost(record: Record, costs: Sequence[Sequence[Outcome]]) -> dict
     peaks = [stage.peak_memory_bytes for each in costs for stage in each]
     if None not in peaks:
         cost["memory"] = max(peak for peak in peaks if peak is not None) / 1e9
-    kept = stages[-1].kept_bytes  # an earlier stage is one domain's, where there is one
+    kept = stages[-1].kept_bytes  # an earlier stage, if there is one, trains on one domain
     if kept is not None:
         cost["domain"] = kept / 1e6
     return cost
 
 
 def average_gates(records: Sequence[Record]) -> dict[str, list[list[float]]]:
-    """Return, by domain, the mean over records of every block's gate weights; empty where a record has none."""
+    """Return the mean gate weights of every block over records, by domain; empty if a record has no gates."""
     found = [record.outcome.gates for record in records]
     if not records or not all(found):
         return {}
@@ -317,7 +342,7 @@ def average_gates(records: Sequence[Record]) -> dict[str, list[list[float]]]:
 
 
 def compute_qualities(record: Record, bare: Record | None, metrics: Sequence[Metric] = (ACCURACY,)) -> dict[str, float]:
-    """Return, by column name, metrics of every domain, their averages, and what the other domains gained."""
+    """Return metrics, their averages and, given the backbone's record `bare`, retention, by column name."""
     found: dict[str, float] = {}
     for metric in metrics:
         scores, before = read_metric(record, metric), None if bare is None else read_metric(bare, metric)
@@ -328,7 +353,7 @@ def compute_qualities(record: Record, bare: Record | None, metrics: Sequence[Met
 def resample_qualities(
     record: Record, bare: Record | None, metrics: Sequence[Metric] = (ACCURACY,)
 ) -> dict[str, NDArray[np.float64]]:
-    """Return the same in every resample of the documents."""
+    """Return the values of `compute_qualities` in all resamples of the documents, (RESAMPLES,), by column name."""
     found: dict[str, NDArray[np.float64]] = {}
     for metric in metrics:
         scores = resample(record.outcome.scores, metric)
@@ -338,7 +363,7 @@ def resample_qualities(
 
 
 def count_effective_documents(record: Record) -> dict[str, float]:
-    """Return the effective documents that each part rests on: of its domains, those of the one with the fewest."""
+    """Return the effective documents of each part: of several domains, those of the domain with the fewest."""
     scores, targets = record.outcome.scores, record.request.targets
     counts = {name: effective_size(score.document_tokens) for name, score in scores.items()}
     others = [count for name, count in counts.items() if name not in targets]
@@ -347,7 +372,7 @@ def count_effective_documents(record: Record) -> dict[str, float]:
 
 
 def read_metric(record: Record, metric: Metric) -> dict[str, float]:
-    """Return a record's metric by domain, without the domains that have none."""
+    """Return a metric of a record by domain. Domains without a value are left out."""
     found = {name: score.find(metric) for name, score in record.outcome.scores.items()}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -355,12 +380,12 @@ def read_metric(record: Record, metric: Metric) -> dict[str, float]:
 def combine_scores(
     scores: Mapping[str, Number], record: Record, before: Mapping[str, Number] | None, metric: Metric
 ) -> dict[str, Number]:
-    """Return, by column name, a metric of every domain; where all domains have it, also of its averages and retention.
+    """Return a metric of all domains by column name and, if all domains have it, its averages and retention.
 
     Args:
         scores: The metric as recorded, by domain.
-        record: The record that the metric is of.
-        before: The metric of the untouched backbone.
+        record: The record of the scores.
+        before: The metric of the untouched backbone, by domain.
         metric: The metric.
     """
     values = {name: metric.scale * score for name, score in scores.items()}

@@ -1,4 +1,4 @@
-"""Sentences about a table, made from its numbers: whether a published claim holds, and where curves cross."""
+"""Sentences about a table, from its numbers: whether published claims hold, and where curves cross."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mode.tables.table import Claim, Curves
 
 
 def list_findings(compiled: TableData) -> list[str]:
-    """Return what the rows say of the claims and curves of their table; nothing about rows without records."""
+    """Return the sentences about a table's claims and curves. Rows without records have no sentence."""
     sentences = [check_claim(compiled, claim) for claim in compiled.table.claims]
     sentences += [
         has_crossed(compiled, panel, *pair) for panel in compiled.table.curves for pair in combinations(panel.lines, 2)
@@ -21,7 +21,7 @@ def list_findings(compiled: TableData) -> list[str]:
 
 
 def check_claim(compiled: TableData, claim: Claim) -> str:
-    """Say whether a published claim holds, by the difference between two rows."""
+    """Return a sentence about a published claim, by the difference between two rows; empty without records."""
     ours, theirs = compiled.line(claim.ours), compiled.line(claim.theirs)
     gap = ours.minus(theirs, claim.column)
     if gap is None:
@@ -32,26 +32,26 @@ def check_claim(compiled: TableData, claim: Claim) -> str:
 
 
 def phrase_difference(gap: Difference, column: Column) -> str:
-    """Phrase a difference with its interval over documents, where there is one."""
+    """Return a difference as text, with its interval over documents if there is one."""
     form, ends = f"+.{column.metric.decimals}f", gap.documents
     interval = "" if ends is None else f"{ends.low:{form}} to {ends.high:{form}}, "
     return f"{gap.cell.mean:{form}} ({interval}n {gap.cell.n})"
 
 
 def judge(gap: Difference, column: Column) -> str:
-    """Say what a difference that should be for the better comes to."""
+    """Return the verdict on a difference that a publication claims to be an improvement."""
     if not gap.holds:
         return "not told from noise"
     return "it holds here" if column.is_gain(gap.cell.mean) else "the opposite holds here"
 
 
 def find_place(line: RowResult, panel: Curves) -> float | None:
-    """Return where a row is on a panel's axis; None without a record, or where the axis is not for it."""
+    """Return a row's place on the x axis of a panel; None without a record, or if the row has no such cost."""
     return line.cost.get(panel.x)
 
 
 def collect_points(compiled: TableData, panel: Curves, label: str) -> dict[float, RowResult]:
-    """Return a line's rows by their place on the axis, in order."""
+    """Return the rows of a line by their place on the x axis, in order."""
     rows = [compiled.line(name) for name in panel.lines[label]]
     placed = {
         x: row for row in rows if (x := find_place(row, panel)) is not None and row.cell(panel.column) is not None
@@ -60,7 +60,10 @@ def collect_points(compiled: TableData, panel: Curves, label: str) -> dict[float
 
 
 def has_crossed(compiled: TableData, panel: Curves, first: str, second: str) -> str:
-    """Say, where two lines have points at the same places, who is ahead at which, and where they cross."""
+    """Return a sentence about two lines: which is ahead at each common place, and where they cross.
+
+    The sentence is empty with fewer than two common places.
+    """
     ours, theirs = collect_points(compiled, panel, first), collect_points(compiled, panel, second)
     gaps = {x: gap for x in ours if x in theirs and (gap := ours[x].minus(theirs[x], panel.column)) is not None}
     if len(gaps) < 2:
@@ -73,7 +76,7 @@ def has_crossed(compiled: TableData, panel: Curves, first: str, second: str) -> 
 
 
 def find_crossings(gaps: Sequence[tuple[float, float]]) -> list[float]:
-    """Return where a difference changes its sign, between neighbouring points on a logarithmic axis.
+    """Return where a difference changes its sign, interpolated between neighbouring points on a logarithmic axis.
 
     >>> [round(x, 2) for x in find_crossings([(10, -1.0), (100, 1.0), (1000, 3.0)])]
     [31.62]

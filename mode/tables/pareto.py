@@ -1,4 +1,4 @@
-"""Where the rows of a table stand in target accuracy, retention and cost, and which of them no other row beats."""
+"""Target accuracy, retention and cost of a table's rows, and their Pareto front."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from mode.tables.compile import Cell, RowResult, TableData
 
 MEASURES = {"flops": "10¹² training operations", "seconds": "seconds of training"}
-"""What a row's cost is counted in, by the name of the cost."""
+"""Unit of a row's cost, by the name of the cost."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands.
+    """Target accuracy, retention and cost of a row.
 
     Attributes:
-        index: Number of the row in its table.
-        line: The row.
-        retention: Points gained or lost on the other domains.
-        target: Accuracy on the domains adapted to, in per cent.
-        cost: Training of all its stages, in the unit of its `Tradeoff`.
-        best: Whether no rival is as good in all three and better in one, by the means.
+        index: Index of the row in its table.
+        line: Result of the row.
+        retention: Change on the domains that are not targets, in points.
+        target: Accuracy on the targets, in per cent.
+        cost: Training cost over all stages, in the unit of the `Tradeoff`.
+        best: Whether no other row dominates this row in the means of target accuracy, retention and cost.
     """
 
     index: int
@@ -34,18 +34,18 @@ class Place:
 
     @property
     def means(self) -> tuple[float, float, float]:
-        """Retention, target accuracy and cost, each so that more is better."""
+        """Mean retention, mean target accuracy and negated cost: larger is better."""
         return self.retention.mean, self.target.mean, -self.cost
 
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """The rows of a table that have both accuracies.
+    """The rows of a table with a target accuracy and a retention.
 
     Attributes:
-        places: Where each stands.
-        measure: The cost that they are compared by: `flops` or `seconds`.
-        rivals: Whether they are adapted to the same domains, so that one can beat another.
+        places: Place of each row.
+        measure: Cost for the comparison: `flops` or `seconds`.
+        rivals: Whether all rows have the same targets. Only then are the rows compared.
     """
 
     places: tuple[Place, ...]
@@ -54,20 +54,20 @@ class Tradeoff:
 
     @property
     def front(self) -> list[tuple[float, float]]:
-        """The Pareto front of retention and target accuracy at any cost, by rising retention; empty without rivals."""
+        """The Pareto front of retention and target accuracy, by rising retention; empty unless rows are `rivals`."""
         if not self.rivals:
             return []
         points = [place.means[:2] for place in self.places]
         return sorted({point for point in points if not any(dominates(other, point) for other in points)})
 
     def size(self, place: Place) -> float:
-        """Return the square root of a row's share of the largest cost: what its marker grows by."""
+        """Return the relative size of a row's marker: the square root of the row's cost over the largest cost."""
         largest = max((other.cost for other in self.places), default=0.0)
         return math.sqrt(place.cost / largest) if largest else 0.0
 
     @property
     def legend(self) -> str:
-        """What the marks mean, in words."""
+        """Legend of the markers and lines, as text."""
         size = f"Size: {MEASURES[self.measure]}."
         if not self.rivals:
             return f"{size} Rows are adapted to different domains, so none is said to beat another."
@@ -78,9 +78,9 @@ class Tradeoff:
 
 
 def compute_tradeoff(compiled: TableData) -> Tradeoff:
-    """Place every row that has a target accuracy and a retention.
+    """Return the places of all rows with a target accuracy and a retention.
 
-    Cost is counted in operations if every row says its own, since seconds depend on the machine; else in seconds.
+    The cost is in operations if all rows have them, because seconds depend on the machine. Else it is in seconds.
     """
     placed = [
         (index, line, kept, target)
@@ -105,7 +105,7 @@ def compute_tradeoff(compiled: TableData) -> Tradeoff:
 
 
 def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Say whether something is at least as good as another in everything, and better in something.
+    """Return whether one point is at least as good as another in all values, and better in at least one.
 
     >>> dominates((1.0, 2.0), (1.0, 1.0)), dominates((1.0, 2.0), (1.0, 2.0)), dominates((1.0, 2.0), (2.0, 1.0))
     (True, False, False)
@@ -114,7 +114,7 @@ def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def collect_sides(compiled: TableData) -> tuple[str, str]:
-    """Name the domains of retention and those adapted to; both empty where they differ from row to row."""
+    """Return the names of the retention domains and of the targets; both empty if rows have different targets."""
     named = [name.capitalize() for name in compiled.targets]
     others = [name.capitalize() for name in compiled.domains if name not in compiled.targets]
     return (" and ".join(others), " and ".join(named)) if named else ("", "")

@@ -1,4 +1,4 @@
-"""The records that a table is made of."""
+"""Select the records of a table."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from mode.records.record import Record
 
 
 def select(runs: Mapping[str, Run], records: Sequence[Record]) -> tuple[dict[str, list[Record]], int]:
-    """Find the records of every row, one per seed, all under the same conditions.
+    """Return the records of every row, one per seed, all under the same conditions.
 
-    Scores under different conditions (other data, another backbone) cannot be compared. Where there are several, those
-    with the most records are taken.
+    Scores under different conditions (other data, backbone or precision) are not comparable. The conditions with the
+    most matching records are chosen.
 
     Args:
-        runs: The run of every row with some seed, by row name.
+        runs: Run of every row with any seed, by row name.
         records: All records.
 
     Returns:
@@ -38,19 +38,23 @@ def select(runs: Mapping[str, Run], records: Sequence[Record]) -> tuple[dict[str
 
 
 def remove_seed(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was asked but for the seed."""
+    """Return the configuration of a record without the seed."""
     return {name: value for name, value in asked.items() if name != "seed"}
 
 
 def add_needed(record: Record, records: Mapping[str, Record]) -> list[Record]:
-    """Return a record and those of the runs it stands on, each once.
+    """Return a record and the records of its earlier stages, each once.
+
+    Args:
+        record: The record.
+        records: All records, by id.
 
     Raises:
-        ConfigError: One of them is missing.
+        ConfigError: The record of an earlier stage is missing.
     """
     result = {record.id: record}
     for run_id in record.origin.needs:
         if run_id not in records:
-            raise ConfigError(f"record {record.id} stands on run {run_id}, which has no record in the same folder")
+            raise ConfigError(f"record {record.id} needs run {run_id}, which has no record in the same folder")
         result |= {stage.id: stage for stage in add_needed(records[run_id], records)}
     return list(result.values())

@@ -1,8 +1,8 @@
 """Intervals of differences: a paired bootstrap over documents, and paired differences over seeds.
 
-Rows of a table are scored on the same documents. A resample draws as many documents as there are, with replacement,
-the same ones for every row and seed. A metric of a resample is that of all its tokens, so that tokens of a document
-stay together.
+All rows of a table are scored on the same documents. A resample draws as many documents as there are, with replacement.
+All rows and seeds have the same resamples. The metric of a resample is computed over all its tokens, so the tokens of a
+document stay together.
 """
 
 from __future__ import annotations
@@ -20,36 +20,37 @@ from mode.records.metrics import Metric
 from mode.records.score import Score
 
 RESAMPLES = 2000
+"""Number of resamples."""
 
 
 CRITICAL = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""Student's t for two-sided 95 % by degrees of freedom, from 1."""
+"""Critical values of Student's t, two-sided 95 %, by degrees of freedom from 1."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95 % interval."""
+    """A 95 % confidence interval."""
 
     low: float
     high: float
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether all of it is on one side of zero."""
+        """Whether the whole interval is on one side of zero."""
         return self.low > 0.0 or self.high < 0.0
 
 
 @cache
 def draw_resamples(domain: str, documents: int) -> NDArray[np.float64]:
-    """Return how often each document is drawn, (RESAMPLES, documents); the same for all that is scored on them."""
+    """Return how often every resample draws each document, (RESAMPLES, documents). The domain's name is the seed."""
     random = np.random.default_rng(zlib.crc32(domain.encode()))
     return random.multinomial(documents, [1.0 / documents] * documents, size=RESAMPLES).astype(np.float64)
 
 
 def resample(scores: Mapping[str, Score], metric: Metric) -> dict[str, NDArray[np.float64]]:
-    """Return a record's metric in every resample, (RESAMPLES,), by domain; without those that have no sums of it.
+    """Return a metric in all resamples, (RESAMPLES,), by domain. Domains without sums of the metric are left out.
 
-    A document's bytes are not recorded. They are taken to be in proportion to its tokens.
+    The bytes of a document are not recorded. They are assumed to be proportional to its tokens.
     """
     found = {}
     for domain, score in scores.items():
@@ -58,7 +59,7 @@ def resample(scores: Mapping[str, Score], metric: Metric) -> dict[str, NDArray[n
             continue
         chosen = draw_resamples(domain, len(score.document_tokens))
         tokens = chosen @ np.asarray(score.document_tokens, np.float64)
-        # A resample of empty documents alone has no metric; it can only be drawn where most documents are empty.
+        # A resample of only empty documents has no metric. It is likely only if most documents are empty.
         per_token = chosen @ np.asarray(sums, np.float64) / np.maximum(tokens, 1.0)
         found[domain] = per_token if metric.per == "token" else per_token * score.tokens / count
         found[domain] = found[domain] / metric.divisor
@@ -66,7 +67,9 @@ def resample(scores: Mapping[str, Score], metric: Metric) -> dict[str, NDArray[n
 
 
 def critical_value(freedom: float) -> float:
-    """Return Student's t for two-sided 95 %, rounding degrees of freedom down; beyond the table a close upper bound.
+    """Return the critical value of Student's t, two-sided 95 %. Degrees of freedom are rounded down.
+
+    Beyond the table the value is a close upper bound.
 
     >>> critical_value(1.0), critical_value(2.9), round(critical_value(60.0), 2)
     (12.706, 4.303, 2.0)
@@ -76,7 +79,9 @@ def critical_value(freedom: float) -> float:
 
 
 def effective_size(tokens: Sequence[int]) -> float:
-    """Return how many documents of one length would vary as much as these: (sum n)^2 / sum n^2.
+    """Return the effective number of documents: that of equally long documents with the same variance.
+
+    It is (sum n)^2 / sum n^2 for documents of n tokens.
 
     >>> effective_size([5, 5, 5, 5]), effective_size([100, 0, 0])
     (4.0, 1.0)
@@ -86,21 +91,21 @@ def effective_size(tokens: Sequence[int]) -> float:
 
 
 def interval_over_documents(difference: float, resamples: Sequence[NDArray[np.float64]], documents: float) -> Interval:
-    """Return the interval of a mean over seeds: Student's t on the bootstrap's standard error.
+    """Return the interval over documents of a mean over seeds: Student's t with the bootstrap's standard error.
 
-    Quantiles of the resamples alone are too narrow for a few documents of unlike lengths.
+    Quantiles of the resamples would be too narrow for few documents of different lengths.
 
     Args:
-        difference: The mean over seeds.
-        resamples: By seed: the difference in every resample, (RESAMPLES,).
-        documents: Effective documents that it rests on.
+        difference: Mean difference over seeds.
+        resamples: Difference in all resamples, (RESAMPLES,), for each seed.
+        documents: Effective number of documents.
     """
     reach = critical_value(documents - 1.0) * float(np.std(np.mean(resamples, axis=0), ddof=1))
     return Interval(difference - reach, difference + reach)
 
 
 def interval_over_seeds(differences: Sequence[float]) -> Interval | None:
-    """Return the t interval of a mean over seeds; None with a single one.
+    """Return the t interval of a mean over seeds; None with a single seed.
 
     >>> interval_over_seeds([1.0, 3.0])
     Interval(low=-10.706, high=14.706)

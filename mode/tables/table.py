@@ -1,4 +1,4 @@
-"""A table is one YAML with rows of overrides. This module turns it into checked settings and runs."""
+"""Tables: a YAML file with rows of overrides, as checked settings, and the runs of its rows."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from mode.records.metrics import ACCURACY, METRICS, Metric, find_metrics
 from mode.tables.columns import list_column_names, parse_column
 
 SIGNS = "†‡§¶"
-"""Of notes on rows, in order."""
+"""Signs of the notes on rows, in order."""
 
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9@.\-]*$")]
+"""Name of a row."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Row:
-    """One row.
+    """A row.
 
     Attributes:
-        name: What the table's other parts, records and commands call it.
-        label: What people read.
-        overrides: Settings that make its run.
-        note: What has to be said of it under the table, such as where it departs from what was published.
+        name: Name in other parts of the table, in trackers and in commands.
+        label: Label in the rendered table.
+        overrides: Settings of the row's run.
+        note: Note under the table, such as a deviation from the publication.
     """
 
     name: Name
@@ -46,7 +47,13 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Published:
-    """Values printed in a publication: accuracy in per cent by row and domain."""
+    """Values from a publication.
+
+    Attributes:
+        source: The publication.
+        note: Note under the values.
+        rows: Accuracy in per cent, by row and domain.
+    """
 
     source: str
     note: str = ""
@@ -55,13 +62,14 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Claim:
-    """Something a publication says, that a difference between two rows can bear out or not.
+    """A claim of a publication that a difference between two rows can test.
 
     Attributes:
-        text: What it says.
-        ours: The row that should be ahead.
-        theirs: The row that it should be ahead of.
-        column: In what: a domain, `average` or `retention`, of the accuracy; with /METRIC, of another metric.
+        text: The claim.
+        ours: Row that should be better.
+        theirs: Row that should be worse.
+        column: Column of the comparison: a domain, `average` or `retention`; with /METRIC for a metric other than the
+            accuracy.
     """
 
     text: str
@@ -72,14 +80,14 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Curves:
-    """A panel of a figure: a quality over what rows differ in.
+    """A panel of a figure: a quality over a setting in which rows differ.
 
     Attributes:
         title: Heading.
-        x: `added`: parameters beside the backbone's, in millions; `examples`: `train.batch.examples`; `share` and
-            `weight`: those of `method.anchor`.
-        column: The quality.
-        lines: Rows of every line, by its label, in order.
+        x: Quantity of the x axis: `added`, the parameters added to the backbone, in millions; `examples`, which is
+            `train.batch.examples`; `share` or `weight` of `method.anchor`.
+        column: Column of the quality.
+        lines: Names of the rows of every line, in order, by the label of the line.
     """
 
     title: str
@@ -94,18 +102,18 @@ class Table:
 
     Attributes:
         title: Heading.
-        rows: Rows in order; the one named `backbone` is the zero point of retention.
-        overrides: Settings of every row.
-        seeds: Seeds to run when none are asked for, and all that count where it `settles` settings.
-        experiments: Experiments that the table is also rendered for.
-        budgets: Budgets that it is also rendered for.
-        differences: Pairs of rows whose difference is printed.
+        rows: Rows in order. The row named `backbone` is the reference of retention.
+        overrides: Settings of all rows.
+        seeds: Seeds to run by default. If the table `settles` settings, only these seeds count.
+        experiments: Experiments with a rendering of their own.
+        budgets: Budgets with a rendering of their own.
+        differences: Pairs of rows whose difference is shown.
         metrics: Metrics shown, each with a column for every domain, the average and retention.
-        relative: Whether the metrics are shown as differences to the backbone's.
-        claims: What its publication says, to be held against these rows.
-        curves: Panels of its figure, in the place of target accuracy over retention.
-        choose: Whether to say which of the rows `method@setting` has the best average accuracy for each method.
-        published: The paper's own values.
+        relative: Whether metrics are shown as differences from the backbone.
+        claims: Claims of the publication to test.
+        curves: Panels of the figure, in place of target accuracy over retention.
+        choose: Whether to name, for each method, the row `method@setting` with the best average accuracy.
+        published: Values from the publication.
     """
 
     title: str
@@ -124,24 +132,24 @@ class Table:
 
     @property
     def settles(self) -> bool:
-        """Whether settings are compared on the validation split: then a row has the table's own seeds and no more."""
+        """Whether the table compares settings on the validation split. Rows then have only the table's own seeds."""
         return bool(last_value(self.overrides, "evaluate.split") == "validation")
 
     @property
     def needed(self) -> tuple[Metric, ...]:
-        """The metrics that the table is computed from: the accuracy, those shown, and those of claims."""
+        """Metrics that the table needs: the accuracy, the metrics shown, and those of claims."""
         claimed = [parse_column(claim.column).metric.name for claim in self.claims]
         return find_metrics(dict.fromkeys([ACCURACY.name, *self.metrics, *claimed]))
 
     @property
     def variants(self) -> list[list[str]]:
-        """The overrides under which the table is rendered: none, and each experiment and budget that it knows."""
+        """Overrides of every rendering: none, each of `experiments`, and each of `budgets`."""
         experiments = [[f"experiment={name}"] for name in self.experiments]
         return [[], *experiments, *([f"budget={name}"] for name in self.budgets)]
 
     @property
     def notes(self) -> dict[str, str]:
-        """The notes on rows, each with its sign."""
+        """Signs of the notes on rows, by note."""
         return dict(zip(dict.fromkeys(row.note for row in self.rows if row.note), SIGNS, strict=False))
 
     def marked(self, row: Row) -> str:
@@ -162,7 +170,7 @@ class Table:
                     raise ValueError(f"{part} name the row {name}, which the table does not have")
 
     def named(self) -> dict[str, list[str]]:
-        """Return the rows that each part of the table names."""
+        """Return the names of rows in each part of the table."""
         return {
             "differences": [name for pair in self.differences for name in pair],
             "claims": [name for claim in self.claims for name in (claim.ours, claim.theirs)],
@@ -171,10 +179,15 @@ class Table:
 
 
 def load_table(name: str, extra: Path | None = None, metrics: Sequence[str] = ()) -> Table:
-    """Read a table's YAML, with other metrics than its own where some are given.
+    """Return a table from its YAML.
+
+    Args:
+        name: Name of the table.
+        extra: A folder of the user's own configuration.
+        metrics: Metrics to show in place of the table's own; none for the table's own.
 
     Raises:
-        ConfigError: There is no such table, or it is malformed.
+        ConfigError: There is no such table, or its YAML is malformed.
     """
     table: Table = validate(Table, read_group("table", name, extra), f"table/{name}")
     domains = list_members("domain", extra)
@@ -190,10 +203,10 @@ def load_table(name: str, extra: Path | None = None, metrics: Sequence[str] = ()
 
 
 def choose_metrics(table: Table, names: Sequence[str]) -> Table:
-    """Return a table that shows other metrics.
+    """Return a table with other metrics.
 
     Raises:
-        ConfigError: There is no metric of a name.
+        ConfigError: A name is not the name of a metric.
     """
     chosen = tuple(dict.fromkeys(metric.name for metric in find_metrics(names)))
     other: Table = replace_settings(table, metrics=chosen)
@@ -201,10 +214,15 @@ def choose_metrics(table: Table, names: Sequence[str]) -> Table:
 
 
 def check_columns(name: str, columns: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse columns that a table cannot have.
+    """Check names of columns.
+
+    Args:
+        name: Name of the table, for the message.
+        columns: Names to check.
+        known: Names of existing columns.
 
     Raises:
-        ConfigError: A column is not known.
+        ConfigError: A column does not exist.
     """
     for column in columns:
         if column not in known:
@@ -212,7 +230,9 @@ def check_columns(name: str, columns: Sequence[str], known: Sequence[str]) -> No
 
 
 def compose_row(table: Table, row: Row, seed: int, overrides: Sequence[str], extra: Path | None = None) -> Run:
-    """Compose the run of one row and seed; the user's overrides win over the table's, and the row's over both.
+    """Return the run of one row and seed.
+
+    The user's overrides take precedence over the table's, and the row's over both.
 
     Raises:
         ConfigError: The row's settings do not compose.
@@ -227,16 +247,16 @@ def compose_row(table: Table, row: Row, seed: int, overrides: Sequence[str], ext
 
 
 def list_rows_under(table: Table, overrides: Sequence[str]) -> tuple[Row, ...]:
-    """Return the rows that belong to a table under some settings: under a budget it knows, none with one of its own."""
+    """Return the rows of a table under some overrides; under one of its budgets, without rows that set a budget."""
     if last_value(overrides, "budget") not in table.budgets:
         return table.rows
     return tuple(row for row in table.rows if last_value(row.overrides, "budget") is None)
 
 
 def compose_rows(table: Table, overrides: Sequence[str], extra: Path | None = None) -> dict[str, Run]:
-    """Compose the run of every row with seed 0, by row name; of rows that ask for the same run, the first alone.
+    """Return the run of every row with seed 0, by row name. Of rows with the same run, only the first is kept.
 
-    Under some budgets two rows ask for the same.
+    Under some budgets two rows have the same run.
 
     Raises:
         ConfigError: A row's settings do not compose.
@@ -249,7 +269,7 @@ def compose_rows(table: Table, overrides: Sequence[str], extra: Path | None = No
 
 
 def select_rows(table: Table, names: Collection[str]) -> Table:
-    """Return a table with some of its rows, and the differences between those."""
+    """Return a table with some of its rows, and with the differences, claims and curves of these rows."""
     rows = tuple(row for row in table.rows if row.name in names)
     pairs = tuple(pair for pair in table.differences if set(pair) <= set(names))
     claims = tuple(claim for claim in table.claims if {claim.ours, claim.theirs} <= set(names))
@@ -260,7 +280,7 @@ def select_rows(table: Table, names: Collection[str]) -> Table:
 
 
 def keep_settings(table: Table, names: Collection[str]) -> tuple[Curves, ...]:
-    """Return a table's panels with some of its rows."""
+    """Return the panels of a table with some of its rows."""
     found = []
     for panel in table.curves:
         lines = {label: tuple(name for name in rows if name in names) for label, rows in panel.lines.items()}
@@ -269,7 +289,7 @@ def keep_settings(table: Table, names: Collection[str]) -> tuple[Curves, ...]:
 
 
 def check_fixed(overrides: Sequence[str]) -> None:
-    """Refuse overrides that the rows would beat in silence.
+    """Refuse overrides that the rows would override silently.
 
     Raises:
         ConfigError: An override sets the method or the seed.
@@ -282,10 +302,16 @@ def check_fixed(overrides: Sequence[str]) -> None:
 
 
 def file_stem(name: str, overrides: Sequence[str], own: Sequence[str] = (), metrics: Sequence[str] = ()) -> str:
-    """Return the file name, without suffix, of a table under an experiment and a budget, with metrics that were chosen.
+    """Return the file name of a rendered table, without suffix.
 
-    Any other setting that the table does not have of its own adds a short digest, so that the table of other runs
-    never replaces the usual one.
+    The name contains the experiment, the budget and chosen metrics. All other overrides add a short digest, so that a
+    table of other runs does not replace the default one.
+
+    Args:
+        name: Name of the table.
+        overrides: The user's overrides.
+        own: Overrides of the table, which do not add a digest.
+        metrics: Metrics chosen in place of the table's own.
 
     >>> file_stem("table1", ["experiment=table1_long"]), file_stem("table1", ["budget=data"])
     ('table1_long', 'table1-data')
@@ -311,7 +337,7 @@ def file_stem(name: str, overrides: Sequence[str], own: Sequence[str] = (), metr
 
 
 def last_value(overrides: Sequence[str], name: str) -> Any:
-    """Return what overrides set a setting or choose of a group, the last of them winning; None if they do not.
+    """Return the value that overrides give to a setting or a group; None if they do not set it. The last one counts.
 
     >>> last_value(["seed=1", "++evaluate.split='validation'"], "evaluate.split")
     'validation'

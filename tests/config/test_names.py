@@ -185,7 +185,7 @@ def test_a_domain_with_the_name_of_an_anchor_source_is_refused(tmp_path: Path, n
     path.write_text(
         f"description: d\nlicence: l\nsources: [{{kind: files, paths: [x]}}]\nsplits: {splits}\n", encoding="utf-8"
     )
-    with pytest.raises(ConfigError, match=rf"^domain {name}: a value of method\.anchor\.source has this name"):
+    with pytest.raises(ConfigError, match=rf"^domain {name}: .*method\.anchor\.source"):
         compose([], tmp_path)
 
 

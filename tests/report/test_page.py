@@ -325,7 +325,7 @@ def test_what_cannot_be_asked_for_again_says_why(conf: Path) -> None:
     artefacts = Record(1, "a", {**record.asked, "artefacts": {"py": "digest"}}, record.happened, record.provenance)
     earlier = Record(1, "b", {**record.asked, "method": {**record.asked["method"], "old": 1}}, {}, record.provenance)
     told = write_commands([artefacts, earlier], conf)
-    assert told["a"] == ("composed of experts from folders that the record does not name", False)
+    assert told["a"] == ("the run composed experts from folders, and the record does not name the folders", False)
     assert told["b"][1] is False
 
 
