@@ -59,6 +59,8 @@ FILES = {
     f"{PACKAGE}/conf/method/missing_class.yaml": f"_target_: {PACKAGE}.norms.Missing\nlr: 1.0e-2\n",
     f"{PACKAGE}/conf/method/not_a_method.yaml": f"_target_: {PACKAGE}.norms.Plain\nlr: 1.0e-2\n",
     f"{PACKAGE}/conf/method/unregistered.yaml": f"_target_: {PACKAGE}.trap.Norms\nlr: 1.0e-2\n",
+    f"{PACKAGE}/conf/method/sft.yaml": f"_target_: {PACKAGE}.norms.Norms\nlr: 1.0e-2\nscope: norm\n",
+    f"{PACKAGE}/conf/domain/code.yaml": "description: Another.\n",  # as above: the project's file is the one that is read
     f"{PACKAGE}/trap.py": "from pathlib import Path\nPath(__file__).with_name('sprung').touch()\n",
     f"{PACKAGE}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: 1.0\n",
     f"{PACKAGE}-1.0.dist-info/entry_points.txt": dedent(
@@ -112,6 +114,7 @@ def test_it_is_listed_beside_the_projects_own_whatever_else_is_broken(site: Path
         assert lines[name].split(maxsplit=1)[1] == "Tune the norms alone."
     for name, named in BROKEN.items():
         assert named in lines[name]
+    assert lines["sft"].split(maxsplit=1)[1] != "Tune the norms alone."
     assert not (site / PACKAGE / "sprung").exists()  # what no entry point registers is not imported
 
 
