@@ -60,7 +60,7 @@ FILES = {
     f"{PACKAGE}/conf/method/not_a_method.yaml": f"_target_: {PACKAGE}.norms.Plain\nlr: 1.0e-2\n",
     f"{PACKAGE}/conf/method/unregistered.yaml": f"_target_: {PACKAGE}.trap.Norms\nlr: 1.0e-2\n",
     f"{PACKAGE}/conf/method/sft.yaml": f"_target_: {PACKAGE}.norms.Norms\nlr: 1.0e-2\nscope: norm\n",
-    f"{PACKAGE}/conf/domain/code.yaml": "description: Another.\n",  # as above: the project's file is the one that is read
+    f"{PACKAGE}/conf/domain/code.yaml": "description: Another.\n",  # as above: the project's is read
     f"{PACKAGE}/trap.py": "from pathlib import Path\nPath(__file__).with_name('sprung').touch()\n",
     f"{PACKAGE}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: 1.0\n",
     f"{PACKAGE}-1.0.dist-info/entry_points.txt": dedent(
