@@ -1,7 +1,9 @@
 """Where the class of a method is: in this project, or in an installed package that registers it.
 
-A package registers its methods through the entry points `mode.methods`, and its YAML lies in a folder `conf` of the
-package, laid out as this project's. Nothing else that a configuration names is ever imported.
+Only modules of this project, under `mode.` and `baselines.`, are imported to look for the class that a configuration
+names; a module of another package is imported only if the installed package registers it. A package registers its
+methods through the entry points `mode.methods`, and its YAML lies in a folder `conf` of the package, laid out as this
+project's. A package replaces no method of this project.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def find_method(target: str) -> type[MethodSettings]:
     """Return the class of a method by its import path, its entry point, or its name in records.
 
     Raises:
-        ConfigError: It is neither this project's nor registered, cannot be imported, or is not a method.
+        ConfigError: It is neither this project's nor registered, cannot be imported, or is not a method, or it is a
+            package's and has the name in records of another method.
     """
     if not target:
         raise ConfigError("method._target_: this setting is missing")
@@ -49,38 +52,64 @@ def find_method(target: str) -> type[MethodSettings]:
     reason = f"outside {' and '.join(TRUSTED)}, so it is not run; a package registers its own with {ENTRY_POINTS}"
     try:
         found = import_target(target)
-    except Exception as error:  # a registered package may fail in any way
-        reason = f"cannot be imported ({' '.join(str(error).split()) or type(error).__name__})"
-    found = found or list_recorded_methods().get(target)
+    except (Exception, SystemExit) as error:  # a registered package may fail in any way
+        about = "the import ends the program" if isinstance(error, SystemExit) else " ".join(str(error).split())
+        reason = f"cannot be imported ({about or type(error).__name__})"
+    found = found or next(iter(list_recorded_methods().get(target, ())), None)
     if found is None:
         raise ConfigError(f"method._target_={target}: {reason}")
     if not is_method(found):
         raise ConfigError(f"method._target_={target}: not a method")
+    if not is_own(found):
+        check_recorded_name(target, found)
     return found
 
 
+def check_recorded_name(target: str, found: type[MethodSettings]) -> None:
+    """Refuse a method of a package that has the name in records of another method.
+
+    Raises:
+        ConfigError: There is another.
+    """
+    name = found.recorded_name()
+    for other in list_recorded_methods().get(name, ()):
+        if other is not found:
+            raise ConfigError(
+                f"method._target_={target}: recorded_as={name} is the name in records of "
+                f"{other.__module__}.{other.__qualname__} too; give one of them another"
+            )
+
+
 @lru_cache
-def list_recorded_methods() -> dict[str, type[MethodSettings]]:
-    """Return the methods by their names in records, without those that cannot be read or imported."""
+def list_recorded_methods() -> dict[str, list[type[MethodSettings]]]:
+    """Return the methods by their names in records, this project's first, without those that cannot be imported."""
     from mode.config.groups import list_members, read_group
 
-    classes = {}
+    classes: dict[type[MethodSettings], None] = {}
     for name in list_members("method"):
-        with suppress(Exception):  # whoever chooses such a method gets the reason; the others do not need it
+        with suppress(Exception, SystemExit):  # whoever chooses such a method gets the reason
             found = import_target(str(read_group("method", name)["_target_"]))
             if is_method(found):
-                classes[found.recorded_name()] = found
-    return classes
+                classes[found] = None
+    named: dict[str, list[type[MethodSettings]]] = {}
+    for found in sorted(classes, key=is_own, reverse=True):
+        named.setdefault(found.recorded_name(), []).append(found)
+    return named
+
+
+def is_own(cls: type) -> bool:
+    """Say whether a class is this project's."""
+    return cls.__module__.startswith(TRUSTED)
 
 
 def import_target(target: str) -> object | None:
     """Return what an import path or an entry point names; None where it is neither this project's nor registered."""
-    point = next((each for each in list_registered() if target in (each.name, each.value.replace(":", "."))), None)
-    if point is None and not target.startswith(TRUSTED):
-        return None
     module, _, name = target.rpartition(".")
-    found: object = point.load() if point else getattr(importlib.import_module(module), name)
-    return found
+    if target.startswith(TRUSTED):
+        found: object = getattr(importlib.import_module(module), name)
+        return found
+    point = next((each for each in list_registered() if target in (each.name, each.value.replace(":", "."))), None)
+    return point.load() if point else None
 
 
 def is_method(found: object) -> TypeGuard[type[MethodSettings]]:
