@@ -14,12 +14,18 @@ import yaml
 
 from mode.config.check import check_run, fill_defaults, flatten
 from mode.config.groups import GROUPS, conf_dirs, list_members, list_written
-from mode.config.names import check_same, rename_setting, rename_settings, suggest_setting
+from mode.config.names import (
+    check_spellings,
+    rename_references,
+    rename_setting,
+    rename_settings,
+    suggest_setting,
+)
 from mode.config.run import Run
 from mode.core.errors import ConfigError, suggest
 
-WORD = re.compile(r"[A-Za-z_][\w./-]*")
-"""Strings that need no quotes in Hydra's grammar."""
+WORD = re.compile(r"(?!(?:null|true|false|inf|nan)$)[a-z_][a-z0-9_./-]*", re.IGNORECASE | re.ASCII)
+"""Texts that need no quotes in Hydra's grammar: words that are neither null nor a boolean nor a number."""
 
 
 def compose(overrides: Sequence[str], extra: Path | None = None) -> Run:
@@ -84,7 +90,8 @@ def compose_groups(chosen: tuple[str, ...], extra: Path | None, written: tuple[t
     from omegaconf import OmegaConf
 
     domains = [f"+domain@domains.{name}={name}" for name in list_members("domain", extra)]
-    others = ",".join(quote(f"file://{folder.resolve()}") for folder in conf_dirs(extra)[1:])
+    scheme = register_source()
+    others = ",".join(quote(f"{scheme}://{folder.resolve()}") for folder in conf_dirs(extra)[1:])
     search = [f"hydra.searchpath=[{others}]"] if others else []
     with initialize_config_module("conf", version_base="1.3"):
         config = hydra_compose("run", overrides=[*domains, *search, *chosen])
@@ -92,6 +99,37 @@ def compose_groups(chosen: tuple[str, ...], extra: Path | None, written: tuple[t
     filled = OmegaConf.create(fill_defaults(rename_settings(plain)))
     OmegaConf.set_struct(filled, True)
     return filled
+
+
+@lru_cache
+def register_source() -> str:
+    """Let Hydra read YAML with old names of settings, and return the scheme of addresses of such folders.
+
+    Old names are renamed file by file, before Hydra merges the files: of two files, the later one wins by either name.
+    """
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+    from hydra._internal.sources_registry import SourcesRegistry
+    from hydra.plugins.config_source import ConfigResult
+    from omegaconf import DictConfig, OmegaConf
+
+    class RenamingSource(FileConfigSource):  # type: ignore[misc]
+        """A folder of configuration that a package or the user wrote."""
+
+        @staticmethod
+        def scheme() -> str:
+            return "renamed"
+
+        def load_config(self, config_path: str) -> ConfigResult:
+            result = super().load_config(config_path)
+            if isinstance(result.config, DictConfig):
+                package = result.header.get("package") or config_path.rpartition("/")[0].replace("/", ".")
+                plain: Any = OmegaConf.to_container(result.config, resolve=False)
+                prefix = "" if package == "_global_" else f"{package}."
+                result.config = OmegaConf.create(rename_settings(rename_references(plain), prefix))
+            return result
+
+    SourcesRegistry.instance().register(RenamingSource)
+    return RenamingSource.scheme()
 
 
 def quote(text: str) -> str:
@@ -152,18 +190,16 @@ def rename_overrides(overrides: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: One setting has different values under its old and its new name, or an override is malformed.
     """
+    overrides = [rename_references(text) for text in overrides]
     renamed: list[str] = []
-    values: dict[str, dict[str, Any]] = {}
+    given: dict[str, Any] = {}
     for item, override in zip(parse_overrides(overrides), parse_with_hydra(overrides), strict=True):
         written = override.key_or_group
-        given = values.setdefault(item.key, {})
-        given[written] = item.value
-        if len(given) > 1:
-            (old,) = given.keys() - {item.key}
-            check_same(old, given[old], item.key, given[item.key])
+        value = None if override.is_delete() else override.value()
+        given |= flatten({written: value})
         text = item.text.replace(written, item.key, 1)
-        same = override.is_delete() or item.value == override.value()
-        renamed.append(text if same else f"{text.partition('=')[0]}={format_value(item.value)}")
+        renamed.append(text if item.value == value else f"{text.partition('=')[0]}={format_value(item.value)}")
+    check_spellings(given)
     return renamed
 
 
@@ -172,6 +208,8 @@ def format_value(value: Any) -> str:
 
     >>> format_value([1e-05, None, True]), format_value({"english": 0.2}), format_value("a b")
     ('[1e-05,null,true]', '{english:0.2}', "'a b'")
+    >>> format_value(["null", "True", "nan", "none"])
+    "['null','True','nan',none]"
     """
     if value is None:
         return "null"

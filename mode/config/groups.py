@@ -23,31 +23,37 @@ GROUPS = ("backbone", "method", "budget", "track", "experiment")
 def conf_dirs(extra: Path | None = None) -> list[Path]:
     """Return the folders of configuration: the project's, those of installed packages, and the user's own.
 
+    A file of an earlier folder goes before one of the same name in a later folder. A package may repeat a name, since
+    the user did not write the package; the user's folder may not.
+
     Raises:
-        ConfigError: The user's folder does not exist, or a file in another folder than the project's has the name of a
-            project file or a name that is not valid in an override.
+        ConfigError: The user's folder does not exist, or has a file of the same name as one of the project's or of a
+            package's, or one whose name cannot be written in an override.
     """
-    own = Path(str(files("conf")))
-    if extra is not None and not extra.is_dir():
+    earlier = [Path(str(files("conf"))), *list_registered_folders()]
+    if extra is None:
+        return earlier
+    if not extra.is_dir():
         raise ConfigError(f"--conf {extra}: no such folder")
-    others = [*list_registered_folders(), *([extra] if extra else [])]
-    for folder in others:
-        for path in sorted(folder.glob("*/*.yaml")):
-            name = path.relative_to(folder)
-            if (own / name).exists():
-                raise ConfigError(f"{path}: the project has a file {name} too; choose another name")
-            if not NAME.fullmatch(path.stem):
-                raise ConfigError(f"{path}: a name is made of letters, digits, - and _, and starts with a letter")
-    return [own, *others]
+    for path in sorted(extra.glob("*/*.yaml")):
+        name = path.relative_to(extra)
+        for folder in earlier:
+            if (folder / name).exists():
+                owner = "the project" if folder == earlier[0] else f"the package {folder.parent.name}"
+                raise ConfigError(f"{path}: {owner} has a {name} too; choose another name")
+        if not NAME.fullmatch(path.stem):
+            raise ConfigError(f"{path}: a name is made of letters, digits, - and _, and starts with a letter")
+    return [*earlier, extra]
 
 
 def list_members(group: str, extra: Path | None = None) -> list[str]:
-    """Return the names of the members of a configuration group.
+    """List the members of a configuration group. A package's file whose name Hydra cannot express is left out.
 
     >>> "code" in list_members("domain")
     True
     """
-    return sorted({path.stem for root in conf_dirs(extra) for path in (root / group).glob("*.yaml")})
+    own, *others = [[path.stem for path in (root / group).glob("*.yaml")] for root in conf_dirs(extra)]
+    return sorted({*own, *(name for names in others for name in names if NAME.fullmatch(name))})
 
 
 def list_written(extra: Path | None) -> tuple[tuple[Path, int], ...]:

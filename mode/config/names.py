@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,38 @@ GROUPED = {new.rpartition(".")[0] for new in RECORDED} | {old.rpartition(".")[0]
 """Groups with a setting that was renamed, by the old or the new name."""
 
 
+REFERENCE = re.compile(r"(?<!\\)(\$\{\s*)([A-Za-z_][\w.]*)(?=\s*\})")
+"""The beginning of an interpolation of a setting by its full name, such as `${train.lr}`."""
+
+
+def rename_name(name: str) -> str:
+    """Return the name of today for one of an earlier version, or for a name below one; others are returned as is.
+
+    >>> rename_name("train.clip"), rename_name("train.replay.english"), rename_name("train.memory.budget_gb")
+    ('train.optim.max_grad_norm', 'train.batch.replay.english', 'train.memory.budget_gb')
+    """
+    if name in OLD_NAMES:
+        return OLD_NAMES[name]
+    above = (old for old in OLD_NAMES if old not in GROUPED and name.startswith(f"{old}."))
+    old = next(above, "")
+    return OLD_NAMES[old] + name.removeprefix(old) if old else name
+
+
+def rename_references(value: Any) -> Any:
+    """Return a value with the settings of earlier versions by the names of today in all its interpolations.
+
+    >>> rename_references({"seed": "${train.clip}", "lr": ["${train.lr}"]})
+    {'seed': '${train.optim.max_grad_norm}', 'lr': ['${train.lr}']}
+    """
+    if isinstance(value, Mapping):
+        return {key: rename_references(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rename_references(inner) for inner in value]
+    if isinstance(value, str):
+        return REFERENCE.sub(lambda found: found[1] + rename_name(found[2]), value)
+    return value
+
+
 def rename_setting(name: str, value: Any) -> tuple[str, Any]:
     """Return today's name and value of a setting. In a group, the settings inside are renamed.
 
@@ -56,7 +89,7 @@ def rename_setting(name: str, value: Any) -> tuple[str, Any]:
     """
     if isinstance(value, Mapping) and name in GROUPED:
         return name, rename_settings(value, f"{name}.")
-    new = OLD_NAMES.get(name, name)
+    new = rename_name(name)
     return new, update_value(new, value)
 
 
@@ -88,6 +121,23 @@ def check_same(old: str, value: Any, new: str, other: Any) -> None:
     """
     if value != other:
         raise ConfigError(f"{old}={value}: {new}={other} is the same setting under its new name; give one of them")
+
+
+def check_spellings(given: Mapping[str, Any]) -> None:
+    """Refuse settings that have different values under their old and their new name.
+
+    Args:
+        given: Values by the dotted names that they were written under; no value is a group.
+
+    Raises:
+        ConfigError: Two values of one setting differ, or one name is a group of the other.
+    """
+    for old, value in given.items():
+        new, value = rename_setting(old, value)
+        others = (name for name in given if name == rename_name(name)) if new != old else ()
+        for other in others:
+            if f"{new}.".startswith(f"{other}.") or f"{other}.".startswith(f"{new}."):
+                check_same(old, value, other, given[other])
 
 
 def update_value(new: str, value: Any) -> Any:

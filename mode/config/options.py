@@ -21,7 +21,8 @@ OPENING = """# Training options
 
 Generated from the code by `python -m mode.config.options`. An option is an override on the command line, such as
 `train.batch.size=16`, or a key in YAML. A YAML file contains only what differs from these defaults. `mode show config`
-prints all settings of a run. Old names are still accepted.
+prints all settings of a run. Old names are still accepted, also in interpolations by the full name, such as
+`${train.batch_size}`; a relative interpolation, such as `${.size}`, needs today's name.
 """
 
 

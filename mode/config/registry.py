@@ -1,7 +1,9 @@
 """Find the class of a method, in this project or in an installed package that registers it.
 
-A package registers its methods through the entry-point group `mode.methods`. Its YAML is in a folder `conf` of the
-package, with the layout of this project's `conf`. No other class that a configuration names is imported.
+Only modules of this project, under `mode.` and `baselines.`, are imported to look for the class that a configuration
+names. A module of another package is imported only if the installed package registers it through the entry-point group
+`mode.methods`. The YAML of a package is in a folder `conf` of the package, with the layout of this project's `conf`. A
+package replaces no method of this project.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ def find_method(target: str) -> type[MethodSettings]:
     """Return the class of a method by its import path, its entry point, or its name in records.
 
     Raises:
-        ConfigError: The class is neither in this project nor registered, cannot be imported, or is not a method.
+        ConfigError: The class is neither in this project nor registered, cannot be imported, or is not a method; or a
+            package's class has the name in records of another method.
     """
     if not target:
         raise ConfigError("method._target_: this setting is missing")
@@ -52,38 +55,64 @@ def find_method(target: str) -> type[MethodSettings]:
     reason = f"not in {' or '.join(TRUSTED)}, and no installed package registers it as an entry point of {ENTRY_POINTS}"
     try:
         found = import_target(target)
-    except Exception as error:  # a registered package may fail in any way
-        reason = f"cannot be imported ({' '.join(str(error).split()) or type(error).__name__})"
-    found = found or list_recorded_methods().get(target)
+    except (Exception, SystemExit) as error:  # a registered package may fail in any way
+        about = "the import ends the program" if isinstance(error, SystemExit) else " ".join(str(error).split())
+        reason = f"cannot be imported ({about or type(error).__name__})"
+    found = found or next(iter(list_recorded_methods().get(target, ())), None)
     if found is None:
         raise ConfigError(f"method._target_={target}: {reason}")
     if not is_method(found):
         raise ConfigError(f"method._target_={target}: not a method")
+    if not is_own(found):
+        check_recorded_name(target, found)
     return found
 
 
+def check_recorded_name(target: str, found: type[MethodSettings]) -> None:
+    """Refuse a method of a package that has the name in records of another method.
+
+    Raises:
+        ConfigError: There is another.
+    """
+    name = found.recorded_name()
+    for other in list_recorded_methods().get(name, ()):
+        if other is not found:
+            raise ConfigError(
+                f"method._target_={target}: recorded_as={name} is the name in records of "
+                f"{other.__module__}.{other.__qualname__} too; give one of them another"
+            )
+
+
 @lru_cache
-def list_recorded_methods() -> dict[str, type[MethodSettings]]:
-    """Return the methods by their names in records. Methods that cannot be read or imported are left out."""
+def list_recorded_methods() -> dict[str, list[type[MethodSettings]]]:
+    """Return the methods by their names in records, this project's first. Methods that fail to import are left out."""
     from mode.config.groups import list_members, read_group
 
-    classes = {}
+    classes: dict[type[MethodSettings], None] = {}
     for name in list_members("method"):
-        with suppress(Exception):  # reported only to a user who chooses this method
+        with suppress(Exception, SystemExit):  # reported only to a user who chooses this method
             found = import_target(str(read_group("method", name)["_target_"]))
             if is_method(found):
-                classes[found.recorded_name()] = found
-    return classes
+                classes[found] = None
+    named: dict[str, list[type[MethodSettings]]] = {}
+    for found in sorted(classes, key=is_own, reverse=True):
+        named.setdefault(found.recorded_name(), []).append(found)
+    return named
+
+
+def is_own(cls: type) -> bool:
+    """Say whether a class is this project's."""
+    return cls.__module__.startswith(TRUSTED)
 
 
 def import_target(target: str) -> object | None:
     """Return the object of an import path or an entry point; None if it is neither in this project nor registered."""
-    point = next((each for each in list_registered() if target in (each.name, each.value.replace(":", "."))), None)
-    if point is None and not target.startswith(TRUSTED):
-        return None
     module, _, name = target.rpartition(".")
-    found: object = point.load() if point else getattr(importlib.import_module(module), name)
-    return found
+    if target.startswith(TRUSTED):
+        found: object = getattr(importlib.import_module(module), name)
+        return found
+    point = next((each for each in list_registered() if target in (each.name, each.value.replace(":", "."))), None)
+    return point.load() if point else None
 
 
 def is_method(found: object) -> TypeGuard[type[MethodSettings]]:

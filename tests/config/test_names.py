@@ -10,7 +10,7 @@ import yaml
 
 from mode.config import identity
 from mode.config.check import check_run, field_names, from_yaml, to_yaml
-from mode.config.compose import compose, expand_sweep
+from mode.config.compose import compose, expand_sweep, format_value, parse_overrides, rename_overrides
 from mode.config.names import OLD_NAMES, RECORDED, record_names, rename_settings
 from mode.config.run import Run
 from mode.core.errors import ConfigError
@@ -116,6 +116,90 @@ def test_yaml_of_a_user_may_have_old_names(tmp_path: Path) -> None:
     path.write_text("# @package _global_\ntrain: {batch_sizes: 4}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"^train\.batch_sizes: no such setting; did you mean train\.batch\.size\?$"):
         compose(["experiment=older"], tmp_path)
+
+
+def write_experiments(folder: Path, **texts: str) -> Path:
+    """Write experiments of a user's own, and return the folder of configuration."""
+    for name, text in texts.items():
+        path = folder / "experiment" / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"# @package _global_\n{text}\n", encoding="utf-8")
+    return folder
+
+
+def test_of_two_files_the_later_wins_by_either_name(tmp_path: Path) -> None:
+    conf = write_experiments(
+        tmp_path,
+        older="defaults: [table1_smollm2, _self_]\ntrain: {accumulate: 8, documents: apart}",
+        newer="defaults: [older, _self_]\ntrain: {batch: {gradient_accumulation_steps: 16}}",
+        oldest="defaults: [newer, _self_]\ntrain: {accumulate: 32}",
+        both="train: {accumulate: 2, batch: {gradient_accumulation_steps: 4}}",
+    )
+    assert compose(["experiment=table1_smollm2"]).train.batch.gradient_accumulation_steps not in (8, 16, 32)
+    for name, steps in {"older": 8, "newer": 16, "oldest": 32}.items():
+        batch = compose([f"experiment={name}"], conf).train.batch
+        assert (batch.gradient_accumulation_steps, batch.intra_document_masking) == (steps, True)
+    with pytest.raises(ConfigError, match=r"^train\.accumulate=2: train\.batch\.gradient_accumulation_steps=4 is"):
+        compose(["experiment=both"], conf)
+
+
+def test_a_file_for_one_group_of_settings_may_have_old_names(tmp_path: Path) -> None:
+    conf = write_experiments(tmp_path, small="")
+    (conf / "experiment" / "small.yaml").write_text("# @package train\nbatch_size: 3\nlr: 0.5\n", encoding="utf-8")
+    train = compose(["experiment=small"], conf).train
+    assert (train.batch.size, train.lr) == (3, 0.5)
+
+
+def test_an_interpolation_may_have_an_old_name(tmp_path: Path) -> None:
+    conf = write_experiments(
+        tmp_path, one="train: {accumulate: '${train.batch_size}', examples: 5}\nseed: ${train.clip}"
+    )
+    run = compose(["experiment=one", "train.batch.size=6", "train.optim.max_grad_norm=2"], conf)
+    assert (run.train.batch.gradient_accumulation_steps, run.seed) == (6, 2)
+    run = compose(["seed=${train.batch_size}", "train={accumulate: '${ train.batch_size }'}", "train.batch_size=3"])
+    assert (run.seed, run.train.batch.gradient_accumulation_steps) == (3, 3)
+    assert rename_overrides([r"paths.runs='\${train.clip}'"]) == [r"paths.runs='\${train.clip}'"]
+
+
+def test_a_key_below_an_old_name_is_one_below_the_new_name(tmp_path: Path) -> None:
+    conf = write_experiments(tmp_path, replayed="train: {replay: {english: 0.1}}")
+    for name in ("train.replay.english", "train.batch.replay.english"):
+        assert compose(["experiment=replayed", f"{name}=0.3"], conf).train.batch.replay == {"english": 0.3}
+    assert (
+        compose(["train.memory.activation_checkpointing=auto", "train.memory.budget_gb=3"]).train.memory.budget_gb == 3
+    )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["train={batch_size: 4}", "train.batch.size=8"],
+        ["train.batch_size=4", "train={batch: {size: 8}}"],
+        ["train={batch_size: 4}", "train.batch={size: 8}"],
+        ["train.replay={english: 0.2}", "train.batch.replay.english=0.3"],
+        ["train.replay=null", "train.batch.replay={english: 0.3}"],
+        ["train.documents=joined", "train={batch: {intra_document_masking: true}}"],
+    ],
+)
+def test_groups_with_different_values_under_two_names_are_refused(given: list[str]) -> None:
+    for order in (given, given[::-1]):
+        with pytest.raises(ConfigError, match="is the same setting under its new name"):
+            compose(order)
+
+
+def test_groups_with_the_same_value_under_two_names_are_accepted() -> None:
+    assert compose(["train={batch_size: 4, documents: apart}", "train.batch={size: 4}"]).train.batch.size == 4
+    assert (
+        compose(["train={batch_size: 4}", "train.optim={max_grad_norm: 2}", "train.batch_size=5"]).train.batch.size == 5
+    )
+
+
+@pytest.mark.parametrize("text", ["null", "True", "false", "NaN", "inf", "1e3", "7", "none", "naïve", "a b", "${seed}"])
+def test_a_text_stays_a_text_when_an_override_is_rewritten(text: str) -> None:
+    (written,) = rename_overrides([f"train={{documents: apart, precision: '{text}'}}"])
+    (parsed,) = parse_overrides([written])
+    assert parsed.value == {"batch": {"intra_document_masking": True}, "precision": text}
+    assert parse_overrides([f"seed={format_value([text])}"])[0].value == [text]
 
 
 def test_a_run_that_an_earlier_version_saved_is_read() -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 
-from mode.config.groups import list_members
+from baselines.sft import SFT
+from mode.config import registry
+from mode.config.groups import list_members, read_group
+from mode.config.registry import find_method
+from mode.core.errors import ConfigError
+from mode.methods.pretrain import Pretrain
 from mode.records.record import read_records
 from tests.conftest import World
 
@@ -43,6 +50,27 @@ class Norms(Method):
         return model
 
 
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Twin(Norms):
+    """A method with the name in records of one of the project's."""
+
+    recorded_as: ClassVar[str] = "mode.pretrain.Pretrain"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Left(Norms):
+    """One of two methods with the same name in records."""
+
+    recorded_as: ClassVar[str] = "norms-pair"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Right(Norms):
+    """The other of two methods with the same name in records."""
+
+    recorded_as: ClassVar[str] = "norms-pair"
+
+
 class Plain:
     """A class that is not a method."""
 '''
@@ -50,6 +78,11 @@ FILES = {
     f"{PACKAGE}/__init__.py": "",
     f"{PACKAGE}/norms.py": NORMS,
     f"{PACKAGE}/unimportable.py": "raise RuntimeError('the library that it needs is too old')\n",
+    f"{PACKAGE}/leaving.py": "import sys\nsys.exit(0)\n",
+    f"{PACKAGE}/conf/method/leaving.yaml": f"_target_: {PACKAGE}.leaving.Norms\nlr: 1.0e-2\n",
+    f"{PACKAGE}/conf/method/twin.yaml": f"_target_: {PACKAGE}.norms.Twin\nlr: 1.0e-2\nscope: norm\n",
+    f"{PACKAGE}/conf/method/left.yaml": f"_target_: {PACKAGE}.norms.Left\nlr: 1.0e-2\nscope: norm\n",
+    f"{PACKAGE}/conf/method/right.yaml": f"_target_: {PACKAGE}.norms.Right\nlr: 1.0e-2\nscope: norm\n",
     f"{PACKAGE}/conf/method/norms_example.yaml": f"_target_: {PACKAGE}.norms.Norms\nlr: 1.0e-2\nscope: norm\n",
     f"{PACKAGE}/conf/method/by_name.yaml": "_target_: norms\nlr: 1.0e-2\nscope: norm\n",
     f"{PACKAGE}/conf/method/not_yaml.yaml": "lr: [\n",
@@ -59,6 +92,8 @@ FILES = {
     f"{PACKAGE}/conf/method/missing_class.yaml": f"_target_: {PACKAGE}.norms.Missing\nlr: 1.0e-2\n",
     f"{PACKAGE}/conf/method/not_a_method.yaml": f"_target_: {PACKAGE}.norms.Plain\nlr: 1.0e-2\n",
     f"{PACKAGE}/conf/method/unregistered.yaml": f"_target_: {PACKAGE}.trap.Norms\nlr: 1.0e-2\n",
+    f"{PACKAGE}/conf/method/sft.yaml": f"_target_: {PACKAGE}.norms.Norms\nlr: 1.0e-2\nscope: norm\n",
+    f"{PACKAGE}/conf/domain/code.yaml": "description: Another.\n",  # as above: the project's is read
     f"{PACKAGE}/trap.py": "from pathlib import Path\nPath(__file__).with_name('sprung').touch()\n",
     f"{PACKAGE}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: 1.0\n",
     f"{PACKAGE}-1.0.dist-info/entry_points.txt": dedent(
@@ -68,6 +103,11 @@ FILES = {
         unimportable = {PACKAGE}.unimportable:Norms
         missing_class = {PACKAGE}.norms:Missing
         not_a_method = {PACKAGE}.norms:Plain
+        leaving = {PACKAGE}.leaving:Norms
+        twin = {PACKAGE}.norms:Twin
+        left = {PACKAGE}.norms:Left
+        right = {PACKAGE}.norms:Right
+        baselines.sft.SFT = {PACKAGE}.norms:Norms
         """
     ),
 }
@@ -79,6 +119,10 @@ BROKEN = {
     "missing_class": f"{PACKAGE}.norms.Missing",
     "not_a_method": f"{PACKAGE}.norms.Plain",
     "unregistered": f"{PACKAGE}.trap.Norms",
+    "leaving": f"{PACKAGE}.leaving.Norms",
+    "twin": "mode.methods.pretrain.Pretrain",
+    "left": f"{PACKAGE}.norms.Right",
+    "right": f"{PACKAGE}.norms.Left",
 }
 """Methods that cannot be used, and what the message has to name."""
 
@@ -101,6 +145,43 @@ def run_python(site: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.fixture
+def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Install the package in this process."""
+    cached = (registry.list_registered, registry.list_registered_folders, registry.list_recorded_methods)
+    monkeypatch.syspath_prepend(str(site))
+    for function in cached:
+        function.cache_clear()
+    yield
+    monkeypatch.undo()
+    for function in cached:
+        function.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("installed")
+def test_it_replaces_no_class_of_the_project() -> None:
+    assert find_method("norms").recorded_name() == "norms-example"
+    assert find_method("baselines.sft.SFT") is SFT
+    assert find_method("mode.pretrain.Pretrain") is Pretrain  # by its name in records, which the package has taken
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("name", ["leaving", "twin", "left", "right"])
+def test_what_cannot_be_used_is_refused(name: str) -> None:
+    target = read_group("method", name)["_target_"]
+    with pytest.raises(ConfigError, match=rf"^method\._target_={re.escape(target)}: ") as caught:
+        find_method(target)
+    assert BROKEN[name] in str(caught.value)
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_name_in_records_of_two_methods_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^method\._target_=norms-pair: recorded_as=norms-pair "):
+        find_method("norms-pair")
+
+
 @pytest.mark.slow
 def test_it_is_listed_beside_the_projects_own_whatever_else_is_broken(site: Path) -> None:
     done = run_python(site, "-m", "cli", "show", "methods")
@@ -112,6 +193,7 @@ def test_it_is_listed_beside_the_projects_own_whatever_else_is_broken(site: Path
         assert lines[name].split(maxsplit=1)[1] == "Tune the norms alone."
     for name, named in BROKEN.items():
         assert named in lines[name]
+    assert lines["sft"].split(maxsplit=1)[1] != "Tune the norms alone."
     assert not (site / PACKAGE / "sprung").exists()  # what no entry point registers is not imported
 
 
