@@ -104,7 +104,7 @@ def garble(folder: Path) -> None:
 DAMAGES: dict[str, tuple[Any, str]] = {
     "truncated weights": (cut, "not a whole safetensors file"),
     "changed weights": (change_weights, "its weights changed since expert.json was written"),
-    "foreign weights": (foreign_weights, "not one that mode wrote"),
+    "foreign weights": (foreign_weights, "not written by mode"),
     "no weights": (no_weights, "no such file"),
     "garbled description": (garble, "no readable expert.json"),
     "a list": (lambda folder: (folder / "expert.json").write_text("[]", "utf-8"), "does not say its schema"),
