@@ -127,7 +127,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "indivisible": (("compose", "method.num_blocks=4"), ("method.num_blocks=4", "[1, 2, 3, 6]")),
     "uneven batches": (
         (*LORA, "train.batch.size=3", "train.batch.gradient_accumulation_steps=2"),
-        ("train.batch: size 3", "multiple of gradient_accumulation_steps 2"),
+        ("train.batch.size=3", "train.batch.gradient_accumulation_steps=2"),
     ),
     "no conf folder": ((*LORA, "--conf", "{root}/nowhere"), ("--conf", "nowhere")),
     "expert of two": (("train", "expert"), ("one domain", "['py', 'sums']", "--domain")),

@@ -56,14 +56,15 @@ for settings in json.loads(sys.argv[1]):
     rows = torch.randint(300, (8, 33), generator=torch.Generator().manual_seed(1))
     most = 0.01  # gradients are clipped
     rows[:, 5::9] = 0  # documents end
-    end = 0 if run.train.documents == "apart" else None
+    end = 0 if run.train.batch.intra_document_masking else None
     objective = Objective(alone, run.train, None, document_end=end)
-    forward_backward(objective, StepBatch(rows), run.train.accumulate * run.train.in_flight)
+    parts, parallelism = run.train.batch.gradient_accumulation_steps, run.train.parallelism
+    forward_backward(objective, StepBatch(rows), parts * parallelism.microbatches_in_flight)
     torch.nn.utils.clip_grad_norm_(trainable_parameters(alone).values(), most)
-    layout = MPMD(placed, torch.device("cpu"), run.train.in_flight, run.train.placement)
+    layout = MPMD(placed, torch.device("cpu"), parallelism.microbatches_in_flight, parallelism.placement)
     with layout.enter_step():
         objective = Objective(placed, run.train, None, layout.select_loss_rows, end)
-        forward_backward(objective, StepBatch(layout.select_rows(rows)), run.train.accumulate, slots=layout.slots)
+        forward_backward(objective, StepBatch(layout.select_rows(rows)), parts, slots=layout.slots)
     layout.clip_gradients(most)
     parameters = trainable_parameters(placed)
     found = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
