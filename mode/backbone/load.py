@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mode.config.backbone import Backbone
 from mode.core.errors import ConfigError
+from mode.core.files import digest_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,16 +84,8 @@ def fingerprint_weights(backbone: Backbone) -> str:
         raise ConfigError(f"backbone.path={backbone.path}: no .safetensors weights; other formats are not supported")
     total = hashlib.sha256()
     for path in [folder / "config.json", *weights]:
-        status = path.stat()
-        total.update(digest_file(path, status.st_size, status.st_mtime_ns))
+        total.update(bytes.fromhex(digest_file(path)))
     return total.hexdigest()[:16]
-
-
-@cache
-def digest_file(path: Path, size: int, modified: int) -> bytes:
-    """Return the sha256 of a file. The result is cached while the file's size and modification time stay the same."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def read_pretraining_data(backbone: Backbone) -> dict[str, str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from mode.core.errors import ConfigError
@@ -63,6 +65,25 @@ def write_atomic(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def digest_file(path: Path) -> str:
+    """Return the sha256 of a file in hexadecimal.
+
+    A file is read once per process: the digest is kept while the file's size and modification time stay the same.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    status = path.stat()
+    return digest_content(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def digest_content(path: Path, size: int, modified: int) -> str:
+    """Return the sha256 of a file that has this size and this modification time in nanoseconds."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folder(folder: Path, marker: str, write: Callable[[Path], None]) -> None:
