@@ -530,6 +530,7 @@ def test_completion_lists_a_group_from_its_folder() -> None:
     assert complete("method")("nothing") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
@@ -539,7 +540,7 @@ def test_completion_lists_a_group_from_its_folder() -> None:
         ("mode reproduce tab", "table1"),
     ],
 )
-@pytest.mark.parametrize("shell", ["zsh", pytest.param("bash", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shell", ["zsh", "bash"])
 def test_the_shell_completes(shell: str, typed: str, expected: str) -> None:
     words = {"_TYPER_COMPLETE_ARGS": typed} if shell == "zsh" else {"COMP_WORDS": typed.replace(" ", "\n")}
     words["COMP_CWORD"] = str(typed.count(" "))

@@ -516,6 +516,7 @@ def test_an_edited_number_fails_the_check(conf: Path, results: Path, suffix: str
     assert check_tables(results, ["tiny"], conf) == [path]
 
 
+@pytest.mark.slow
 def test_a_changed_or_lost_record_fails_the_check(conf: Path, results: Path) -> None:
     report("tiny", results, extra=conf)
     path = next((results / "records").glob("sft-*-s1-*.json"))
@@ -560,6 +561,7 @@ def test_gates_are_averaged_over_seeds_and_drawn_beside_the_table(conf: Path, tm
     assert (tmp_path / "tiny-gates.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_without_gates_no_heat_map_is_drawn(conf: Path, results: Path) -> None:
     report("tiny", results, extra=conf)
     assert not (results / "tiny-gates.png").exists()
