@@ -104,8 +104,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "domain named twice": ((*LORA, "-d", "py,py"), ("py", "twice")),
     "unknown table": (("reproduce", "tabel1"), ("table tabel1", "table1?")),
     "unknown suite": (
-        ("bench", "edgy"),
-        ("edgy: ", "branches, data, edge, eval", "edge?"),
+        ("bench", "infer"),
+        ("infer: ", "branches, data, eval", "inference?"),
     ),
     "unknown table to report": (("report", "tabel1"), ("table tabel1", "table1?")),
     "page and check": (("report", "--html", "--check"), ("--check", "--html")),

@@ -220,7 +220,7 @@ def test_a_stage_without_a_record_is_refused(conf: Path, records: list[Record]) 
         compile_table(load_table("tiny", conf), records[1:], [], conf)
 
 
-def test_only_records_under_one_sky_are_compared(conf: Path, records: list[Record]) -> None:
+def test_only_records_of_one_data_and_backbone_are_compared(conf: Path, records: list[Record]) -> None:
     strangers = [made(conf, "tiny", "sft", seed, (1.0, 1.0, 1.0), backbone="other") for seed in (0, 5)]
     compiled = compile_table(load_table("tiny", conf), [*strangers, *records], [], conf)
     assert sorted(compiled.line("sft").quality) == [0, 1, 2]

@@ -57,7 +57,7 @@ def test_losses_are_golden(world: World, name: str) -> None:
     record = execute(run_of(world, *LOSSES[name], *GOLDEN_SETTINGS))
     losses = [point["loss"] for point in record.happened["curve"]]
     golden = json.loads(GOLDEN.read_text())
-    same_conditions = golden["sky"] == [read_processor_name(), torch.__version__]
+    same_conditions = golden["conditions"] == [read_processor_name(), torch.__version__]
     expected = [float.fromhex(value) for value in golden[name]]
     # Full precision where the golden values were made; other processors and versions may sum in another order.
     assert losses == (expected if same_conditions else pytest.approx(expected, rel=1e-4))
