@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -379,9 +380,13 @@ def test_a_baseline_is_trained_once_unless_asked_again(world: World) -> None:
     (record,) = records(world)
     assert record.asked["method"]["_target_"] == "baselines.sft.SFT"
     assert f"run {record.id}: 4 steps" in first.stdout
-    for name, score in record.happened["scores"].items():
-        kind = "target" if name in ("py", "sums") else "retention"
-        assert f"  {name:<10} {kind:<10} accuracy {100 * score['accuracy']:.2f} %" in first.stdout
+    heads, *rows = [re.split(r"  +", line) for line in first.stdout.splitlines()[1:]]
+    assert heads[:3] == ["domain", "role", "accuracy %"]
+    assert {tuple(row[:2]): row[2].split()[0] for row in rows} == {
+        (name, "target" if name in ("py", "sums") else "retention"): f"{100 * score['accuracy']:.2f}"
+        for name, score in record.happened["scores"].items()
+    }
+    assert {len(row) for row in rows} == {len(heads)}
     made = path.stat().st_mtime_ns
     second = call(world, "train", "baseline", "sft")
     assert f"run {record.id} is done" in second.stdout
