@@ -272,7 +272,8 @@ class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         if own != {name: value.shape for name, value in tensors.items()}:
             raise ConfigError(f"{path}: its weights are not those of the experts and gates that config.json describes")
         model.load_state_dict(tensors, strict=False)
-        return model.to(options.get("dtype") or torch.float32).eval()
+        dtype = options.get("dtype")
+        return model.to(config.dtype or torch.float32 if dtype in (None, "auto") else dtype).eval()
 
 
 def make_modular(
