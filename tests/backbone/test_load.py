@@ -20,9 +20,10 @@ from mode.backbone.shape import read_shape
 from mode.backbone.tokenizer import load_tokenizer
 from mode.config.backbone import Backbone
 from mode.modular.model import MoDEForCausalLM, make_modular
+from tests.cli.test_cli import call, records
 from tests.conftest import World
 from tests.support.families import make_model
-from tests.support.refusals import refused
+from tests.support.refusals import check_refused, refused
 
 IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64]])
 
@@ -67,6 +68,19 @@ def test_a_missing_tensor_is_refused_and_not_drawn_at_random(folder: Path, capfd
     with refused(str(folder), "model.layers.1.mlp.down_proj.weight"):
         load_model(backbone(folder))
     assert capfd.readouterr().err == ""  # the library's own report would be many lines
+
+
+@pytest.mark.slow
+def test_a_run_on_a_damaged_backbone_ends_in_one_line_and_writes_nothing(world: World, folder: Path) -> None:
+    given = ("train", "baseline", "backbone", "backbone.name=copy", f"backbone.path={folder}")
+    change_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.down_proj.weight"))
+    check_refused(call(world, *given), "model.layers.1.mlp.down_proj.weight")
+    assert not list(world.root.glob("results/**/*.json"))
+    assert not list(world.root.glob("runs/*"))
+    shutil.copyfile(world.conf.parent / "pico" / WEIGHTS, folder / WEIGHTS)
+    assert call(world, *given).exit_code == 0
+    (record,) = records(world)
+    assert record.happened["parameters"]["added"] == 0
 
 
 def test_a_missing_head_is_refused_unless_it_is_tied(folder: Path) -> None:
