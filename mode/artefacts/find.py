@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mode.backbone.load import load_model, locate
+from mode.backbone.load import load_model, locate, read_settings, reporting_load_errors
 from mode.backbone.tokenizer import BackboneTokenizer, load_tokenizer
 from mode.config.backbone import Backbone
 from mode.config.check import from_yaml, replace_settings
@@ -60,28 +59,19 @@ def find_run(name: str, runs: Path) -> Run:
 
 
 def load_folder(folder: Path) -> PreTrainedModel:
-    """Load a saved model from its folder: a modular model, or any supported decoder.
+    """Load a saved model from its folder, in fp32: a modular model, or any supported decoder.
 
     Raises:
         ConfigError: The model is incomplete or not supported.
     """
-    try:
-        kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{folder / 'config.json'}: not readable as JSON settings") from error
-    if kind != "mode":
+    if read_settings(folder).get("model_type") != "mode":
         return load_model(Backbone(name=folder.name, path=str(folder))).eval()
-    from safetensors import SafetensorError
+    import torch
 
     from mode.modular.model import MoDEForCausalLM
 
-    try:
-        model: PreTrainedModel = MoDEForCausalLM.from_pretrained(folder).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{folder}: cannot load this model: {reason}") from error
+    with reporting_load_errors(f"{folder}: cannot load this model"):
+        model: PreTrainedModel = MoDEForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model
 
 

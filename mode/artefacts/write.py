@@ -10,11 +10,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mode.artefacts.reload import check_reload
 from mode.core.errors import ConfigError
 from mode.core.files import write_atomic
 
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "*.model")
-"""Patterns of the names of tokenizer files."""
+TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "added_tokens.json",
+    "*.model",
+    "chat_template.*",
+    "additional_chat_templates/*",
+)
+"""Patterns of the paths of tokenizer files."""
 
 
 CARD = """# {title}
@@ -22,8 +32,7 @@ CARD = """# {title}
 {what}
 
 ```python
-from mode.modular.model import MoDEForCausalLM  # registers the model with the Auto classes
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
@@ -31,10 +40,16 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 """
 
 
+REGISTER = "from mode.modular.model import MoDEForCausalLM  # registers the model with the Auto classes\n"
+"""Line in the card of a modular model."""
+
+
 def write_model(
     model: Any, place: Path, folder: Path, *, embed: bool, precision: str = "fp32", title: str = "Model"
 ) -> None:
     """Write a model, its tokenizer and a model card, atomically: the folder appears complete or not at all.
+
+    The written model is loaded in a new process first, and must have the logits of the given model.
 
     Args:
         model: The model; its weights are cast in place.
@@ -45,7 +60,8 @@ def write_model(
         title: Heading of the card.
 
     Raises:
-        ConfigError: The folder is not empty, its parent does not exist, or no class of transformers can load the model.
+        ConfigError: The folder is not empty, its parent does not exist, no class of transformers can load the model, or
+            the written model is another one once loaded.
     """
     import torch
 
@@ -59,10 +75,14 @@ def write_model(
         partial.mkdir()
         for pattern in TOKENIZER:
             for path in place.glob(pattern):
-                shutil.copyfile(path, partial / path.name)
+                target = partial / path.relative_to(place)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
         model.save_pretrained(partial, **({"embed": embed} if modular else {}))
-        text = CARD.format(title=title, what=describe_model(model, embed=embed), folder=folder.name)
+        what, imports = describe_model(model, embed=embed), REGISTER if modular else ""
+        text = CARD.format(title=title, what=what, imports=imports, folder=folder.name)
         write_atomic(partial / "README.md", text.encode())
+        check_reload(model, partial, folder)
         if folder.exists():
             folder.rmdir()
         os.replace(partial, folder)

@@ -8,6 +8,7 @@ from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
+from mode.backbone.load import REPORTING, check_loaded
 from mode.config.backbone import WheelModel
 from mode.core.errors import ConfigError
 from mode.core.files import make_folder
@@ -44,16 +45,19 @@ def convert(source: Path, target: Path) -> None:
 
     try:
         with redirect_stderr(StringIO()):  # hides a progress bar that has no option
-            model = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 source,
                 gguf_file="model.gguf",
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
+                attn_implementation=None,
                 trust_remote_code=False,
+                **REPORTING,
             )
     except ImportError as error:
         raise ConfigError("a GGUF backbone needs the gguf package: pip install 'mode-experts[gguf]'") from error
     except (OSError, ValueError, KeyError, struct.error) as error:
         raise ConfigError(f"cannot read the GGUF file: {str(error).strip().splitlines()[0]}") from error
+    check_loaded(model, report, "the GGUF file")
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source, gguf_file="model.gguf", trust_remote_code=False).save_pretrained(target)

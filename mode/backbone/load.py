@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mode.config.backbone import Backbone
 from mode.core.errors import ConfigError
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EMBEDDED = "embedded:"
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+"""Names of the files of a model's folder that `transformers` reads."""
+
+
+ADAPTER = "adapter_config.json"
+"""Name of the file that makes `transformers` apply an adapter to the weights beside it."""
 
 
 FAMILIES = (
@@ -62,7 +70,7 @@ def locate(backbone: Backbone) -> Path:
         raise ConfigError(f"backbone.path={backbone.path}: not a folder with a config.json")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(backbone.path, revision=backbone.revision, allow_patterns=patterns))
     except Exception as error:
@@ -76,16 +84,54 @@ def fingerprint_weights(backbone: Backbone) -> str:
     """Return a digest of a backbone's weight files and `config.json`, without loading the weights.
 
     Raises:
-        ConfigError: The folder has no safetensors weights.
+        ConfigError: The folder has no safetensors weights, or they are incomplete.
     """
     folder = locate(backbone)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ConfigError(f"backbone.path={backbone.path}: no .safetensors weights; other formats are not supported")
     total = hashlib.sha256()
-    for path in [folder / "config.json", *weights]:
+    for path in [folder / CONFIG, *list_weight_files(folder)]:
         total.update(bytes.fromhex(digest_file(path)))
     return total.hexdigest()[:16]
+
+
+def list_weight_files(folder: Path) -> list[Path]:
+    """Return the weight files that `transformers` reads from a model's folder, sorted by name.
+
+    Raises:
+        ConfigError: There are none, a shard is missing, or the folder makes `transformers` load other weights too.
+    """
+    if (folder / ADAPTER).exists():
+        raise ConfigError(
+            f"{folder}: {ADAPTER} is an adapter beside the weights, and transformers would apply it; "
+            "move the adapter to another folder, or merge it into the weights"
+        )
+    if read_settings(folder).get("transformers_weights") is not None or any(folder.glob("shard-*-model-*.safetensors")):
+        raise ConfigError(
+            f"{folder}: the weights are not in {WEIGHTS} or the shards of {INDEX}; save them with save_pretrained"
+        )
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).exists():
+        raise ConfigError(f"{folder}: no {WEIGHTS} and no {INDEX}; other formats of weights are not supported")
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
+        paths = [folder / name for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{folder / INDEX}: not a readable index of weight files") from error
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise ConfigError(f"{folder}: {missing[0]} is missing, which {INDEX} names; download the checkpoint again")
+    return paths
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the content of a model's `config.json`.
+
+    Raises:
+        ConfigError: It is not readable as JSON settings.
+    """
+    try:
+        return dict(json.loads((folder / CONFIG).read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{folder / CONFIG}: not readable as JSON settings in UTF-8") from error
 
 
 def read_pretraining_data(backbone: Backbone) -> dict[str, str]:
@@ -97,47 +143,120 @@ def read_pretraining_data(backbone: Backbone) -> dict[str, str]:
     return data
 
 
-def count_parameters(backbone: Backbone) -> int:
-    """Count a backbone's parameters from the headers of its weight files. Tied weights are stored and counted once."""
-    from safetensors import safe_open
+def read_config(backbone: Backbone) -> Any:
+    """Return the `transformers` configuration of a backbone. Code that the configuration names is not executed.
 
-    total = 0
-    for path in sorted(locate(backbone).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return total
+    Raises:
+        ConfigError: The configuration is invalid, or the architecture or the format of the weights is not supported.
+    """
+    from transformers import AutoConfig
+
+    folder = locate(backbone)
+    with reporting_load_errors(f"backbone {backbone.name}: cannot read {folder / CONFIG}"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.model_type not in FAMILIES:
+        raise ConfigError(
+            f"backbone {backbone.name}: architecture {config.model_type} is not supported; "
+            f"supported: {', '.join(FAMILIES)}"
+        )
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(
+            f"backbone {backbone.name}: {folder / CONFIG} has a quantization_config, and quantized weights are not "
+            "supported; use the checkpoint that they were made from"
+        )
+    return config
 
 
 def load_model(backbone: Backbone) -> PreTrainedModel:
     """Load a backbone in fp32. Only safetensors weights are read, and remote code is never executed.
 
     Raises:
-        ConfigError: The weights are missing or cannot be read, or the architecture is not supported.
+        ConfigError: The weights are missing, cannot be read or are not those that `config.json` describes, or the
+            architecture is not supported.
     """
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    folder = locate(backbone)
+    list_weight_files(folder)
+    config = read_config(backbone)
+    with reporting_load_errors(f"backbone {backbone.name}: cannot load {backbone.path}"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=None,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **REPORTING,
+        )
+    check_loaded(model, report, folder)
+    result: PreTrainedModel = model
+    return result
+
+
+REPORTING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""Options of `from_pretrained` that return a loading report instead of logging it."""
+
+
+def check_loaded(model: Any, report: Mapping[str, Any], folder: object) -> None:
+    """Refuse a model whose weight files do not have exactly the tensors that its configuration describes.
+
+    Buffers that `transformers` ignores are accepted, such as the attention masks in old files of GPT-2.
+
+    Args:
+        model: The loaded model.
+        report: Loading report of `from_pretrained`.
+        folder: Folder of the model, for messages.
+
+    Raises:
+        ConfigError: A tensor is missing, unexpected or of another shape, or tied weights differ.
+    """
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise ConfigError(
+            f"{folder}: {name} has shape {tuple(found)} in the weight files and {tuple(expected)} by {CONFIG}; "
+            "they belong to different models"
+        )
+    for key, problem in {
+        "missing_keys": "is missing from the weight files; download the checkpoint again",
+        "unexpected_keys": f"is in the weight files, but {CONFIG} describes no such tensor",
+    }.items():
+        names = sorted(report[key])
+        if names:
+            others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise ConfigError(f"{folder}: {names[0]}{others} {problem}")
+    head = model.get_output_embeddings()
+    if model.config.get_text_config().tie_word_embeddings and head.weight is not model.get_input_embeddings().weight:
+        raise ConfigError(
+            f"{folder}: {CONFIG} ties the head to the embeddings, but their weights differ; "
+            "set tie_word_embeddings to false there"
+        )
+
+
+@contextmanager
+def reporting_load_errors(problem: str) -> Iterator[None]:
+    """Turn every error of `transformers` into a `ConfigError` of one line, and silence its progress and warnings.
+
+    Args:
+        problem: Start of the message.
+
+    Raises:
+        ConfigError: The library raised an error.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    folder = locate(backbone)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if config.model_type not in FAMILIES:
-            raise ConfigError(
-                f"backbone {backbone.name}: architecture {config.model_type} is not supported; "
-                f"supported: {', '.join(FAMILIES)}"
-            )
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, ConfigError):
-            raise
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # a damaged folder raises errors of many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"backbone {backbone.name}: cannot load {backbone.path}: {reason}") from error
-    result: PreTrainedModel = model
-    return result
+        raise ConfigError(f"{problem}: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def fingerprint_model(model: nn.Module) -> str:

@@ -38,7 +38,7 @@ def write_random_model(weights: RandomWeights, folder: Path) -> None:
     config = make_config(weights)
     try:
         torch.manual_seed(weights.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=None)
     except (KeyError, TypeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"backbone.random.config: no causal LM for this configuration: {reason}") from error

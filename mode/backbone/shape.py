@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from mode.backbone.load import locate
+from mode.backbone.load import read_config, reporting_load_errors
 from mode.backbone.random_weights import make_config
 from mode.backbone.structure import find_layer_stack
 from mode.config.backbone import Backbone
@@ -205,14 +205,12 @@ def read_shape(backbone: Backbone) -> Shape:
         ConfigError: The backbone's folder cannot be located, or its configuration is invalid.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    if backbone.random is not None:  # `locate` would draw the weights
-        settings = make_config(backbone.random)
-    else:
-        settings = AutoConfig.from_pretrained(locate(backbone), trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings)
+    # `locate` would draw random weights
+    settings = read_config(backbone) if backbone.random is None else make_config(backbone.random)
+    with torch.device("meta"), reporting_load_errors(f"backbone {backbone.name}: no model of this configuration"):
+        model = AutoModelForCausalLM.from_config(settings, attn_implementation=None)
     trunk, name = find_layer_stack(model)
     config = model.config.get_text_config()
     return Shape(

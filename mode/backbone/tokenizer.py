@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mode.backbone.load import locate
+from mode.backbone.load import CONFIG, locate, read_settings
 from mode.config.backbone import Backbone
 from mode.core.errors import ConfigError
 
@@ -23,14 +23,16 @@ class BackboneTokenizer:
         backend: Tokenizer of the `tokenizers` library.
         eos_id: Id of the end-of-sequence token, which ends every document.
         vocab_size: Number of ids.
+        embeddings: Number of ids that the backbone has an embedding for.
         fingerprint: Digest of the serialised tokenizer.
     """
 
-    def __init__(self, backend: Any, eos_id: int | None) -> None:
+    def __init__(self, backend: Any, eos_id: int | None, embeddings: int | None = None) -> None:
         """Wrap a tokenizer of the `tokenizers` library, without truncation and padding.
 
         Raises:
-            ConfigError: The tokenizer has no end-of-sequence token.
+            ConfigError: The tokenizer has no end-of-sequence token, or the backbone lacks embeddings for its ids. Only
+                special tokens may lack one, such as the image token of Gemma 3, as long as no text contains them.
         """
         if eos_id is None:
             raise ConfigError("the tokenizer has no end-of-sequence token; every document must end with one")
@@ -39,11 +41,33 @@ class BackboneTokenizer:
         self.backend = backend
         self.eos_id = eos_id
         self.vocab_size = int(backend.get_vocab_size())
+        self.embeddings = self.vocab_size if embeddings is None else embeddings
         self.fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()[:16]
+        if self.vocab_size > self.embeddings:
+            added = backend.get_added_tokens_decoder()
+            needed = [number for number, token in added.items() if not token.special]
+            largest = max(eos_id, backend.get_vocab_size(with_added_tokens=False) - 1, *needed)
+            if largest >= self.embeddings:
+                raise ConfigError(
+                    f"the tokenizer has ids up to {largest}, and {CONFIG} has vocab_size {self.embeddings}: "
+                    "the tokenizer belongs to another model"
+                )
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Tokenise documents, without special tokens."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        """Tokenise documents, without special tokens.
+
+        Raises:
+            ConfigError: A document contains a token that the backbone has no embedding for.
+        """
+        documents = [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        if self.vocab_size > self.embeddings:
+            largest = max((number for ids in documents for number in ids), default=0)
+            if largest >= self.embeddings:
+                raise ConfigError(
+                    f"the text contains {self.backend.id_to_token(largest)}, token {largest}, "
+                    f"and the backbone has embeddings for {self.embeddings} tokens"
+                )
+        return documents
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids."""
@@ -54,23 +78,36 @@ def load_tokenizer(backbone: Backbone) -> BackboneTokenizer:
     """Load a backbone's tokenizer.
 
     Raises:
-        ConfigError: The tokenizer is missing, cannot be read, or has no end-of-sequence token.
+        ConfigError: The tokenizer is missing, cannot be read, has no end-of-sequence token, or does not fit the
+            backbone.
     """
-    from tokenizers import Tokenizer
-
     folder = locate(backbone)
+    settings = read_settings(folder)
     try:
-        if (folder / "tokenizer.json").exists():
-            backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            if backend.token_to_id(EOS) is not None:
-                return BackboneTokenizer(backend, backend.token_to_id(EOS))
-        from transformers import AutoTokenizer
-
-        auto = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        backend, eos_id = read_tokenizer(folder)
+        decoder = settings.get("decoder", settings)  # of a modular model
+        embeddings = decoder.get("vocab_size")
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"backbone {backbone.name}: no tokenizer at {backbone.path}: {reason}") from error
-    return BackboneTokenizer(auto.backend_tokenizer, auto.eos_token_id)
+    try:
+        return BackboneTokenizer(backend, eos_id, embeddings)
+    except ConfigError as error:
+        raise ConfigError(f"backbone {backbone.name}: {folder}: {error}") from error
+
+
+def read_tokenizer(folder: Path) -> tuple[Any, int | None]:
+    """Return the tokenizer in a folder, and the id of its end-of-sequence token if it has one."""
+    from tokenizers import Tokenizer
+
+    if (folder / "tokenizer.json").exists():
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        if backend.token_to_id(EOS) is not None:
+            return backend, backend.token_to_id(EOS)
+    from transformers import AutoTokenizer
+
+    auto = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return auto.backend_tokenizer, auto.eos_token_id
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> BackboneTokenizer:

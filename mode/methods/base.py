@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.load import count_parameters, fingerprint_weights, read_pretraining_data
+from mode.backbone.load import fingerprint_weights, read_pretraining_data
 from mode.backbone.shape import read_shape
 from mode.backbone.tokenizer import BackboneTokenizer, load_tokenizer
 from mode.config.base import STRICT, as_fraction
@@ -125,7 +125,7 @@ class Method(MethodSettings):
 
     def backbone_size(self, run: Run) -> int:
         """Return the number of parameters of the weights that the run starts from."""
-        return count_parameters(run.backbone)
+        return read_shape(run.backbone).parameters
 
     def artefacts(self, run: Run) -> dict[str, str]:
         """Return the digests of the run's input files other than data and backbone, which are part of its identity.

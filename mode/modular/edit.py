@@ -26,6 +26,7 @@ def extract_backbone(model: MoDEForCausalLM) -> PreTrainedModel:
     backbone: PreTrainedModel = model.backbone
     remove_head(backbone)
     backbone.config = trunk.config = model.config.decoder
+    backbone.generation_config = model.generation_config
     return backbone
 
 

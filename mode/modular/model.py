@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
-from mode.backbone.load import fingerprint_weights, load_model
+from mode.backbone.load import REPORTING, WEIGHTS, check_loaded, fingerprint_weights, list_weight_files, load_model
 from mode.backbone.shape import divide_layers
 from mode.backbone.structure import resize_cache_slots
 from mode.config.backbone import Backbone
@@ -57,7 +58,9 @@ class MoDEConfig(PreTrainedConfig):  # type: ignore[misc]  # the library is unty
         **options: Any,
     ) -> None:
         """Read a configuration; `decoder` may be a mapping, as it is in JSON."""
-        self.decoder = AutoConfig.for_model(**decoder) if isinstance(decoder, Mapping) else decoder
+        if isinstance(decoder, Mapping):
+            decoder = AutoConfig.for_model(**drop_attention(decoder))
+        self.decoder: Any = decoder
         self.num_blocks = num_blocks
         self.expert_layers = expert_layers
         self.experts = list(experts)
@@ -66,6 +69,11 @@ class MoDEConfig(PreTrainedConfig):  # type: ignore[misc]  # the library is unty
         self.backbone = dict(backbone or {})
         self.embedded = embedded
         super().__init__(**options)
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **options: Any) -> Any:
+        """Read a configuration from JSON. The caller chooses the attention; the file does not."""
+        return super().from_dict(drop_attention(config_dict), **options)
 
     @property
     def gates(self) -> GateSettings:
@@ -79,6 +87,11 @@ class MoDEConfig(PreTrainedConfig):  # type: ignore[misc]  # the library is unty
         layers = self.decoder.num_hidden_layers
         templates = plan_cache_slots(layers, self.num_blocks, len(self.experts), self.expert_layers, self.gates)
         return resize_cache_slots(self.decoder, templates)
+
+
+def drop_attention(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a `config.json` without its choice of attention, which may name code on the hub."""
+    return {name: value for name, value in settings.items() if name.lstrip("_") != "attn_implementation"}
 
 
 class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the library is untyped
@@ -117,11 +130,15 @@ class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         Raises:
             ConfigError: B does not divide L, or `copy` asks for more layers than a block has.
         """
+        attention = config._attn_implementation  # what the caller asks for, if anything, until the next line
         super().__init__(config)
         if backbone is None:
-            backbone = AutoModelForCausalLM.from_config(config.decoder)
+            backbone = AutoModelForCausalLM.from_config(
+                config.decoder, dtype=torch.get_default_dtype(), attn_implementation=attention
+            )
             init = "random"  # a block may have fewer layers than an expert, and saved weights replace these
         self.backbone = backbone
+        self.generation_config = backbone.generation_config
         self.blocks = insert_blocks(
             backbone,
             num_experts=len(config.experts),
@@ -212,6 +229,7 @@ class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         if not embed and not self.config.backbone:
             raise ConfigError("embed=False: the configuration does not say where the backbone comes from")
         self.config.embedded = embed
+        self.config.decoder.dtype = self.dtype
         if not embed:
             options["state_dict"] = self.own_state()
         super().save_pretrained(save_directory, *args, **options)
@@ -229,11 +247,17 @@ class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         """Load a saved model; its backbone comes from the same folder or from the source in the configuration.
 
         Raises:
-            ConfigError: The backbone cannot be loaded, is another one, or the weights do not fit it.
+            ConfigError: The backbone cannot be loaded, is another one, or the weights are not exactly those of the
+                model that the configuration describes.
         """
         config = options.pop("config", None) or MoDEConfig.from_pretrained(path)
+        if Path(path).is_dir():
+            list_weight_files(Path(path))
         if config.embedded:
-            return super().from_pretrained(path, *args, config=config, **options)
+            asks = options.pop("output_loading_info", False)
+            model, report = super().from_pretrained(path, *args, config=config, **{**options, **REPORTING})
+            check_loaded(model, report, path)
+            return (model, report) if asks else model
         about = dict(config.backbone)
         expected = about.pop("fingerprint")
         backbone = Backbone(**about)
@@ -243,11 +267,13 @@ class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
                 f"{path}: made for backbone {backbone.name} with weights {expected}; {backbone.path} has {found}"
             )
         model = cls(config, load_model(backbone))
-        tensors = load_file(str(cached_file(path, "model.safetensors")))
-        if set(tensors) != set(model.own_state()):
+        tensors = load_file(str(cached_file(path, WEIGHTS)))
+        own = {name: value.shape for name, value in model.own_state().items()}
+        if own != {name: value.shape for name, value in tensors.items()}:
             raise ConfigError(f"{path}: its weights are not those of the experts and gates that config.json describes")
         model.load_state_dict(tensors, strict=False)
-        return model.to(options.get("dtype") or torch.float32).eval()
+        dtype = options.get("dtype")
+        return model.to(config.dtype or torch.float32 if dtype in (None, "auto") else dtype).eval()
 
 
 def make_modular(

@@ -338,7 +338,7 @@ def test_a_damaged_model_folder_is_refused_in_one_line(world: World) -> None:
     for damage, message in {
         lambda: weights.write_bytes(content[:-100]): "cannot load this model",
         lambda: (whole / "config.json").write_text("{", "utf-8"): "not readable as JSON",
-        lambda: weights.unlink(): "cannot load this model",
+        lambda: weights.unlink(): "no model.safetensors",
     }.items():
         before = (whole / "config.json").read_text("utf-8")
         damage()

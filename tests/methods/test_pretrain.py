@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mode.backbone.load import count_parameters, fingerprint_model, fingerprint_weights, load_model, locate
+from mode.backbone.load import fingerprint_model, fingerprint_weights, load_model, locate
+from mode.backbone.shape import read_shape
 from mode.backbone.tokenizer import load_tokenizer
 from mode.config.backbone import Backbone
 from mode.config.check import replace_settings
@@ -102,7 +103,7 @@ def test_pretraining_never_sees_what_adaptation_trains_on(world: World) -> None:
 def test_loading_counts_and_fingerprints_without_loading(world: World, tmp_path: Path) -> None:
     backbone = Backbone(name="pico", path=str(world.conf.parent / "pico"))
     model = load_model(backbone)
-    assert count_parameters(backbone) == sum(parameter.numel() for parameter in model.parameters())
+    assert read_shape(backbone).parameters == sum(parameter.numel() for parameter in model.parameters())
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert fingerprint_model(model) == fingerprint_model(load_model(backbone))
     copied = tmp_path / "copied"
@@ -147,7 +148,7 @@ def test_other_formats_and_architectures_are_refused(world: World, tmp_path: Pat
     with refused("backbone b", "bert", "llama"):
         load_model(Backbone(name="b", path=str(tmp_path / "b")))
     (tmp_path / "b" / "model.safetensors").rename(tmp_path / "b" / "pytorch_model.bin")
-    with refused("backbone.path=", ".safetensors"):
+    with refused(str(tmp_path / "b"), "model.safetensors"):
         fingerprint_weights(Backbone(name="b", path=str(tmp_path / "b")))
 
 

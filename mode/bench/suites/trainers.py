@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mode.backbone.load import load_model, locate
+from mode.backbone.load import load_model, read_config
 from mode.bench.suites.setup import STEPS, count_weight_bytes
 from mode.bench.timing import synchronize
 
@@ -115,10 +115,8 @@ def supports_liger(run: Run) -> bool:
     """Return whether Liger is installed and has kernels for the family of a run's backbone."""
     if find_spec("liger_kernel") is None:
         return False
-    from transformers import AutoConfig
-
     known = import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
-    return AutoConfig.from_pretrained(locate(run.backbone)).model_type in known
+    return read_config(run.backbone).model_type in known
 
 
 def make_arguments(run: Run, precision: str, device: torch.device, folder: Path) -> dict[str, Any]:
