@@ -337,7 +337,7 @@ def make_folder(
             found = dict(adopted)
             with suppress(OSError):  # without the permission to write, every process adopts the folder anew
                 write_sealed(folder / index, found)
-        damage = f"{index} is missing or damaged" if found is None else find_damage(folder, found["files"])
+        damage = find_damage(folder, found["files"]) if found else f"{index} is missing or does not fit the files"
         if found is not None and damage is None:
             return found
         warn(f"{folder}: {damage}; the folder is made again")
