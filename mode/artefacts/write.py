@@ -12,7 +12,7 @@ from typing import Any
 
 from mode.artefacts.reload import check_reload
 from mode.core.errors import ConfigError
-from mode.core.files import write_atomic
+from mode.core.files import sync_files, write_atomic, write_partial
 
 TOKENIZER = (
     "tokenizer*",
@@ -61,17 +61,18 @@ def write_model(
 
     Raises:
         ConfigError: The folder is not empty, its parent does not exist, no class of transformers can load the model, or
-            the written model is another one once loaded.
+            the written model is another one once loaded, or the disk is full.
     """
     import torch
 
+    from mode.core.tensors import count_bytes
+
     check_vacant(folder)
     check_loads(model, title)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     modular = model.config.model_type == "mode"
-    try:
+    weights = model.own_state().values() if modular and not embed else model.parameters()
+    with write_partial(folder, count_bytes(weights)) as partial:
         partial.mkdir()
         for pattern in TOKENIZER:
             for path in place.glob(pattern):
@@ -85,9 +86,8 @@ def write_model(
         check_reload(model, partial, folder)
         if folder.exists():
             folder.rmdir()
+        sync_files(partial)
         os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_loads(model: Any, title: str) -> None:

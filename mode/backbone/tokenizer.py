@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mode.backbone.load import CONFIG, locate, read_settings
 from mode.config.backbone import Backbone
 from mode.core.errors import ConfigError
+from mode.core.files import remove, sync_files, write_partial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,13 +135,23 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> BackboneTokenizer:
 
 
 def save_backbone(model: PreTrainedModel, tokenizer: BackboneTokenizer, folder: Path) -> None:
-    """Write a backbone and its tokenizer to a folder that Hugging Face tools can load."""
+    """Write a backbone and its tokenizer to a folder that Hugging Face tools can load. An existing folder is replaced.
+
+    Raises:
+        ConfigError: The disk is full.
+    """
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    from mode.core.tensors import count_bytes
 
-    model.save_pretrained(folder)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, eos_token=EOS, bos_token=EOS)
-    wrapped.save_pretrained(folder)
-    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    logging.disable_progress_bar()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with write_partial(folder, count_bytes(model.parameters())) as partial:
+        model.save_pretrained(partial)
+        wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, eos_token=EOS, bos_token=EOS)
+        wrapped.save_pretrained(partial)
+        tokenizer.backend.save(str(partial / "tokenizer.json"))
+        sync_files(partial)
+        remove(folder)
+        os.replace(partial, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -12,6 +13,11 @@ class ConfigError(ValueError):
 
 class NothingError(ConfigError):
     """The input is valid, but nothing that it selects exists yet."""
+
+
+def warn(message: str) -> None:
+    """Print one line on stderr about something that was wrong and that the program put right."""
+    print(f"mode: {message}", file=sys.stderr)
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mode.core.errors import ConfigError
+from mode.core.files import sync_files, write_partial
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
@@ -27,16 +28,21 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     Raises:
         ConfigError: The file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(contiguous, temporary, metadata={"mode": json.dumps(metadata, sort_keys=True)})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with write_partial(path, count_bytes(contiguous.values())) as partial:
+            partial.mkdir()  # the library writes a temporary file beside the one that it is asked for
+            save_file(contiguous, partial / path.name, metadata={"mode": json.dumps(metadata, sort_keys=True)})
+            sync_files(partial)
+            os.replace(partial / path.name, path)
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path}: cannot be written ({error})") from error
+
+
+def count_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the total size of tensors in bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:

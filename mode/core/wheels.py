@@ -6,12 +6,12 @@ import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
 
 from mode.core.errors import ConfigError
+from mode.core.files import write_partial
 
 SAME_EVERYWHERE = [
     *("--python-version", "3.11", "--implementation", "cp", "--abi", "cp311", "--platform", "manylinux_2_28_x86_64")
@@ -35,9 +35,10 @@ def fetch_wheel(requirement: str, cache: Path) -> Path:
         return cached[0]
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *SAME_EVERYWHERE]
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as work:
+    with write_partial(folder, 0) as work:
+        work.mkdir()
         done = subprocess.run([*command, "--dest", work, requirement], capture_output=True, text=True, check=False)
-        fetched = sorted(Path(work).glob("*.whl"))
+        fetched = sorted(work.glob("*.whl"))
         if done.returncode or not fetched:
             reason = (done.stderr.strip().splitlines() or ["no such wheel"])[-1]
             raise ConfigError(f"cannot fetch {requirement} with pip: {reason}")

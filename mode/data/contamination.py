@@ -7,14 +7,15 @@ share together with the number of duplicates that were dropped.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mode.config.data import Split
-from mode.core.files import write_atomic
+from mode.core.errors import warn
+from mode.core.files import read_sealed, write_sealed
 from mode.data.pack import Packed, Tokens
 from mode.data.sources import digest_chunks
 
@@ -62,10 +63,22 @@ def measure_overlap(data: Packed, split: Split, others: Sequence[Packed], name: 
     """
     key = digest_chunks(part.encode() for part in (str(N), split, name, *(other.fingerprint for other in others)))[:16]
     path = data.folder / f"contamination-{key}.json"
-    if not path.exists():
+    content = read_sealed(path)
+    if content is None:
+        if path.exists() and not is_former_share(path):
+            warn(f"{path}: damaged; the share is measured again")
         texts = (other.split(name).tokens for other in others)
-        write_atomic(path, json.dumps(measure_seen_share(texts, data.split(split).tokens)).encode())
-    return float(json.loads(path.read_text("utf-8")))
+        content = {"share": measure_seen_share(texts, data.split(split).tokens)}
+        write_sealed(path, content)
+    return float(content["share"])
+
+
+def is_former_share(path: Path) -> bool:
+    """Return whether a file has a share that an earlier version wrote, as a number without a digest."""
+    try:
+        return 0.0 <= float(path.read_text("utf-8")) <= 1.0
+    except (OSError, ValueError):
+        return False
 
 
 def measure_seen_share(texts: Iterable[Tokens], scored: Tokens, n: int = N) -> float:

@@ -7,10 +7,9 @@ documents are stored beside the stream, so that standard errors can be clustered
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
-import shutil
-import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,11 +19,14 @@ from numpy.typing import NDArray
 
 from mode.config.data import Domain, Split
 from mode.core.errors import ConfigError
+from mode.core.files import describe_files, make_folder, reporting_full_disk, write_synced
 from mode.data.sources import describe_source, digest_chunks, read_documents
 from mode.data.split import SplitDocuments, split_documents
 
 FORMAT = 1
 """Version of the packed format. A new version makes old caches invalid."""
+META = "meta.json"
+"""Index of a prepared domain: its fingerprint, the size of every split, and the digests of all files."""
 Tokens = NDArray[np.uint16 | np.uint32]
 
 
@@ -77,17 +79,24 @@ class Packed:
         """Open a split without reading it into memory.
 
         Raises:
-            ConfigError: The domain has no such split.
+            ConfigError: The domain has no such split, or a file changed since the domain was prepared.
         """
         if name not in self.meta["splits"]:
             raise ConfigError(f"domain {self.name}: no {name} split; available: {', '.join(self.meta['splits'])}")
         info = self.meta["splits"][name]
+        for file in name_files(name):
+            path, expected = self.folder / file, self.meta["files"][file]["bytes"]
+            if not path.exists() or path.stat().st_size != expected:
+                raise ConfigError(f"{path}: changed since it was checked; repeat the command, which prepares it again")
         tokens = np.memmap(self.folder / f"{name}.bin", dtype=info["dtype"], mode="r")
         return PackedSplit(tokens, np.load(self.folder / f"{name}.starts.npy"), info["bytes"])
 
 
 def prepare_domain(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) -> Packed:
     """Return a prepared domain from the cache. The first use prepares it.
+
+    The sizes of the files are compared at every use, and their digests once per process. A damaged domain is reported
+    on stderr and prepared again.
 
     Args:
         name: Name of the domain.
@@ -96,22 +105,66 @@ def prepare_domain(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path)
         cache: Cache folder. The prepared domain is added to it atomically.
 
     Raises:
-        ConfigError: A source cannot be read, or a split is empty.
+        ConfigError: A source cannot be read, a split is empty, the disk is full, or a damaged domain cannot be
+            prepared again with the same content.
     """
     folder = locate_packed(name, domain, tokenizer, cache)
-    if not is_complete(folder):
-        documents = split_documents(read_documents(domain, cache), domain.splits)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
-        try:
-            write_packed(work, name, documents, tokenizer)
-            os.replace(work, folder)
-        except OSError:
-            if not is_complete(folder):  # otherwise another process prepared the same domain first
-                raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    return Packed(name=name, folder=folder, meta=json.loads((folder / "meta.json").read_text()))
+
+    def write(partial: Path) -> dict[str, Any]:
+        meta = write_packed(partial, name, split_documents(read_documents(domain, cache), domain.splits), tokenizer)
+        before = read_former_fingerprint(folder)
+        if before not in (None, meta["fingerprint"]):
+            raise ConfigError(
+                f"{folder}: damaged, and its fingerprint would be {meta['fingerprint']} instead of {before} if it were "
+                f"prepared again; remove the folder to accept that"
+            )
+        return meta
+
+    return Packed(name, folder, make_folder(folder, write, lambda old: adopt_packed(old, tokenizer), META))
+
+
+def name_files(split: str) -> tuple[str, str]:
+    """Return the names of a split's files: its tokens, and the offsets of its documents."""
+    return f"{split}.bin", f"{split}.starts.npy"
+
+
+def read_former_meta(folder: Path) -> dict[str, Any] | None:
+    """Return the `meta.json` of a domain that an earlier version prepared, without digests; else None."""
+    try:
+        meta = json.loads((folder / META).read_text("utf-8"))
+        return meta if isinstance(meta, dict) and "files" not in meta else None
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def read_former_fingerprint(folder: Path) -> str | None:
+    """Return the fingerprint of a domain that an earlier version prepared; else None."""
+    return (read_former_meta(folder) or {}).get("fingerprint")
+
+
+def adopt_packed(folder: Path, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """Return the index of a domain that an earlier version prepared, if the files still have its fingerprint."""
+    meta = read_former_meta(folder)
+    try:
+        if meta is None:
+            return None
+        streams = {
+            split: (np.fromfile(folder / f"{split}.bin", info["dtype"]), np.load(folder / f"{split}.starts.npy"))
+            for split, info in meta["splits"].items()
+        }
+        if digest_streams(streams, tokenizer) != meta["fingerprint"]:
+            return None
+    except (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError):
+        return None
+    return {**meta, "files": describe_files(folder, [file for split in streams for file in name_files(split)])}
+
+
+def digest_streams(streams: Mapping[str, tuple[Tokens, NDArray[np.int64]]], tokenizer: Tokenizer) -> str:
+    """Return the fingerprint of the tokens and the offsets of all splits, in order."""
+    total = hashlib.sha256(f"{FORMAT} {tokenizer.fingerprint}".encode())
+    for split, (stream, starts) in streams.items():
+        total.update(split.encode() + stream.astype("<u4").tobytes() + starts.tobytes())
+    return total.hexdigest()[:16]
 
 
 def locate_packed(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) -> Path:
@@ -121,7 +174,7 @@ def locate_packed(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) 
 
 def is_complete(folder: Path) -> bool:
     """Return whether a folder holds a complete prepared domain."""
-    return (folder / "meta.json").exists()
+    return (folder / META).exists()
 
 
 def make_state_key(domain: Domain, *more: str) -> str:
@@ -136,14 +189,14 @@ def make_state_key(domain: Domain, *more: str) -> str:
     return digest_chunks(part.encode() for part in (settings, *more, *states))[:16]
 
 
-def write_packed(folder: Path, name: str, divided: SplitDocuments, tokenizer: Tokenizer) -> None:
-    """Write the packed splits of a domain and `meta.json` to a folder.
+def write_packed(folder: Path, name: str, divided: SplitDocuments, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Write the packed splits of a domain to a folder, and return the content of its `meta.json`.
 
     Raises:
-        ConfigError: A split has no document.
+        ConfigError: A split has no document, or the disk is full.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    total = hashlib.sha256(f"{FORMAT} {tokenizer.fingerprint}".encode())
+    streams: dict[str, tuple[Tokens, NDArray[np.int64]]] = {}
     splits: dict[str, Any] = {}
     for split, documents in divided.documents.items():
         if not documents:
@@ -152,20 +205,22 @@ def write_packed(folder: Path, name: str, divided: SplitDocuments, tokenizer: To
             )
         pieces = [np.asarray([*ids, tokenizer.eos_id], dtype) for ids in tokenizer.encode(documents)]
         starts = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
-        stream = np.concatenate(pieces)
-        stream.tofile(folder / f"{split}.bin")
-        np.save(folder / f"{split}.starts.npy", starts)
-        total.update(split.encode() + stream.astype("<u4").tobytes() + starts.tobytes())
+        streams[split] = np.concatenate(pieces), starts
         splits[split] = {
             "documents": len(documents),
-            "tokens": len(stream),
+            "tokens": len(streams[split][0]),
             "bytes": sum(len(text.encode()) for text in documents),
             "dtype": dtype.name,
         }
-    meta = {
-        "fingerprint": total.hexdigest()[:16],
+    with reporting_full_disk(folder, sum(stream.nbytes + starts.nbytes for stream, starts in streams.values())):
+        for each, (stream, starts) in streams.items():
+            stored = io.BytesIO()
+            np.save(stored, starts)
+            for file, data in zip(name_files(each), (stream.data, stored.getbuffer()), strict=True):
+                write_synced(folder / file, data)
+    return {
+        "fingerprint": digest_streams(streams, tokenizer),
         "exact_duplicates_dropped": divided.exact_dropped,
         "near_duplicates_dropped": divided.near_dropped,
         "splits": splits,
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))

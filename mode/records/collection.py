@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from mode.core.errors import NothingError
+from mode.core.files import write_atomic
 from mode.records.measurement import Kind, read_measurement
 
 COLLECTIONS = {
@@ -73,7 +74,7 @@ class Collection(Generic[Kind]):
         texts = self.render(found)
         if write:
             for suffix, text in texts.items():
-                (results / f"{self.name}.{suffix}").write_text(text, encoding="utf-8")
+                write_atomic(results / f"{self.name}.{suffix}", text.encode())
             self.draw(found, results)
         return texts["md"], results / f"{self.name}.md"
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mode.core.errors import ConfigError, NothingError
+from mode.core.files import write_atomic
 from mode.records.record import read_records
 from mode.report.text import render_csv, render_latex, render_markdown
 from mode.tables.compile import TableData, compile_table
@@ -68,7 +69,7 @@ def report(
     if write is False or (write is None and is_drawn(figure, rendered, results / "records")):
         return render_markdown(compiled), base.with_suffix(".md")
     for path, text in rendered.items():
-        path.write_text(text, encoding="utf-8")
+        write_atomic(path, text.encode())
     if metrics:
         return render_markdown(compiled), base.with_suffix(".md")
     draw_figures(compiled, base)

@@ -105,9 +105,14 @@ def read_finished(prepared: Prepared) -> Record:
 
 
 def start_over(folder: Path) -> None:
-    """Remove checkpoints, curve and weights, once: if the new training is interrupted, it resumes as usual."""
+    """Remove checkpoints, curve and weights, once: if the new training is interrupted, it resumes as usual.
+
+    A damaged checkpoint, from which nothing can resume, is always removed.
+    """
+    from mode.train.checkpoint import find_checkpoint_damage
+
     marker = folder / AGAIN
-    if processes.is_main() and not marker.exists():
+    if processes.is_main() and (not marker.exists() or any(map(find_checkpoint_damage, list_checkpoints(folder)))):
         remove(*list_checkpoints(folder), folder / CURVE, folder / WEIGHTS)
         marker.touch()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +14,15 @@ from mode.backbone.load import load_model
 from mode.backbone.tokenizer import load_tokenizer
 from mode.config.backbone import Backbone
 from mode.config.method import Anchor
+from mode.core.files import make_folder, remove, reporting_full_disk, write_synced
 from mode.data.pack import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+ROWS = "rows.bin"
+"""File of the sampled tokens."""
+
 
 SEED = 20241014
 """Seed of the samples, which are the same for every run on a backbone."""
@@ -33,6 +37,8 @@ def load_or_sample_rows(
 ) -> Tokens:
     """Return a stream of rows sampled from a backbone, (rows * length,); sampled once, then read from the cache.
 
+    Damaged rows are reported on stderr and sampled again.
+
     Args:
         anchor: Number of rows, temperature and prompt.
         backbone: The backbone.
@@ -40,19 +46,37 @@ def load_or_sample_rows(
         length: Tokens per row.
         cache: Folder of prepared data.
         device: Device to sample on.
+
+    Raises:
+        ConfigError: The disk is full, or damaged rows would be others if they were sampled again.
     """
     asked = [SEED, fingerprint, length, anchor.rows, anchor.temperature, anchor.prompt]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-    path = cache / "sampled" / f"{backbone.name}-{key}.npy"
-    if not path.exists():
-        eos = load_tokenizer(backbone).eos_id
-        tokens = sample_rows(load_model(backbone).eval().to(device), anchor, length, eos)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.npy")
-        np.save(partial, tokens)
-        partial.replace(path)
-    stream: Tokens = np.load(path, mmap_mode="r")
+    folder = cache / "sampled" / f"{backbone.name}-{key}"
+    former = folder.with_suffix(".npy")
+
+    def write(partial: Path) -> dict[str, str]:
+        tokens = read_former_rows(former, anchor.rows * length)
+        if tokens is None:
+            eos = load_tokenizer(backbone).eos_id
+            tokens = sample_rows(load_model(backbone).eval().to(device), anchor, length, eos)
+        with reporting_full_disk(folder, tokens.nbytes):
+            write_synced(partial / ROWS, tokens.data)
+        return {}
+
+    make_folder(folder, write, lambda folder: None)
+    remove(former)
+    stream: Tokens = np.memmap(folder / ROWS, np.uint32, mode="r")
     return stream
+
+
+def read_former_rows(path: Path, count: int) -> Tokens | None:
+    """Return the rows that an earlier version stored as one file without a digest; None without a whole file."""
+    try:
+        tokens: Tokens = np.load(path)
+    except (OSError, EOFError, ValueError):
+        return None
+    return tokens if tokens.shape == (count,) and tokens.dtype == np.uint32 else None
 
 
 @torch.no_grad()

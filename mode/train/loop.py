@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +18,21 @@ from torch import Tensor, nn
 from mode.config.train import Train
 from mode.core import processes
 from mode.core.errors import ConfigError
-from mode.core.files import CURVE, list_checkpoints, write_atomic
+from mode.core.files import CURVE, list_checkpoints
 from mode.core.tensors import trainable_parameters
 from mode.data.batches import Batches
 from mode.distributed.choose import choose_layout
 from mode.ops.loss import logit_softcap, output_head, score_states
-from mode.train.checkpoint import Saver, check_checkpoint, load_checkpoint, read_counters, remove_stale
+from mode.train.checkpoint import (
+    Saver,
+    check_checkpoint,
+    damaged_error,
+    load_checkpoint,
+    read_counters,
+    remove_stale,
+)
 from mode.train.cuda_graph import capture_step
-from mode.train.curve import Point, compute_throughput, read_curve
+from mode.train.curve import Point, append_point, compute_throughput, is_whole, read_curve, write_curve
 from mode.train.objective import AnchorTerm, Objective
 from mode.train.optimizer import make_optimizer, schedule, set_learning_rates
 from mode.train.step_batch import StepBatch
@@ -151,8 +157,7 @@ def train(model: nn.Module, batches: Batches, job: TrainJob) -> Trained:
             point["seconds"] = round(seconds, 3)
             curve.append(point)
             if processes.is_main():
-                with job.curve.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(point) + "\n")
+                append_point(job.curve, point)
             if step % settings.checkpoint_every == 0 or last:
                 saver.save(job.folder, layout.find_local_parameters(), optimizer, step, point["seconds"])
             job.observe(point | {"tokens_per_second": compute_throughput(curve, settings)})
@@ -221,6 +226,9 @@ def resume(model: nn.Module, job: TrainJob) -> tuple[Path | None, int, float, li
     """Return the latest checkpoint, its step, its seconds of training, and the curve up to that step.
 
     Where no step is left, the checkpoint's weights are loaded into the model.
+
+    Raises:
+        ConfigError: The checkpoint or the curve is damaged, or belongs to another model.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     step, seconds, curve = 0, 0.0, []
@@ -228,10 +236,14 @@ def resume(model: nn.Module, job: TrainJob) -> tuple[Path | None, int, float, li
     if latest:
         check_checkpoint(latest, trainable_parameters(model))
         step, seconds = read_counters(latest)
-        if step >= job.steps:
-            load_checkpoint(latest, trainable_parameters(model))
         curve = [point for point in read_curve(job.curve) if point["step"] <= step]
+        if not is_whole(curve, step):
+            raise damaged_error(latest, f"the points of {job.curve} do not lead up to step {step}")
+        if step > job.steps:
+            raise damaged_error(latest, f"the run has only {job.steps} steps")
+        if step == job.steps:
+            load_checkpoint(latest, trainable_parameters(model))
     if processes.is_main():
         remove_stale(job.folder, latest)
-        write_atomic(job.curve, "".join(json.dumps(point) + "\n" for point in curve).encode())
+        write_curve(job.curve, curve)
     return latest, step, seconds, curve

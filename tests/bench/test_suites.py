@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mode.backbone.load import fingerprint_weights, load_model
+from mode.backbone.load import fingerprint_weights, load_model, locate
 from mode.bench.records import COLLECTION, FIGURES, render_section
 from mode.bench.suites.data import prepare_data
 from mode.bench.suites.evaluation import prepare_evaluation
@@ -88,6 +88,27 @@ def test_random_weights_follow_from_shape_and_seed(tmp_path: Path) -> None:
     assert hash(one) != hash(other)
     with refused("backbone.random.config"):
         load_model(random_backbone(tmp_path, model_type="no-model"))
+
+
+def test_damaged_random_weights_are_reported_and_drawn_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = locate(random_backbone(tmp_path))
+    before = fingerprint_weights(random_backbone(tmp_path))
+    (folder / "digests.json").unlink()  # as an earlier version wrote it
+    assert fingerprint_weights(random_backbone(tmp_path)) == before
+    assert capsys.readouterr().err == ""
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert fingerprint_weights(random_backbone(tmp_path)) == before
+    assert path.name in capsys.readouterr().err
+    path.write_bytes(content)
+    (folder / "digests.json").unlink()
+    (folder / "config.json").unlink()
+    assert fingerprint_weights(random_backbone(tmp_path)) == before
+    assert str(folder) in capsys.readouterr().err
 
 
 def test_random_weights_have_no_tokenizer_and_say_so_in_one_line(world: World) -> None:

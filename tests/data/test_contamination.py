@@ -63,6 +63,22 @@ def test_every_training_split_and_the_pretraining_are_compared_with_what_is_scor
     assert measure_contamination(packed, "test", known) == found  # from what was kept
 
 
+@pytest.mark.parametrize("content", ["", "{}", "not JSON", "0.25", '{"share": 0.25, "digest": "0"}'])
+def test_a_damaged_share_is_measured_again(
+    shared_world: World, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = compose([*shared_world.overrides, f"paths.cache={tmp_path}", "evaluate.domains=[py,sums]"], shared_world.conf)
+    packed = prepare_run(run).packed
+    first = measure_contamination(packed, "test", {})
+    (path, *_) = sorted(packed["py"].folder.glob("contamination-*.json"))
+    path.write_text(content, encoding="utf-8")
+    assert measure_contamination(packed, "test", {}) == first
+    # A number alone is what earlier versions wrote. It is measured again too, since nothing says that it is whole.
+    assert (str(path) in capsys.readouterr().err) is (content != "0.25")
+    assert measure_contamination(packed, "test", {}) == first
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("known", [{}, {"py": "another"}, {"nowhere": "else"}])
 def test_what_the_backbone_saw_is_not_known_where_it_is_not_here(world: World, known: dict[str, str]) -> None:
     packed = prepare_run(compose(world.overrides, world.conf)).packed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 from collections import Counter
 from dataclasses import replace
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from mode.config.data import Domain, FilesSource
+from mode.core.files import remove
 from mode.data import pack
 from mode.data.batches import Batches, Stream
 from mode.data.pack import prepare_domain
@@ -134,10 +137,11 @@ def test_another_process_that_finishes_first_is_tolerated(
 ) -> None:
     genuine = pack.write_packed
 
-    def overtaken(folder: Path, *arguments: Any) -> None:
-        genuine(folder, *arguments)
+    def overtaken(folder: Path, *arguments: Any) -> dict[str, Any]:
+        meta = genuine(folder, *arguments)
         monkeypatch.setattr(pack, "write_packed", genuine)
         prepare_domain("x", domain, Letters(), tmp_path)
+        return meta
 
     monkeypatch.setattr(pack, "write_packed", overtaken)
     packed = prepare_domain("x", domain, Letters(), tmp_path)
@@ -176,6 +180,115 @@ def test_dropped_duplicates_are_counted_in_the_description(domain: Domain, tmp_p
     packed = prepare_domain("x", domain, Letters(), tmp_path)
     assert packed.meta["exact_duplicates_dropped"] == 1
     assert packed.meta["near_duplicates_dropped"] == 0
+
+
+# --- damage
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["test.bin", "train.bin", "validation.starts.npy", "meta.json"])
+@pytest.mark.parametrize("damage", [zero, truncate, flip, Path.unlink])
+def test_a_damaged_domain_is_reported_and_prepared_again(
+    domain: Domain, tmp_path: Path, name: str, damage: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = prepare_domain("x", domain, Letters(), tmp_path)
+    whole = {path.name: path.read_bytes() for path in first.folder.iterdir()}
+    damage(first.folder / name)
+    second = prepare_domain("x", domain, Letters(), tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(first.folder) in line
+    assert name in line
+    assert second.meta == first.meta
+    assert {path.name: path.read_bytes() for path in second.folder.iterdir()} == whole
+    assert entries(tmp_path) == [first.folder.name]
+    prepare_domain("x", domain, Letters(), tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_file_that_is_damaged_after_the_check_is_refused(domain: Domain, tmp_path: Path) -> None:
+    packed = prepare_domain("x", domain, Letters(), tmp_path)
+    truncate(packed.folder / "test.bin")
+    with refused("test.bin"):
+        packed.split("test")
+    packed.split("train")
+
+
+def strip_digests(folder: Path) -> None:
+    """Turn the index of a domain into that of an earlier version, without digests."""
+    meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    kept = {key: value for key, value in meta.items() if key not in ("files", "digest")}
+    (folder / "meta.json").write_text(json.dumps(kept, indent=1), encoding="utf-8")
+
+
+def test_a_whole_domain_of_an_earlier_version_is_kept_and_gets_digests(
+    domain: Domain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, tokenizer = prepare_domain("x", domain, Letters(), tmp_path), Letters()
+    strip_digests(first.folder)
+    (first.folder / "contamination-0.json").write_text("0.5", encoding="utf-8")
+    second = prepare_domain("x", domain, tokenizer, tmp_path)
+    assert tokenizer.calls == 0
+    assert second.meta == first.meta
+    assert capsys.readouterr().err == ""
+    zero(first.folder / "test.bin")
+    assert prepare_domain("x", domain, tokenizer, tmp_path).meta == first.meta
+    assert "test.bin" in capsys.readouterr().err
+
+
+def test_a_damaged_domain_of_an_earlier_version_is_prepared_again(
+    domain: Domain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = prepare_domain("x", domain, Letters(), tmp_path)
+    strip_digests(first.folder)
+    zero(first.folder / "test.bin")
+    assert prepare_domain("x", domain, Letters(), tmp_path).meta == first.meta
+    assert str(first.folder) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("former", [False, True])
+def test_a_damaged_domain_that_would_be_another_one_is_refused(
+    domain: Domain, tmp_path: Path, former: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Other(Letters):
+        def encode(self, texts: list[str]) -> list[list[int]]:
+            return [[*ids, 1] for ids in super().encode(texts)]
+
+    first = prepare_domain("x", domain, Letters(), tmp_path)
+    if former:
+        strip_digests(first.folder)
+    zero(first.folder / "test.bin")
+    for _ in range(2):
+        with refused(str(first.folder), "remove the folder"):
+            prepare_domain("x", domain, Other(), tmp_path)
+    assert entries(tmp_path) == [first.folder.name]
+    remove(first.folder)
+    assert prepare_domain("x", domain, Other(), tmp_path).fingerprint != first.fingerprint
+
+
+def test_a_full_disk_is_reported_with_the_path_and_the_bytes(
+    domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with refused(f"{tmp_path}/packed/x-", "needed", "free", "No space left"):
+            prepare_domain("x", domain, Letters(), tmp_path)
+    assert entries(tmp_path) == []
 
 
 # --- batches

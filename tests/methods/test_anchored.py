@@ -18,6 +18,7 @@ from mode.config.backbone import Backbone
 from mode.config.compose import compose as compose_run
 from mode.config.method import Anchor, GateSettings
 from mode.config.run import Run
+from mode.core.files import remove
 from mode.data.batches import Batches, Stream
 from mode.methods.anchored import Adaptation
 from mode.modular.block import find_blocks
@@ -198,6 +199,32 @@ def test_rows_are_sampled_once_for_each_way_to_sample(world: World, tmp_path: Pa
         load_or_sample_rows(other, run.backbone, "weights", 16, tmp_path, device)
     load_or_sample_rows(anchor, run.backbone, "others", 16, tmp_path, device)
     assert len(list((tmp_path / "sampled").iterdir())) == 4
+
+
+def test_damaged_sampled_rows_are_reported_and_sampled_again(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, anchor = compose(world), Anchor(source="self", rows=4)
+
+    def load(fingerprint: str = "weights") -> Any:
+        return load_or_sample_rows(anchor, run.backbone, fingerprint, 16, tmp_path, torch.device("cpu"))
+
+    first = np.array(load())
+    (folder,) = (tmp_path / "sampled").iterdir()
+    (folder / "rows.bin").write_bytes(bytes(first.nbytes))
+    assert np.array_equal(load(), first)
+    assert "rows.bin" in capsys.readouterr().err
+    # Rows of an earlier version are kept: they are one file without a digest.
+    former = first[::-1].copy()
+    remove(folder)
+    np.save(folder.with_suffix(".npy"), former)
+    assert np.array_equal(load(), former)
+    assert np.array_equal(load(), former)
+    assert [path.name for path in (tmp_path / "sampled").iterdir()] == [folder.name]
+    # Once they are damaged, sampling gives other rows: nothing is replaced in silence.
+    (folder / "rows.bin").write_bytes(b"")
+    with refused(str(folder), "rows.bin", "remove the folder"):
+        load()
 
 
 @pytest.mark.parametrize(

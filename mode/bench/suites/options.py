@@ -93,5 +93,5 @@ def measure_checkpoint(step: Step, folder: Path) -> dict[str, int]:
     step()
     with Saver() as saver:
         saver.save(folder, trainable_parameters(step.model), step.optimizer, 1, 0.0)
-    size = sum(file.stat().st_size for file in checkpoint_folder(folder, 1).iterdir())
+    size = sum(file.stat().st_size for file in checkpoint_folder(folder, 1).glob("*.safetensors"))
     return {"weights that train, and their moments": 3 * step.bytes, "checkpoint": size}
