@@ -60,7 +60,7 @@ def write_model(
         title: Heading of the card.
 
     Raises:
-        ConfigError: The folder is not empty, its parent does not exist, no class of transformers can load the model, or
+        ConfigError: The folder is not empty, its parent does not exist, no class of transformers can load the model,
             the written model is another one once loaded, or the disk is full.
     """
     import torch
