@@ -46,6 +46,7 @@ def generate(
         from mode.evaluation.generate import generate as stream
         from mode.report.generated_text import Section, to_html
 
+        check_prompt(prompt)
         source = find_model(run, find_runs_folder(overrides, conf))
         names = list_branches(source)
         if not names and (gates or html):
@@ -55,8 +56,9 @@ def generate(
         pieces: list[Piece] = []
         cached = spread_branches(source.model, layout)
         sampling = Sampling(max_tokens, temperature, top_p, seed)
+        continuation = stream(source.model, source.tokenizer, prompt, sampling, cached=cached)
         print(prompt, end="")
-        for piece in stream(source.model, source.tokenizer, prompt, sampling, cached=cached):
+        for piece in continuation:
             pieces.append(piece)
             print(paint(piece.text, piece.branch) if gates else piece.text, end="", flush=True)
         print()
@@ -67,6 +69,21 @@ def generate(
         if html is not None:
             write_atomic(html, to_html(f"mode generate {run}", [Section("Text", prompt, pieces)], names).encode())
             print(f"wrote {html}", file=sys.stderr)
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse a prompt that the shell passed in another encoding than UTF-8.
+
+    Raises:
+        ConfigError: The prompt is not UTF-8.
+    """
+    from mode.core.errors import ConfigError
+
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        before = ascii(prompt[max(0, error.start - 20) : error.start])
+        raise ConfigError(f"PROMPT: not UTF-8 text after {before}; write the prompt in UTF-8") from None
 
 
 def spread_branches(model: Any, layout: str) -> bool:

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mode.backbone.tokenizer import BackboneTokenizer, save_bos
 from mode.core.errors import ConfigError
 from mode.core.files import write_atomic
 
@@ -32,7 +33,14 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 
 
 def write_model(
-    model: Any, place: Path, folder: Path, *, embed: bool, precision: str = "fp32", title: str = "Model"
+    model: Any,
+    place: Path,
+    folder: Path,
+    *,
+    embed: bool,
+    precision: str = "fp32",
+    title: str = "Model",
+    tokenizer: BackboneTokenizer | None = None,
 ) -> None:
     """Write a model, its tokenizer and a model card, atomically: the folder appears complete or not at all.
 
@@ -43,6 +51,8 @@ def write_model(
         embed: Whether the folder of a modular model includes the backbone's weights.
         precision: Precision of the weights: `fp32` or `bf16`.
         title: Heading of the card.
+        tokenizer: Tokenizer of the model. If the backbone's settings decide about the beginning-of-sequence token, the
+            written tokenizer does as they say.
 
     Raises:
         ConfigError: The folder is not empty, its parent does not exist, or no class of transformers can load the model.
@@ -60,6 +70,8 @@ def write_model(
         for pattern in TOKENIZER:
             for path in place.glob(pattern):
                 shutil.copyfile(path, partial / path.name)
+        if tokenizer is not None:
+            save_bos(tokenizer, partial)
         model.save_pretrained(partial, **({"embed": embed} if modular else {}))
         text = CARD.format(title=title, what=describe_model(model, embed=embed), folder=folder.name)
         write_atomic(partial / "README.md", text.encode())

@@ -1,7 +1,8 @@
 """Tokenise a domain once and pack each split into a memory-mapped array with a fingerprint.
 
-A split is one token stream: its documents in order, each followed by the end-of-sequence token. The offsets of the
-documents are stored beside the stream, so that standard errors can be clustered by document.
+A split is one token stream: its documents in order, each followed by the end-of-sequence token. If the backbone has a
+beginning-of-sequence token, every document begins with it. The offsets of the documents are stored beside the stream,
+so that standard errors can be clustered by document.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ class Tokenizer(Protocol):
     """The part of a tokenizer that packing uses."""
 
     eos_id: int
+    bos_id: int | None
     vocab_size: int
     fingerprint: str
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Tokenise documents, without special tokens."""
+        """Tokenise documents. Each begins with the beginning-of-sequence token if there is one."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,13 @@ class PackedSplit:
         tokens: Memory-mapped stream, (num_tokens,).
         starts: Offset of every document in the stream, then the length of the stream, (num_documents + 1,).
         num_bytes: Size of the documents in UTF-8 bytes.
+        bos: The token that begins every document; None if there is none.
     """
 
     tokens: Tokens
     starts: NDArray[np.int64]
     num_bytes: int
+    bos: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Packed:
             raise ConfigError(f"domain {self.name}: no {name} split; available: {', '.join(self.meta['splits'])}")
         info = self.meta["splits"][name]
         tokens = np.memmap(self.folder / f"{name}.bin", dtype=info["dtype"], mode="r")
-        return PackedSplit(tokens, np.load(self.folder / f"{name}.starts.npy"), info["bytes"])
+        return PackedSplit(tokens, np.load(self.folder / f"{name}.starts.npy"), info["bytes"], self.meta.get("bos"))
 
 
 def prepare_domain(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) -> Packed:
@@ -167,5 +171,6 @@ def write_packed(folder: Path, name: str, divided: SplitDocuments, tokenizer: To
         "exact_duplicates_dropped": divided.exact_dropped,
         "near_duplicates_dropped": divided.near_dropped,
         "splits": splits,
+        **({} if tokenizer.bos_id is None else {"bos": tokenizer.bos_id}),
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))

@@ -30,6 +30,9 @@ def evaluate(
 ) -> Score:
     """Score every token of a split but its first, each once.
 
+    If documents begin with a beginning-of-sequence token, that token is given and not scored, and every row begins with
+    it, in the place of the token before the row's first scored one.
+
     Rows are consecutive windows that overlap by one token, so the tokens scored do not depend on the method, and a
     token's context is at most the `sequence_length` tokens before it in the stream. The last, shorter row is padded;
     padding comes after the tokens that count and is not scored. Several processes share the rows.
@@ -55,6 +58,8 @@ def evaluate(
         stop = min(num_scored, start + tokens)
         stream = torch.from_numpy(np.asarray(split.tokens[start : stop + 1], np.int64)).to(device)
         inputs, targets = fold_rows(stream[:-1], sequence_length), fold_rows(stream[1:], sequence_length)
+        if split.bos is not None:
+            inputs = inputs.index_fill(1, torch.zeros(1, dtype=torch.long, device=device), split.bos)
         scores = score_tokens(model, inputs, targets, chunk, ranks=True)
         nll[start:stop] = scores.nll[: stop - start].double().cpu().numpy()
         hit[start:stop] = scores.hit[: stop - start].cpu().numpy()
@@ -86,6 +91,10 @@ def summarise(tokens: TokenValues, split: PackedSplit) -> Score:
     """
     # The stream's first token has no context and is not scored, so document 0 has one token fewer.
     edges = np.maximum(split.starts - 1, 0)
+    if split.bos is not None:
+        scored = np.asarray(split.tokens[1:]) != split.bos
+        edges = np.concatenate([[0], np.cumsum(scored)])[edges]
+        tokens = TokenValues(*(values[scored] for values in (tokens.nll, tokens.hit, tokens.rank)))
     counts = {"token": len(tokens.nll), "byte": split.num_bytes}
     numbers: dict[str, float] = {}
     sums: dict[str, tuple[float, ...]] = {}

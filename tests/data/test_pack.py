@@ -22,6 +22,7 @@ class Letters:
     """A tokenizer that gives one token a character."""
 
     eos_id = 0
+    bos_id: int | None = None
 
     def __init__(self, vocab_size: int = 300, fingerprint: str = "letters") -> None:
         """Set what packing asks of a tokenizer."""
@@ -82,6 +83,22 @@ def test_a_split_is_its_documents_each_closed_by_the_end_token(domain: Domain, t
         assert (info["documents"], info["tokens"]) == (len(documents), len(split.tokens))
         found += documents
     assert sorted(found) == sorted(f"document {number} of {number % 7}ü" for number in range(60))
+
+
+def test_every_document_begins_as_the_backbones_documents_do(domain: Domain, tmp_path: Path) -> None:
+    class Begun(Letters):
+        bos_id = 1
+
+        def encode(self, texts: list[str]) -> list[list[int]]:
+            return [[1, *ids] for ids in super().encode(texts)]
+
+    plain, begun = (prepare_domain("x", domain, made, tmp_path) for made in (Letters(), Begun(fingerprint="begun")))
+    for name in ("train", "validation", "test"):
+        split = begun.split(name)
+        assert (split.tokens[split.starts[:-1]] == 1).all()
+        assert np.array_equal(split.tokens[split.tokens != 1], plain.split(name).tokens)
+        assert (split.bos, plain.split(name).bos) == (1, None)
+        assert split.num_bytes == plain.split(name).num_bytes
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(300, np.uint16), (2**16, np.uint16), (2**16 + 1, np.uint32)])
