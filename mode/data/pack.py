@@ -26,6 +26,9 @@ from mode.data.split import SplitDocuments, split_documents
 
 FORMAT = 1
 """Version of the packed format. A new version makes old caches invalid."""
+PREPARATION = 1
+"""Version of the reading and splitting of documents. A new version prepares every domain again. Unlike `FORMAT`, it is
+not part of a fingerprint, so data that come out the same keep theirs."""
 Tokens = NDArray[np.uint16 | np.uint32]
 
 
@@ -135,7 +138,7 @@ def make_state_key(domain: Domain, *more: str) -> str:
         domain: Settings of the domain.
         more: Further parts of the key, such as a tokenizer's fingerprint.
     """
-    settings = json.dumps([FORMAT, asdict(domain)], sort_keys=True, default=str)
+    settings = json.dumps([FORMAT, PREPARATION, asdict(domain)], sort_keys=True, default=str)
     states = [describe_source(source) for source in domain.sources]
     return digest_chunks(part.encode() for part in (settings, *more, *states))[:16]
 
