@@ -29,6 +29,8 @@ FORMAT = 1
 PREPARATION = 1
 """Version of the reading and splitting of documents. A new version prepares every domain again. Unlike `FORMAT`, it is
 not part of a fingerprint, so data that come out the same keep theirs."""
+FEW = 5
+"""Smallest number of effective documents of a split that is scored without a warning."""
 Tokens = NDArray[np.uint16 | np.uint32]
 
 
@@ -59,6 +61,12 @@ class PackedSplit:
     starts: NDArray[np.int64]
     num_bytes: int
     bos: int | None = None
+
+    @property
+    def effective_documents(self) -> float:
+        """Number of equally long documents that would give as precise a score: (sum of lengths)² / sum of squares."""
+        lengths = np.diff(self.starts).astype(np.float64)
+        return float(lengths.sum() ** 2 / np.square(lengths).sum())
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,19 @@ class Packed:
         info = self.meta["splits"][name]
         tokens = np.memmap(self.folder / f"{name}.bin", dtype=info["dtype"], mode="r")
         return PackedSplit(tokens, np.load(self.folder / f"{name}.starts.npy"), info["bytes"], self.meta.get("bos"))
+
+
+def describe_small_splits(packed: Packed) -> list[str]:
+    """Return a warning for every scored split of a domain whose score would rest on fewer than `FEW` documents."""
+    warnings = []
+    for name in ("validation", "test"):
+        split = packed.split(name)
+        if split.effective_documents < FEW:
+            warnings.append(
+                f"domain {packed.name}: the {name} split has {len(split.starts) - 1} documents, by their lengths as "
+                f"precise as {split.effective_documents:.1f} equal ones; its scores depend on single documents"
+            )
+    return warnings
 
 
 def prepare_domain(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) -> Packed:
@@ -154,8 +175,10 @@ def write_packed(folder: Path, name: str, divided: SplitDocuments, tokenizer: To
     splits: dict[str, Any] = {}
     for split, documents in divided.documents.items():
         if not documents:
+            count = sum(map(len, divided.documents.values()))
             raise ConfigError(
-                f"domain {name}: no document fell into the {split} split; add documents or raise the split's share"
+                f"domain {name}: of {count} document{'s' * (count != 1)}, none fell into the {split} split; add "
+                f"documents, raise the split's share, or divide text files by `separator` in their source"
             )
         pieces = [np.asarray([*ids, tokenizer.eos_id], dtype) for ids in tokenizer.encode(documents)]
         starts = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)

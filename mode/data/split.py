@@ -23,8 +23,8 @@ SHINGLE = 5
 CHARACTERS = 8
 """Characters per shingle of a text with little white space."""
 LONG_WORDS = 16
-"""Characters per word, white space included, from which a text has shingles of characters. Documents of the project's own
-domains have at most 14.8."""
+"""Characters per word, white space included, from which a text has shingles of characters. Documents of the project's
+own domains have at most 14.8."""
 BANDS, ROWS = 16, 8
 """Documents of similarity s are compared with probability 1 - (1 - s^8)^16: 6 % at 0.5, 95 % at 0.8."""
 THRESHOLD = 0.8
@@ -116,11 +116,11 @@ def make_shingles(text: str) -> Iterator[str]:
 
     >>> list(make_shingles("a text of more words"))
     ['a text of more words']
-    >>> list(make_shingles("文字に空白がありません。"))[:2]
-    ['文字に空白があり', '字に空白がありま']
+    >>> list(make_shingles("文字と文字のあいだに空白がありません。"))[:2]
+    ['文字と文字のあい', '字と文字のあいだ']
     """
     words = text.split()
-    if len(text) >= LONG_WORDS * len(words) and len(text) > LONG_WORDS:
+    if len(text) >= LONG_WORDS * len(words):
         joined = "".join(words)
         return (joined[i : i + CHARACTERS] for i in range(max(1, len(joined) - CHARACTERS + 1)))
     return (" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1)))

@@ -14,8 +14,9 @@ import pytest
 from mode.config.data import Domain, FilesSource
 from mode.data import pack
 from mode.data.batches import Batches, Stream
-from mode.data.pack import prepare_domain
-from tests.support.refusals import refused
+from mode.data.pack import describe_small_splits, prepare_domain
+from mode.data.split import choose_split
+from tests.support.refusals import check_message, refused
 
 
 class Letters:
@@ -178,9 +179,29 @@ def test_an_empty_split_is_refused(domain: Domain, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.txt").write_text("the only document", encoding="utf-8")
     lonely = replace(domain, sources=(FilesSource(kind="files", paths=(str(tmp_path / "one"),)),))
-    with refused("domain x", "split"):
+    with refused("domain x", "1 document,", "split", "separator"):
         prepare_domain("x", lonely, Letters(), tmp_path)
     assert entries(tmp_path) == []
+
+
+def test_one_big_file_is_divided_by_a_separator(domain: Domain, tmp_path: Path) -> None:
+    (tmp_path / "big.txt").write_text("\n\n".join(f"document {number}" for number in range(60)), encoding="utf-8")
+    source = FilesSource(kind="files", paths=(str(tmp_path / "big.txt"),), separator="\n\n")
+    packed = prepare_domain("x", replace(domain, sources=(source,)), Letters(), tmp_path)
+    assert sum(split["documents"] for split in packed.meta["splits"].values()) == 60
+
+
+def test_few_effective_documents_are_warned_of(domain: Domain, tmp_path: Path) -> None:
+    packed = prepare_domain("x", domain, Letters(), tmp_path)
+    assert packed.split("test").effective_documents == pytest.approx(
+        packed.meta["splits"]["test"]["documents"], rel=0.05
+    )
+    assert describe_small_splits(packed) == []
+    number = next(n for n in range(99) if choose_split("long " * 4000 + str(n), domain.splits) == "test")
+    (tmp_path / "text" / "long.txt").write_text("long " * 4000 + str(number), encoding="utf-8")
+    packed = prepare_domain("x", domain, Letters(), tmp_path)
+    (warning,) = describe_small_splits(packed)
+    check_message(warning, "domain x", "test split", f"{packed.meta['splits']['test']['documents']} documents", "1.0")
 
 
 def test_a_split_that_a_domain_lacks_is_refused_with_those_it_has(domain: Domain, tmp_path: Path) -> None:
