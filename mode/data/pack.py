@@ -108,8 +108,8 @@ def describe_small_splits(packed: Packed) -> list[str]:
         split = packed.split(name)
         if split.effective_documents < FEW:
             warnings.append(
-                f"domain {packed.name}: the {name} split has {len(split.starts) - 1} documents, by their lengths as "
-                f"precise as {split.effective_documents:.1f} equal ones; its scores depend on single documents"
+                f"domain {packed.name}: the {name} split has {split.effective_documents:.2f} effective documents "
+                f"({len(split.starts) - 1}, weighted by length), so single documents decide its scores; add documents"
             )
     return warnings
 

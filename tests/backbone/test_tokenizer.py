@@ -99,4 +99,4 @@ def test_settings_that_cannot_be_read_are_refused(tmp_path: Path, text: str) -> 
 
 def test_a_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     with refused("UTF-8"):
-        load(write(tmp_path)).encode(["a", "caf\udcff"])
+        load(write(tmp_path)).encode(["a", "ros\udcff"])

@@ -201,7 +201,7 @@ def test_few_effective_documents_are_warned_of(domain: Domain, tmp_path: Path) -
     (tmp_path / "text" / "long.txt").write_text("long " * 4000 + str(number), encoding="utf-8")
     packed = prepare_domain("x", domain, Letters(), tmp_path)
     (warning,) = describe_small_splits(packed)
-    check_message(warning, "domain x", "test split", f"{packed.meta['splits']['test']['documents']} documents", "1.0")
+    check_message(warning, "domain x", "test split", "1.0", f"({packed.meta['splits']['test']['documents']},")
 
 
 def test_a_split_that_a_domain_lacks_is_refused_with_those_it_has(domain: Domain, tmp_path: Path) -> None:

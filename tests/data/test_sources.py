@@ -154,7 +154,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, compression: str) -> None:
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.txt.gz"])
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
 def test_text_in_another_encoding_is_refused_with_its_file(tmp_path: Path, name: str, encoding: str) -> None:
-    data = "a caf\xe9\n".encode(encoding)
+    data = "a ros\xe9\n".encode(encoding)
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     with refused(str(tmp_path / name), "UTF-8", "LATIN1" if encoding == "latin-1" else "UTF-16"):
         read(files(tmp_path / name))

@@ -178,7 +178,7 @@ def test_the_command_prints_the_text_with_its_spaces(tmp_path: Path) -> None:
 
 def test_a_prompt_that_is_not_utf8_is_refused_before_anything_is_printed(tmp_path: Path) -> None:
     write_continuation(tmp_path, "hello", " world")
-    result = CliRunner().invoke(app, ["generate", str(tmp_path), os.fsdecode(b"caf\xff e"), "--max-tokens", "3"])
+    result = CliRunner().invoke(app, ["generate", str(tmp_path), os.fsdecode(b"ros\xff e"), "--max-tokens", "3"])
     check_refused(result, "PROMPT", "UTF-8")
     assert result.stdout == ""
 
