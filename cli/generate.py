@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,15 +54,10 @@ def generate(
             raise ConfigError(f"{run}: has no gates to show: only MoDE models have gates")
         if html is not None and not html.parent.is_dir():
             raise ConfigError(f"--html {html}: no folder {html.parent}")
-        pieces: list[Piece] = []
-        cached = spread_branches(source.model, layout)
-        sampling = Sampling(max_tokens, temperature, top_p, seed)
+        sampling, cached = Sampling(max_tokens, temperature, top_p, seed), spread_branches(source.model, layout)
         continuation = stream(source.model, source.tokenizer, prompt, sampling, cached=cached)
         print(prompt, end="")
-        for piece in continuation:
-            pieces.append(piece)
-            print(paint(piece.text, piece.branch) if gates else piece.text, end="", flush=True)
-        print()
+        pieces = print_pieces(continuation, gates=gates)
         if gates:
             print("branches: " + " ".join(paint(name, number) for number, name in enumerate(names)))
             for name, share in compute_shares(pieces, names).items():
@@ -69,6 +65,16 @@ def generate(
         if html is not None:
             write_atomic(html, to_html(f"mode generate {run}", [Section("Text", prompt, pieces)], names).encode())
             print(f"wrote {html}", file=sys.stderr)
+
+
+def print_pieces(continuation: Iterable[Piece], *, gates: bool) -> list[Piece]:
+    """Print tokens as they are generated, painted by branch with `gates`, and return them."""
+    pieces = []
+    for piece in continuation:
+        pieces.append(piece)
+        print(paint(piece.text, piece.branch) if gates else piece.text, end="", flush=True)
+    print()
+    return pieces
 
 
 def check_prompt(prompt: str) -> None:
