@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ def show(overrides: Overrides = None, domain: DomainOption = None, conf: ConfOpt
     """
     with reporting_errors():
         from mode.data.contamination import measure_contamination
+        from mode.data.pack import describe_small_splits
 
         domains, pretraining = prepare_domains(overrides or [], domain, conf)
         overlap = measure_contamination({packed.name: packed for packed, _ in domains}, "test", pretraining)
@@ -54,6 +56,8 @@ def show(overrides: Overrides = None, domain: DomainOption = None, conf: ConfOpt
             for name, split in meta["splits"].items():
                 documents, tokens, size = split["documents"], split["tokens"], split["bytes"]
                 print(f"  {name:<12} {documents:>10,} {tokens:>12,} {size:>12,} {size / tokens:>12.2f}")
+            for warning in describe_small_splits(packed):
+                print(f"mode: warning: {warning}", file=sys.stderr)
 
 
 def format_percent(share: float | None) -> str:

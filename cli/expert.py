@@ -145,6 +145,6 @@ def write(model: object, source: FoundModel, folder: Path, *, embed: bool, preci
     from mode.artefacts.write import write_model
 
     title = source.run.track.name or type(source.run.method).__name__ if source.run else folder.name
-    write_model(model, source.place, folder, embed=embed, precision=precision, title=title)
+    write_model(model, source.place, folder, embed=embed, precision=precision, title=title, tokenizer=source.tokenizer)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"wrote {folder}: {size / 1e6:.1f} MB")

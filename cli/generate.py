@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,20 +47,17 @@ def generate(
         from mode.evaluation.generate import generate as stream
         from mode.report.generated_text import Section, to_html
 
+        check_prompt(prompt)
         source = find_model(run, find_runs_folder(overrides, conf))
         names = list_branches(source)
         if not names and (gates or html):
             raise ConfigError(f"{run}: has no gates to show: only MoDE models have gates")
         if html is not None and not html.parent.is_dir():
             raise ConfigError(f"--html {html}: no folder {html.parent}")
-        pieces: list[Piece] = []
-        cached = spread_branches(source.model, layout)
-        sampling = Sampling(max_tokens, temperature, top_p, seed)
+        sampling, cached = Sampling(max_tokens, temperature, top_p, seed), spread_branches(source.model, layout)
+        continuation = stream(source.model, source.tokenizer, prompt, sampling, cached=cached)
         print(prompt, end="")
-        for piece in stream(source.model, source.tokenizer, prompt, sampling, cached=cached):
-            pieces.append(piece)
-            print(paint(piece.text, piece.branch) if gates else piece.text, end="", flush=True)
-        print()
+        pieces = print_pieces(continuation, gates=gates)
         if gates:
             print("branches: " + " ".join(paint(name, number) for number, name in enumerate(names)))
             for name, share in compute_shares(pieces, names).items():
@@ -67,6 +65,31 @@ def generate(
         if html is not None:
             write_atomic(html, to_html(f"mode generate {run}", [Section("Text", prompt, pieces)], names).encode())
             print(f"wrote {html}", file=sys.stderr)
+
+
+def print_pieces(continuation: Iterable[Piece], *, gates: bool) -> list[Piece]:
+    """Print tokens as they are generated, painted by branch with `gates`, and return them."""
+    pieces = []
+    for piece in continuation:
+        pieces.append(piece)
+        print(paint(piece.text, piece.branch) if gates else piece.text, end="", flush=True)
+    print()
+    return pieces
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse a prompt that the shell passed in another encoding than UTF-8.
+
+    Raises:
+        ConfigError: The prompt is not UTF-8.
+    """
+    from mode.core.errors import ConfigError
+
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        before = ascii(prompt[max(0, error.start - 20) : error.start])
+        raise ConfigError(f"PROMPT: not UTF-8 text after {before}; write the prompt in UTF-8") from None
 
 
 def spread_branches(model: Any, layout: str) -> bool:

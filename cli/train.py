@@ -213,6 +213,7 @@ def execute_all(runs: Sequence[Run]) -> None:
         outcome = run_all(runs, jobs=1, display=display)
     for run in runs:
         prepared = prepare_run(run)
+        warn_of_small_splits(prepared)
         record = find_finished(prepared)
         if record is not None:
             print(f"run {record.id}: lr {run.lr:g}, seed {run.seed}; {prepared.folder}")
@@ -232,6 +233,7 @@ def execute(run: Run, *, again: bool) -> None:
 
     prepared = prepare_run(run)
     record = find_finished(prepared)
+    warn_of_small_splits(prepared)
     trains = prepared.method.steps(run) > 0
     if record is not None and not again and (has_weights(prepared) or not trains):
         where = f"; weights in {prepared.folder}" if trains else ""
@@ -255,6 +257,16 @@ def execute(run: Run, *, again: bool) -> None:
     outcome = record.outcome
     print(f"run {record.id}: {outcome.steps} steps, {outcome.seconds:.0f} s; {prepared.folder}")
     print_scores(outcome.scores, record.request.targets)
+
+
+def warn_of_small_splits(prepared: Prepared) -> None:
+    """Print a warning on stderr for every scored split that has few effective documents."""
+    from mode.core import processes
+    from mode.data.pack import describe_small_splits
+
+    for packed in prepared.packed.values():
+        for warning in describe_small_splits(packed) if processes.is_main() else ():
+            print(f"mode: warning: {warning}", file=sys.stderr)
 
 
 def print_scores(scores: Mapping[str, Score], targets: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mode.artefacts.reload import check_reload
+from mode.backbone.tokenizer import BackboneTokenizer, save_bos
 from mode.core.errors import ConfigError
 from mode.core.files import sync_files, write_atomic, write_partial
 
@@ -45,7 +46,14 @@ REGISTER = "from mode.modular.model import MoDEForCausalLM  # registers the mode
 
 
 def write_model(
-    model: Any, place: Path, folder: Path, *, embed: bool, precision: str = "fp32", title: str = "Model"
+    model: Any,
+    place: Path,
+    folder: Path,
+    *,
+    embed: bool,
+    precision: str = "fp32",
+    title: str = "Model",
+    tokenizer: BackboneTokenizer | None = None,
 ) -> None:
     """Write a model, its tokenizer and a model card, atomically: the folder appears complete or not at all.
 
@@ -58,6 +66,8 @@ def write_model(
         embed: Whether the folder of a modular model includes the backbone's weights.
         precision: Precision of the weights: `fp32` or `bf16`.
         title: Heading of the card.
+        tokenizer: Tokenizer of the model. If the backbone's settings decide about the beginning-of-sequence token, the
+            written tokenizer does as they say.
 
     Raises:
         ConfigError: The folder is not empty, its parent does not exist, no class of transformers can load the model,
@@ -79,6 +89,8 @@ def write_model(
                 target = partial / path.relative_to(place)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
+        if tokenizer is not None:
+            save_bos(tokenizer, partial)
         model.save_pretrained(partial, **({"embed": embed} if modular else {}))
         what, imports = describe_model(model, embed=embed), REGISTER if modular else ""
         text = CARD.format(title=title, what=what, imports=imports, folder=folder.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -54,6 +54,8 @@ class Backbone:
         wheel: The wheel with the model, if any.
         random: The shape of the model, for random weights.
         num_blocks: Default number of MoDE's blocks. It divides the number of layers.
+        bos: Whether documents, prompts and evaluation windows begin with the beginning-of-sequence token. `auto`: if
+            the tokenizer itself prepends it.
     """
 
     name: str
@@ -62,3 +64,4 @@ class Backbone:
     wheel: WheelModel | None = None
     random: RandomWeights | None = None
     num_blocks: Annotated[int, Field(gt=0)] = 6
+    bos: Literal[True, False, "auto"] = "auto"

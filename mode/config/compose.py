@@ -120,7 +120,11 @@ def register_source() -> str:
             return "renamed"
 
         def load_config(self, config_path: str) -> ConfigResult:
-            result = super().load_config(config_path)
+            try:
+                result = super().load_config(config_path)
+            except UnicodeDecodeError as error:
+                path = Path(self.path) / self._normalize_file_name(config_path)
+                raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
             if isinstance(result.config, DictConfig):
                 package = result.header.get("package") or config_path.rpartition("/")[0].replace("/", ".")
                 plain: Any = OmegaConf.to_container(result.config, resolve=False)

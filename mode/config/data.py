@@ -101,17 +101,19 @@ class HubSource:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class FilesSource:
-    """The user's own text, .jsonl or .parquet files.
+    """The user's own files.
 
     Attributes:
-        paths: Files, folders or glob patterns. Files with suffix .jsonl or .parquet have one document per row; every
-            other file is one document.
-        column: Column that holds the text of a .jsonl or .parquet row.
+        paths: Files, folders or glob patterns. Files with suffix .jsonl, .ndjson, .json, .csv, .tsv or .parquet have
+            one document per row; every other file is a text. Files with a further suffix .gz or .zst are decompressed.
+        column: Column that holds the text of a row.
+        separator: Text between the documents of a text file, such as a blank line; by default, a file is one document.
     """
 
     kind: Literal["files"]
     paths: Annotated[tuple[str, ...], Field(min_length=1)]
     column: str = "text"
+    separator: Annotated[str, Field(min_length=1)] | None = None
 
 
 Source = Annotated[StdlibSource | WheelSource | GeneratorSource | HubSource | FilesSource, Field(discriminator="kind")]

@@ -76,6 +76,8 @@ def read_group(group: str, name: str, extra: Path | None = None) -> dict[str, An
                     data = yaml.safe_load(file) or {}
             except yaml.YAMLError as error:
                 raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from error
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
             if not isinstance(data, dict):
                 raise ConfigError(f"{path}: expected settings of the form KEY: VALUE")
             return data

@@ -1,7 +1,8 @@
 """Tokenise a domain once and pack each split into a memory-mapped array with a fingerprint.
 
-A split is one token stream: its documents in order, each followed by the end-of-sequence token. The offsets of the
-documents are stored beside the stream, so that standard errors can be clustered by document.
+A split is one token stream: its documents in order, each followed by the end-of-sequence token. If the backbone has a
+beginning-of-sequence token, every document begins with it. The offsets of the documents are stored beside the stream,
+so that standard errors can be clustered by document.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ FORMAT = 1
 """Version of the packed format. A new version makes old caches invalid."""
 META = "meta.json"
 """Index of a prepared domain: its fingerprint, the size of every split, and the digests of all files."""
+PREPARATION = 1
+"""Version of the reading and splitting of documents. A new version prepares every domain again. Unlike `FORMAT`, it is
+not part of a fingerprint, so data that come out the same keep theirs."""
+FEW = 5
+"""Smallest number of effective documents of a split that is scored without a warning."""
 Tokens = NDArray[np.uint16 | np.uint32]
 
 
@@ -34,11 +40,12 @@ class Tokenizer(Protocol):
     """The part of a tokenizer that packing uses."""
 
     eos_id: int
+    bos_id: int | None
     vocab_size: int
     fingerprint: str
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Tokenise documents, without special tokens."""
+        """Tokenise documents. Each begins with the beginning-of-sequence token if there is one."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,19 @@ class PackedSplit:
         tokens: Memory-mapped stream, (num_tokens,).
         starts: Offset of every document in the stream, then the length of the stream, (num_documents + 1,).
         num_bytes: Size of the documents in UTF-8 bytes.
+        bos: The token that begins every document; None if there is none.
     """
 
     tokens: Tokens
     starts: NDArray[np.int64]
     num_bytes: int
+    bos: int | None = None
+
+    @property
+    def effective_documents(self) -> float:
+        """Number of equally long documents that would give as precise a score: (sum of lengths)² / sum of squares."""
+        lengths = np.diff(self.starts).astype(np.float64)
+        return float(lengths.sum() ** 2 / np.square(lengths).sum())
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,20 @@ class Packed:
             if not path.exists() or path.stat().st_size != expected:
                 raise ConfigError(f"{path}: changed since it was checked; repeat the command, which prepares it again")
         tokens = np.memmap(self.folder / f"{name}.bin", dtype=info["dtype"], mode="r")
-        return PackedSplit(tokens, np.load(self.folder / f"{name}.starts.npy"), info["bytes"])
+        return PackedSplit(tokens, np.load(self.folder / f"{name}.starts.npy"), info["bytes"], self.meta.get("bos"))
+
+
+def describe_small_splits(packed: Packed) -> list[str]:
+    """Return a warning for every scored split of a domain whose score would rest on fewer than `FEW` documents."""
+    warnings = []
+    for name in ("validation", "test"):
+        split = packed.split(name)
+        if split.effective_documents < FEW:
+            warnings.append(
+                f"domain {packed.name}: the {name} split has {split.effective_documents:.2f} effective documents "
+                f"({len(split.starts) - 1}, weighted by length), so single documents decide its scores; add documents"
+            )
+    return warnings
 
 
 def prepare_domain(name: str, domain: Domain, tokenizer: Tokenizer, cache: Path) -> Packed:
@@ -184,7 +212,7 @@ def make_state_key(domain: Domain, *more: str) -> str:
         domain: Settings of the domain.
         more: Further parts of the key, such as a tokenizer's fingerprint.
     """
-    settings = json.dumps([FORMAT, asdict(domain)], sort_keys=True, default=str)
+    settings = json.dumps([FORMAT, PREPARATION, asdict(domain)], sort_keys=True, default=str)
     states = [describe_source(source) for source in domain.sources]
     return digest_chunks(part.encode() for part in (settings, *more, *states))[:16]
 
@@ -200,8 +228,10 @@ def write_packed(folder: Path, name: str, divided: SplitDocuments, tokenizer: To
     splits: dict[str, Any] = {}
     for split, documents in divided.documents.items():
         if not documents:
+            count = sum(map(len, divided.documents.values()))
             raise ConfigError(
-                f"domain {name}: no document fell into the {split} split; add documents or raise the split's share"
+                f"domain {name}: of {count} document{'s' * (count != 1)}, none fell into the {split} split; add "
+                f"documents, raise the split's share, or divide text files by `separator` in their source"
             )
         pieces = [np.asarray([*ids, tokenizer.eos_id], dtype) for ids in tokenizer.encode(documents)]
         starts = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
@@ -223,4 +253,5 @@ def write_packed(folder: Path, name: str, divided: SplitDocuments, tokenizer: To
         "exact_duplicates_dropped": divided.exact_dropped,
         "near_duplicates_dropped": divided.near_dropped,
         "splits": splits,
+        **({} if tokenizer.bos_id is None else {"bos": tokenizer.bos_id}),
     }

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import glob
 import hashlib
-import json
 import sysconfig
 import zipfile
 import zlib
@@ -24,7 +22,9 @@ from mode.config.data import (
     WheelSource,
 )
 from mode.core.errors import ConfigError, suggest
+from mode.core.files import digest_file
 from mode.core.wheels import fetch_wheel
+from mode.data.local_files import check_text, expand_paths, read_file, split_suffix
 from mode.data.readers import READERS
 
 
@@ -59,7 +59,7 @@ def read_source(source: Source, cache: Path) -> Iterator[str]:
         case HubSource():
             return stream_hub(source)
         case FilesSource():
-            return (text for path in expand_paths(source) for text in read_file(path, source.column))
+            return (text for path in expand_paths(source) for text in read_file(path, source))
         case _:
             assert_never(source)
 
@@ -75,7 +75,9 @@ def describe_source(source: Source) -> str:
         case FilesSource():
             # The suffix determines the file format, so it is part of the state.
             return digest_chunks(
-                part for path in expand_paths(source) for part in (path.suffix.encode(), path.read_bytes())
+                part.encode()
+                for path in expand_paths(source)
+                for part in ("".join(split_suffix(path)), digest_file(path))
             )
         case GeneratorSource():
             return version("reasoning-gym")
@@ -188,85 +190,3 @@ def stream_hub(source: HubSource) -> Iterator[str]:
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"cannot load the data set {source.path}: {reason}") from error
-
-
-def expand_paths(source: FilesSource) -> list[Path]:
-    """List the files that a source's paths, folders and globs match. Hidden files inside a folder are left out."""
-    files: list[Path] = []
-    for pattern in source.paths:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            items = [item for item in sorted(path.rglob("*")) if not is_hidden(item.relative_to(path))]
-        else:
-            items = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        files += [item for item in items if item.is_file()]
-        if not items:
-            raise ConfigError(f"{pattern}: no such file or folder")
-    return files
-
-
-def is_hidden(path: Path) -> bool:
-    """Return whether a relative path, or a folder on it, is hidden.
-
-    >>> is_hidden(Path(".git/config")), is_hidden(Path("notes/a.txt"))
-    (True, False)
-    """
-    return any(part.startswith(".") for part in path.parts)
-
-
-def read_file(path: Path, column: str) -> Iterator[str]:
-    """Yield the documents of a local file: its rows if it is JSON Lines or Parquet, otherwise its whole text."""
-    try:
-        if path.suffix == ".jsonl":
-            yield from read_jsonl(path, column)
-        elif path.suffix == ".parquet":
-            yield from read_parquet(path, column)
-        else:
-            yield path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
-
-
-def read_jsonl(path: Path, column: str) -> Iterator[str]:
-    """Yield the documents of a file with one JSON object per line. Blank lines are skipped."""
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)[column]
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}: line {number} is not JSON ({error.msg})") from error
-        except (KeyError, TypeError, IndexError) as error:
-            raise ConfigError(f"{path}: line {number} has no column '{column}'") from error
-        yield check_text(value, f"{path}: line {number}, column '{column}'")
-
-
-def read_parquet(path: Path, column: str) -> Iterator[str]:
-    """Yield the documents of a Parquet file."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-        if column not in file.schema_arrow.names:
-            raise ConfigError(f"{path}: no column '{column}'; available: {', '.join(file.schema_arrow.names)}")
-        for batch in file.iter_batches(columns=[column]):
-            yield from (check_text(text, f"{path}: column '{column}'") for text in batch.column(0).to_pylist())
-    except pyarrow.ArrowException as error:
-        raise ConfigError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from error
-
-
-def check_text(value: object, where: str) -> str:
-    """Return a value after checking that it is text and can be encoded as UTF-8.
-
-    >>> check_text(None, "row 3")
-    Traceback (most recent call last):
-    mode.core.errors.ConfigError: row 3: expected text, got NoneType
-    """
-    if not isinstance(value, str):
-        raise ConfigError(f"{where}: expected text, got {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{where}: unpaired surrogate, which is not valid text") from error
-    return value

@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mode.core.errors import ConfigError, suggest
+from mode.downstream.programs import complete_prompt
 from mode.downstream.task import Progress, Task, TaskScore
 from mode.evaluation.generate import count_context
 from mode.evaluation.likelihood import Text, compute_log_likelihoods
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from mode.backbone.tokenizer import BackboneTokenizer
 
 INSTALL = "pip install -c constraints.txt -e '.[downstream]'"
 """Command that installs lm-evaluation-harness."""
@@ -35,6 +38,10 @@ INVALID = "[invalid]"
 
 DEFAULT_TOKENS = 256
 """Maximum number of tokens of an answer if a task of the registry sets none: the harness's own default."""
+
+
+WITHOUT_EFFECT = frozenset({"temperature", "top_p", "top_k", "min_p"})
+"""Settings of sampling, which greedy decoding ignores."""
 
 
 ROW, ROWS = 256, 8
@@ -141,31 +148,33 @@ def load_registered_tasks(name: str, own: Sequence[str]) -> list[HarnessTask]:
     return tasks
 
 
-def wrap_model(model: PreTrainedModel, folder: Path) -> Any:
+def wrap_model(model: PreTrainedModel, tokenizer: BackboneTokenizer, folder: Path) -> Any:
     """Wrap a model for the harness.
 
-    Log-likelihoods are computed by this project, on texts packed without padding (`mode.evaluation.likelihood`).
-    Answers are generated one at a time, so that padding cannot change an answer. Special tokens are never added, as in
-    training. The attribute `done` of the wrapper reports progress.
+    This project computes log-likelihoods, on texts packed without padding, and generates answers, one at a time. Texts
+    begin with a special token only if the backbone's documents do. The attribute `done` reports progress.
 
     Args:
         model: A causal LM, on its device, in evaluation mode.
-        folder: Folder of the tokenizer's files.
+        tokenizer: Tokenizer of the model.
+        folder: Folder of the tokenizer's files, for the harness.
     """
     with silence_harness():
         from lm_eval.models.huggingface import HFLM
         from transformers import AutoTokenizer
 
         class HarnessModel(HFLM):  # type: ignore[misc]
-            """The harness's own wrapper with this project's scoring of texts."""
+            """The harness's own wrapper with this project's scoring and generation of texts."""
 
             done: Progress = staticmethod(lambda number, total: None)
             questions = 0
+            bos_id = tokenizer.bos_id
 
             def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
                 answers, questions = [], len({request.doc_id for request in requests})
                 for number, request in enumerate(requests, 1):
-                    answers += super().generate_until([request], disable_tqdm=True)
+                    prompt, settings = request.args
+                    answers.append(complete_prompt(self.model, tokenizer, prompt, *read_generation(settings)))
                     if number * questions % len(requests) == 0:
                         self.done(number * questions // len(requests), questions)
                 return answers
@@ -180,15 +189,36 @@ def wrap_model(model: PreTrainedModel, folder: Path) -> Any:
             ) -> list[tuple[float, bool]]:
                 return score_texts(self, requests)
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return HarnessModel(
             pretrained=model,
-            tokenizer=tokenizer,
+            tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
             max_length=count_context(model),
             batch_size=1,
             add_bos_token=False,
+            prefix_token_id=tokenizer.bos_id,
             backend="causal",
         )
+
+
+def read_generation(settings: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """Return the maximum number of tokens of an answer, and the texts that end it, from a task's settings.
+
+    >>> read_generation({"until": "Q:", "max_gen_toks": 9, "do_sample": False, "temperature": 0.0})
+    (9, ['Q:'])
+
+    Raises:
+        ConfigError: The task asks for something other than greedy decoding.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    known: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), DEFAULT_TOKENS))
+    until, length = known.pop("until", []), int(known.pop("max_gen_toks"))
+    if known.pop("do_sample"):
+        raise ConfigError("the task samples its answers (do_sample); only greedy decoding is supported")
+    unknown = sorted(set(known) - WITHOUT_EFFECT)
+    if unknown:
+        raise ConfigError(f"the task sets {unknown[0]}; answers are decoded greedily, without further settings")
+    return length, [text for text in until if text]
 
 
 def score_texts(wrapped: Any, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -197,21 +227,24 @@ def score_texts(wrapped: Any, requests: Sequence[Any]) -> list[tuple[float, bool
     def report(number: int) -> None:
         wrapped.done(number * wrapped.questions // len(requests), wrapped.questions)
 
-    texts = [cut_to_end(given, scored, wrapped.max_length + 1) for _, given, scored in requests]
+    texts = [cut_to_end(given, scored, wrapped.max_length + 1, wrapped.bos_id) for _, given, scored in requests]
     scores = compute_log_likelihoods(wrapped.model, texts, row=ROW, batch_size=ROWS, done=report)
     return [(score.total, score.greedy) for score in scores]
 
 
-def cut_to_end(given: Sequence[int], scored: Sequence[int], longest: int) -> Text:
+def cut_to_end(given: Sequence[int], scored: Sequence[int], longest: int, bos: int | None = None) -> Text:
     """Return a text whose end is scored. A text that is too long is truncated at its beginning.
 
     Args:
         given: Tokens of the context.
         scored: Tokens of the continuation, which is scored.
         longest: Maximum number of tokens of the text.
+        bos: The token that begins every text, also after truncation; None if there is none.
 
     >>> cut_to_end([1, 2, 3], [4, 5], 4)
     Text(tokens=[2, 3, 4, 5], given=2)
+    >>> cut_to_end([1, 2, 3], [4, 5], 4, bos=0)
+    Text(tokens=[0, 3, 4, 5], given=2)
 
     Raises:
         ConfigError: The continuation alone is too long.
@@ -219,6 +252,8 @@ def cut_to_end(given: Sequence[int], scored: Sequence[int], longest: int) -> Tex
     if len(scored) >= longest:
         raise ConfigError(f"an answer has {len(scored)} tokens: this model reads {longest - 1}")
     tokens = [*given, *scored][-longest:]
+    if bos is not None and tokens[0] != bos:
+        tokens = [bos, *tokens[1 - longest :]]
     return Text(tokens, len(tokens) - len(scored))
 
 
@@ -238,7 +273,8 @@ def score_harness_task(
     """
     task = given.task
     generates = task.OUTPUT_TYPE == "generate_until"
-    length = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", DEFAULT_TOKENS) if generates else 0
+    with reporting_refusals(given.name):
+        length = read_generation(task.get_config("generation_kwargs") or {})[0] if generates else 0
     window = count_context(wrapped.model) - length
     if window <= 0:
         raise ConfigError(f"{given.name}: an answer takes up to {length} tokens: this model reads {window + length}")
@@ -255,7 +291,8 @@ def score_harness_task(
         ["".join(part for part in request[:2] if isinstance(part, str)) for request in sample["arguments"]]
         for sample in samples
     ]
-    truncated = sum(any(len(wrapped.tok_encode(text)) > window for text in group) for group in texts)
+    room = window - (wrapped.bos_id is not None)
+    truncated = sum(any(len(wrapped.tok_encode(text)) > room for text in group) for group in texts)
     counts = results["n-samples"][given.name]
     return TaskScore(
         asked=counts["effective"],

@@ -25,12 +25,12 @@ FIELDS = ("test", "entry_point")
 def complete_prompt(
     model: PreTrainedModel, tokenizer: BackboneTokenizer, prompt: str, max_tokens: int, stop: Sequence[str]
 ) -> str:
-    """Continue a prompt greedily.
+    """Continue a prompt greedily. A prompt that is too long for the model's context is cut at its beginning.
 
-    The completion ends at the first stop text, at the end of a document, or after `max_tokens` tokens.
+    The completion ends at the first stop text, at a token that ends a text, or after `max_tokens` tokens.
     """
     text = ""
-    for piece in generate(model, tokenizer, prompt, Sampling(max_tokens)):
+    for piece in generate(model, tokenizer, prompt, Sampling(max_tokens), cut=True):
         text += piece.text
         if any(end in text for end in stop):
             break

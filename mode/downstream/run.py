@@ -62,7 +62,7 @@ class RunModel:
         """The model, wrapped for lm-evaluation-harness."""
         from mode.downstream.harness import wrap_model
 
-        return wrap_model(self.model, locate(self.prepared.run.backbone))
+        return wrap_model(self.model, self.tokenizer, locate(self.prepared.run.backbone))
 
 
 Scorer = Callable[[RunModel, int | None, Progress], TaskScore]

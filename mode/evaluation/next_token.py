@@ -30,6 +30,8 @@ def evaluate(
 ) -> Score:
     """Score every token of a split but its first, each once.
 
+    If documents begin with a beginning-of-sequence token, it is not scored and replaces the first input of every row.
+
     Rows are consecutive windows that overlap by one token, so the tokens scored do not depend on the method, and a
     token's context is at most the `sequence_length` tokens before it in the stream. The last, shorter row is padded;
     padding comes after the tokens that count and is not scored. Several processes share the rows.
@@ -54,7 +56,7 @@ def evaluate(
     for start in starts[processes.rank() :: processes.world_size()] if shared else starts:
         stop = min(num_scored, start + tokens)
         stream = torch.from_numpy(np.asarray(split.tokens[start : stop + 1], np.int64)).to(device)
-        inputs, targets = fold_rows(stream[:-1], sequence_length), fold_rows(stream[1:], sequence_length)
+        inputs, targets = make_rows(stream, sequence_length, split.bos)
         scores = score_tokens(model, inputs, targets, chunk, ranks=True)
         nll[start:stop] = scores.nll[: stop - start].double().cpu().numpy()
         hit[start:stop] = scores.hit[: stop - start].cpu().numpy()
@@ -67,6 +69,19 @@ def evaluate(
             processes.all_reduce_sum(torch.from_numpy(each.astype(np.float64))).numpy() for each in (nll, hit, rank)
         )
     return summarise(TokenValues(nll, hit > 0, rank.astype(np.int64)), split)
+
+
+def make_rows(stream: torch.Tensor, sequence_length: int, bos: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the inputs and targets of a stream's rows. With `bos`, it is the first input of every row.
+
+    >>> [part.tolist() for part in make_rows(torch.arange(1, 6), 2, bos=9)]
+    [[[9, 2], [9, 4]], [[2, 3], [4, 5]]]
+    """
+    inputs, targets = fold_rows(stream[:-1], sequence_length), fold_rows(stream[1:], sequence_length)
+    if bos is not None:
+        inputs = inputs.clone()  # not the stream, whose tokens are targets too
+        inputs[:, 0] = bos
+    return inputs, targets
 
 
 def fold_rows(stream: torch.Tensor, sequence_length: int) -> torch.Tensor:
@@ -86,6 +101,10 @@ def summarise(tokens: TokenValues, split: PackedSplit) -> Score:
     """
     # The stream's first token has no context and is not scored, so document 0 has one token fewer.
     edges = np.maximum(split.starts - 1, 0)
+    if split.bos is not None:
+        scored = np.asarray(split.tokens[1:]) != split.bos
+        edges = np.concatenate([[0], np.cumsum(scored)])[edges]
+        tokens = TokenValues(*(values[scored] for values in (tokens.nll, tokens.hit, tokens.rank)))
     counts = {"token": len(tokens.nll), "byte": split.num_bytes}
     numbers: dict[str, float] = {}
     sums: dict[str, tuple[float, ...]] = {}

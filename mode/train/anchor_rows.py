@@ -50,7 +50,10 @@ def load_or_sample_rows(
     Raises:
         ConfigError: The disk is full, or damaged rows would be others if they were sampled again.
     """
+    tokenizer = load_tokenizer(backbone)
     asked = [SEED, fingerprint, length, anchor.rows, anchor.temperature, anchor.prompt]
+    if tokenizer.bos_id is not None:
+        asked.append(f"bos {tokenizer.bos_id}")
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     folder = cache / "sampled" / f"{backbone.name}-{key}"
     former = folder.with_suffix(".npy")
@@ -58,8 +61,8 @@ def load_or_sample_rows(
     def write(partial: Path) -> dict[str, str]:
         tokens = read_former_rows(former, anchor.rows * length)
         if tokens is None:
-            eos = load_tokenizer(backbone).eos_id
-            tokens = sample_rows(load_model(backbone).eval().to(device), anchor, length, eos)
+            model = load_model(backbone).eval().to(device)
+            tokens = sample_rows(model, anchor, length, tokenizer.eos_id, tokenizer.bos_id)
         with reporting_full_disk(folder, tokens.nbytes):
             write_synced(partial / ROWS, tokens.data)
         return {}
@@ -80,34 +83,38 @@ def read_former_rows(path: Path, count: int) -> Tokens | None:
 
 
 @torch.no_grad()
-def sample_rows(model: PreTrainedModel, anchor: Anchor, length: int, eos: int) -> Tokens:
+def sample_rows(model: PreTrainedModel, anchor: Anchor, length: int, eos: int, bos: int | None = None) -> Tokens:
     """Sample rows into a stream, (rows * length,).
 
-    A row begins with the end-of-sequence token, as a document of the training stream does, or with a random token. A
-    document that ends within a row is followed by another.
+    Without a beginning-of-sequence token, a row begins with the end-of-sequence token, as a document of the training
+    stream does, or with a random token. With one, a row begins with it, and then has the random token if there is one.
+    A document that ends within a row is followed by another, which also begins with the beginning-of-sequence token.
 
     Args:
         model: A causal LM with a key-value cache.
         anchor: Number of rows, temperature and prompt.
         length: Tokens per row.
         eos: The end-of-sequence token.
+        bos: The beginning-of-sequence token; None if documents do not begin with one.
     """
     random = torch.Generator().manual_seed(SEED)
     pieces = []
     for start in range(0, anchor.rows, TOGETHER):
         count = min(TOGETHER, anchor.rows - start)
         vocabulary = model.get_output_embeddings().weight.shape[0]
-        first = torch.full((count, 1), eos)
+        first = torch.full((count, 1), eos if bos is None else bos)
         if anchor.prompt == "token":
-            first = torch.randint(vocabulary, (count, 1), generator=random)
+            drawn = torch.randint(vocabulary, (count, 1), generator=random)
+            first = drawn if bos is None else torch.cat([first, drawn], 1)[:, :length]
         rows, cache = [first], None
-        for _ in range(length - 1):
+        for _ in range(length - first.shape[1]):
             out: Any = model(
                 input_ids=rows[-1].to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
             )
             cache = out.past_key_values
             chances = (out.logits[:, -1].float().cpu() / anchor.temperature).softmax(-1)
-            rows.append(torch.multinomial(chances, 1, generator=random))
+            drawn = torch.multinomial(chances, 1, generator=random)
+            rows.append(drawn if bos is None else drawn.masked_fill(rows[-1][:, -1:] == eos, bos))
         pieces.append(torch.cat(rows, 1).reshape(-1))
     stream: Tokens = torch.cat(pieces).numpy().astype(np.uint32)
     return stream

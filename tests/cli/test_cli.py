@@ -528,6 +528,29 @@ def test_data_show_tells_size_licence_and_fingerprint(world: World) -> None:
     assert (Path(prepared[-1]) / "meta.json").exists()
 
 
+def test_a_split_of_few_documents_is_warned_of_by_show_and_by_a_run(world: World) -> None:
+    conf = world.root / "few"
+    shutil.copytree(world.conf, conf)
+    (world.root / "few.txt").write_text("\n\n".join(f"{'a few words ' * 20}{number}" for number in range(14)), "utf-8")
+    (conf / "domain" / "few.yaml").write_text(
+        f"description: few\nlicence: own\nsplits: {{test: 0.2, validation: 0.2, train: 0.6}}\n"
+        f'sources: [{{kind: files, paths: [{world.root}/few.txt], separator: "\\n\\n"}}]\n',
+        "utf-8",
+    )
+    few = World(world.root, conf, world.overrides)
+    shown = call(few, "data", "show", "-d", "few")
+    assert shown.exit_code == 0, shown.stderr
+    rows = {
+        row[0]: int(row[1]) for row in map(str.split, shown.stdout.splitlines()) if row[0] in ("test", "validation")
+    }
+    lines = shown.stderr.splitlines()
+    assert len(lines) == sum(count <= 5 for count in rows.values()) > 0
+    assert all(line.startswith("mode: warning: domain few: ") for line in lines)
+    trained = call(few, "train", "baseline", "backbone", "-d", "few")
+    assert trained.exit_code == 0, trained.stderr
+    assert lines == [line for line in trained.stderr.splitlines() if "warning" in line]
+
+
 def test_completion_lists_a_group_from_its_folder() -> None:
     assert complete("domain")("") == list_members("domain")
     assert complete("domain")("code,ma") == ["code,math"]

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from mode.config import groups
+from mode.config.compose import compose
 from mode.config.groups import conf_dirs, list_members, read_group
 from mode.core.errors import ConfigError
+from tests.support.refusals import refused
 
 
 def write(folder: Path, *names: str) -> Path:
@@ -52,3 +54,14 @@ def test_a_file_of_the_user_may_not_have_a_name_that_is_taken(
     with pytest.raises(ConfigError) as caught:
         conf_dirs(own)
     assert str(caught.value) == f"{own / name}: {owner} has a {name} too; choose another name"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_file_in_another_encoding_is_refused_with_its_name(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "domain" / "mine.yaml"
+    path.parent.mkdir()
+    path.write_bytes("description: ros\xe9\nlicence: own\nsources: []\nsplits: {}\n".encode(encoding))
+    with refused(str(path), "UTF-8"):
+        read_group("domain", "mine", tmp_path)
+    with refused(str(path), "UTF-8"):
+        compose(["targets=[mine]"], tmp_path)

@@ -17,14 +17,16 @@ from mode.config.data import Domain, FilesSource
 from mode.core.files import remove
 from mode.data import pack
 from mode.data.batches import Batches, Stream
-from mode.data.pack import prepare_domain
-from tests.support.refusals import refused
+from mode.data.pack import describe_small_splits, prepare_domain
+from mode.data.split import choose_split
+from tests.support.refusals import check_message, refused
 
 
 class Letters:
     """A tokenizer that gives one token a character."""
 
     eos_id = 0
+    bos_id: int | None = None
 
     def __init__(self, vocab_size: int = 300, fingerprint: str = "letters") -> None:
         """Set what packing asks of a tokenizer."""
@@ -85,6 +87,22 @@ def test_a_split_is_its_documents_each_closed_by_the_end_token(domain: Domain, t
         assert (info["documents"], info["tokens"]) == (len(documents), len(split.tokens))
         found += documents
     assert sorted(found) == sorted(f"document {number} of {number % 7}ü" for number in range(60))
+
+
+def test_every_document_begins_as_the_backbones_documents_do(domain: Domain, tmp_path: Path) -> None:
+    class Begun(Letters):
+        bos_id = 1
+
+        def encode(self, texts: list[str]) -> list[list[int]]:
+            return [[1, *ids] for ids in super().encode(texts)]
+
+    plain, begun = (prepare_domain("x", domain, made, tmp_path) for made in (Letters(), Begun(fingerprint="begun")))
+    for name in ("train", "validation", "test"):
+        split = begun.split(name)
+        assert (split.tokens[split.starts[:-1]] == 1).all()
+        assert np.array_equal(split.tokens[split.tokens != 1], plain.split(name).tokens)
+        assert (split.bos, plain.split(name).bos) == (1, None)
+        assert split.num_bytes == plain.split(name).num_bytes
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(300, np.uint16), (2**16, np.uint16), (2**16 + 1, np.uint32)])
@@ -165,9 +183,29 @@ def test_an_empty_split_is_refused(domain: Domain, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.txt").write_text("the only document", encoding="utf-8")
     lonely = replace(domain, sources=(FilesSource(kind="files", paths=(str(tmp_path / "one"),)),))
-    with refused("domain x", "split"):
+    with refused("domain x", "1 document,", "split", "separator"):
         prepare_domain("x", lonely, Letters(), tmp_path)
     assert entries(tmp_path) == []
+
+
+def test_one_big_file_is_divided_by_a_separator(domain: Domain, tmp_path: Path) -> None:
+    (tmp_path / "big.txt").write_text("\n\n".join(f"document {number}" for number in range(60)), encoding="utf-8")
+    source = FilesSource(kind="files", paths=(str(tmp_path / "big.txt"),), separator="\n\n")
+    packed = prepare_domain("x", replace(domain, sources=(source,)), Letters(), tmp_path)
+    assert sum(split["documents"] for split in packed.meta["splits"].values()) == 60
+
+
+def test_few_effective_documents_are_warned_of(domain: Domain, tmp_path: Path) -> None:
+    packed = prepare_domain("x", domain, Letters(), tmp_path)
+    assert packed.split("test").effective_documents == pytest.approx(
+        packed.meta["splits"]["test"]["documents"], rel=0.05
+    )
+    assert describe_small_splits(packed) == []
+    number = next(n for n in range(99) if choose_split("long " * 4000 + str(n), domain.splits) == "test")
+    (tmp_path / "text" / "long.txt").write_text("long " * 4000 + str(number), encoding="utf-8")
+    packed = prepare_domain("x", domain, Letters(), tmp_path)
+    (warning,) = describe_small_splits(packed)
+    check_message(warning, "domain x", "test split", "1.0", f"({packed.meta['splits']['test']['documents']},")
 
 
 def test_a_split_that_a_domain_lacks_is_refused_with_those_it_has(domain: Domain, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import gzip
 import hashlib
 import json
 import subprocess
@@ -25,8 +26,8 @@ from tests.support.refusals import refused
 PROSE = "The quick brown fox jumps over the lazy dog while the sun goes down behind the old mill. "
 
 
-def files(*paths: Path | str, column: str = "text") -> FilesSource:
-    return FilesSource(kind="files", paths=tuple(map(str, paths)), column=column)
+def files(*paths: Path | str, column: str = "text", **settings: Any) -> FilesSource:
+    return FilesSource(kind="files", paths=tuple(map(str, paths)), column=column, **settings)
 
 
 def read(source: Any, cache: Path = Path("unused")) -> list[str]:
@@ -58,6 +59,113 @@ def test_a_jsonl_file_has_one_document_a_line_and_blank_lines_are_passed_over(tm
 def test_a_parquet_file_has_one_document_a_row(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"id": [1, 2], "body": ["one", "two"]}), tmp_path / "a.parquet")
     assert read(files(tmp_path / "a.parquet", column="body")) == ["one", "two"]
+
+
+ROWS = ["one,\ttwo\nthree", "NA", "1", 'it is "so"', "ü"]
+LINES = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in ROWS)
+QUOTED = ['"{}"'.format(text.replace('"', '""')) for text in ROWS]
+FORMATS = {
+    ".jsonl": LINES,
+    ".ndjson": LINES,
+    ".json": json.dumps([{"id": 1, "text": text} for text in ROWS], indent=1),
+    ".lines.json": LINES,
+    ".csv": "id,text\n" + "".join(f"1,{text}\n" for text in QUOTED),
+    ".tsv": "id\ttext\n" + "".join(f"1\t{text}\n" for text in QUOTED),
+}
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".ZST": lambda data: compress(data, "zstd")}
+
+
+def compress(data: bytes, codec: str) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, codec) as stream:
+        stream.write(data)
+    written: bytes = sink.getvalue().to_pybytes()
+    return written
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_format_of_rows_gives_the_same_documents(
+    tmp_path: Path, suffix: str, compression: str, ends: str, mark: str
+) -> None:
+    data = (mark + FORMATS[suffix].replace("\n", ends)).encode()
+    for name in (f"a{suffix}{compression}", f"B{suffix.upper()}{compression}"):
+        (tmp_path / name).write_bytes(COMPRESS[compression](data))
+        assert read(files(tmp_path / name)) == ROWS, name
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_text_and_parquet_are_decompressed_and_have_no_byte_order_mark(tmp_path: Path, compression: str) -> None:
+    (tmp_path / f"a.txt{compression}").write_bytes(COMPRESS[compression]("\ufeffone\r\ntwo\ufeff".encode()))
+    assert read(files(tmp_path / f"a.txt{compression}")) == ["one\ntwo\ufeff"]
+    parquet.write_table(pyarrow.table({"text": ROWS}), tmp_path / "plain")
+    (tmp_path / f"b.Parquet{compression}").write_bytes(COMPRESS[compression]((tmp_path / "plain").read_bytes()))
+    assert read(files(tmp_path / f"b.Parquet{compression}")) == ROWS
+
+
+def test_a_json_file_may_be_one_object(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{\n"text": "one", "id": 1}', encoding="utf-8")
+    assert read(files(tmp_path / "a.json")) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("a.json", "[{]", ("line 1",)),
+        ("a.json", '[{"text": "x"}, {"body": "x"}]', ("row 2", "'text'", "body")),
+        ("a.json", '{"text": ["x", "y"]}', ("row 1", "'text'", "list")),
+        ("a.json", "[" * 100_000, ("nested",)),
+        ("a.jsonl", "[" * 100_000, ("line 1", "nested")),
+        ("a.ndjson", "not json", ("line 1",)),
+        ("a.csv", "id;text\n1;x\n", ("'text'", "id;text")),
+        ("a.csv", "id,text\n1,x,y\n", ("line 2", "2 values")),
+        ("a.csv", "id,text\n1,x\n1,x,y\n", ("line 3", "2 values")),
+        ("a.csv", "id,text\n1,one\nunquoted line\n", ("line 3", "2 values")),
+        ("a.csv", 'id,text\n1,"x\n', ("line 2",)),
+        ("a.csv", 'id,text\n1,"x"y\n', ("line 2",)),
+        ("a.tsv", "id\ttext\n1\n", ("line 2", "2 values")),
+        ("a.txt.gz", "not compressed", (".gz",)),
+        ("a.txt.zst", "not compressed", (".zst",)),
+    ],
+)
+def test_rows_that_cannot_be_read_are_refused_and_never_shifted(
+    tmp_path: Path, name: str, content: str, named: tuple[str, ...]
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with refused(str(tmp_path / name), *named):
+        read(files(tmp_path / name))
+
+
+def test_a_value_of_a_table_may_be_empty_or_long(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,id\n,1\n\n" + "x" * 200_000 + ",2\n", encoding="utf-8")
+    assert read(files(tmp_path / "a.csv")) == ["", "x" * 200_000]
+
+
+@pytest.mark.parametrize("compression", [".gz", ".ZST"])
+def test_a_truncated_file_is_refused(tmp_path: Path, compression: str) -> None:
+    whole = COMPRESS[compression](LINES.encode() * 50)
+    (tmp_path / f"a.jsonl{compression}").write_bytes(whole[:-6])
+    with refused(f"a.jsonl{compression}", compression.lower()):
+        read(files(tmp_path / f"a.jsonl{compression}"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.txt.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
+def test_text_in_another_encoding_is_refused_with_its_file(tmp_path: Path, name: str, encoding: str) -> None:
+    data = "a ros\xe9\n".encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    with refused(str(tmp_path / name), "UTF-8", "LATIN1" if encoding == "latin-1" else "UTF-16"):
+        read(files(tmp_path / name))
+
+
+def test_a_separator_divides_a_text_file_and_leaves_rows_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\n\n\ntwo\nlines\n\n \n\nthree", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"text": "four\\n\\nfive"}', encoding="utf-8")
+    assert read(files(tmp_path, separator="\n\n")) == ["one", "two\nlines", "three", "four\n\nfive"]
+    with pytest.raises(ValueError, match="at least 1 character"):
+        files(tmp_path, separator="")
 
 
 def test_folders_and_globs_are_read_in_name_order_without_hidden_files(tmp_path: Path) -> None:

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from mode.config.data import SPLITS, Split
-from mode.data.split import SHINGLE, choose_split, compute_signature, find_near_duplicates, split_documents
+from mode.data.split import (
+    CHARACTERS,
+    SHINGLE,
+    choose_split,
+    compute_signature,
+    find_near_duplicates,
+    make_shingles,
+    split_documents,
+)
 
 SHARES: dict[Split, float] = {"train": 0.5, "validation": 0.1, "test": 0.15, "pretrain": 0.25}
 
@@ -141,3 +149,39 @@ def test_minhash_estimates_the_jaccard_similarity(shared: int) -> None:
 
 def test_a_signature_does_not_depend_on_spaces_and_line_breaks() -> None:
     assert np.array_equal(compute_signature("a b c d e f"), compute_signature("a  b\nc\td e f\n"))
+
+
+def symbols(seed: int, letters: str, count: int = 200) -> str:
+    rng = random.Random(seed)
+    return "".join(rng.choice(letters) for _ in range(count))
+
+
+CHINESE = "".join(map(chr, range(0x4E00, 0x4F00)))
+THAI = "".join(map(chr, range(0x0E01, 0x0E2E)))
+UNSPACED = {
+    "chinese": lambda seed: symbols(seed, CHINESE),
+    "thai, a space after every phrase": lambda seed: " ".join(symbols(10 * seed + i, THAI, 25) for i in range(8)),
+    "minified code": lambda seed: ";".join(f"{symbols(10 * seed + i, 'abcdef', 4)}(x[{i}])" for i in range(20)) + " ",
+}
+
+
+@pytest.mark.parametrize("script", UNSPACED)
+def test_near_duplicates_without_white_space_are_dropped_across_splits(script: str) -> None:
+    make = UNSPACED[script]
+    originals = [make(seed) for seed in range(40)]
+    changed = [text[:100] + "X" + text[101:] for text in originals]
+    apart = sum(
+        choose_split(one, SHARES) != choose_split(two, SHARES) for one, two in zip(originals, changed, strict=True)
+    )
+    divided = split_documents([*originals, *changed], SHARES)
+    assert apart > 10
+    assert divided.near_dropped == apart
+    assert split_documents(originals, SHARES).near_dropped == 0
+
+
+def test_a_text_with_spaces_has_shingles_of_words() -> None:
+    text = "def compute_signature(text): return [word_of(text) for word in text.split()]"
+    assert next(iter(make_shingles(text))) == " ".join(text.split()[:SHINGLE])
+    unspaced = "文字に空白がありません。" * 3
+    assert {len(shingle) for shingle in make_shingles(unspaced)} == {CHARACTERS}
+    assert list(make_shingles("")) == [""]

@@ -9,6 +9,7 @@ import shutil
 import sys
 import zipfile
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from mode.evaluation.generate import Sampling, generate
 from mode.evaluation.next_token import evaluate
 from tests.cli.test_cli import call
 from tests.conftest import World
+from tests.support.recite import BOS, write_continuation
 from tests.support.refusals import refused
 
 pytestmark = pytest.mark.slow
@@ -423,7 +425,7 @@ def test_a_task_runs_no_code_that_its_yaml_names(asked: World, change: dict[str,
 def reader(world: World, model: Any = None) -> Any:
     from mode.downstream.harness import wrap_model
 
-    return wrap_model(model or load_model(pico(world)).eval(), Path(pico(world).path))
+    return wrap_model(model or load_model(pico(world)).eval(), load_tokenizer(pico(world)), Path(pico(world).path))
 
 
 @needs_harness
@@ -468,6 +470,7 @@ def test_packed_log_likelihoods_equal_the_harness_own(asked: World) -> None:
 @needs_harness
 def test_the_harness_makes_the_text_that_we_make(asked: World) -> None:
     from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
 
     from tests.bench.test_records import fresh
 
@@ -475,9 +478,58 @@ def test_the_harness_makes_the_text_that_we_make(asked: World) -> None:
     for model in (load_model(pico(asked)).eval(), fresh(asked, "one", "two")):
         settings = {"until": ["\x07"], "max_gen_toks": 12, "do_sample": False}
         request = Instance("generate_until", {}, ("def f(x):", settings), 0)
-        (theirs,) = reader(asked, model).generate_until([request], disable_tqdm=True)
+        wrapped = reader(asked, model)
+        (theirs,) = HFLM.generate_until(wrapped, [request], disable_tqdm=True)
+        (answer,) = wrapped.generate_until([request])
+        assert answer == theirs.rstrip("\N{REPLACEMENT CHARACTER}")
         ours = "".join(piece.text for piece in generate(model, tokenizer, "def f(x):", Sampling(12)))
         assert theirs.rstrip("\N{REPLACEMENT CHARACTER}") == ours  # a stream waits for the rest of a character
+
+
+def speaker(folder: Path, prompt: str, continuation: str) -> Any:
+    """Return a model of a backbone whose documents begin with a token, wrapped for the harness."""
+    from mode.downstream.harness import wrap_model
+
+    write_continuation(folder, prompt, continuation, bos=True)
+    backbone = Backbone(name="it", path=str(folder))
+    return wrap_model(load_model(backbone).eval(), load_tokenizer(backbone), folder)
+
+
+@needs_harness
+def test_answers_keep_their_spaces_and_every_request_begins_as_documents_do(tmp_path: Path) -> None:
+    from lm_eval.api.instance import Instance
+
+    wrapped = speaker(tmp_path, "hello you", "  two  words . more")
+    seen: list[list[int]] = []
+    embeddings = wrapped.model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, given, out: seen.extend(given[0].tolist()))
+    settings = {"until": [".", ""], "max_gen_toks": 9, "do_sample": False, "temperature": 0.0}
+    (answer,) = wrapped.generate_until([Instance("generate_until", {}, ("hello you", settings), 0)])
+    assert answer == "  two  words "
+    assert seen[0][0] == BOS
+    texts = [("hello you", " two"), ("", "two words"), ("you " * 40, "two words")]
+    seen.clear()
+    scores = wrapped.loglikelihood([Instance("loglikelihood", {}, text, 0) for text in texts])
+    rolling = wrapped.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("two words " * 20,), 0)])
+    assert len(scores) == 3
+    assert len(rolling) == 1
+    begins = [place for row in seen for place, token in enumerate(row) if token == BOS]
+    assert len(begins) >= 3 + 2  # the long text takes several windows
+    assert all(row[0] == BOS for row in seen)
+    assert not any(pair == (BOS, BOS) for row in seen for pair in pairwise(row))
+    tokenizer, model = wrapped.tokenizer, wrapped.model
+    ids = tokenizer("hello you two", return_tensors="pt")["input_ids"]
+    expected = model(ids).logits.detach()[0, -2].double().log_softmax(-1)[ids[0, -1]]
+    assert scores[0][0] == pytest.approx(float(expected), abs=1e-5)
+
+
+@needs_harness
+@pytest.mark.parametrize("settings", [{"do_sample": True}, {"temperature": 0.7}, {"num_beams": 4}])
+def test_a_task_that_is_not_decoded_greedily_is_refused(settings: dict[str, Any]) -> None:
+    from mode.downstream.harness import read_generation
+
+    with refused("greed"):
+        read_generation({"until": ["Q:"], **settings})
 
 
 @needs_harness

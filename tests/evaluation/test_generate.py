@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from cli.app import app
 from mode.artefacts.find import FoundModel, find_model, find_run, list_branches
+from mode.backbone.load import load_model
+from mode.backbone.tokenizer import load_tokenizer
+from mode.config.backbone import Backbone
 from mode.config.compose import compose
-from mode.evaluation.generate import Piece, Sampling, choose_token, generate
+from mode.downstream.programs import complete_prompt
+from mode.evaluation.generate import Piece, Sampling, choose_token, fit_prompt, generate
 from mode.gating.meter import read_token_gates
 from mode.modular.block import find_blocks
 from mode.report.generated_text import Section, to_html
@@ -18,7 +26,16 @@ from mode.runs.execute import execute
 from mode.runs.prepare import prepare_run
 from tests.cli.test_cli import call
 from tests.conftest import World
-from tests.support.refusals import refused
+from tests.support.recite import (
+    BOS,
+    CONTEXT,
+    EOS,
+    TURN,
+    make_tokenizer,
+    write_continuation,
+    write_reciter,
+)
+from tests.support.refusals import check_refused, refused
 
 METHODS = {
     "mode": ("method=mode",),
@@ -130,6 +147,85 @@ def test_the_command_prints_text_and_shares_and_writes_html(world: World) -> Non
 def test_an_empty_prompt_starts_a_document(world: World) -> None:
     run_id, _ = trained(world, "sft")
     assert call(world, "generate", run_id, "", "--max-tokens", "3").exit_code == 0
+
+
+# --- text in, text out
+
+
+def load(folder: Path, **settings: Any) -> tuple[Any, Any]:
+    backbone = Backbone(name="it", path=str(folder), **settings)
+    return load_model(backbone).eval(), load_tokenizer(backbone)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize(("prompt", "continuation"), [("hello", " world"), ("def f():\n", "    return 1\n")])
+def test_a_continuation_keeps_its_first_space(tmp_path: Path, prompt: str, continuation: str, bos: bool) -> None:
+    write_continuation(tmp_path, prompt, continuation, bos=bos)
+    model, tokenizer = load(tmp_path)
+    made = list(generate(model, tokenizer, prompt, Sampling(10)))
+    assert "".join(piece.text for piece in made) == continuation
+    assert complete_prompt(model, tokenizer, prompt, 10, []) == continuation
+
+
+def test_the_command_prints_the_text_with_its_spaces(tmp_path: Path) -> None:
+    write_continuation(tmp_path, "hello", " world  of words")
+    result = CliRunner().invoke(app, ["generate", str(tmp_path), "hello"])
+    check_refused(result, "max_tokens", str(CONTEXT), suggestion=str(CONTEXT - 1))  # 100 tokens are the default
+    assert result.stdout == ""
+    result = CliRunner().invoke(app, ["generate", str(tmp_path), "hello", "--max-tokens", "9"])
+    assert (result.exit_code, result.stdout) == (0, "hello world  of words\n")
+
+
+def test_a_prompt_that_is_not_utf8_is_refused_before_anything_is_printed(tmp_path: Path) -> None:
+    write_continuation(tmp_path, "hello", " world")
+    result = CliRunner().invoke(app, ["generate", str(tmp_path), os.fsdecode(b"ros\xff e"), "--max-tokens", "3"])
+    check_refused(result, "PROMPT", "UTF-8")
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("declared", [TURN, [EOS, TURN]])
+def test_a_declared_end_of_turn_ends_the_text(tmp_path: Path, declared: Any) -> None:
+    tokenizer = make_tokenizer("hello world")
+    write_reciter(tmp_path, tokenizer, [tokenizer.token_to_id("▁world"), TURN, TURN])
+    assert len(list(generate(*load(tmp_path), "hello", Sampling(9)))) == 9
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": declared}), "utf-8")
+    model, loaded = load(tmp_path)
+    assert "".join(piece.text for piece in generate(model, loaded, "hello", Sampling(9))) == " world"
+    expected = model.generate(torch.tensor(loaded.encode(["hello"])), max_new_tokens=9, do_sample=False)
+    assert expected[0, -1] == TURN
+    assert expected.shape[1] == 3
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_prompt_that_does_not_fit_is_refused_and_never_cut_in_silence(
+    tmp_path: Path, world: World, family: str
+) -> None:
+    if family == "gpt2":
+        write_continuation(tmp_path, "hello", " world")
+        context, (model, tokenizer) = CONTEXT, load(tmp_path)
+    else:
+        context, (model, tokenizer) = 256, load(world.conf.parent / "pico")
+    word = "hello " if family == "gpt2" else "\n"
+    text = word * context
+    length = len(tokenizer.encode([text])[0])
+    with refused(f"{length} tokens", str(context)):
+        next(generate(model, tokenizer, text, Sampling(1)))
+    with refused("max_tokens", str(context), suggestion=str(context - 1)):
+        next(generate(model, tokenizer, word.strip(" "), Sampling(context)))
+
+
+def test_a_prompt_that_is_cut_keeps_its_first_token(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_and_name(tmp_path))
+    ids = tokenizer.encode(["a b a b a"])[0]
+    assert fit_prompt(tokenizer, "a b a b a", 6, 2, cut=True) == [BOS, *ids[-3:]]
+    assert fit_prompt(tokenizer, "a b a b a", 8, 2, cut=True) == ids
+    with refused("max_tokens", "6"):
+        fit_prompt(tokenizer, "a", 6, 5, cut=True)
+
+
+def write_and_name(folder: Path) -> Backbone:
+    write_reciter(folder, make_tokenizer("a b", bos=True), [EOS])
+    return Backbone(name="it", path=str(folder))
 
 
 @pytest.mark.slow

@@ -105,6 +105,30 @@ def test_accuracy_and_loss_equal_a_computation_by_hand(lengths: tuple[int, ...])
     assert score.document_sums["document_hits"] == tuple(sum(hit[start:stop]) for start, stop in pairs)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(5, 9, 2, 20), (13,), (4, 3), (25, 2)])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_every_window_begins_as_documents_do_and_their_first_token_is_not_scored(
+    lengths: tuple[int, ...], batch_size: int
+) -> None:
+    model, plain, bos = Tiny().eval(), packed(*lengths), 3
+    tokens = np.where(plain.tokens == bos, bos + 1, plain.tokens)
+    tokens[plain.starts[:-1]] = bos
+    split = PackedSplit(tokens, plain.starts, plain.num_bytes, bos)
+    nll: list[list[float]] = [[] for _ in lengths]
+    for place in range(1, len(tokens)):
+        start = (place - 1) // LENGTH * LENGTH
+        seen = torch.from_numpy(np.concatenate([[bos], tokens[start + 1 : place]]).astype(np.int64))
+        if tokens[place] != bos:
+            document = int(np.searchsorted(split.starts, place, "right")) - 1
+            nll[document].append(-float(model.logits(seen[None])[0, -1].double().log_softmax(-1)[tokens[place]]))
+    score = run(model, split, batch_size)
+    assert score.document_tokens == tuple(map(len, nll)) == tuple(length - 1 for length in lengths)
+    assert score.tokens == sum(map(len, nll))
+    assert score.loss == pytest.approx(np.mean(np.concatenate(nll)), rel=1e-6)
+    assert score.document_sums["document_nll"] == pytest.approx([sum(each) for each in nll], abs=2e-3)
+
+
 def test_top_5_accuracy_counts_the_tokens_with_fewer_than_five_likelier_ones() -> None:
     model, split = Tiny().eval(), packed(9, 30, 4)
     score = run(model, split)

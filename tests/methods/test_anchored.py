@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from mode.backbone.load import load_model
 from mode.config import identity
-from mode.config.backbone import Backbone
 from mode.config.compose import compose as compose_run
 from mode.config.method import Anchor, GateSettings
 from mode.config.run import Run
@@ -27,6 +26,7 @@ from mode.ops.loss import CHUNK, compute_divergence, compute_hidden_states, comp
 from mode.runs.execute import execute
 from mode.runs.forecast import forecast
 from mode.runs.prepare import prepare_run
+from mode.train import anchor_rows
 from mode.train.anchor_rows import load_or_sample_rows, sample_rows
 from mode.train.loop import forward_backward
 from mode.train.objective import AnchorTerm, Objective
@@ -186,19 +186,35 @@ def test_rows_are_sampled_from_the_backbone(world: World) -> None:
     assert len(set(firsts.tolist())) > 30
 
 
-def test_rows_are_sampled_once_for_each_way_to_sample(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prompt", ["document", "token"])
+def test_sampled_rows_and_their_documents_begin_as_the_backbones_do(world: World, prompt: Any) -> None:
+    model, bos, eos = load_model(compose(world).backbone).eval(), 5, 7
+    head = model.get_output_embeddings()
+    head.weight.data[eos] = head.weight.data.mean(0)  # every document ends after a while
+    anchor = Anchor(source="self", rows=70, prompt=prompt, temperature=5.0)
+    rows = sample_rows(model, anchor, 40, eos, bos).reshape(70, 40)
+    assert (rows[:, 0] == bos).all()
+    assert len(set(rows[:, 1].tolist())) > 20
+    ended = rows[:, :-1] == eos
+    assert ended.sum() > 3
+    assert (rows[:, 1:][ended] == bos).all()
+
+
+def test_rows_are_sampled_once_for_each_way_to_sample(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, device = compose(world), torch.device("cpu")
     anchor = Anchor(source="self", rows=4)
     first = load_or_sample_rows(anchor, run.backbone, "weights", 16, tmp_path, device)
     assert first.shape == (64,)
-    nowhere = Backbone(**{**asdict(run.backbone), "path": "nowhere"})
-    assert np.array_equal(
-        load_or_sample_rows(anchor, nowhere, "weights", 16, tmp_path, device), first
-    )  # nothing is loaded
+    with monkeypatch.context() as patch:
+        patch.setattr(anchor_rows, "load_model", None)
+        assert np.array_equal(load_or_sample_rows(anchor, run.backbone, "weights", 16, tmp_path, device), first)
     for other in (Anchor(source="self", rows=5), Anchor(source="self", rows=4, temperature=0.5)):
         load_or_sample_rows(other, run.backbone, "weights", 16, tmp_path, device)
     load_or_sample_rows(anchor, run.backbone, "others", 16, tmp_path, device)
-    assert len(list((tmp_path / "sampled").iterdir())) == 4
+    load_or_sample_rows(anchor, replace(run.backbone, bos=True), "weights", 16, tmp_path, device)
+    assert len(list((tmp_path / "sampled").iterdir())) == 5
 
 
 def test_damaged_sampled_rows_are_reported_and_sampled_again(

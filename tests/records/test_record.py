@@ -276,6 +276,14 @@ def test_an_id_changes_with_what_is_asked(run: Run, changes: dict[str, Any]) -> 
     assert prepare_run(changed(run, **changes)).id != prepare_run(run).id
 
 
+def test_an_id_changes_with_the_first_token_of_documents_only_if_there_is_one(run: Run) -> None:
+    assert run.backbone.bos == "auto"
+    assert prepare_run(changed(run, backbone__bos=False)).id == prepare_run(run).id
+    begun = prepare_run(changed(run, backbone__bos=True))
+    assert begun.asked == prepare_run(run).asked
+    assert begun.id != prepare_run(run).id
+
+
 def test_an_id_changes_with_the_data_and_the_weights_but_not_with_a_domains_words(run: Run) -> None:
     this = prepare_run(run)
     fingerprints = this.fingerprints | {"backbone": this.backbone}
