@@ -84,13 +84,7 @@ def write_model(
     weights = model.own_state().values() if modular and not embed else model.parameters()
     with write_partial(folder, count_bytes(weights)) as partial:
         partial.mkdir()
-        for pattern in TOKENIZER:
-            for path in place.glob(pattern):
-                target = partial / path.relative_to(place)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
-        if tokenizer is not None:
-            save_bos(tokenizer, partial)
+        copy_tokenizer(place, partial, tokenizer)
         model.save_pretrained(partial, **({"embed": embed} if modular else {}))
         what, imports = describe_model(model, embed=embed), REGISTER if modular else ""
         text = CARD.format(title=title, what=what, imports=imports, folder=folder.name)
@@ -100,6 +94,17 @@ def write_model(
             folder.rmdir()
         sync_files(partial)
         os.replace(partial, folder)
+
+
+def copy_tokenizer(place: Path, target: Path, tokenizer: BackboneTokenizer | None) -> None:
+    """Copy the files of a tokenizer. With a tokenizer given, the copied one begins texts as the given one does."""
+    for pattern in TOKENIZER:
+        for path in place.glob(pattern):
+            copy = target / path.relative_to(place)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+    if tokenizer is not None:
+        save_bos(tokenizer, target)
 
 
 def check_loads(model: Any, title: str) -> None:

@@ -24,9 +24,10 @@ from mode.charts.chart import (
 from mode.charts.draw import render_svg
 from mode.records.contents import Point as CurvePoint
 from mode.records.record import Record
-from mode.tables.compile import BACKBONE, Cell, RowResult, TableData
+from mode.tables.compile import BACKBONE, RowResult, TableData
 from mode.tables.findings import collect_points
 from mode.tables.pareto import MEASURES, Place, Tradeoff, collect_sides, compute_tradeoff
+from mode.tables.statistics import Cell
 from mode.tables.table import SIGNS, last_value
 
 METHODS = {

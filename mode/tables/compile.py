@@ -18,7 +18,15 @@ from mode.records.metrics import ACCURACY, Metric, find_metrics
 from mode.records.record import Record
 from mode.tables.columns import AVERAGE, RETENTION, TARGET, Column, parse_column
 from mode.tables.select import add_needed, select
-from mode.tables.statistics import Interval, effective_size, interval_over_documents, interval_over_seeds, resample
+from mode.tables.statistics import (
+    Cell,
+    Interval,
+    effective_size,
+    interval_over_documents,
+    interval_over_seeds,
+    resample,
+    summarise_seeds,
+)
 from mode.tables.table import Table, compose_rows, select_rows
 
 BACKBONE = "backbone"
@@ -33,32 +41,6 @@ def average(values: Sequence[Number]) -> Number:
     """Return the mean of numbers, or the element-wise mean of arrays."""
     total: Number = sum(values[1:], start=values[0]) / len(values)
     return total
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Mean and sample standard deviation over n seeds. The standard deviation is NaN with one seed."""
-
-    mean: float
-    std: float
-    n: int
-
-    def text(self, *, signed: bool = False, decimals: int = 2) -> str:
-        """Return the cell as text.
-
-        >>> Cell(1.234, 0.1, 3).text(), Cell(1.234, math.nan, 1).text(signed=True)
-        ('1.23 ± 0.10', '+1.23')
-        """
-        mean = f"{self.mean:{'+' if signed else ''}.{decimals}f}"
-        return mean if self.n < 2 else f"{mean} ± {self.std:.{decimals}f}"
-
-
-def summarise_seeds(values: Sequence[float]) -> Cell | None:
-    """Return the mean and deviation of the values of several seeds; None without values."""
-    if not values:
-        return None
-    std = statistics.stdev(values) if len(values) > 1 else math.nan
-    return Cell(statistics.fmean(values), std, len(values))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mode.tables.compile import Cell, RowResult, TableData
+from mode.tables.compile import RowResult, TableData
+from mode.tables.statistics import Cell
 
 MEASURES = {"flops": "10¹² training operations", "seconds": "seconds of training"}
 """Unit of a row's cost, by the name of the cost."""

@@ -8,6 +8,7 @@ document stay together.
 from __future__ import annotations
 
 import math
+import statistics
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,32 @@ class Interval:
     def excludes_zero(self) -> bool:
         """Whether the whole interval is on one side of zero."""
         return self.low > 0.0 or self.high < 0.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Mean and sample standard deviation over n seeds. The standard deviation is NaN with one seed."""
+
+    mean: float
+    std: float
+    n: int
+
+    def text(self, *, signed: bool = False, decimals: int = 2) -> str:
+        """Return the cell as text.
+
+        >>> Cell(1.234, 0.1, 3).text(), Cell(1.234, math.nan, 1).text(signed=True)
+        ('1.23 ± 0.10', '+1.23')
+        """
+        mean = f"{self.mean:{'+' if signed else ''}.{decimals}f}"
+        return mean if self.n < 2 else f"{mean} ± {self.std:.{decimals}f}"
+
+
+def summarise_seeds(values: Sequence[float]) -> Cell | None:
+    """Return the mean and deviation of the values of several seeds; None without values."""
+    if not values:
+        return None
+    std = statistics.stdev(values) if len(values) > 1 else math.nan
+    return Cell(statistics.fmean(values), std, len(values))
 
 
 @cache

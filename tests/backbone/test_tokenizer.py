@@ -82,6 +82,8 @@ def test_every_declared_end_ends_a_text(tmp_path: Path, generation: Any, setting
     tokenizer = make_tokenizer("a b")
     tokenizer.add_special_tokens(["<|endoftext|>"])  # ends documents; the files name other tokens
     tokenizer.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": tokenizer.get_vocab_size()}), "utf-8")
     (folder / "generation_config.json").unlink(missing_ok=True)
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation), "utf-8")
