@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ class Measurement:
 
     Attributes:
         schema: Version of the file format.
-        id: Id, which depends on what was asked.
+        id: Id, the digest of what was asked (`compute_id`).
         asked: Configuration of the measurement.
         happened: Outcome of the measurement.
         provenance: Conditions of the measurement: fingerprints, commit, versions, machine, date.
@@ -36,6 +37,10 @@ class Measurement:
         """Name of the file."""
         return f"{self.id}.json"
 
+    def compute_id(self) -> str:
+        """Return the id that follows from the content."""
+        return digest_json(self.asked)
+
     def write(self, folder: Path) -> Path:
         """Write the file into a folder, atomically, and return its path."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +53,10 @@ Kind = TypeVar("Kind", bound=Measurement)
 
 
 def read_measurement(path: Path, kind: type[Kind], schema: int, what: str, use: Callable[[Kind], object]) -> Kind:
-    """Return one measurement, after a check of its content.
+    """Return one measurement, after a check of its content, its id and its file name.
+
+    The id must follow from the content, and the file name from both. So a file that was edited or renamed is not taken
+    for another measurement.
 
     Args:
         path: Path of the file.
@@ -58,7 +66,7 @@ def read_measurement(path: Path, kind: type[Kind], schema: int, what: str, use: 
         use: Uses the measurement; raises an error if the content is wrong.
 
     Raises:
-        ConfigError: The file is damaged or has another schema.
+        ConfigError: The file is damaged, has another schema, or its id or its name is that of other content.
     """
     try:
         plain = json.loads(path.read_text("utf-8"))
@@ -67,11 +75,44 @@ def read_measurement(path: Path, kind: type[Kind], schema: int, what: str, use: 
             raise ConfigError(f"{path}: {what} schema {found}; this version reads schema {schema}")
         measurement = kind(**plain)
         use(measurement)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as error:
+        expected, name = measurement.compute_id(), measurement.filename
+    except CONTENT_ERRORS as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path}: not a {what} that mode wrote ({error})") from error
+        raise ConfigError(f"{path}: not a {what} that mode wrote ({describe_error(error)})") from error
+    if measurement.id != expected:
+        raise ConfigError(
+            f"{path}: changed since it was written: its id is {measurement.id}, but what it holds has the id {expected}"
+        )
+    if path.name != name:
+        raise ConfigError(f"{path}: the name of another {what}; the name of this {what} is {name}")
     return measurement
+
+
+CONTENT_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError, RecursionError)
+"""Errors of reading a file with wrong content."""
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the first line of an error's message.
+
+    >>> describe_error(KeyError("seed")), describe_error(RecursionError("maximum recursion depth exceeded"))
+    ("no 'seed'", 'nested too deeply')
+    """
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, KeyError):
+        return f"no {error}"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def digest_json(value: object) -> str:
+    """Return a short digest of plain data, as ids of measurements have it.
+
+    >>> digest_json({"run": "a", "task": "b"}) == digest_json({"task": "b", "run": "a"})
+    True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 Part = TypeVar("Part")
