@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from mode.core.errors import ConfigError
 from mode.core.files import write_atomic
@@ -119,8 +121,67 @@ Part = TypeVar("Part")
 
 
 def pick_fields(kind: type[Part], plain: Mapping[str, Any]) -> Part:
-    """Return a dataclass from a mapping. Entries that are not fields are ignored."""
-    return kind(**{item.name: plain[item.name] for item in fields(kind)})  # type: ignore[arg-type]
+    """Return a dataclass from a mapping. Entries that are not fields are ignored.
+
+    Raises:
+        KeyError: A field is missing.
+        TypeError: A value has another type than its field.
+    """
+    checks = find_checks(kind)  # type: ignore[arg-type]
+    values = {name: plain[name] for name in checks}
+    for name, fits in checks.items():
+        if not fits(values[name]):
+            raise TypeError(f"{name}: not {values[name]!r:.60}")
+    return kind(**values)
+
+
+@cache
+def find_checks(kind: Any) -> dict[str, Callable[[Any], bool]]:
+    """Return, for every field of a dataclass, a function that says whether a value has the type of the field."""
+    hints = get_type_hints(kind)
+    return {item.name: make_check(hints[item.name]) for item in fields(kind)}
+
+
+PLAIN: Mapping[Any, frozenset[type]] = {
+    **{kind: frozenset({kind}) for kind in (str, bool, int, type(None))},
+    float: frozenset({float, int}),
+}
+"""Types of the values of a field with a plain type."""
+
+
+def list_plain(kind: Any) -> frozenset[type]:
+    """Return the types of the values of a plain type or of a union of plain types; an empty set for other types."""
+    kinds = [PLAIN.get(each, frozenset()) for each in (get_args(kind) if get_origin(kind) is UnionType else (kind,))]
+    return frozenset().union(*kinds) if all(kinds) else frozenset()
+
+
+def make_check(kind: Any) -> Callable[[Any], bool]:
+    """Return a function that says whether a value has a type. A list fits a tuple.
+
+    >>> check = make_check(Mapping[str, float | None])
+    >>> check({"a": 1, "b": None}), check({"a": "1"}), check([])
+    (True, False, False)
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if plain := list_plain(kind):
+        return lambda value: type(value) in plain
+    if origin is UnionType:
+        checks = [make_check(each) for each in inner]
+        return lambda value: any(check(value) for check in checks)
+    if origin not in (Mapping, Sequence, tuple):
+        return lambda value: kind is Any or isinstance(value, kind)
+    all_fit = make_items_check(inner[1] if origin is Mapping else inner[0])
+    if origin is Mapping:
+        return lambda value: isinstance(value, dict) and all_fit(value.values())
+    return lambda value: isinstance(value, (list, tuple)) and all_fit(value)
+
+
+def make_items_check(kind: Any) -> Callable[[Iterable[Any]], bool]:
+    """Return a function that says whether all of several values have a type."""
+    plain, fits = list_plain(kind), make_check(kind)
+    if plain:
+        return lambda values: plain.issuperset(map(type, values))
+    return lambda values: all(map(fits, values))
 
 
 def format_json(plain: Mapping[str, Any]) -> str:

@@ -271,6 +271,23 @@ def test_a_record_with_an_empty_part_is_refused(tmp_path: Path, part: str, empty
         read_record(path)
 
 
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [
+        *[("steps", value) for value in ({}, [], None, "4", True)],
+        *[("parameters", value) for value in ({}, [], {"total": {}, "trainable": 4, "added": 3})],
+        *[("curve", value) for value in (1, [[]], [{}], [{"step": 4, "loss": {}}], [{"step": 4, "loss": None}])],
+        *[("gates", value) for value in ({"code": []}, {"code": {}}, {"code": {"mean": [["1"]]}})],
+        *[("contamination", value) for value in ({"code": []}, {"code": {"math": {}}})],
+    ],
+)
+def test_a_record_with_an_empty_or_wrong_value_is_refused(tmp_path: Path, place: str, wrong: object) -> None:
+    path = record().write(tmp_path)
+    path.write_text(damage(dataclasses.asdict(record()), happened={**HAPPENED, place: wrong}), encoding="utf-8")
+    with refused(str(path)):
+        read_record(path)
+
+
 @pytest.mark.parametrize("name", COLLECTIONS)
 def test_every_committed_measurement_has_the_id_of_its_content_and_no_other_name(tmp_path: Path, name: str) -> None:
     collection = find_collection(name)
