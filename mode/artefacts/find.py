@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from mode.config.backbone import Backbone
 from mode.config.check import from_yaml, replace_settings
 from mode.config.run import Run
 from mode.core.errors import ConfigError, suggest
-from mode.core.files import SETTINGS
+from mode.core.files import SETTINGS, read_json
 from mode.modular.artefact import ABOUT, check_owner
 from mode.runs.execute import restore
 from mode.runs.prepare import prepare_run
@@ -70,11 +69,7 @@ def load_folder(folder: Path) -> PreTrainedModel:
     Raises:
         ConfigError: The model is incomplete or not supported.
     """
-    try:
-        kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{folder / 'config.json'}: not readable as JSON settings") from error
-    if kind != "mode":
+    if read_json(folder / "config.json").get("model_type") != "mode":
         return load_model(Backbone(name=folder.name, path=str(folder))).eval()
     from safetensors import SafetensorError
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from importlib.resources import files
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mode.config.backbone import Backbone
 from mode.core.errors import ConfigError
-from mode.core.files import digest_file
+from mode.core.files import digest_file, read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,11 +88,17 @@ def fingerprint_weights(backbone: Backbone) -> str:
 
 
 def read_pretraining_data(backbone: Backbone) -> dict[str, str]:
-    """Return the fingerprints of a backbone's pretraining data, by domain; empty if the data are unknown."""
+    """Return the fingerprints of a backbone's pretraining data, by domain; empty if the data are unknown.
+
+    Raises:
+        ConfigError: The file of the fingerprints is damaged.
+    """
     path = locate(backbone) / "pretraining.json"
     if not path.exists():
         return {}
-    data: dict[str, str] = json.loads(path.read_text("utf-8"))["data"]
+    data = read_json(path).get("data")
+    if not isinstance(data, dict) or not all(isinstance(fingerprint, str) for fingerprint in data.values()):
+        raise ConfigError(f"{path}: its data are not fingerprints by domain")
     return data
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from mode.core.errors import ConfigError
 
@@ -37,8 +40,9 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the folders of a run's checkpoints in the order of their steps."""
-    numbers = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")}
-    return sorted((path for path, step in numbers.items() if step.isdigit()), key=lambda path: int(numbers[path]))
+    found = {path: re.fullmatch(r"checkpoint-([0-9]+)", path.name) for path in folder.glob("checkpoint-*")}
+    steps = {path: int(match[1]) for path, match in found.items() if match}
+    return sorted(steps, key=lambda path: steps[path])
 
 
 def remove(*paths: Path) -> None:
@@ -65,6 +69,23 @@ def write_atomic(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        ConfigError: The file is missing, not UTF-8 text, not JSON, not an object, or nested too deeply.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not readable: nested too deeply") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable as JSON ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: not a JSON object")
+    return content
 
 
 def digest_file(path: Path) -> str:

@@ -53,11 +53,17 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
             metadata = file.metadata() or {}
             if "mode" not in metadata:
                 raise ConfigError(f"{path}: this safetensors file was not written by mode")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["mode"])  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(metadata["mode"])
+        if not isinstance(about, dict):
+            raise ValueError("its metadata are not a JSON object")
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
-    except (SafetensorError, OSError) as error:
+    except ConfigError:
+        raise
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not a whole safetensors file ({error})") from error
+    return tensors, about
 
 
 def save_run_tensors(path: Path, tensors: Mapping[str, Tensor], run: str) -> None:

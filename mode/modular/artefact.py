@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mode.config.method import GateSettings
 from mode.core.errors import ConfigError
-from mode.core.files import WEIGHTS, write_atomic
+from mode.core.files import WEIGHTS, read_json, write_atomic
 from mode.core.tensors import check_finite, digest_tensors, load_tensors, save_tensors
 from mode.modular.experts import SHARED_GATE, extract_expert_state
 
@@ -90,7 +90,7 @@ def read_model_descriptions(folder: Path) -> dict[str, dict[str, Any]]:
     from mode.modular.model import MoDEConfig
 
     try:
-        settings = json.loads((folder / "config.json").read_text("utf-8"))
+        settings = read_json(folder / "config.json")
         if settings.get("model_type") != MoDEConfig.model_type:
             raise ConfigError(f"{folder}: a model without experts")
         config = MoDEConfig.from_dict(settings)
@@ -133,10 +133,10 @@ def read_description(folder: Path) -> dict[str, Any]:
     """
     path = folder / ABOUT
     try:
-        about = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        about = read_json(path)
+    except ConfigError as error:
         raise ConfigError(f"{folder}: no readable {ABOUT}, so not an expert") from error
-    missing = [key for key in KEYS if not isinstance(about, dict) or key not in about]
+    missing = [key for key in KEYS if key not in about]
     if missing:
         raise ConfigError(f"{path}: does not say its {missing[0]}, so not an expert that mode wrote")
     if about["schema"] != SCHEMA:

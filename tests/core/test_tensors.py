@@ -67,6 +67,14 @@ def test_weights_without_a_digest_are_checked_for_the_rest(tmp_path: Path, chang
         load_run_tensors(path, "one", WRITTEN)
 
 
+@pytest.mark.parametrize("metadata", ["{", "[]", "[" * 100_000])
+def test_weights_with_damaged_metadata_are_refused(tmp_path: Path, metadata: str) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(WRITTEN, path, metadata={"mode": metadata})
+    with refused(str(path)):
+        load_run_tensors(path, "one")
+
+
 @pytest.mark.parametrize(
     "save", [save_run_tensors, lambda path, tensors, run: save_tensors(path, tensors, {"run": run})]
 )

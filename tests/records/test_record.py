@@ -173,6 +173,8 @@ def damage(plain: dict[str, Any], **changes: Any) -> str:
     [
         ("", "not a record that mode wrote"),
         ("[1, 2]", "not a record that mode wrote"),
+        ("[" * 100_000, "not a record that mode wrote (nested too deeply)"),
+        ('{"asked":' * 100_000, "not a record that mode wrote (nested too deeply)"),
         ('"text"', "not a record that mode wrote"),
         ('{"title": "something else"}', "not a record that mode wrote"),
         (damage(dataclasses.asdict(record()), asked=None), "not a record that mode wrote"),
