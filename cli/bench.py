@@ -15,7 +15,7 @@ def bench(
         str,
         typer.Argument(
             metavar="SUITE",
-            help="step, loops, options, branches, scale, loss, data, sharding, eval, generate, edge, startup.",
+            help="step, loops, options, branches, scale, loss, data, sharding, eval, generate, inference, startup.",
         ),
     ],
     overrides: Overrides = None,
@@ -26,7 +26,7 @@ def bench(
 
     The variants are timed in turn and compared by ratios. The results are written as a record.
 
-    Example: mode bench edge backbone=smollm2-135m
+    Example: mode bench inference backbone=smollm2-135m
     """
     with reporting_errors():
         from mode.bench.records import render_section

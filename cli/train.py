@@ -258,16 +258,21 @@ def execute(run: Run, *, again: bool) -> None:
 
 
 def print_scores(scores: Mapping[str, Score], targets: Sequence[str]) -> None:
-    """Print every metric that a record holds, by domain."""
+    """Print every metric that a record holds, with its standard error, by domain."""
     from mode.records.metrics import METRICS
 
+    metrics = [
+        metric for metric in METRICS.values() if any(score.find(metric) is not None for score in scores.values())
+    ]
+    rows = [["domain", "role", *(f"{metric.heading.lower()}{' %' * (metric.unit == '%')}" for metric in metrics)]]
     for name, score in scores.items():
-        parts = [f"  {name:<10} {'target' if name in targets else 'retention':<10}"]
-        for metric in METRICS.values():
+        row = [name, "target" if name in targets else "retention"]
+        for metric in metrics:
             value, error = score.find(metric), score.find_error(metric)
-            if value is not None:
-                spread = "" if error is None else f" ± {metric.format(error)}"
-                unit = " %" if metric.unit == "%" else ""
-                parts.append(f"{metric.heading.lower()} {metric.format(value)}{unit}{spread} ")
-        print(" ".join(parts).rstrip())
+            spread = "" if error is None else f" ± {metric.format(error)}"
+            row.append("–" if value is None else metric.format(value) + spread)
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     sys.stdout.flush()

@@ -21,6 +21,10 @@ FIGURES = {"scale": draw_scale, "sharding": draw_layouts}
 """Suites whose records have a figure, with the function that draws it."""
 
 
+SUITES_IN_RECORDS = {"inference": "edge"}
+"""From today's name of a suite to its name in records, which never changes. The old name is still accepted."""
+
+
 HEADS = ("Job", "Variant", "Median", "Ratio", "Quartiles")
 """Columns of every table."""
 
@@ -54,12 +58,21 @@ class Benchmark(Measurement):
     @property
     def title(self) -> str:
         """Suite and backbone, as a heading."""
-        return f"{self.asked['suite']}: {self.asked['backbone']}"
+        return f"{find_suite(self.asked['suite'])}: {self.asked['backbone']}"
 
     @property
     def filename(self) -> str:
         """Name of the record's file. Only the id identifies the record."""
         return f"{self.asked['suite']}-{self.asked['backbone']}-{self.id}.json"
+
+
+def find_suite(name: str) -> str:
+    """Return today's name of a suite for its name in records; others are returned as they are.
+
+    >>> find_suite("edge"), find_suite("loss")
+    ('inference', 'loss')
+    """
+    return {recorded: today for today, recorded in SUITES_IN_RECORDS.items()}.get(name, name)
 
 
 def render_benchmarks(benchmarks: Sequence[Benchmark]) -> dict[str, str]:

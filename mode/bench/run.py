@@ -14,10 +14,10 @@ import torch
 
 from mode.backbone.load import fingerprint_weights
 from mode.backbone.shape import read_shape
-from mode.bench.records import COLLECTION, SCHEMA, Benchmark
+from mode.bench.records import COLLECTION, SCHEMA, SUITES_IN_RECORDS, Benchmark, find_suite
 from mode.bench.suites.data import prepare_data
 from mode.bench.suites.evaluation import prepare_evaluation
-from mode.bench.suites.inference import prepare_edge, prepare_generation
+from mode.bench.suites.inference import prepare_generation, prepare_inference
 from mode.bench.suites.loops import prepare_loops
 from mode.bench.suites.loss import prepare_losses
 from mode.bench.suites.options import prepare_branches, prepare_options
@@ -44,9 +44,9 @@ Cases = list[Case] | Iterator[list[Case]]
 SUITES: dict[str, Callable[[Run, MoDE, torch.device, Path], tuple[Cases, dict[str, int]]]] = {
     "branches": prepare_branches,
     "data": prepare_data,
-    "edge": prepare_edge,
     "eval": prepare_evaluation,
     "generate": prepare_generation,
+    "inference": prepare_inference,
     "loops": prepare_loops,
     "loss": prepare_losses,
     "options": prepare_options,
@@ -93,6 +93,7 @@ def run_suite(
     Raises:
         ConfigError: There is no such suite, or it does not support the settings.
     """
+    name = find_suite(name)
     if name not in SUITES:
         raise ConfigError(f"{name}: not one of the suites {', '.join(SUITES)}{suggest(name, SUITES)}")
     method = run.method
@@ -171,7 +172,7 @@ def describe_benchmark(name: str, run: Run, method: MoDE) -> dict[str, Any]:
         }
     options = {RECORDED.get(key, key): value for key, (value, plain) in values.items() if value != plain}
     return {
-        "suite": name,
+        "suite": SUITES_IN_RECORDS.get(name, name),
         "backbone": run.backbone.name,
         "num_blocks": method.num_blocks,
         "expert_layers": method.expert_layers,

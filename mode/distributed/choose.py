@@ -11,6 +11,7 @@ from mode.config.train import Train
 from mode.core import processes
 from mode.core.errors import ConfigError
 from mode.distributed.layout import DDP
+from mode.ops.penalty import WeightPenalty
 
 if TYPE_CHECKING:
     from mode.distributed.mpmd import MPMD
@@ -56,6 +57,8 @@ def choose_layout(model: nn.Module, settings: Train, device: torch.device, *, an
         raise ConfigError(
             "train.parallelism.strategy=mpmd: an anchored model needs its backbone everywhere; take ddp, fsdp or tp"
         )
+    if layout != "ddp" and any(isinstance(module, WeightPenalty) for module in model.modules()):
+        raise ConfigError(f"train.parallelism.strategy={layout}: a penalty on weights needs all of them; take ddp")
     if layout == "mpmd":
         from mode.distributed.mpmd import MPMD
 

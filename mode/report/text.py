@@ -24,6 +24,7 @@ from mode.report.frames import (
 from mode.tables.columns import AVERAGE, RETENTION, Column
 from mode.tables.compile import TableData
 from mode.tables.findings import list_findings
+from mode.tables.statistics import FEW, FEWEST, correct_holm
 
 WORDED = {
     "\\": r"\textbackslash{}",
@@ -77,6 +78,7 @@ def write_notes(compiled: TableData) -> list[str]:
         "several seeds that of a paired t over seeds too. Effective documents: "
         f"{', '.join(f'{name} {count:.0f}' for name, count in describe_documents(compiled).items())}."
     ]
+    lines += [*list_few_documents(compiled), *correct_differences(compiled)]
     if compiled.table.relative:
         lines += [
             "",
@@ -132,6 +134,43 @@ def describe_documents(compiled: TableData) -> dict[str, float]:
     """Return the effective number of documents, by domain."""
     found = next((line.documents for line in compiled.lines if line.documents), {})
     return {name: found[name] for name in compiled.domains if name in found}
+
+
+def list_few_documents(compiled: TableData) -> list[str]:
+    """Return a note on the domains that have too few effective documents for an interval, or for a sure one."""
+    found = describe_documents(compiled)
+    none = [name for name, count in found.items() if count < FEWEST]
+    few = [name for name, count in found.items() if FEWEST <= count < FEW]
+    lines = []
+    if none:
+        lines += ["", f"Fewer than {FEWEST} effective documents, so no interval over documents: {', '.join(none)}."]
+    if few:
+        lines += [
+            "",
+            f"Fewer than {FEW} effective documents, so other documents may decide otherwise: {', '.join(few)}.",
+        ]
+    return lines
+
+
+def correct_differences(compiled: TableData) -> list[str]:
+    """Return a note on the differences that are beyond noise one by one, but not after Holm's correction.
+
+    The correction is over all differences and columns of the table. The p-value of a difference is the larger one of
+    those over documents and over seeds.
+    """
+    found = {}
+    for left, right in compiled.table.differences:
+        one, other = compiled.line(left), compiled.line(right)
+        for column in compiled.columns:
+            gap = one.minus(other, column.name)
+            if gap is not None and gap.p is not None:
+                found[f"{one.label} − {other.label} on {column.heading}"] = gap.p
+    corrected = correct_holm(list(found.values()))
+    lost = [name for (name, p), many in zip(found.items(), corrected, strict=True) if p < 0.05 <= many]
+    if len(found) < 2:
+        return []
+    what = "; ".join(lost) if lost else "none"
+    return ["", f"Beyond noise alone, but not after Holm's correction for these {len(found)} comparisons: {what}."]
 
 
 def write_overlap_note(domains: Sequence[str]) -> str:

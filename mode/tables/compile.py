@@ -67,7 +67,8 @@ class Difference:
 
     Attributes:
         cell: Mean and deviation over seeds.
-        documents: Interval over documents of the mean over seeds; None if the records have no sums over documents.
+        documents: Interval over documents of the mean over seeds; None if the records have no sums over documents, or
+            with too few documents.
         seeds: Interval over seeds; None with a single seed.
     """
 
@@ -83,6 +84,11 @@ class Difference:
             and self.documents.excludes_zero
             and (self.seeds is None or self.seeds.excludes_zero)
         )
+
+    @property
+    def p(self) -> float | None:
+        """The larger p-value of the two intervals; None without an interval over documents."""
+        return None if self.documents is None else max(self.documents.p, self.seeds.p if self.seeds else 0.0)
 
 
 def read_routing(records: Sequence[Record]) -> dict[str, tuple[float, float]]:

@@ -23,16 +23,17 @@ RESAMPLES = 2000
 """Number of resamples."""
 
 
-CRITICAL = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""Critical values of Student's t, two-sided 95 %, by degrees of freedom from 1."""
+FEWEST, FEW = 2, 10
+"""Effective documents below which there is no interval over documents, and below which a table warns."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95 % confidence interval."""
+    """A 95 % confidence interval by Student's t, and the two-sided p-value of zero."""
 
     low: float
     high: float
+    p: float
 
     @property
     def excludes_zero(self) -> bool:
@@ -66,16 +67,32 @@ def resample(scores: Mapping[str, Score], metric: Metric) -> dict[str, NDArray[n
     return found
 
 
-def critical_value(freedom: float) -> float:
-    """Return the critical value of Student's t, two-sided 95 %. Degrees of freedom are rounded down.
+def make_interval(mean: float, error: float, freedom: float) -> Interval:
+    """Return the interval of a mean with a standard error, by Student's t with these degrees of freedom.
 
-    Beyond the table the value is a close upper bound.
-
-    >>> critical_value(1.0), critical_value(2.9), round(critical_value(60.0), 2)
-    (12.706, 4.303, 2.0)
+    >>> made = make_interval(3.0, 1.0, 4.0)
+    >>> round(made.low, 3), round(made.high, 3), round(made.p, 4)
+    (0.224, 5.776, 0.0399)
     """
-    whole = max(1, int(freedom))
-    return CRITICAL[whole - 1] if whole <= len(CRITICAL) else 1.96 + 2.6 / whole
+    from scipy.special import stdtr, stdtrit
+
+    reach = float(stdtrit(freedom, 0.975)) * error
+    p = 2.0 * float(stdtr(freedom, -abs(mean) / error)) if error else float(mean == 0.0)
+    return Interval(mean - reach, mean + reach, p)
+
+
+def correct_holm(values: Sequence[float]) -> list[float]:
+    """Return p-values that are corrected for their number (Holm, 1979), in the order given.
+
+    >>> [round(value, 3) for value in correct_holm([0.04, 0.01, 0.03])]
+    [0.06, 0.03, 0.06]
+    """
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    corrected, least = list(values), 0.0
+    for rank, index in enumerate(order):
+        least = max(least, min(1.0, (len(values) - rank) * values[index]))
+        corrected[index] = least
+    return corrected
 
 
 def effective_size(tokens: Sequence[int]) -> float:
@@ -90,25 +107,30 @@ def effective_size(tokens: Sequence[int]) -> float:
     return float(sizes.sum() ** 2 / (sizes**2).sum())
 
 
-def interval_over_documents(difference: float, resamples: Sequence[NDArray[np.float64]], documents: float) -> Interval:
+def interval_over_documents(
+    difference: float, resamples: Sequence[NDArray[np.float64]], documents: float
+) -> Interval | None:
     """Return the interval over documents of a mean over seeds: Student's t with the bootstrap's standard error.
 
-    Quantiles of the resamples would be too narrow for few documents of different lengths.
+    Quantiles of the resamples would be too narrow for few documents of different lengths. With fewer than two effective
+    documents nothing can be said of the spread over documents, and the result is None.
 
     Args:
         difference: Mean difference over seeds.
         resamples: Difference in all resamples, (RESAMPLES,), for each seed.
         documents: Effective number of documents.
     """
-    reach = critical_value(documents - 1.0) * float(np.std(np.mean(resamples, axis=0), ddof=1))
-    return Interval(difference - reach, difference + reach)
+    if documents < FEWEST:
+        return None
+    return make_interval(difference, float(np.std(np.mean(resamples, axis=0), ddof=1)), documents - 1.0)
 
 
 def interval_over_seeds(differences: Sequence[float]) -> Interval | None:
     """Return the t interval of a mean over seeds; None with a single seed.
 
-    >>> interval_over_seeds([1.0, 3.0])
-    Interval(low=-10.706, high=14.706)
+    >>> found = interval_over_seeds([1.0, 3.0])
+    >>> round(found.low, 2), round(found.high, 2), round(found.p, 3)
+    (-10.71, 14.71, 0.295)
     >>> interval_over_seeds([1.0])
     """
     count = len(differences)
@@ -116,5 +138,4 @@ def interval_over_seeds(differences: Sequence[float]) -> Interval | None:
         return None
     mean = sum(differences) / count
     error = math.sqrt(sum((one - mean) ** 2 for one in differences) / (count - 1) / count)
-    reach = critical_value(count - 1) * error
-    return Interval(mean - reach, mean + reach)
+    return make_interval(mean, error, count - 1)

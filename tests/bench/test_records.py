@@ -139,9 +139,9 @@ def test_an_expert_that_does_not_fit_leaves_the_model_as_it_was(
 
 
 @pytest.mark.slow
-def test_the_edge_suite_leaves_a_record_that_the_report_follows_from(world: World) -> None:
+def test_the_inference_suite_leaves_a_record_that_the_report_follows_from(world: World) -> None:
     results = world.root / "results"
-    result = call(world, "bench", "edge", "--rounds", "2")
+    result = call(world, "bench", "inference", "--rounds", "2")
     assert result.exit_code == 0, result.output
     (benchmark,) = COLLECTION.read(results)
     assert render_section(benchmark) in result.stdout
@@ -173,14 +173,14 @@ def test_every_published_benchmark_is_a_whole_table_of_the_page() -> None:
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 2}', '{"schema": 1}'])
 def test_a_file_that_is_no_benchmark_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "edge.json").write_text(text, "utf-8")
-    with refused("edge.json"):
+    (tmp_path / "bench" / "loss.json").write_text(text, "utf-8")
+    with refused("loss.json"):
         COLLECTION.read(tmp_path)
 
 
 def test_a_place_where_nothing_can_be_written_is_told_before_anything_is_measured(world: World) -> None:
     (world.root / "results").write_text("a file", "utf-8")
-    result = call(world, "bench", "edge")
+    result = call(world, "bench", "edge")  # the old name of a suite
     assert result.exit_code == 2
     assert "results" in result.output
     assert "warmed up" not in result.output
@@ -189,4 +189,4 @@ def test_a_place_where_nothing_can_be_written_is_told_before_anything_is_measure
 def test_a_benchmark_needs_experts(world: World) -> None:
     run = compose([*world.overrides, "method=sft"], world.conf)
     with refused("method=mode"):
-        run_suite("edge", run, 1)
+        run_suite("inference", run, 1)

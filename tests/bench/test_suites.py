@@ -119,6 +119,7 @@ def test_all_forms_of_the_loss_are_the_same(trains: bool) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trains", [False, True])
 def test_the_loss_takes_an_eighth_of_the_memory_of_full_logits_at_most(trains: bool) -> None:
     states, weight = torch.randn(2048, 64, requires_grad=True), torch.randn(8192, 64).requires_grad_(trains)
@@ -215,6 +216,7 @@ def test_the_clock_of_a_loop_runs_over_the_steps_to_time(
     assert rows.seconds == 10.0 ** (first + STEPS - 1) - 10.0**first
 
 
+@pytest.mark.slow
 @needs_peers
 def test_liger_stays_beneath_what_autocasts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
@@ -259,6 +261,7 @@ def test_the_scale_suite_varies_what_a_step_grows_with_and_is_drawn(world: World
     assert figure.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_start_up_is_timed_from_outside(world: World) -> None:
     make_script_action("")()
     with refused("nothing'"):

@@ -240,6 +240,7 @@ def test_what_a_label_says_is_never_markup() -> None:
     assert "<title>&lt;i&gt;&amp;</title>" in svg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "pdf"])
 def test_the_same_chart_gives_the_same_bytes(tmp_path: Path, suffix: str) -> None:
     styles = make_styles(dict.fromkeys("abc", ("blue", "D")), line=True)

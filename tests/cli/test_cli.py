@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -105,8 +106,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "domain named twice": ((*LORA, "-d", "py,py"), ("py", "twice")),
     "unknown table": (("reproduce", "tabel1"), ("table tabel1", "table1?")),
     "unknown suite": (
-        ("bench", "edgy"),
-        ("edgy: ", "branches, data, edge, eval", "edge?"),
+        ("bench", "infer"),
+        ("infer: ", "branches, data, eval", "inference?"),
     ),
     "unknown table to report": (("report", "tabel1"), ("table tabel1", "table1?")),
     "page and check": (("report", "--html", "--check"), ("--check", "--html")),
@@ -380,9 +381,13 @@ def test_a_baseline_is_trained_once_unless_asked_again(world: World) -> None:
     (record,) = records(world)
     assert record.asked["method"]["_target_"] == "baselines.sft.SFT"
     assert f"run {record.id}: 4 steps" in first.stdout
-    for name, score in record.happened["scores"].items():
-        kind = "target" if name in ("py", "sums") else "retention"
-        assert f"  {name:<10} {kind:<10} accuracy {100 * score['accuracy']:.2f} %" in first.stdout
+    heads, *rows = [re.split(r"  +", line) for line in first.stdout.splitlines()[1:]]
+    assert heads[:3] == ["domain", "role", "accuracy %"]
+    assert {tuple(row[:2]): row[2].split()[0] for row in rows} == {
+        (name, "target" if name in ("py", "sums") else "retention"): f"{100 * score['accuracy']:.2f}"
+        for name, score in record.happened["scores"].items()
+    }
+    assert {len(row) for row in rows} == {len(heads)}
     made = path.stat().st_mtime_ns
     second = call(world, "train", "baseline", "sft")
     assert f"run {record.id} is done" in second.stdout
@@ -533,6 +538,7 @@ def test_completion_lists_a_group_from_its_folder() -> None:
     assert complete("method")("nothing") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
@@ -542,7 +548,7 @@ def test_completion_lists_a_group_from_its_folder() -> None:
         ("mode reproduce tab", "table1"),
     ],
 )
-@pytest.mark.parametrize("shell", ["zsh", pytest.param("bash", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shell", ["zsh", "bash"])
 def test_the_shell_completes(shell: str, typed: str, expected: str) -> None:
     words = {"_TYPER_COMPLETE_ARGS": typed} if shell == "zsh" else {"COMP_WORDS": typed.replace(" ", "\n")}
     words["COMP_CWORD"] = str(typed.count(" "))

@@ -20,6 +20,7 @@ from mode.core.errors import ConfigError
 DOMAINS = [f"+domain@domains.{name}={name}" for name in list_members("domain")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

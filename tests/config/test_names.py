@@ -127,6 +127,7 @@ def write_experiments(folder: Path, **texts: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_of_two_files_the_later_wins_by_either_name(tmp_path: Path) -> None:
     conf = write_experiments(
         tmp_path,

@@ -106,6 +106,7 @@ def test_closed_forms_agree_with_torchs_counter_and_the_models_parameters(world:
     check(run, built(run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mode 2", "lora attention"])
 def test_the_count_is_that_of_torchs_own_counter(world: World, name: str) -> None:
     run = run_of(world, *METHODS[name])
@@ -119,6 +120,7 @@ def test_the_count_is_that_of_torchs_own_counter(world: World, name: str) -> Non
     assert found.total == theirs.get_total_flops() / rows.numel() + heads
 
 
+@pytest.mark.slow
 def test_an_ensemble_takes_what_its_members_take(world: World) -> None:
     alone, together = (
         run_of(world, text).method.cost(run_of(world, text)) for text in ("method=backbone", "method=btm")
@@ -188,6 +190,7 @@ def test_equal_tokens_are_shared_by_the_stages(world: World, name: str, policy: 
     assert sum(stage.steps for stage in stages if stage) == 31
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "molora", "loramoe", "mixlora", "moelora"])
 def test_equal_parameters_raise_the_rank_of_adapters(world: World, name: str) -> None:
     matched, plain = (run_of(world, f"method={name}", *more) for more in (["budget=params"], []))
@@ -204,6 +207,7 @@ def test_equal_parameters_raise_the_rank_of_adapters(world: World, name: str) ->
     assert max(scales) == pytest.approx(min(scales)) == pytest.approx(settings.alpha / settings.rank)
 
 
+@pytest.mark.slow
 def test_equal_parameters_are_more_vectors_and_wider_experts_under_gates(world: World) -> None:
     wanted = forecast(run_of(world, "method=mode", "budget=params"))
     assert wanted is not None
@@ -288,6 +292,7 @@ def test_a_method_that_does_not_say_what_it_takes_is_told(world: World, monkeypa
     assert forecast_table("table1", world.overrides, world.conf)["SFT"] is None
 
 
+@pytest.mark.slow
 def test_the_forecast_of_a_table_is_printed(world: World) -> None:
     result = call(world, "show", "budget", "table1", "train.steps=60")
     assert result.exit_code == 0, result.output

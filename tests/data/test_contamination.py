@@ -44,6 +44,7 @@ def test_a_share_uses_thirteen_tokens_and_is_zero_for_less() -> None:
     assert measure_seen_share([stream], stream[::-1].copy()) == 0.0
 
 
+@pytest.mark.slow
 def test_every_training_split_and_the_pretraining_are_compared_with_what_is_scored(world: World) -> None:
     packed = prepare_run(compose(world.overrides, world.conf)).packed
     known = {name: packed[name].fingerprint for name in ("py", "prose")}

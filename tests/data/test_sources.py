@@ -255,6 +255,7 @@ def test_generator_is_a_function_of_its_seed() -> None:
     assert not set(exercises(1000)) & set(made)
 
 
+@pytest.mark.slow
 def test_generator_shows_the_working_where_there_is_some() -> None:
     worked = read(GeneratorSource(kind="generator", seed=1, counts={"gsm_symbolic": 1}))[0]
     assert len(worked.partition("Answer: ")[2].split()) > 5

@@ -103,6 +103,7 @@ def test_a_tables_runs_come_seed_by_seed(own: World) -> None:
     assert {run.track.group for run in runs} == {"two"}
 
 
+@pytest.mark.slow
 def test_a_plan_has_every_stage_once_and_knows_who_waits_for_it(own: World) -> None:
     runs = runs_of(own)
     nodes, done = plan_runs(runs)

@@ -85,6 +85,7 @@ def test_a_pretrained_backbone_is_adapted_like_any_other(world: World) -> None:
     assert bare.happened["parameters"] == {"total": made.happened["parameters"]["total"], "trainable": 0, "added": 0}
 
 
+@pytest.mark.slow
 def test_pretraining_never_sees_what_adaptation_trains_on(world: World) -> None:
     prepared = prepare_run(pretrain(world))
     for packed in prepared.packed.values():

@@ -319,6 +319,7 @@ def test_a_run_with_documents_apart_is_another_run_and_learns(world: World) -> N
     assert second[-1] < second[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [[*FRESH, "method.gate.scope=prefix"], ["method=mode-anchored", *FRESH[1:], "method.num_experts=1"]]
 )

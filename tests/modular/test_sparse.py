@@ -93,6 +93,7 @@ def test_layers_before_the_last_run_on_all_tokens(monkeypatch: pytest.MonkeyPatc
     assert flops < most
 
 
+@pytest.mark.slow
 def test_padding_and_documents_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     padding = torch.ones_like(IDS)
     padding[0, :5] = padding[1, -4:] = 0
@@ -103,6 +104,7 @@ def test_padding_and_documents_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     both(modular("gemma2", top_k=1), monkeypatch, attention_mask=padding)
 
 
+@pytest.mark.slow
 def test_a_mask_for_all_rows_and_rows_that_do_not_keep_a_branch_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     model = modular(top_k=1)
     causal = torch.ones(1, 1, IDS.shape[1], IDS.shape[1], dtype=torch.bool).tril()
@@ -115,6 +117,7 @@ def test_a_mask_for_all_rows_and_rows_that_do_not_keep_a_branch_at_all(monkeypat
     both(model, monkeypatch, attention_mask=torch.ones_like(IDS))
 
 
+@pytest.mark.slow
 def test_in_bf16_both_ways_have_the_same_gradients_but_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     model = modular(top_k=1)
     with torch.autocast("cpu", torch.bfloat16):

@@ -114,6 +114,7 @@ def test_decoding_with_a_cache_is_the_same(family: str, settings: dict[str, Any]
     assert (torch.cat(steps, 1) - full).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_generation_with_padding_and_beams_is_that_without_a_cache() -> None:
     model = ensemble()
     check_generation(model, IDS)

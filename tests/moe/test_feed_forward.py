@@ -168,6 +168,7 @@ def test_btx_has_the_branches_feed_forward_parts_and_the_mean_of_all_else(mixed:
             assert torch.equal(found[name], value)
 
 
+@pytest.mark.slow
 def test_btx_stands_on_the_fine_tuning_that_anyone_runs(mixed: Any, shared_world: World) -> None:
     run, _, _ = mixed
     alone = run_of(shared_world, "method=sft", "targets=[py]")

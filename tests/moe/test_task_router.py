@@ -121,6 +121,7 @@ def test_what_is_told_of_routers_is_that_of_experts_alone(world: World) -> None:
     assert all(isinstance(router, TaskRouter) for router in routers)
 
 
+@pytest.mark.slow
 def test_generation_with_padding_and_beams_is_that_without_a_cache(world: World) -> None:
     model = built(world, "method.task=guessed")
     nn.init.normal_(model.tasks.guess.weight, std=3.0)

@@ -97,6 +97,7 @@ def test_every_family_has_matrices_that_are_quantized(family: str) -> None:
     assert 0 < (found - expected).norm() / expected.norm() < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["int8", "fp8"])
 def test_the_backbone_alone_is_scored_in_eight_bits(world: World, choice: str) -> None:
     full, eight = (
@@ -107,7 +108,8 @@ def test_the_backbone_alone_is_scored_in_eight_bits(world: World, choice: str) -
     assert eight["loss"] == pytest.approx(full["loss"], rel=1e-2)
 
 
-@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "mode"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "mode"])
 def test_the_anchors_reference_is_the_backbone_in_eight_bits(world: World, method: str) -> None:
     anchor = [
         "method.anchor.source=prose",

@@ -100,6 +100,7 @@ def test_traffic_is_that_of_the_collectives() -> None:
 MIXED = "method=mode method.start=fresh method.num_experts=3 method.num_blocks=2"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*FSDP")
 @pytest.mark.parametrize(
     "settings", ["method=sft", "method=lora", "method=upcycling", MIXED, f"{MIXED} method.num_blocks=1"]
@@ -167,6 +168,7 @@ def test_the_verdict_names_the_best_and_says_when_side_by_side_is_out_of_reach()
     assert summarise_estimates(small, estimate_layouts(small, 16, none, link), 16, none).startswith("no layout fits")
 
 
+@pytest.mark.slow
 def test_a_plan_is_printed_and_mistakes_are_told(world: World, tmp_path: Path) -> None:
     asked = ["plan", "backbone=llama-1b", "--devices", "16", "--link", "ib"]
     result = call(world, *asked)
@@ -197,6 +199,7 @@ def side_by_side(slots: Any, experts: int, num_blocks: int, expert_layers: int, 
     return estimate_mpmd(step, slots, 1, device, link).seconds / estimate_fsdp(step, 8, device, link).seconds
 
 
+@pytest.mark.slow
 def test_the_published_speed_up_is_that_of_few_tokens_a_step() -> None:
     """Figure 4 of the paper, which does not tell its tokens a step; docs/sharding.md has these figures."""
     tokens = (1024, 4096, 8192, 16384)

@@ -101,6 +101,7 @@ def test_a_claim_about_the_loss_holds_where_it_is_lower(conf: Path, ours: str, t
     assert " on Sums, loss " in sentence
 
 
+@pytest.mark.slow
 def test_a_table_with_other_metrics_has_a_file_of_its_own(conf: Path, tmp_path: Path) -> None:  # noqa: F811
     for row, losses in LOSSES.items():
         with_losses(made(conf, "tiny", row, 0, (0.5, 0.5, 0.5)), losses).write(tmp_path / "records")

@@ -229,7 +229,7 @@ def test_a_stage_without_a_record_is_refused(conf: Path, records: list[Record]) 
         compile_table(load_table("tiny", conf), records[1:], [], conf)
 
 
-def test_only_records_under_one_sky_are_compared(conf: Path, records: list[Record]) -> None:
+def test_only_records_of_one_data_and_backbone_are_compared(conf: Path, records: list[Record]) -> None:
     strangers = [made(conf, "tiny", "sft", seed, (1.0, 1.0, 1.0), backbone="other") for seed in (0, 5)]
     compiled = compile_table(load_table("tiny", conf), [*strangers, *records], [], conf)
     assert sorted(compiled.line("sft").quality) == [0, 1, 2]
@@ -525,6 +525,7 @@ def test_an_edited_number_fails_the_check(conf: Path, results: Path, suffix: str
     assert check_tables(results, ["tiny"], conf) == [path]
 
 
+@pytest.mark.slow
 def test_a_changed_or_lost_record_fails_the_check(conf: Path, results: Path) -> None:
     report("tiny", results, extra=conf)
     path = next((results / "records").glob("sft-*-s1-*.json"))
@@ -569,6 +570,7 @@ def test_gates_are_averaged_over_seeds_and_drawn_beside_the_table(conf: Path, tm
     assert (tmp_path / "tiny-gates.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_without_gates_no_heat_map_is_drawn(conf: Path, results: Path) -> None:
     report("tiny", results, extra=conf)
     assert not (results / "tiny-gates.png").exists()

@@ -99,6 +99,7 @@ def offline_log(runs: Path, name: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_log_that_was_pushed_is_not_pushed_again(own: World) -> None:
     runs = own.root / "runs"
     assert "nothing to push" in call(own, "sync").stdout
@@ -108,6 +109,7 @@ def test_a_log_that_was_pushed_is_not_pushed_again(own: World) -> None:
     assert list_unsynced(runs) == [first.parent]
 
 
+@pytest.mark.slow
 def test_without_a_network_offline_runs_stay(own: World, monkeypatch: pytest.MonkeyPatch) -> None:
     path = offline_log(own.root / "runs", "20260101_000000")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")

@@ -16,6 +16,7 @@ from tests.conftest import World
 from tests.support.refusals import refused
 
 
+@pytest.mark.slow
 def test_compose_trains_each_expert_once_and_is_never_trained_twice(world: World) -> None:
     run = compose_run([*world.overrides, "method=mode"], world.conf)
     seen: list[str] = []
@@ -29,6 +30,7 @@ def test_compose_trains_each_expert_once_and_is_never_trained_twice(world: World
     assert {found.id for found in read_records(world.root / "results")} == {record.id, *stages}
 
 
+@pytest.mark.slow
 def test_a_stage_does_not_see_the_rows_that_the_mix_draws_from_its_domain(world: World) -> None:
     compose = compose_run([*world.overrides, "method=mode"], world.conf)
     orders = [prepare_run(run).method.order(run) for run in (compose, *prepare_run(compose).method.needs(compose))]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from mode.records.metrics import ACCURACY, METRICS
 from mode.records.score import Score
 from mode.tables.compile import RowResult
 from mode.tables.statistics import (
     RESAMPLES,
+    correct_holm,
     draw_resamples,
     effective_size,
     interval_over_documents,
@@ -56,6 +59,7 @@ def test_pairing_takes_away_what_documents_have_in_common() -> None:
     better = [min(count, right + 2) for count, right in zip(tokens, hits, strict=True)]
     ours, theirs = (resample({"code": score(tokens, each)}, ACCURACY)["code"] for each in (better, hits))
     paired = interval_over_documents(float((ours - theirs).mean()), [ours - theirs], effective_size(tokens))
+    assert paired is not None
     assert paired.excludes_zero
     assert paired.low > 0.0
     # Unpaired, the difference is far below the spread of either.
@@ -66,15 +70,16 @@ def test_equal_rows_have_no_difference() -> None:
     tokens, hits = documents(2)
     same = resample({"code": score(tokens, hits)}, ACCURACY)["code"]
     interval = interval_over_documents(0.0, [same - same], effective_size(tokens))
-    assert (interval.low, interval.high, interval.excludes_zero) == (0.0, 0.0, False)
+    assert interval is not None
+    assert (interval.low, interval.high, interval.p, interval.excludes_zero) == (0.0, 0.0, 1.0, False)
 
 
-FEW = (106, 400, 7037, 1827, 1129, 1938, 1127, 447, 615, 7989, 14392, 10287, 4001, 9710, 2269, 376)
+UNLIKE = (106, 400, 7037, 1827, 1129, 1938, 1127, 447, 615, 7989, 14392, 10287, 4001, 9710, 2269, 376)
 MANY = tuple(range(50, 150)) * 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [FEW, MANY], ids=["few documents of unlike lengths", "many"])
+@pytest.mark.parametrize("sizes", [UNLIKE, MANY], ids=["few documents of unlike lengths", "many"])
 def test_about_five_of_a_hundred_intervals_miss_the_truth(sizes: tuple[int, ...]) -> None:
     # Two rows equal in truth, whose difference varies from document to document.
     wrong, tokens = 0, np.asarray(sizes)
@@ -84,12 +89,35 @@ def test_about_five_of_a_hundred_intervals_miss_the_truth(sizes: tuple[int, ...]
         pair = [score(list(sizes), each.round().astype(int).tolist()) for each in hits]
         ours, theirs = (resample({"code": each}, ACCURACY)["code"] for each in pair)
         gap = pair[0].accuracy - pair[1].accuracy
-        wrong += interval_over_documents(gap, [ours - theirs], effective_size(sizes)).excludes_zero
+        interval = interval_over_documents(gap, [ours - theirs], effective_size(sizes))
+        assert interval is not None
+        wrong += interval.excludes_zero
     assert 8 <= wrong <= 32  # 20 are meant; three standard errors are 13
 
 
-def test_a_domain_of_one_document_has_no_spread() -> None:
-    assert set(resample({"code": score([10], [4])}, ACCURACY)["code"]) == {0.4}
+@pytest.mark.parametrize("tokens", [[10], [1000, 3, 3]])
+def test_with_fewer_than_two_effective_documents_nothing_is_beyond_noise(tokens: list[int]) -> None:
+    rows = [line([0.4]), line([0.2])]
+    rows = [replace(row, documents={"code": effective_size(tokens)}) for row in rows]
+    gap = rows[0].minus(rows[1], "code")
+    assert gap is not None
+    assert (gap.documents, gap.p, gap.holds) == (None, None, False)
+
+
+def test_p_values_are_those_of_students_t() -> None:
+    values = [0.3, 0.9, 0.1, 0.8]
+    expected = ttest_1samp(values, 0.0)
+    interval = interval_over_seeds(values)
+    assert interval is not None
+    assert interval.p == pytest.approx(expected.pvalue)
+    assert (interval.low, interval.high) == pytest.approx(tuple(expected.confidence_interval()))
+
+
+def test_holms_correction_is_the_step_down_by_rank() -> None:
+    values = [0.01, 0.04, 0.03, 0.005]
+    assert correct_holm(values) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert correct_holm([0.9, 0.8]) == [1.0, 1.0]
+    assert correct_holm([]) == []
 
 
 @pytest.mark.parametrize(("count", "critical"), [(2, 12.706), (3, 4.303), (5, 2.776), (40, 2.023)])

@@ -20,7 +20,7 @@ from tests.train.test_loop import GOLDEN, GOLDEN_SETTINGS, LOSSES
 
 def main() -> None:
     """Train every golden run in a temporary world and keep its losses in full."""
-    golden: dict[str, list[str]] = {"sky": [read_processor_name(), torch.__version__]}
+    golden: dict[str, list[str]] = {"conditions": [read_processor_name(), torch.__version__]}
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(Path(folder))
         for name, overrides in LOSSES.items():

@@ -50,6 +50,7 @@ def test_the_fastest_choice_that_fits_is_taken_and_changes_no_bit(
     assert curves == [plain, plain]
 
 
+@pytest.mark.slow
 def test_what_is_chosen_takes_less(world: World) -> None:
     """In order: each choice takes more than the one before where most layers are frozen."""
     from functools import partial

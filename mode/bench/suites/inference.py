@@ -1,4 +1,4 @@
-"""Suites `edge` and `generate`: size, loading time and generation speed of models with experts."""
+"""Suites `inference` and `generate`: size, loading time and generation speed of models with experts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPT, NEW, LONG = 32, 32, 256
 """Tokens of the prompt, of its continuation, and of the text that is read at once."""
 
 
-def prepare_edge(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
+def prepare_inference(run: Run, method: MoDE, device: torch.device, folder: Path) -> tuple[list[Case], dict[str, int]]:
     """Write models to a folder; return cases that load, use and exchange them, and the bytes of their weights.
 
     Experts have fresh weights. Neither size nor speed depends on the weights.
