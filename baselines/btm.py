@@ -75,13 +75,13 @@ class BTM(Method):
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the combination of the models."""
-        from mode.core.tensors import average_weights, load_tensors
+        from mode.core.tensors import average_weights, load_run_tensors
         from mode.gating.router import Posterior
         from mode.moe.ensemble import Ensemble
 
-        states = [load_tensors(folder / WEIGHTS)[0] for folder in material.needs]
-        members = [material.backbone().requires_grad_(False) for _ in states]
-        for member, state in zip(members, states, strict=True):
+        members = [material.backbone().requires_grad_(False) for _ in material.needs]
+        for member, folder in zip(members, material.needs, strict=True):
+            state = load_run_tensors(folder / WEIGHTS, folder.name, dict(member.named_parameters()))
             member.load_state_dict(state, strict=False)  # a tied head has one name
         if self.backbone:
             members.insert(0, material.backbone().requires_grad_(False))

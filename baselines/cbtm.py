@@ -79,11 +79,11 @@ class Branch(Method):
 
     def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
         """Write the vectors of tokens and the centres of clusters. The mixture reads them."""
-        from mode.core.tensors import save_tensors
+        from mode.core.tensors import save_run_tensors
         from mode.runs.prepare import prepare_run
 
         _, vectors, centres, _ = cluster_rows(self, run, prepare_run(run).packed)
-        save_tensors(folder / CLUSTERS, {"vectors": vectors, "centres": centres}, {})
+        save_run_tensors(folder / CLUSTERS, {"vectors": vectors, "centres": centres}, str(about["run"]))
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
@@ -129,14 +129,16 @@ class CBTM(Method):
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the mixture of the models."""
-        from mode.core.tensors import load_tensors
+        from mode.core.tensors import load_run_tensors
         from mode.moe.clusters import ClusterWeights
         from mode.moe.ensemble import Ensemble
 
         members = [material.backbone().requires_grad_(False) for _ in material.needs]
         for member, folder in zip(members, material.needs, strict=True):
-            member.load_state_dict(load_tensors(folder / WEIGHTS)[0], strict=False)  # a tied head has one name
-        tensors, _ = load_tensors(material.needs[0] / CLUSTERS)
+            state = load_run_tensors(folder / WEIGHTS, folder.name, dict(member.named_parameters()))
+            member.load_state_dict(state, strict=False)  # a tied head has one name
+        first = material.needs[0]
+        tensors = load_run_tensors(first / CLUSTERS, first.name)
         weights = ClusterWeights(tensors["vectors"], tensors["centres"], self.temperature, Choice(top_k=self.top_k))
         mixture: nn.Module = Ensemble(members, weights)
         return mixture

@@ -80,12 +80,12 @@ class MoLE(ParameterMatched):
         """
         import torch
 
-        from mode.core.tensors import load_tensors
+        from mode.core.tensors import load_run_tensors
         from mode.moe.low_rank import BalanceLoss, OutputGatedBank, replace_linears
 
         model: nn.Module = material.backbone()
         model.requires_grad_(False)
-        experts = [read_factors(load_tensors(folder / WEIGHTS)[0]) for folder in material.needs]
+        experts = [read_factors(load_run_tensors(folder / WEIGHTS, folder.name)) for folder in material.needs]
         balance_loss = BalanceLoss(self.balance)
         scale = self.sized(run).expert.scale
 

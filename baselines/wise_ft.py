@@ -64,10 +64,11 @@ class WiSEFT(Method):
         """
         import torch
 
-        from mode.core.tensors import load_tensors
+        from mode.core.tensors import load_run_tensors
 
         model: nn.Module = material.backbone().requires_grad_(False)
-        parameters, (tuned, _) = dict(model.named_parameters()), load_tensors(material.needs[0] / WEIGHTS)
+        parameters, (folder,) = dict(model.named_parameters()), material.needs
+        tuned = load_run_tensors(folder / WEIGHTS, folder.name)
         if set(tuned) != set(parameters):
             raise ConfigError(f"method.tuned._target_={self.tuned['_target_']}: not a method that trains all weights")
         with torch.no_grad():

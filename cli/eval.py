@@ -126,11 +126,16 @@ def show_retention(overrides: Sequence[str], conf: Path | None, names: Sequence[
 
 
 def rescore(run: Run) -> None:
-    """Score a finished run from its weights, and compare the accuracies with its record."""
+    """Score a finished run from its weights, and compare the accuracies with its record.
+
+    Raises:
+        ConfigError: The run is not finished, or an accuracy differs from the record's.
+    """
     from cli.train import print_scores
-    from mode.core.device import set_up
+    from mode.core.device import describe_device, set_up
     from mode.core.errors import ConfigError
     from mode.ops.quantize import quantize_frozen
+    from mode.records.provenance import describe_environment
     from mode.runs.execute import restore
     from mode.runs.fit import score_domains
     from mode.runs.prepare import find_finished, prepare_run
@@ -145,8 +150,20 @@ def rescore(run: Run) -> None:
     scores = score_domains(prepared, model, run.evaluate.split)
     print(f"run {prepared.id}, scored from its weights")
     print_scores(scores, record.request.targets)
-    same = all(scores[name].accuracy == score.accuracy for name, score in record.outcome.scores.items())
-    print("accuracies equal the record's" if same else "accuracies differ from the record's")
+    here = describe_environment(describe_device(device), run.train.threads)
+    for name, score in record.outcome.scores.items():
+        if scores[name].accuracy != score.accuracy:
+            other = [key for key in ("versions", "machine", "threads") if record.provenance.get(key) != here[key]]
+            raise ConfigError(
+                f"accuracies differ from the record's: {name} is {100 * scores[name].accuracy:.4f} %, and "
+                f"{100 * score.accuracy:.4f} % in {prepared.results / 'records' / record.filename}; "
+                + (
+                    f"the record was made with other {', '.join(other)}"
+                    if other
+                    else "the weights are not those scored"
+                )
+            )
+    print("accuracies equal the record's")
 
 
 def print_retention(records: Sequence[Record], baseline: Record, metric: Metric) -> None:

@@ -14,7 +14,7 @@ from mode.config.check import from_yaml, replace_settings
 from mode.config.run import Run
 from mode.core.errors import ConfigError, suggest
 from mode.core.files import SETTINGS
-from mode.modular.artefact import ABOUT
+from mode.modular.artefact import ABOUT, check_owner
 from mode.runs.execute import restore
 from mode.runs.prepare import prepare_run
 
@@ -47,15 +47,20 @@ def find_run(name: str, runs: Path) -> Run:
         runs: Folder of runs.
 
     Raises:
-        ConfigError: No run has that id, or several ids start with `name`.
+        ConfigError: No run has that id, several ids start with `name`, or the settings in the folder give another id:
+            they, the data or the backbone have changed.
     """
     known = {path.parent.name: path for path in sorted(runs.glob("*/" + SETTINGS))}
     found = [run_id for run_id in known if run_id.startswith(name)]
     if len(found) != 1:
         what = "no run of that id" if not found else f"the ids of {len(found)} runs start with {name}"
         raise ConfigError(f"{name}: {what} in {runs}{suggest(name, known)}")
-    run: Run = from_yaml(known[found[0]].read_text("utf-8"))
-    return replace_settings(run, paths=replace_settings(run.paths, runs=str(runs)))  # type: ignore[no-any-return]
+    path = known[found[0]]
+    run: Run = from_yaml(path.read_text("utf-8"))
+    run = replace_settings(run, paths=replace_settings(run.paths, runs=str(runs)))
+    if (today := prepare_run(run).id) != found[0]:
+        raise ConfigError(f"{path}: with today's data and backbone, these are the settings of run {today}")
+    return run
 
 
 def load_folder(folder: Path) -> PreTrainedModel:
@@ -107,7 +112,8 @@ def find_expert_folder(name: str, runs: Path, domains: Collection[str]) -> Path:
         domains: Names of domains. The error message suggests the nearest.
 
     Raises:
-        ConfigError: No expert has that name, or several run ids start with `name`.
+        ConfigError: No expert has that name, several run ids start with `name`, or the expert in a run's folder is of
+            another run.
     """
     here = Path(name).expanduser()
     places = [here, here / "expert", *sorted(path / "expert" for path in runs.glob("*") if path.name.startswith(name))]
@@ -115,6 +121,8 @@ def find_expert_folder(name: str, runs: Path, domains: Collection[str]) -> Path:
     if not found and (here / "config.json").exists():
         return here
     if found and (len(found) == 1 or found[0] in places[:2]):
+        if found[0] not in places[:2]:
+            check_owner(found[0], found[0].parent.name)
         return found[0]
     if found:
         raise ConfigError(f"{name}: the ids of {len(found)} runs start with {name}")

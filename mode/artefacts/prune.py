@@ -16,8 +16,6 @@ branches that are left.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -32,6 +30,7 @@ from mode.gating.gate import Gate
 from mode.gating.meter import GateMeter, find_gates, watch_gates
 from mode.ops.quantize import quantize_frozen
 from mode.records import command
+from mode.records.measurement import make_id
 from mode.records.provenance import describe_environment
 from mode.runs.execute import build, restore
 from mode.runs.fit import score_domains
@@ -103,7 +102,7 @@ def prune(
             )
             done(f"{order}, {ratio:g} pruned")
     asked = describe_pruning(record, run, ratios, orders)
-    identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    identity = make_id(asked)
     asked["variant"] = variant  # for display only: not part of the identity
     result = PruningResult(SCHEMA, identity, asked, {"cases": cases}, environment)
     return result, result.write(folder)

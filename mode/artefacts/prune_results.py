@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from mode.records.collection import Collection
-from mode.records.measurement import Measurement, pick_fields
+from mode.records.measurement import Measurement, make_id, pick_fields
 from mode.records.metrics import ACCURACY
 
 SCHEMA = 1
@@ -43,6 +43,10 @@ class PruningResult(Measurement):
     `happened` has the cases, first the model without pruning. A case has the order, the ratio, the pruned experts and
     their number, and the accuracy and loss by domain.
     """
+
+    def compute_id(self) -> str:
+        """Return the id that follows from what was asked. The variant is for display and does not count."""
+        return make_id({name: value for name, value in self.asked.items() if name != "variant"})
 
     @property
     def filename(self) -> str:

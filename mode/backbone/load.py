@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mode.config.backbone import Backbone
 from mode.core.errors import ConfigError
-from mode.core.files import digest_file
+from mode.core.files import digest_file, read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -128,18 +128,21 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: It is not readable as JSON settings.
     """
-    try:
-        return dict(json.loads((folder / CONFIG).read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{folder / CONFIG}: not readable as JSON settings in UTF-8") from error
+    return read_json(folder / CONFIG)
 
 
 def read_pretraining_data(backbone: Backbone) -> dict[str, str]:
-    """Return the fingerprints of a backbone's pretraining data, by domain; empty if the data are unknown."""
+    """Return the fingerprints of a backbone's pretraining data, by domain; empty if the data are unknown.
+
+    Raises:
+        ConfigError: The file of the fingerprints is damaged.
+    """
     path = locate(backbone) / "pretraining.json"
     if not path.exists():
         return {}
-    data: dict[str, str] = json.loads(path.read_text("utf-8"))["data"]
+    data = read_json(path).get("data")
+    if not isinstance(data, dict) or not all(isinstance(fingerprint, str) for fingerprint in data.values()):
+        raise ConfigError(f"{path}: its data are not fingerprints by domain")
     return data
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mode.backbone.load import CONFIG, locate, read_settings
 from mode.config.backbone import Backbone
 from mode.core.errors import ConfigError
-from mode.core.files import remove, sync_files, write_partial
+from mode.core.files import read_json, remove, sync_files, write_partial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -157,7 +156,7 @@ def find_bos(backbone: Backbone, backend: Any, folder: Path) -> int | None:
     prepended = find_prepended(backend)
     if backbone.bos is False or backbone.bos == "auto" or prepended is not None:
         return None if backbone.bos is False else prepended
-    named = find_token(backend, read_json(folder / "tokenizer_config.json").get("bos_token"))
+    named = find_token(backend, read_optional(folder / "tokenizer_config.json").get("bos_token"))
     if named is None:
         raise ConfigError(f"backbone.bos=true: the tokenizer of {backbone.name} names no bos_token")
     return named
@@ -193,11 +192,11 @@ def find_ends(backend: Any, folder: Path) -> list[int]:
     """
     declared: Any = None
     for name in ("config.json", "generation_config.json"):
-        declared = read_json(folder / name).get("eos_token_id", declared)
+        declared = read_optional(folder / name).get("eos_token_id", declared)
         ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
         if not all(type(token) is int for token in ids):
             raise ConfigError(f"{folder / name}: eos_token_id {declared!r} is neither a token id nor a list of them")
-    named = find_token(backend, read_json(folder / "tokenizer_config.json").get("eos_token"))
+    named = find_token(backend, read_optional(folder / "tokenizer_config.json").get("eos_token"))
     return ids if named is None else [*ids, named]
 
 
@@ -207,21 +206,13 @@ def find_token(backend: Any, token: Any) -> int | None:
     return backend.token_to_id(content) if isinstance(content, str) else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_optional(path: Path) -> dict[str, Any]:
     """Return the content of a JSON file of a backbone; nothing if there is no such file.
 
     Raises:
         ConfigError: The file is not a JSON object.
     """
-    if not path.exists():
-        return {}
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not readable as JSON settings") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path}: not readable as JSON settings")
-    return settings
+    return read_json(path) if path.exists() else {}
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> BackboneTokenizer:

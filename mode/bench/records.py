@@ -12,7 +12,7 @@ from mode.bench.figures import draw_layouts, draw_scale
 from mode.bench.ratios import MACHINE, compute_ratio
 from mode.config.names import OLD_NAMES
 from mode.records.collection import Collection
-from mode.records.measurement import Measurement
+from mode.records.measurement import Measurement, make_id
 
 SCHEMA = 1
 
@@ -50,6 +50,10 @@ class Benchmark(Measurement):
     backbone, shape, threads, precision and options. `happened` has the cases (job, variant, tokens, seconds by round)
     and sizes in bytes.
     """
+
+    def compute_id(self) -> str:
+        """Return the id that follows from what was asked, the backbone and the machine."""
+        return make_id([self.asked, self.provenance["backbone"], self.provenance["machine"]])
 
     @property
     def title(self) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -35,6 +33,7 @@ from mode.config.run import Run
 from mode.core.device import describe_device, measure_allocated, set_up
 from mode.core.errors import ConfigError, suggest
 from mode.methods.mode import MoDE
+from mode.records.measurement import make_id
 from mode.records.provenance import describe_environment
 from mode.train.precision import resolve_precision
 
@@ -118,10 +117,9 @@ def run_suite(
             timed += time_group(group, rounds, done, device)
     asked = describe_benchmark(name, run, method)
     fingerprint = fingerprint_weights(run.backbone)
-    identity = json.dumps([asked, fingerprint, environment["machine"]], sort_keys=True)
     benchmark = Benchmark(
         schema=SCHEMA,
-        id=hashlib.sha256(identity.encode()).hexdigest()[:12],
+        id=make_id([asked, fingerprint, environment["machine"]]),
         asked=asked,
         happened={"rounds": rounds, "bytes": sizes, "cases": timed},
         provenance={"backbone": fingerprint, **environment},

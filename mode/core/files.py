@@ -75,8 +75,9 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the folders of a run's checkpoints in the order of their steps."""
-    numbers = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")}
-    return sorted((path for path, step in numbers.items() if step.isdigit()), key=lambda path: int(numbers[path]))
+    found = {path: re.fullmatch(r"checkpoint-([0-9]+)", path.name) for path in folder.glob("checkpoint-*")}
+    steps = {path: int(match[1]) for path, match in found.items() if match}
+    return sorted(steps, key=lambda path: steps[path])
 
 
 def remove(*paths: Path) -> None:
@@ -230,6 +231,23 @@ def sync_files(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        ConfigError: The file is missing, not UTF-8 text, not JSON, not an object, or nested too deeply.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not readable: nested too deeply") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable as JSON ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: not a JSON object")
+    return content
+
+
 def digest_file(path: Path) -> str:
     """Return the sha256 of a file in hexadecimal.
 
@@ -267,8 +285,8 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def digest_json(content: Mapping[str, Any]) -> str:
-    """Return the sha256 of a JSON object, which does not depend on the order of its keys."""
+def digest_json(content: object) -> str:
+    """Return the sha256 of plain data as JSON, which does not depend on the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -59,11 +59,85 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
             metadata = file.metadata() or {}
             if "mode" not in metadata:
                 raise ConfigError(f"{path}: this safetensors file was not written by mode")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["mode"])  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(metadata["mode"])
+        if not isinstance(about, dict):
+            raise ValueError("its metadata are not a JSON object")
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
-    except (SafetensorError, OSError) as error:
+    except ConfigError:
+        raise
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not a whole safetensors file ({error})") from error
+    return tensors, about
+
+
+def save_run_tensors(path: Path, tensors: Mapping[str, Tensor], run: str) -> None:
+    """Write tensors of a run to a safetensors file, with the run's id and a digest of the tensors.
+
+    Args:
+        path: Path of the file.
+        tensors: Tensors by name.
+        run: Id of the run.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    save_tensors(path, tensors, {"run": run, "digest": digest_tensors(tensors)})
+
+
+def load_run_tensors(path: Path, run: str, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Read tensors of a run that `save_run_tensors` wrote.
+
+    Files of earlier versions have no digest. Their tensors are checked for everything but the digest.
+
+    Args:
+        path: Path of the file.
+        run: Id of the run.
+        like: Tensors with the names, shapes and data types that the file must have; None for any.
+
+    Raises:
+        ConfigError: The file is missing or truncated, or its tensors are of another run or another model, changed since
+            they were written, or not finite numbers.
+    """
+    tensors, about = load_tensors(path)
+    fix = "remove the file, and train the run again"
+    if about.get("run", run) != run:
+        raise ConfigError(f"{path}: weights of run {about['run']}, not of run {run}; {fix}")
+    if "digest" in about and digest_tensors(tensors) != about["digest"]:
+        raise ConfigError(f"{path}: its weights changed since they were written; {fix}")
+    for name in sorted({*tensors, *like}) if like is not None else ():
+        found, wanted = (describe_tensor(group.get(name)) for group in (tensors, like or {}))
+        if found != wanted:
+            raise ConfigError(f"{path}: not the weights of this run's model: {name} is {found}, not {wanted}; {fix}")
+    check_finite(path, tensors)
+    return tensors
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Check that weights are finite floating-point numbers.
+
+    Args:
+        path: Path of the file or folder of the weights, for the message.
+        tensors: Weights by name.
+
+    Raises:
+        ConfigError: A tensor has integers, infinite numbers or NaN.
+    """
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() and all(bound.isfinite() for bound in tensor.aminmax())):
+            raise ConfigError(f"{path}: {name} ({describe_tensor(tensor)}) is not all finite floating-point numbers")
+
+
+def describe_tensor(tensor: Tensor | None) -> str:
+    """Return the shape and the data type of a tensor as text.
+
+    >>> describe_tensor(torch.zeros(2, 3)), describe_tensor(None)
+    ('float32 (2, 3)', 'missing')
+    """
+    if tensor is None:
+        return "missing"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -71,7 +145,7 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()[:16]
 
 

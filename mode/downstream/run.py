@@ -20,6 +20,7 @@ from mode.config.groups import list_members
 from mode.core.errors import ConfigError, suggest
 from mode.downstream.results import COLLECTION, SCHEMA, Result
 from mode.downstream.task import DEFAULT, Progress, Task, TaskScore, digest_prompt, load_task, read_questions
+from mode.records.measurement import make_id
 from mode.records.provenance import describe_environment, find_version
 from mode.records.record import Record
 from mode.runs.execute import restore
@@ -246,7 +247,7 @@ def score_tasks(
     subject = RunModel(prepared)
     for task in planned:
         asked = describe_result(prepared, record, task, limit)
-        identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+        identity = make_id(asked)
         empty = Result(SCHEMA, identity, asked, {}, {})
         path = folder / empty.filename
         before = COLLECTION.read_file(path) if path.exists() and not overwrite else None

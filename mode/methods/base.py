@@ -38,11 +38,13 @@ class Material:
         backbone: Loads a fresh copy of the backbone in fp32.
         needs: Work folders of the runs that `Method.needs` returned, in order.
         source: Source of the backbone: name, path, revision, fingerprint.
+        artefacts: Digests of the input files that are part of the run's identity, as `Method.artefacts` returned them.
     """
 
     backbone: Callable[[], PreTrainedModel]
     needs: tuple[Path, ...] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
+    artefacts: Mapping[str, str] = field(default_factory=dict)
 
 
 Reference = Callable[["nn.Module", "Tensor"], tuple["Tensor", "Tensor"]]

@@ -237,7 +237,7 @@ class MoDE(Adaptation):
         """Return the modular model, with fresh experts or with those of the stage-1 runs."""
         import torch
 
-        from mode.modular.artefact import load_experts
+        from mode.modular.artefact import load_experts, load_run_expert
         from mode.modular.block import find_blocks
         from mode.modular.experts import compose_experts
         from mode.modular.model import make_modular
@@ -256,10 +256,15 @@ class MoDE(Adaptation):
             source=material.source,
         )
         if composing:
-            trained = dict(zip(self.missing(run), (folder / "expert" for folder in material.needs), strict=True))
-            experts: dict[str, Expert] = {}
-            for folder in dict.fromkeys((trained | self.at_hand()).values()):
+            experts: dict[str, Expert] = {
+                domain: load_run_expert(folder / "expert", folder.name, domain)
+                for domain, folder in zip(self.missing(run), material.needs, strict=True)
+            }
+            for folder in dict.fromkeys(self.at_hand().values()):
                 experts |= load_experts(folder)
+            for domain, digest in material.artefacts.items():
+                if experts[domain].about["weights"] != digest:
+                    raise ConfigError(f"method.experts: the expert for {domain} changed after the run began")
             compose_experts(model, [experts[domain].tensors for domain in run.targets], self.handover)
         for block in find_blocks(model):
             if self.alike:

@@ -75,10 +75,10 @@ def merge_branches(material: Material) -> tuple[PreTrainedModel, list[dict[str, 
         The backbone with the mean of all weights, trainable; and the weights of every model by name, the backbone's
         first.
     """
-    from mode.core.tensors import average_weights, load_tensors
+    from mode.core.tensors import average_weights, load_run_tensors
 
     model = material.backbone().requires_grad_(True)
     own = {name: value.detach().clone() for name, value in model.named_parameters()}
-    states = [own, *(load_tensors(folder / WEIGHTS)[0] for folder in material.needs)]
+    states = [own, *(load_run_tensors(folder / WEIGHTS, folder.name, own) for folder in material.needs)]
     model.load_state_dict(average_weights(states), strict=False)  # a tied head has one name
     return model, states

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from mode.config.method import GateSettings
 from mode.core.errors import ConfigError
-from mode.core.files import write_atomic
-from mode.core.tensors import digest_tensors, load_tensors, save_tensors
+from mode.core.files import WEIGHTS, read_json, write_atomic
+from mode.core.tensors import check_finite, digest_tensors, load_tensors, save_tensors
 from mode.modular.experts import SHARED_GATE, extract_expert_state
 
 SCHEMA = 1
@@ -90,7 +90,7 @@ def read_model_descriptions(folder: Path) -> dict[str, dict[str, Any]]:
     from mode.modular.model import MoDEConfig
 
     try:
-        settings = json.loads((folder / "config.json").read_text("utf-8"))
+        settings = read_json(folder / "config.json")
         if settings.get("model_type") != MoDEConfig.model_type:
             raise ConfigError(f"{folder}: a model without experts")
         config = MoDEConfig.from_dict(settings)
@@ -133,10 +133,10 @@ def read_description(folder: Path) -> dict[str, Any]:
     """
     path = folder / ABOUT
     try:
-        about = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        about = read_json(path)
+    except ConfigError as error:
         raise ConfigError(f"{folder}: no readable {ABOUT}, so not an expert") from error
-    missing = [key for key in KEYS if not isinstance(about, dict) or key not in about]
+    missing = [key for key in KEYS if key not in about]
     if missing:
         raise ConfigError(f"{path}: does not say its {missing[0]}, so not an expert that mode wrote")
     if about["schema"] != SCHEMA:
@@ -161,21 +161,48 @@ def load_experts(folder: Path) -> dict[str, Expert]:
     return {name: Expert(tensors=tensors, about=about)}
 
 
+def load_run_expert(folder: Path, run: str, domain: str) -> Expert:
+    """Read the expert that a run has trained for a domain.
+
+    Raises:
+        ConfigError: A file is missing or damaged, or the expert is of another run or another domain.
+    """
+    check_owner(folder, run)
+    experts = load_experts(folder)
+    if domain not in experts:
+        raise ConfigError(f"{folder}: an expert for {', '.join(experts)}, not for {domain}")
+    return experts[domain]
+
+
+def check_owner(folder: Path, run: str) -> None:
+    """Check that the expert in a run's folder was trained by this run.
+
+    Raises:
+        ConfigError: Another run has trained it, or it is not readable.
+    """
+    about = read_description(folder)
+    if about.get("run") != run:
+        raise ConfigError(
+            f"{folder}: the expert of run {about.get('run')} (seed {about.get('seed')}), not of run {run}; "
+            f"remove {folder.parent / WEIGHTS}, and train run {run} again"
+        )
+
+
 def load_model_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of a saved model's blocks, in fp32."""
+    """Read the tensors of a saved model's blocks."""
     tensors: dict[str, Tensor] = {}
     try:
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 names = [name for name in file.keys() if name.startswith(("blocks.", "head."))]  # noqa: SIM118
-                tensors |= {name: file.get_tensor(name).float() for name in names}
+                tensors |= {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path}: not a whole safetensors file") from error
     return tensors
 
 
 def extract_expert(folder: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Expert:
-    """Return one expert of a saved model's tensors, named as by `extract_expert_state`."""
+    """Return one expert of a saved model's tensors, in fp32 and named as by `extract_expert_state`."""
     state: dict[str, Tensor] = {}
     places = [f"blocks.{block}" for block in range(about["num_blocks"])] + ["head"] * bool(about["head_rank"])
     for block, place in enumerate(places):
@@ -187,6 +214,8 @@ def extract_expert(folder: Path, tensors: Mapping[str, Tensor], about: Mapping[s
         state |= {f"{block}.layers.{name.removeprefix(prefix)}": value for name, value in layers.items()}
         rows = [0, about["number"] + 1]
         state |= {f"{block}.gate.{part}": value[rows] for part, value in gate.items() if value is not None}
+    check_finite(folder, state)
+    state = {name: value.float() for name, value in state.items()}
     return Expert(tensors=state, about={**about, "weights": digest_tensors(state)})
 
 

@@ -239,7 +239,7 @@ def read_outcome(happened: Mapping[str, Any]) -> Outcome:
         "parameters": pick_fields(Parameters, happened["parameters"]),
         "scores": {name: Score.from_plain(score) for name, score in happened["scores"].items()},
         "curve": tuple(
-            Point(point["step"], {name: value for name, value in point.items() if name != "step"})
+            pick_fields(Point, {"step": point["step"], "values": {key: point[key] for key in point if key != "step"}})
             for point in happened["curve"]
         ),
         "gates": {name: pick_fields(Gates, gates) for name, gates in happened["gates"].items()},

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from mode.core.errors import ConfigError
-from mode.core.files import write_atomic
+from mode.core.files import digest_json, write_atomic
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Measurement:
 
     Attributes:
         schema: Version of the file format.
-        id: Id, which depends on what was asked.
+        id: Id, the digest of what was asked (`compute_id`).
         asked: Configuration of the measurement.
         happened: Outcome of the measurement.
         provenance: Conditions of the measurement: fingerprints, commit, versions, machine, date.
@@ -36,6 +38,10 @@ class Measurement:
         """Name of the file."""
         return f"{self.id}.json"
 
+    def compute_id(self) -> str:
+        """Return the id that follows from the content."""
+        return make_id(self.asked)
+
     def write(self, folder: Path) -> Path:
         """Write the file into a folder, atomically, and return its path."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +54,10 @@ Kind = TypeVar("Kind", bound=Measurement)
 
 
 def read_measurement(path: Path, kind: type[Kind], schema: int, what: str, use: Callable[[Kind], object]) -> Kind:
-    """Return one measurement, after a check of its content.
+    """Return one measurement, after a check of its content, its id and its file name.
+
+    The id must follow from the content, and the file name from both. So a file that was edited or renamed is not taken
+    for another measurement.
 
     Args:
         path: Path of the file.
@@ -58,7 +67,7 @@ def read_measurement(path: Path, kind: type[Kind], schema: int, what: str, use: 
         use: Uses the measurement; raises an error if the content is wrong.
 
     Raises:
-        ConfigError: The file is damaged or has another schema.
+        ConfigError: The file is damaged, has another schema, or its id or its name is that of other content.
     """
     try:
         plain = json.loads(path.read_text("utf-8"))
@@ -67,19 +76,111 @@ def read_measurement(path: Path, kind: type[Kind], schema: int, what: str, use: 
             raise ConfigError(f"{path}: {what} schema {found}; this version reads schema {schema}")
         measurement = kind(**plain)
         use(measurement)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as error:
+        expected, name = measurement.compute_id(), measurement.filename
+    except CONTENT_ERRORS as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path}: not a {what} that mode wrote ({error})") from error
+        raise ConfigError(f"{path}: not a {what} that mode wrote ({describe_error(error)})") from error
+    if measurement.id != expected:
+        raise ConfigError(
+            f"{path}: changed since it was written: its id is {measurement.id}, but what it holds has the id {expected}"
+        )
+    if path.name != name:
+        raise ConfigError(f"{path}: the name of another {what}; the name of this {what} is {name}")
     return measurement
+
+
+CONTENT_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError, RecursionError)
+"""Errors of reading a file with wrong content."""
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the first line of an error's message.
+
+    >>> describe_error(KeyError("seed")), describe_error(RecursionError("maximum recursion depth exceeded"))
+    ("no 'seed'", 'nested too deeply')
+    """
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, KeyError):
+        return f"no {error}"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def make_id(value: object) -> str:
+    """Return the id of a measurement: a short digest of plain data.
+
+    >>> make_id({"run": "a", "task": "b"}) == make_id({"task": "b", "run": "a"})
+    True
+    """
+    return digest_json(value)[:12]
 
 
 Part = TypeVar("Part")
 
 
 def pick_fields(kind: type[Part], plain: Mapping[str, Any]) -> Part:
-    """Return a dataclass from a mapping. Entries that are not fields are ignored."""
-    return kind(**{item.name: plain[item.name] for item in fields(kind)})  # type: ignore[arg-type]
+    """Return a dataclass from a mapping. Entries that are not fields are ignored.
+
+    Raises:
+        KeyError: A field is missing.
+        TypeError: A value has another type than its field.
+    """
+    checks = find_checks(kind)  # type: ignore[arg-type]
+    values = {name: plain[name] for name in checks}
+    for name, fits in checks.items():
+        if not fits(values[name]):
+            raise TypeError(f"{name}: not {values[name]!r:.60}")
+    return kind(**values)
+
+
+@cache
+def find_checks(kind: Any) -> dict[str, Callable[[Any], bool]]:
+    """Return, for every field of a dataclass, a function that says whether a value has the type of the field."""
+    hints = get_type_hints(kind)
+    return {item.name: make_check(hints[item.name]) for item in fields(kind)}
+
+
+PLAIN: Mapping[Any, frozenset[type]] = {
+    **{kind: frozenset({kind}) for kind in (str, bool, int, type(None))},
+    float: frozenset({float, int}),
+}
+"""Types of the values of a field with a plain type."""
+
+
+def list_plain(kind: Any) -> frozenset[type]:
+    """Return the types of the values of a plain type or of a union of plain types; an empty set for other types."""
+    kinds = [PLAIN.get(each, frozenset()) for each in (get_args(kind) if get_origin(kind) is UnionType else (kind,))]
+    return frozenset().union(*kinds) if all(kinds) else frozenset()
+
+
+def make_check(kind: Any) -> Callable[[Any], bool]:
+    """Return a function that says whether a value has a type. A list fits a tuple.
+
+    >>> check = make_check(Mapping[str, float | None])
+    >>> check({"a": 1, "b": None}), check({"a": "1"}), check([])
+    (True, False, False)
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if plain := list_plain(kind):
+        return lambda value: type(value) in plain
+    if origin is UnionType:
+        checks = [make_check(each) for each in inner]
+        return lambda value: any(check(value) for check in checks)
+    if origin not in (Mapping, Sequence, tuple):
+        return lambda value: kind is Any or isinstance(value, kind)
+    all_fit = make_items_check(inner[1] if origin is Mapping else inner[0])
+    if origin is Mapping:
+        return lambda value: isinstance(value, dict) and all_fit(value.values())
+    return lambda value: isinstance(value, (list, tuple)) and all_fit(value)
+
+
+def make_items_check(kind: Any) -> Callable[[Iterable[Any]], bool]:
+    """Return a function that says whether all of several values have a type."""
+    plain, fits = list_plain(kind), make_check(kind)
+    if plain:
+        return lambda values: plain.issuperset(map(type, values))
+    return lambda values: all(map(fits, values))
 
 
 def format_json(plain: Mapping[str, Any]) -> str:

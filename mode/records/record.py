@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mode.config.identity import digest_run
 from mode.records.contents import (
     Outcome,
     Provenance,
@@ -57,6 +58,10 @@ class Record(Measurement):
         """The provenance of the run, typed."""
         return read_provenance(self.upgraded["provenance"])
 
+    def compute_id(self) -> str:
+        """Return the id that follows from what was asked and from the fingerprints of data and backbone."""
+        return digest_run(self.asked, {**self.provenance["data"], "backbone": self.provenance["backbone"]})
+
     @property
     def seed(self) -> int:
         """Seed of the run."""
@@ -91,14 +96,25 @@ def read_record(path: Path) -> Record:
 
 
 def check_parts(record: Record) -> None:
-    """Check the types of a record's parts.
+    """Check the types of a record's parts, and that its scores are of its data and its split and agree with their sums.
 
     Raises:
         TypeError: The id is not a string, or a part is not a mapping.
+        ValueError: The scores are of other domains or another split, or a number differs from what it sums up.
     """
     if not (isinstance(record.id, str) and all(isinstance(part, dict) for part in record.parts)):
         raise TypeError("the id must be a string, and asked, happened and provenance mappings")
-    _ = record.request, record.outcome, record.origin
+    _ = record.request, record.origin
+    outcome, data = record.outcome, record.provenance["data"]
+    if not data or outcome.scores.keys() != data.keys():
+        raise ValueError(f"scores of {', '.join(outcome.scores) or 'no domain'}, data of {', '.join(data) or 'none'}")
+    if outcome.split != record.asked["evaluate"]["split"]:
+        raise ValueError(f"scores on {outcome.split}, but {record.asked['evaluate']['split']} was asked")
+    for name, score in outcome.scores.items():
+        try:
+            score.check()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def read_records(folder: Path) -> list[Record]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mode.records.metrics import ACCURACY, METRICS, Metric
+
+ROUNDING = 0.5001e-3
+"""Largest error of a sum of fractions over a document, which is rounded to three decimals."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,34 @@ class Score:
             document_tokens=tuple(plain["document_tokens"]),
             document_sums={name: tuple(plain[name]) for name in sums if name in plain},
         )
+
+    def check(self) -> None:
+        """Check that the number of tokens, the metrics and the standard error agree with the documents.
+
+        Whole numbers must agree exactly. Sums of fractions over documents are rounded.
+
+        Raises:
+            ValueError: A number differs or is not finite.
+        """
+        documents, hits = np.asarray(self.document_tokens), np.asarray(self.document_sums[ACCURACY.sums])
+        if not 0 < self.tokens == documents.sum():
+            raise ValueError(f"tokens is {self.tokens}, but the documents have {documents.sum()}")
+        if hits.shape != documents.shape or (hits < 0).any() or (hits > documents).any():
+            raise ValueError(f"{ACCURACY.sums}: not one number per document, from 0 to document_tokens")
+        for metric in METRICS.values():
+            value, count = self.values.get(metric.key), self.count(metric.per)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{metric.key} is {value}")
+            if value is None or count is None or metric.sums not in self.document_sums:
+                continue
+            sums = np.asarray(self.document_sums[metric.sums])
+            slack = 0.0 if sums.dtype.kind == "i" else ROUNDING * len(sums)
+            expected = float(sums.sum() / metric.divisor / count)
+            if abs(value - expected) > slack / metric.divisor / count:
+                raise ValueError(f"{metric.key} is {value}, but {metric.sums} give {expected}")
+        error = compute_error(hits, documents)
+        if self.stderr is not None and not (error is not None and math.isclose(error, self.stderr, rel_tol=1e-6)):
+            raise ValueError(f"stderr is {self.stderr}, but {ACCURACY.sums} give {error}")
 
     def to_plain(self) -> dict[str, Any]:
         """Return the score as plain data, for a record."""
@@ -98,7 +130,7 @@ class Score:
         return None if error is None else error * self.tokens / metric.divisor / count
 
 
-def compute_error(sums: Sequence[float], tokens: Sequence[int]) -> float | None:
+def compute_error(sums: ArrayLike, tokens: ArrayLike) -> float | None:
     """Return the linearised standard error of a ratio of sums over documents; None with a single document.
 
     The tokens of a document are not independent, so documents are the sampling units.
@@ -110,7 +142,8 @@ def compute_error(sums: Sequence[float], tokens: Sequence[int]) -> float | None:
     >>> compute_error([1, 3], [4, 4])
     0.25
     """
-    values, sizes, count = np.asarray(sums), np.asarray(tokens), len(tokens)
+    values, sizes = np.asarray(sums), np.asarray(tokens)
+    count = len(sizes)
     if count < 2:
         return None
     ratio = float(values.sum() / sizes.sum())

@@ -249,6 +249,7 @@ def build(prepared: Prepared, needs: list[Prepared]) -> nn.Module:
         backbone=lambda: load_model(backbone),
         needs=tuple(stage.folder for stage in needs),
         source=asdict(backbone) | {"fingerprint": prepared.backbone},
+        artefacts=prepared.asked.get("artefacts", {}),
     )
     return prepared.method.build(prepared.run, material)
 
@@ -259,19 +260,16 @@ def restore(prepared: Prepared) -> nn.Module:
     Frozen weights are in full precision, even if training and scoring used eight bits (`mode.ops.quantize`).
 
     Raises:
-        ConfigError: The weights are missing, or do not fit.
+        ConfigError: The weights are missing, changed, or those of another run.
     """
-    from mode.core.tensors import load_tensors, trainable_parameters
+    from mode.core.tensors import load_run_tensors, trainable_parameters
 
     needs = [prepare_run(stage) for stage in prepared.method.needs(prepared.run)]
     model = build(prepared, needs)
     parameters = trainable_parameters(model)
     if parameters:
-        tensors, _ = load_tensors(prepared.folder / WEIGHTS)
-        if set(tensors) != set(parameters):
-            raise ConfigError(f"{prepared.folder / WEIGHTS}: not the weights of this run's model")
-        for name, parameter in parameters.items():
-            parameter.data.copy_(tensors[name])
+        for name, tensor in load_run_tensors(prepared.folder / WEIGHTS, prepared.id, parameters).items():
+            parameters[name].data.copy_(tensor)
     return model
 
 
@@ -299,7 +297,7 @@ def open_tracker(prepared: Prepared) -> Tracker:
 
 def save_weights(prepared: Prepared, model: nn.Module, steps: int, tokens: int) -> None:
     """Write the trained weights, and the artefacts of the method."""
-    from mode.core.tensors import save_tensors, trainable_parameters
+    from mode.core.tensors import save_run_tensors, trainable_parameters
 
     run = prepared.run
     about = {
@@ -312,4 +310,4 @@ def save_weights(prepared: Prepared, model: nn.Module, steps: int, tokens: int) 
         "data": prepared.fingerprints,
     }
     prepared.method.save(model, run, prepared.folder, about)
-    save_tensors(prepared.folder / WEIGHTS, trainable_parameters(model), {"run": prepared.id})
+    save_run_tensors(prepared.folder / WEIGHTS, trainable_parameters(model), prepared.id)

@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from mode.backbone.load import fingerprint_model, fingerprint_weights, load_model, locate
+from mode.backbone.load import (
+    fingerprint_model,
+    fingerprint_weights,
+    load_model,
+    locate,
+    read_pretraining_data,
+)
 from mode.backbone.shape import read_shape
 from mode.backbone.tokenizer import load_tokenizer
 from mode.config.backbone import Backbone
@@ -158,3 +164,11 @@ def test_truncated_weights_are_told_in_one_line(world: World, tmp_path: Path) ->
     file.write_bytes(file.read_bytes()[:-100])
     with refused("backbone b", str(tmp_path / "b")):
         load_model(Backbone(name="b", path=str(tmp_path / "b")))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"data": null}', '{"data": {"py": {}}}', '{"a":' * 100_000])
+def test_a_damaged_note_of_the_pretraining_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "pretraining.json").write_text(content, encoding="utf-8")
+    with refused(str(tmp_path / "pretraining.json")):
+        read_pretraining_data(Backbone(name="some", path=str(tmp_path)))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from mode.artefacts.find import find_model
 from mode.config.compose import compose
 from mode.core.tensors import load_tensors, save_tensors
 from mode.modular.artefact import load_experts, read_descriptions, save_expert
@@ -107,7 +109,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "foreign weights": (foreign_weights, "not written by mode"),
     "no weights": (no_weights, "no such file"),
     "garbled description": (garble, "no readable expert.json"),
-    "a list": (lambda folder: (folder / "expert.json").write_text("[]", "utf-8"), "does not say its schema"),
+    "a list": (lambda folder: (folder / "expert.json").write_text("[]", "utf-8"), "no readable expert.json"),
     "no domain": (say(domain=None), "does not say its domain"),
     "another schema": (say(schema=2), "schema 2; this version reads 1"),
     "another backbone": (say(backbone_fingerprint="0123"), "made for backbone pico with weights 0123; here it is pico"),
@@ -191,3 +193,24 @@ def test_an_expert_of_one_domain_takes_its_own_share_of_equal_tokens(world: Worl
 def test_nowhere_is_no_expert(tmp_path: Path) -> None:
     with refused("nowhere", "expert.json"):
         load_experts(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["expert.json", "config.json"])
+def test_a_description_that_is_nested_too_deeply_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"a":' * 100_000, encoding="utf-8")
+    with refused(str(tmp_path)):
+        load_experts(tmp_path)
+    with refused(str(tmp_path)):
+        find_model(str(tmp_path), tmp_path / "runs")
+
+
+@pytest.mark.parametrize("change", [lambda value: value.int(), lambda value: value * math.nan])
+def test_experts_of_a_saved_model_are_finite_fractions(world: World, tmp_path: Path, change: Any) -> None:
+    modular(world, num_experts=1).save_pretrained(tmp_path / "model")
+    assert load_experts(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if ".experts.0." in name)
+    save_file(tensors | {name: change(tensors[name])}, path)
+    with refused(str(tmp_path / "model"), name.partition(".experts.0.")[2]):
+        load_experts(tmp_path / "model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,12 +21,17 @@ from mode.config.method import Anchor
 from mode.config.names import OLD_NAMES
 from mode.config.run import MethodSettings, Run
 from mode.core.errors import ConfigError
+from mode.records.collection import COLLECTIONS, find_collection
 from mode.records.command import write_commands
 from mode.records.provenance import describe_provenance
 from mode.records.record import SCHEMA, Record, find_record, read_record, read_records
+from mode.records.score import compute_error
 from mode.runs.prepare import prepare_run
 from tests.conftest import World
 from tests.support.refusals import refused
+
+ACCURACY = sum(range(200)) / (300 * 200)
+
 
 HAPPENED: dict[str, Any] = {
     "steps": 4,
@@ -34,7 +40,7 @@ HAPPENED: dict[str, Any] = {
     "parameters": {"total": 5, "trainable": 4, "added": 3},
     "split": "test",
     "scores": {
-        "code": {"accuracy": 1 / 3, "document_tokens": [300] * 200, "document_hits": list(range(200))},
+        "code": {"accuracy": ACCURACY, "document_tokens": [300] * 200, "document_hits": list(range(200))},
     },
     "curve": [{"step": 4, "loss": 2.5}],
     "lr": None,
@@ -42,25 +48,32 @@ HAPPENED: dict[str, Any] = {
 """What a record of the first version says of a run."""
 
 
-def record(run_id: str = "0123456789ab", seed: int = 3) -> Record:
-    return Record(
+def with_id(record: Record) -> Record:
+    """Return a record with the id that follows from its content."""
+    return dataclasses.replace(record, id=record.compute_id())
+
+
+def record(seed: int = 3) -> Record:
+    made = Record(
         schema=SCHEMA,
-        id=run_id,
+        id="",
         asked={
             "seed": seed,
             "targets": ["code", "math"],
             "backbone": {"name": "tiny"},
             "method": {"_target_": "mode.modular_method.MoDE", "lr": 1e-3},
             "train": {"sequence_length": 32},
+            "evaluate": {"split": "test"},
         },
         happened=HAPPENED,
         provenance={"data": {"code": "ä"}, "backbone": "f", "precision": "fp32", "needs": []},
     )
+    return with_id(made)
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     path = record().write(tmp_path / "records")
-    assert path.name == "mode-code-math-s3-0123456789ab.json"
+    assert path.name == f"mode-code-math-s3-{record().id}.json"
     assert read_record(path) == record()
     assert read_records(tmp_path) == [record()]
 
@@ -75,7 +88,7 @@ def test_reading_fills_what_earlier_versions_did_not_write() -> None:
     )
     assert (outcome.parameters.added, outcome.curve[0].step, outcome.curve[0].values) == (3, 4, {"loss": 2.5})
     score = outcome.scores["code"]
-    assert (score.accuracy, score.tokens, score.bytes, score.stderr) == (1 / 3, 300 * 200, None, None)
+    assert (score.accuracy, score.tokens, score.bytes, score.stderr) == (ACCURACY, 300 * 200, None, None)
     assert (origin.commit, origin.versions, origin.threads) == (None, {}, None)
     assert dataclasses.asdict(read) == dataclasses.asdict(record())  # what the file holds is not filled
 
@@ -160,6 +173,8 @@ def damage(plain: dict[str, Any], **changes: Any) -> str:
     [
         ("", "not a record that mode wrote"),
         ("[1, 2]", "not a record that mode wrote"),
+        ("[" * 100_000, "not a record that mode wrote (nested too deeply)"),
+        ('{"asked":' * 100_000, "not a record that mode wrote (nested too deeply)"),
         ('"text"', "not a record that mode wrote"),
         ('{"title": "something else"}', "not a record that mode wrote"),
         (damage(dataclasses.asdict(record()), asked=None), "not a record that mode wrote"),
@@ -182,6 +197,118 @@ def test_a_foreign_file_is_refused_in_one_line(tmp_path: Path, text: str, reason
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "named"),
+    [
+        ("asked.seed", 4, "changed since it was written"),
+        ("asked.method.lr", 2e-3, "changed since it was written"),
+        ("asked.evaluate.split", "validation", "test"),
+        ("provenance.data.code", "b", "changed since it was written"),
+        ("provenance.backbone", "g", "changed since it was written"),
+        ("provenance.data", {}, "data of none"),
+        ("happened.split", "validation", "validation"),
+        ("happened.scores", {}, "no domain"),
+        ("happened.scores.math", HAPPENED["scores"]["code"], "math"),
+        ("happened.scores.code.accuracy", 0.99, "accuracy is 0.99"),
+        ("happened.scores.code.accuracy", math.nan, "accuracy is nan"),
+        ("happened.scores.code.loss", math.inf, "loss is inf"),
+        ("happened.scores.code.loss", 1.5, "document_nll"),
+        ("happened.scores.code.bits_per_byte", 3.0, "document_nll"),
+        ("happened.scores.code.tokens", 59_999, "tokens is 59999"),
+        ("happened.scores.code.stderr", 0.5, "stderr is 0.5"),
+        ("happened.scores.code.document_hits", list(range(1, 201)), "document_hits"),
+        ("happened.scores.code.document_hits", [sum(range(200)), *[0] * 199], "document_hits"),
+        ("happened.scores.code.document_hits", list(range(199)), "document_hits"),
+        ("happened.scores.code.document_tokens", [], "tokens"),
+        ("id", "0123456789ab", "0123456789ab"),
+    ],
+)
+def test_an_edited_record_is_refused(tmp_path: Path, place: str, value: object, named: str) -> None:
+    score = {
+        **HAPPENED["scores"]["code"],
+        **{"tokens": 60_000, "bytes": 120_000, "stderr": compute_error(range(200), [300] * 200)},
+        **{"loss": 2.0, "bits_per_byte": 1.0 / math.log(2), "document_nll": [600.0] * 200},
+    }
+    path = dataclasses.replace(record(), happened={**HAPPENED, "scores": {"code": score}}).write(tmp_path)
+    assert read_record(path).outcome.scores["code"].loss == 2.0
+    plain = node = json.loads(path.read_text("utf-8"))
+    *parts, last = place.split(".")
+    for part in parts:
+        node = node[part]
+    assert node.get(last) != value
+    node[last] = value
+    path.write_text(json.dumps(plain), encoding="utf-8")
+    with refused(str(path), named):
+        read_record(path)
+
+
+def test_sums_that_were_rounded_agree_with_their_metric(tmp_path: Path) -> None:
+    """Per-document sums are rounded to three decimals, and the metric is not."""
+    nll = [700.0 / 3.0] * 200
+    score = {**HAPPENED["scores"]["code"], "loss": sum(nll) / 60_000, "document_nll": [round(each, 3) for each in nll]}
+    path = dataclasses.replace(record(), happened={**HAPPENED, "scores": {"code": score}}).write(tmp_path)
+    assert read_record(path).outcome.scores["code"].loss == score["loss"]
+
+
+def test_two_records_under_each_others_names_are_refused(tmp_path: Path) -> None:
+    first, second = (record(seed).write(tmp_path / "records") for seed in (1, 2))
+    one, other = first.read_bytes(), second.read_bytes()
+    first.write_bytes(other)
+    second.write_bytes(one)
+    for path in (first, second):
+        with refused(str(path), (second if path == first else first).name):
+            read_record(path)
+    with refused(str(first)):
+        read_records(tmp_path)
+    with refused(str(second)):
+        find_record(tmp_path, record(2).id)
+
+
+@pytest.mark.parametrize("part", ["asked", "happened", "provenance"])
+@pytest.mark.parametrize("empty", [{}, [], None, ""])
+def test_a_record_with_an_empty_part_is_refused(tmp_path: Path, part: str, empty: object) -> None:
+    path = record().write(tmp_path)
+    path.write_text(damage(json.loads(path.read_text("utf-8")), **{part: empty}), encoding="utf-8")
+    with refused(str(path)):
+        read_record(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [
+        *[("steps", value) for value in ({}, [], None, "4", True)],
+        *[("parameters", value) for value in ({}, [], {"total": {}, "trainable": 4, "added": 3})],
+        *[("curve", value) for value in (1, [[]], [{}], [{"step": 4, "loss": {}}], [{"step": 4, "loss": None}])],
+        *[("gates", value) for value in ({"code": []}, {"code": {}}, {"code": {"mean": [["1"]]}})],
+        *[("contamination", value) for value in ({"code": []}, {"code": {"math": {}}})],
+    ],
+)
+def test_a_record_with_an_empty_or_wrong_value_is_refused(tmp_path: Path, place: str, wrong: object) -> None:
+    path = record().write(tmp_path)
+    path.write_text(damage(dataclasses.asdict(record()), happened={**HAPPENED, place: wrong}), encoding="utf-8")
+    with refused(str(path)):
+        read_record(path)
+
+
+@pytest.mark.parametrize("name", COLLECTIONS)
+def test_every_committed_measurement_has_the_id_of_its_content_and_no_other_name(tmp_path: Path, name: str) -> None:
+    collection = find_collection(name)
+    paths = sorted((Path(__file__).parents[2] / "results" / name).glob("*.json"))
+    assert paths
+    for path in paths:
+        assert collection.read_file(path).compute_id() in path.read_text("utf-8")
+    copy = tmp_path / f"copy-of-{paths[0].name}"
+    copy.write_bytes(paths[0].read_bytes())
+    with refused(str(copy), paths[0].name):
+        collection.read_file(copy)
+    plain = json.loads(paths[0].read_text("utf-8"))
+    plain["asked"]["backbone"] = "another"
+    edited = tmp_path / paths[0].name
+    edited.write_text(json.dumps(plain), encoding="utf-8")
+    with refused(str(edited), plain["id"]):
+        collection.read_file(edited)
+
+
 def test_a_truncated_record_is_refused_wherever_it_was_cut(tmp_path: Path) -> None:
     path = record().write(tmp_path)
     whole = path.read_bytes()
@@ -197,16 +324,16 @@ def test_a_truncated_record_is_refused_wherever_it_was_cut(tmp_path: Path) -> No
 
 
 def test_a_record_is_found_by_its_id_alone(tmp_path: Path) -> None:
-    for run_id, seed in [("aaa", 1), ("bbb", 2)]:
-        record(run_id, seed).write(tmp_path / "records")
-    found = find_record(tmp_path, "bbb")
-    assert found == record("bbb", 2)
-    assert find_record(tmp_path, "bb") is None
-    assert find_record(tmp_path / "none", "bbb") is None
+    for seed in (1, 2):
+        record(seed).write(tmp_path / "records")
+    found = find_record(tmp_path, record(2).id)
+    assert found == record(2)
+    assert find_record(tmp_path, record(2).id[1:]) is None
+    assert find_record(tmp_path / "none", record(2).id) is None
 
 
 def test_only_data_backbone_and_precision_make_the_conditions() -> None:
-    other = dataclasses.replace(record("other", 9), happened={**HAPPENED, "scores": {}})
+    other = dataclasses.replace(record(9), happened={**HAPPENED, "scores": {}})
     assert other.conditions == record().conditions
     for part in ({"backbone": "g"}, {"data": {"code": "other"}}, {"precision": "bf16"}):
         changed = dataclasses.replace(record(), provenance={**record().provenance, **part})

@@ -32,8 +32,8 @@ def with_losses(record: Record, losses: tuple[float, ...], *, by_document: bool 
     """Return a record that holds losses, and their sums over documents."""
     scores = {}
     for (name, score), loss in zip(record.happened["scores"].items(), losses, strict=True):
-        more: dict[str, Any] = {"loss": loss, "bytes": 16_000}
-        sums = {"document_nll": [1000 * loss] * 8} if by_document else {}
+        more: dict[str, Any] = {"loss": loss, "bytes": 16 * 10**7}
+        sums = {"document_nll": [10**7 * loss] * 8} if by_document else {}
         scores[name] = score | more | sums
     return dataclasses.replace(record, happened={**record.happened, "scores": scores})
 

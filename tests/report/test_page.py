@@ -29,7 +29,7 @@ from mode.tables.compile import TableData, compile_table
 from mode.tables.pareto import compute_tradeoff
 from mode.tables.table import load_table
 from tests.conftest import World
-from tests.report.test_report import ROWS, SCORES, made, stage
+from tests.report.test_report import ROWS, SCORES, made, stage, with_id
 from tests.support.browser import Tab, browser, find
 from tests.support.refusals import refused
 
@@ -93,14 +93,18 @@ def results(conf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of records: those of the table, and one that it has no use for."""
     folder = tmp_path_factory.mktemp("results")
     for (row, seed), scores in SCORES.items():
-        needs = ["stage1"] if row == "mode-2x" else []
+        needs = [foreign_stage(1).id] if row == "mode-2x" else []
         made(conf, "tiny", row, seed, scores, needs=needs, curve=CURVE).write(folder / "records")
     for number in (1, 2):
-        below = stage(number, 4, 1_000_000, 5.0)
-        asked = {**below.asked, "backbone": {"name": EVIL}, "budget": {"policy": "paper"}}
-        happened = {**below.happened, "scores": {}, "split": "test", "curve": CURVE}
-        Record(below.schema, below.id, asked, happened, below.provenance).write(folder / "records")
+        foreign_stage(number).write(folder / "records")
     return folder
+
+
+def foreign_stage(number: int) -> Record:
+    """Return the record of a stage on a backbone with an evil name."""
+    below = stage(number, 4, 1_000_000, 5.0)
+    asked = {**below.asked, "backbone": {"name": EVIL}, "budget": {"policy": "paper"}}
+    return with_id(dataclasses.replace(below, asked=asked, happened={**below.happened, "curve": CURVE}))
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +164,7 @@ def test_what_records_and_tables_say_is_never_markup(text: str) -> None:
 
 def test_a_page_of_one_table_has_its_runs_and_their_stages_alone(results: Path, read: Read) -> None:
     shown = {name.removeprefix("run-") for name in read.all("id") if name.startswith("run-")}
-    assert shown == {record.id for record in read_records(results)} - {"stage2"}
+    assert shown == {record.id for record in read_records(results)} - {foreign_stage(2).id}
 
 
 def test_a_run_says_what_it_was_asked_and_where_its_record_is(
@@ -177,7 +181,7 @@ def test_a_run_says_what_it_was_asked_and_where_its_record_is(
     for part in ("train.steps=4", "targets=[py,sums]", "seed=1", "Trained parameters", "2,000,000", "weights"):
         assert part in run, part
     assert re.search(r"mode train baseline sft --domain py,sums .*seed=1 .*--conf", run)
-    assert "stage1" in told.texts[f"run-{compiled.line('mode-2x').runs[0]}"]
+    assert foreign_stage(1).id in told.texts[f"run-{compiled.line('mode-2x').runs[0]}"]
 
 
 def test_a_row_without_a_run_says_what_would_make_it(read: Read) -> None:
@@ -207,8 +211,8 @@ def test_without_a_record_the_command_that_makes_them_is_named(conf: Path, tmp_p
 
 def test_a_table_that_stands_on_a_missing_record_says_which(conf: Path, results: Path, tmp_path: Path) -> None:
     shutil.copytree(results / "records", tmp_path / "records")
-    next((tmp_path / "records").glob("*-stage1.json")).unlink()
-    with refused("run stage1"):
+    next((tmp_path / "records").glob(f"*-{foreign_stage(1).id}.json")).unlink()
+    with refused(f"run {foreign_stage(1).id}"):
         write_page([("tiny", [])], tmp_path, tmp_path, conf)
 
 

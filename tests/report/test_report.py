@@ -88,7 +88,7 @@ def conf(shared_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def scored(accuracy: float) -> dict[str, Any]:
     """Return a domain's score with the same accuracy in every document."""
-    return {"accuracy": accuracy, "document_tokens": [1000] * 8, "document_hits": [round(1000 * accuracy)] * 8}
+    return {"accuracy": accuracy, "document_tokens": [10**7] * 8, "document_hits": [round(10**7 * accuracy)] * 8}
 
 
 def made(conf: Path, table: str, row: str, seed: int, scores: tuple[float, ...], **changes: Any) -> Record:
@@ -124,19 +124,28 @@ def made(conf: Path, table: str, row: str, seed: int, scores: tuple[float, ...],
 def stage(number: int, steps: int, trainable: int, seconds: float) -> Record:
     """Return the record of an earlier stage."""
     happened = {
-        **{"steps": steps, "tokens": 500_000, "seconds": seconds, "split": "test", "scores": {}, "curve": []},
+        **{"steps": steps, "tokens": 500_000, "seconds": seconds, "split": "test", "curve": []},
+        "scores": {"py": scored(0.5)},
         "parameters": {"total": trainable, "trainable": trainable, "added": 0},
     }
-    asked = {"seed": 0, "targets": ["py"], "backbone": {"name": "tiny"}, "method": {"_target_": "mode.Stage"}}
-    conditions = {"data": {}, "backbone": "", "precision": "fp32", "needs": []}
-    return Record(SCHEMA, f"stage{number}", asked | {"train": {"sequence_length": 32}}, happened, conditions)
+    asked = {
+        **{"seed": number, "targets": ["py"], "backbone": {"name": "tiny"}, "method": {"_target_": "mode.Stage"}},
+        **{"train": {"sequence_length": 32}, "evaluate": {"split": "test"}},
+    }
+    conditions = {"data": {"py": "data of a stage"}, "backbone": "", "precision": "fp32", "needs": []}
+    return with_id(Record(SCHEMA, "", asked, happened, conditions))
+
+
+def with_id(record: Record) -> Record:
+    """Return a record with the id that follows from its content."""
+    return dataclasses.replace(record, id=record.compute_id())
 
 
 @pytest.fixture(scope="module")
 def records(conf: Path) -> list[Record]:
     stages = [stage(1, 4, 1_000_000, 5.0), stage(2, 6, 3_000_000, 7.0)]
     return stages + [
-        made(conf, "tiny", row, seed, scores, needs=["stage1", "stage2"] if row == "mode-2x" else [])
+        made(conf, "tiny", row, seed, scores, needs=[below.id for below in stages] if row == "mode-2x" else [])
         for (row, seed), scores in SCORES.items()
     ]
 
@@ -206,8 +215,8 @@ def test_cost_counts_every_stage_once(compiled: TableData, conf: Path, records: 
     # A stage that two others stand on is paid for once.
     below = stage(0, 100, 0, 1.0)
     shared = [
-        dataclasses.replace(record, provenance={**record.provenance, "needs": ["stage0"]})
-        if record.id.startswith("stage")
+        dataclasses.replace(record, provenance={**record.provenance, "needs": [below.id]})
+        if record.request.method == "mode.Stage"
         else record
         for record in records
     ]
@@ -216,7 +225,7 @@ def test_cost_counts_every_stage_once(compiled: TableData, conf: Path, records: 
 
 
 def test_a_stage_without_a_record_is_refused(conf: Path, records: list[Record]) -> None:
-    with refused("run stage1"):
+    with refused(f"run {stage(1, 4, 1_000_000, 5.0).id}"):
         compile_table(load_table("tiny", conf), records[1:], [], conf)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
+from mode.artefacts.find import find_expert_folder, find_run
 from mode.config.compose import compose as compose_run
 from mode.records.record import read_records
-from mode.runs.execute import execute
+from mode.runs.execute import WEIGHTS, execute, restore
 from mode.runs.prepare import prepare_run
 from tests.conftest import World
 from tests.support.refusals import refused
@@ -67,6 +71,79 @@ def test_how_often_is_logged_makes_no_other_run(world: World) -> None:
         compose_run([*world.overrides, "method=sft", f"train.checkpoint_every={every}"], world.conf) for every in (2, 4)
     ]
     assert len({prepare_run(run).id for run in runs}) == 1
+
+
+def swap(one: Path, other: Path) -> None:
+    """Exchange two files or folders."""
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+def test_a_run_is_not_taken_for_another_whose_files_are_in_its_folder(world: World) -> None:
+    first, second = (
+        prepare_run(compose_run([*world.overrides, "method=lora", f"seed={seed}"], world.conf)) for seed in (0, 1)
+    )
+    for prepared in (first, second):
+        execute(prepared.run)
+    assert restore(first)
+    assert find_run(first.id, first.folder.parent).seed == 0
+    swap(first.folder / WEIGHTS, second.folder / WEIGHTS)
+    for prepared, other in ((first, second), (second, first)):
+        with refused(str(prepared.folder / WEIGHTS), prepared.id, other.id):
+            restore(prepared)
+    swap(first.folder, second.folder)  # now both have their own weights and the other's settings
+    swap(first.folder / WEIGHTS, second.folder / WEIGHTS)
+    for prepared, other in ((first, second), (second, first)):
+        with refused(str(prepared.folder), other.id):
+            find_run(prepared.id, prepared.folder.parent)
+
+
+def test_an_expert_of_another_seed_is_not_composed(world: World) -> None:
+    runs = [compose_run([*world.overrides, "method=mode", f"seed={seed}"], world.conf) for seed in (0, 1)]
+    stages = [prepare_run(prepare_run(run).method.needs(run)[0]) for run in runs]
+    for stage in stages:
+        execute(stage.run)
+    swap(stages[0].folder / "expert", stages[1].folder / "expert")
+    with refused(str(stages[0].folder / "expert"), stages[0].id, stages[1].id):
+        execute(runs[0])
+    assert prepare_run(runs[0]).id not in {record.id for record in read_records(world.root / "results")}
+    with refused(str(stages[0].folder / "expert"), stages[1].id):
+        find_expert_folder(stages[0].id, stages[0].folder.parent, ())
+
+
+@pytest.mark.slow
+def test_a_given_expert_that_changes_while_earlier_stages_train_is_refused(world: World, tmp_path: Path) -> None:
+    given = ["method=mode", "method.start=fresh", "method.num_experts=1", "targets=[py]"]
+    folders = []
+    for seed in (0, 1):
+        stage = prepare_run(compose_run([*world.overrides, *given, f"seed={seed}"], world.conf))
+        execute(stage.run)
+        folders.append(stage.folder / "expert")
+    shutil.copytree(folders[0], tmp_path / "expert")
+    run = compose_run([*world.overrides, "method=mode", f"method.experts=['{tmp_path}/expert']"], world.conf)
+
+    def exchange(prepared: object, point: object) -> None:
+        shutil.rmtree(tmp_path / "expert")
+        shutil.copytree(folders[1], tmp_path / "expert")
+
+    with refused("method.experts", "py"):
+        execute(run, observe=exchange)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["btx", "btm", "cbtm", "mole"])
+def test_methods_with_earlier_stages_check_their_weights(world: World, name: str) -> None:
+    run = compose_run([*world.overrides, f"method={name}"], world.conf)
+    stages = [prepare_run(stage) for stage in prepare_run(run).method.needs(run)]
+    for stage in stages:
+        execute(stage.run)
+    swap(stages[0].folder / WEIGHTS, stages[1].folder / WEIGHTS)
+    with refused(str(stages[0].folder / WEIGHTS), stages[1].id):
+        execute(run)
+    swap(stages[0].folder / WEIGHTS, stages[1].folder / WEIGHTS)
+    assert execute(run).outcome.scores
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from mode.backbone.load import load_model
 from mode.config.check import replace_settings
 from mode.config.compose import compose
 from mode.core.files import list_checkpoints
-from mode.core.tensors import load_tensors, trainable_parameters
+from mode.core.tensors import digest_tensors, load_tensors, trainable_parameters
 from mode.ops.loss import compute_hidden_states
 from mode.records.provenance import read_processor_name
 from mode.records.record import Record
@@ -244,7 +244,7 @@ def test_finished_runs_keep_no_optimizer_state_and_only_what_trains(world: World
     folder = prepare_run(run_of(world, "method=lora")).folder
     assert not list_checkpoints(folder)
     tensors, metadata = load_tensors(folder / WEIGHTS)
-    assert metadata == {"run": record.id}
+    assert metadata == {"run": record.id, "digest": digest_tensors(tensors)}
     assert all("lora_" in name for name in tensors)
     assert sum(tensor.numel() for tensor in tensors.values()) == record.happened["parameters"]["trainable"]
 
