@@ -57,7 +57,7 @@ def test_changed_weights_are_refused(tmp_path: Path, change: str) -> None:
         load_run_tensors(path, "one")
 
 
-@pytest.mark.parametrize("change", set(CHANGES) - {"scaled", "one number"})
+@pytest.mark.parametrize("change", sorted(set(CHANGES) - {"scaled", "one number"}))
 def test_weights_without_a_digest_are_checked_for_the_rest(tmp_path: Path, change: str) -> None:
     path = tmp_path / "weights.safetensors"
     save_tensors(path, WRITTEN, {"run": "one"})
