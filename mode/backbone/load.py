@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mode.config.backbone import Backbone
 from mode.core.errors import ConfigError
-from mode.core.files import digest_file
+from mode.core.files import digest_file, expand_home
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,7 +55,7 @@ def locate(backbone: Backbone) -> Path:
         from mode.backbone.random_weights import ensure_random_model
 
         return ensure_random_model(backbone.random)
-    path = Path(backbone.path).expanduser()
+    path = expand_home(backbone.path)
     if (path / "config.json").exists():
         return path
     if path.exists() or backbone.path.startswith((".", "/", "~")) or backbone.path.count("/") > 1:

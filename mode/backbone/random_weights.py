@@ -10,7 +10,7 @@ from typing import Any
 
 from mode.config.backbone import RandomWeights
 from mode.core.errors import ConfigError
-from mode.core.files import make_folder
+from mode.core.files import expand_home, make_folder
 
 
 def ensure_random_model(weights: RandomWeights) -> Path:
@@ -21,7 +21,7 @@ def ensure_random_model(weights: RandomWeights) -> Path:
     """
     settings = json.dumps([weights.seed, weights.config], sort_keys=True)
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]
-    folder = Path(weights.cache).expanduser() / "backbones" / f"random-{key}"
+    folder = expand_home(weights.cache) / "backbones" / f"random-{key}"
     make_folder(folder, "config.json", partial(write_random_model, weights))
     return folder
 

@@ -11,6 +11,7 @@ import yaml
 
 from mode.config.registry import list_registered_folders
 from mode.core.errors import ConfigError, suggest
+from mode.core.files import find_paths, read_existing
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 """Names of configuration files that are valid in Hydra's grammar."""
@@ -35,7 +36,7 @@ def conf_dirs(extra: Path | None = None) -> list[Path]:
         return earlier
     if not extra.is_dir():
         raise ConfigError(f"--conf {extra}: no such folder")
-    for path in sorted(extra.glob("*/*.yaml")):
+    for path in find_paths(extra, "*/*.yaml"):
         name = path.relative_to(extra)
         for folder in earlier:
             if (folder / name).exists():
@@ -58,8 +59,8 @@ def list_members(group: str, extra: Path | None = None) -> list[str]:
 
 def list_written(extra: Path | None) -> tuple[tuple[Path, int], ...]:
     """Return the files of a user's own configuration with their modification times in nanoseconds."""
-    files = sorted(extra.glob("*/*.yaml")) if extra else []
-    return tuple((path, path.stat().st_mtime_ns) for path in files)
+    files = find_paths(extra, "*/*.yaml") if extra else []
+    return tuple(read_existing(files, lambda path: (path, path.stat().st_mtime_ns)))
 
 
 def read_group(group: str, name: str, extra: Path | None = None) -> dict[str, Any]:

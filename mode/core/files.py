@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import IO, TypeVar
 
 from mode.core.errors import ConfigError
+
+Content = TypeVar("Content")
+
 
 CURVE = "curve.jsonl"
 """Loss curve of a run."""
@@ -28,6 +34,18 @@ SETTINGS = "run.yaml"
 
 WEIGHTS = "weights.safetensors"
 """Trained weights of a run."""
+
+
+def expand_home(path: str | Path) -> Path:
+    """Return a path with `~` replaced by the home folder.
+
+    Raises:
+        ConfigError: The path needs a home folder, and there is none.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: there is no such home folder; set HOME, or choose a path without ~") from error
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
@@ -108,23 +126,92 @@ def make_folder(folder: Path, marker: str, write: Callable[[Path], None]) -> Non
                 os.replace(temporary, folder)
 
 
+LOCK = "lock"
+"""Lock of a run's folder. Its content is the process id of the last process that held it."""
+
+
+POLL = 0.2
+"""Seconds between two attempts to take a lock."""
+
+
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold the lock of a run's folder, so that two processes never train the same run.
 
     The operating system releases the lock when the process ends. A folder that holds nothing else is removed.
 
+    Args:
+        folder: Folder of the run.
+        wait: None refuses a folder whose lock another process holds. A function waits for the lock; it is called once,
+            with a description of the other process.
+
     Raises:
-        ConfigError: Another process holds the lock.
+        ConfigError: Another process holds the lock, and `wait` is None.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"{folder}: another process is training this run") from error
+    with take_lock(folder, wait):
         try:
             yield
         finally:
-            if all(path.name == "lock" for path in folder.iterdir()):
+            if {path.name for path in folder.iterdir()} <= {LOCK}:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def take_lock(folder: Path, wait: Callable[[str], None] | None) -> IO[str]:
+    """Return the open lock of a run's folder. Arguments and errors are those of `lock_folder`."""
+    path = folder / LOCK
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:  # the process that held the lock has just removed the folder
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if is_same_file(lock, path):
+                lock.truncate(0)
+                print(os.getpid(), file=lock, flush=True)
+                return lock
+        except BlockingIOError:
+            lock.seek(0)
+            number = lock.read().strip()
+            holder = f"process {number}" if number else "another process"
+            if wait is None:
+                raise ConfigError(f"{folder}: {holder} is training this run") from None
+            wait(holder)
+            wait = ignore_holder
+            time.sleep(POLL)
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()
+
+
+def ignore_holder(_: str) -> None:
+    """Do nothing: the user knows already for whom this process waits."""
+
+
+def is_same_file(file: IO[str], path: Path) -> bool:
+    """Return whether an open file is still the file of that path, which another process may have removed."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def find_paths(folder: Path, pattern: str) -> list[Path]:
+    """Return the paths in a folder that match a glob pattern, sorted. Hidden files are left out.
+
+    Unlike `Path.glob`, this function ignores folders that another process removes meanwhile.
+    """
+    return sorted(folder / name for name in glob.glob(pattern, root_dir=folder))
+
+
+def read_existing(paths: Iterable[Path], read: Callable[[Path], Content]) -> list[Content]:
+    """Return what a function reads from each path. Files that another process has removed meanwhile are left out."""
+    contents = []
+    for path in paths:
+        try:
+            contents.append(read(path))
+        except FileNotFoundError:
+            continue
+    return contents

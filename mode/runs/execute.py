@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 
 
 def execute(
-    run: Run, *, again: bool = False, weights: bool = False, observe: Observer = lambda prepared, point: None
+    run: Run,
+    *,
+    again: bool = False,
+    weights: bool = False,
+    observe: Observer = lambda prepared, point: None,
+    wait: Callable[[str], None] | None = None,
 ) -> Record:
     """Execute a run and the earlier stages that it needs, except those that are finished.
 
@@ -42,6 +47,8 @@ def execute(
         again: Train even if there is a record.
         weights: Train even if there is a record, where the trained weights are not on this machine.
         observe: Called with every point of a training curve.
+        wait: None refuses a run that another process is training. A function waits for that process; it is called
+            once per run, with a description of the process.
 
     Returns:
         The record, which is also written to the results folder.
@@ -60,7 +67,7 @@ def execute(
     # The lock is taken for training alone, so that runs that need the same finished stage do not wait for each other.
     if (record := find_done()) is not None:
         return record
-    with lock_folder(prepared.folder) if processes.is_main() else nullcontext():
+    with lock_folder(prepared.folder, wait) if processes.is_main() else nullcontext():
         if (record := find_done()) is not None:
             return record
         if again:
@@ -69,7 +76,7 @@ def execute(
         needs = []
         check_layout(run.train, prepared.method.branches(run))
         for stage in prepared.method.needs(run):
-            execute(stage, weights=True, observe=observe)
+            execute(stage, weights=True, observe=observe, wait=wait)
             needs.append(prepare_run(stage))
         return train_and_record(prepared, needs, observe, again=again)
 

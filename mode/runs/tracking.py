@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mode.config.run import Track
 from mode.core.errors import ConfigError
+from mode.core.files import find_paths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -131,7 +132,8 @@ def make_tracker(
 
 def list_unsynced(runs: Path) -> list[Path]:
     """Return the offline logs under a folder of runs that are not synchronised yet, oldest first."""
-    found = [path.parent for path in runs.glob("*/wandb/offline-run-*/*.wandb") if not sync_marker(path).exists()]
+    logs = find_paths(runs, "*/wandb/offline-run-*/*.wandb")
+    found = [path.parent for path in logs if not sync_marker(path).exists()]
     return sorted(found, key=lambda path: path.name)
 
 
