@@ -212,6 +212,7 @@ def read_existing(paths: Iterable[Path], read: Callable[[Path], Content]) -> lis
     for path in paths:
         try:
             contents.append(read(path))
-        except FileNotFoundError:
-            continue
+        except (OSError, ConfigError):
+            if path.exists():
+                raise
     return contents

@@ -59,7 +59,6 @@ def read_measurement(path: Path, kind: type[Kind], schema: int, what: str, use: 
 
     Raises:
         ConfigError: The file is damaged or has another schema.
-        FileNotFoundError: There is no such file.
     """
     try:
         plain = json.loads(path.read_text("utf-8"))
@@ -69,7 +68,7 @@ def read_measurement(path: Path, kind: type[Kind], schema: int, what: str, use: 
         measurement = kind(**plain)
         use(measurement)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as error:
-        if isinstance(error, ConfigError | FileNotFoundError):
+        if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path}: not a {what} that mode wrote ({error})") from error
     return measurement

@@ -37,7 +37,7 @@ def start(words: Sequence[str], log: Path) -> int:
         with log.open("wb") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w")
         sys.argv = ["mode", *words]
         from cli.app import main
 
@@ -96,10 +96,10 @@ def interrupt_often(root: Path, signals: int, seed: int = 0) -> Counter[str]:
                     os.waitpid(number, 0)
                 text = (root / "log").read_text("utf-8")
                 done = any((folder / "results").rglob("*.json"))
-                fine = code == 130 and (text.endswith(f"{STOPPED}\n") or not text)
+                fine = code == 130 and text.endswith(f"{STOPPED}\n")
                 late = done and code in (0, -signal.SIGINT, -sent)  # the run was over
                 early = not text and code in (-sent, 130)  # nothing had begun
-                kind = "stopped" if fine and text else "early" if early else "late" if late else "wrong"
+                kind = "stopped" if fine else "early" if early else "late" if late else "wrong"
                 seen[kind] += 1
                 print(f"{sent.name} {kind} {code} after {time.monotonic() - begin:.2f} s", flush=True)
                 if kind == "wrong":
