@@ -54,3 +54,16 @@ def run(environment: dict[str, str], program: str, arguments: tuple[str, ...], l
     torch.set_num_threads(1)
     sys.argv = ["-c", *arguments]
     exec(compile(program, "<test>", "exec"), {"__name__": "__main__"})
+
+
+def children_of(number: int) -> list[int]:
+    """Return the ids of the child processes of a process."""
+    return [int(child) for child in Path(f"/proc/{number}/task/{number}/children").read_text("utf-8").split()]
+
+
+def is_running(number: int) -> bool:
+    """Return whether a process has not ended. A process that nobody has waited for has ended."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text("utf-8").rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
