@@ -120,4 +120,6 @@ def interrupt_often(root: Path, signals: int, seed: int = 0) -> Counter[str]:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
-        print(dict(interrupt_often(Path(place), int(sys.argv[1]))))
+        result = interrupt_often(Path(place), int(sys.argv[1]))
+    print(dict(result))
+    sys.exit(int(bool(result["wrong"] or result["differs"])))
