@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from mode.core.interrupts import PARENT, SIGNALS, blocking_interrupts, raising_interrupts
-from tests.support.processes import children_of, is_running
+from tests.support.processes import children_of, ends_soon, is_running
 
 SECONDS = 60
 """Seconds that a test waits for another process."""
@@ -178,7 +178,7 @@ def test_a_process_of_a_launcher_ends_when_the_launcher_is_killed() -> None:
         (child,) = children_of(launcher.pid)
         launcher.kill()
         assert launcher.stdout.read() == ""  # the child has ended too: it held the pipe
-    assert not is_running(child)
+    assert ends_soon(child)
 
 
 def test_a_process_whose_launcher_has_ended_before_ends_at_once() -> None:
@@ -199,7 +199,7 @@ def test_children_of_a_fork_server_end_when_their_parent_is_killed(tmp_path: Pat
         assert all(map(is_running, children))
         parent.kill()
         assert parent.stdout.read() == ""
-    assert [child for child in children if is_running(child)] == []
+    assert all(map(ends_soon, children))
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 from mode.core.errors import ConfigError
 from mode.downstream.confine import ALLOW, ALLOWED, AUDIT_ARCH, KILL, REFUSE, build_filter, list_allowed_calls
 from mode.downstream.sandbox import Limits, Verdict, check_isolation, parse_verdict, run_program
-from tests.support.processes import children_of, is_running
+from tests.support.processes import children_of, ends_soon
 from tests.support.refusals import refused
 
 pytestmark = pytest.mark.slow
@@ -210,9 +210,7 @@ def test_a_program_ends_with_the_process_that_watches_it(tmp_path: Path) -> None
             time.sleep(0.02)
         (child,) = children_of(watcher.pid)
         watcher.kill()
-    while is_running(child) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not is_running(child)
+    assert ends_soon(child)
 
 
 @pytest.mark.parametrize("processor", ALLOWED)

@@ -32,7 +32,7 @@ from mode.runs.prepare import prepare_run
 from mode.tables.table import list_rows_under, load_table
 from tests.cli.test_cli import call
 from tests.conftest import World
-from tests.support.processes import is_running
+from tests.support.processes import ends_soon
 from tests.support.refusals import refused
 
 ROWS = {
@@ -419,10 +419,7 @@ def test_a_table_whose_process_is_killed_leaves_no_trainer_and_goes_on(own: Worl
         text = process.communicate(timeout=60)[1]
     assert process.returncode == (130 if number == signal.SIGHUP else -number)
     assert "Traceback" not in text
-    deadline = time.monotonic() + 20
-    while is_running(trainer) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_running(trainer)
+    assert ends_soon(trainer)
     with lock_folder(curve.parent):  # the same command can go on
         pass
 

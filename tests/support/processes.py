@@ -61,6 +61,14 @@ def children_of(number: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{number}/task/{number}/children").read_text("utf-8").split()]
 
 
+def ends_soon(number: int, seconds: float = 30) -> bool:
+    """Return whether a process ends within some seconds."""
+    deadline = time.monotonic() + seconds
+    while is_running(number) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not is_running(number)
+
+
 def is_running(number: int) -> bool:
     """Return whether a process has not ended. A process that nobody has waited for has ended."""
     try:
