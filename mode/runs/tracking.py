@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mode.config.run import Track
 from mode.core.errors import ConfigError
-from mode.core.files import find_paths
+from mode.core.files import expand_home, find_paths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,9 +123,17 @@ class LateTracker:
 def make_tracker(
     track: Track, *, run_id: str, name: str, job_type: str, config: Mapping[str, Any], folder: Path
 ) -> Tracker:
-    """Return the tracker of the settings; one with a server opens at once, since that can fail."""
+    """Return the tracker of the settings; one with a server opens at once, since that can fail.
+
+    Raises:
+        ConfigError: There is no home folder, or the server cannot be used.
+    """
     if track.mode == "none":
         return NoTracker()
+    try:
+        expand_home("~")
+    except ConfigError as error:
+        raise ConfigError("Weights & Biases needs a home folder: set HOME, or choose track=none") from error
     make = partial(WandbTracker, track, run_id=run_id, name=name, job_type=job_type, config=config, folder=folder)
     return LateTracker(make) if track.mode == "offline" else make()
 
