@@ -72,7 +72,10 @@ def is_unwinding() -> bool:
 
 @contextmanager
 def blocking_interrupts() -> Iterator[None]:
-    """Delay Ctrl-C until this context ends. Processes that start in the context never receive Ctrl-C."""
+    """Delay Ctrl-C until this context ends. Processes that start in the context never receive Ctrl-C.
+
+    If the process has other threads, one of them may receive the signal, which then interrupts the context.
+    """
     from multiprocessing import resource_tracker
 
     resource_tracker.ensure_running()  # starting the tracker would unblock the signal

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -124,7 +125,7 @@ def test_an_interrupt_at_the_start_of_a_process_is_delayed_and_not_lost() -> Non
     after = False
     with interrupted():
         with blocking_interrupts():
-            send(signal.SIGINT)
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)  # to no other thread of the tests
             time.sleep(0.05)
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
             child.send_signal(signal.SIGINT)

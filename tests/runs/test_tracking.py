@@ -228,7 +228,8 @@ def test_without_a_home_folder_tracking_is_refused_before_training(
 
     monkeypatch.setattr(Path, "expanduser", fail)
     with refused("HOME", "track=none"):
-        make_tracker(Track(mode="offline"), run_id="x", name="n", job_type="j", config={}, folder=tmp_path)
+        make_tracker(Track(project="p", mode="offline"), run_id="x", name="n", job_type="j", config={}, folder=tmp_path)
     assert isinstance(
-        make_tracker(Track(mode="none"), run_id="x", name="n", job_type="j", config={}, folder=tmp_path), NoTracker
+        make_tracker(Track(project="p", mode="none"), run_id="x", name="n", job_type="j", config={}, folder=tmp_path),
+        NoTracker,
     )
