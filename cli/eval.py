@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.options import ConfOption, MetricOption, Overrides, complete, reporting_errors
+from mode.core.files import expand_home
 
 if TYPE_CHECKING:
     from mode.config.run import Run
@@ -24,7 +25,7 @@ def score_downstream(run: Run, names: Sequence[str], limit: int | None, conf: Pa
     from mode.downstream.run import plan_tasks, score_tasks
     from mode.runs.prepare import find_finished, prepare_run
 
-    planned = plan_tasks(names, Path(run.paths.cache).expanduser(), conf)
+    planned = plan_tasks(names, expand_home(run.paths.cache), conf)
     prepared = prepare_run(run)
     record = find_finished(prepared)
     if record is None:
@@ -120,7 +121,7 @@ def show_retention(overrides: Sequence[str], conf: Path | None, names: Sequence[
     metrics = find_metrics(names)
     bare = compose([*overrides, "method=backbone"], conf)
     baseline = execute(replace_settings(bare, track=replace_settings(bare.track, mode="none")))
-    records = read_records(Path(bare.paths.results).expanduser())
+    records = read_records(expand_home(bare.paths.results))
     for metric in metrics:
         print_retention(records, baseline, metric)
 

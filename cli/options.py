@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mode.core.files import expand_home
 
 if TYPE_CHECKING:
     from mode.config.run import Run
@@ -66,14 +67,15 @@ MetricOption = Annotated[
 def reporting_errors() -> Iterator[None]:
     """Report an error in one line on stderr, with exit code 2.
 
-    Ctrl-C and SIGTERM end the command with code 130 and the hint that the same command continues the run. Child
-    processes end too.
+    Ctrl-C, SIGTERM and SIGHUP end the command with code 130 and the hint that the same command continues the run.
+    Child processes end too.
     """
     from mode.core import processes
     from mode.core.errors import ConfigError
+    from mode.core.interrupts import raising_interrupts
 
     try:
-        with interrupting_on_sigterm() if processes.world_size() == 1 else nullcontext():
+        with raising_interrupts() if processes.world_size() == 1 else nullcontext():
             yield
     except ConfigError as error:
         if not processes.is_main():  # the launcher ends this process if the first reports the error
@@ -99,20 +101,6 @@ def reporting_errors() -> Iterator[None]:
         place = f"{error.filename}: " if error.filename else ""
         print(f"mode: {place}{error.strerror or error}", file=sys.stderr)
         raise typer.Exit(2) from None
-
-
-@contextmanager
-def interrupting_on_sigterm() -> Iterator[None]:
-    """Handle SIGTERM as Ctrl-C in this context."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def format_rank() -> str:
@@ -251,4 +239,4 @@ def find_runs_folder(overrides: Sequence[str] | None, conf: Path | None) -> Path
     """Return the folder of runs of the configuration."""
     from mode.config.compose import compose
 
-    return Path(compose(overrides or [], conf).paths.runs).expanduser()
+    return expand_home(compose(overrides or [], conf).paths.runs)

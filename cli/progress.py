@@ -67,6 +67,10 @@ class PlainDisplay:
             self.shown[run_id] = time.monotonic()
             self.line(f"{run_id}  {name}: step {point['step']}/{steps}  {format_point(point, steps)}")
 
+    def wait(self, run_id: str, holder: str) -> None:
+        """Print that a run waits for another process."""
+        self.line(f"{run_id}  {self.names[run_id][0]}: waits for {holder}, which trains it or a stage of it")
+
     def end(self, run_id: str, error: str | None) -> None:
         """Print that a run has ended."""
         name, _ = self.names[run_id]
@@ -110,6 +114,10 @@ class BarDisplay:
             task, steps = self.tasks[run_id]
             info = format_point(point, steps) if point["step"] < steps else "evaluating"
             self.progress.update(task, completed=point["step"], info=info)
+
+    def wait(self, run_id: str, holder: str) -> None:
+        """Show at the bar of a run that the run waits for another process."""
+        self.progress.update(self.tasks[run_id][0], info=f"waits for {holder}")
 
     def end(self, run_id: str, error: str | None) -> None:
         """Complete the bar of a run, or show its error."""

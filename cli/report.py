@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cli.options import ConfOption, MetricOption, Overrides, complete, reporting_errors
+from mode.core.files import expand_home
 
 Rendered = tuple[str, list[str]]
 """Name of a table, and the overrides that it was rendered with."""
@@ -209,4 +210,4 @@ def find_results_folder(overrides: Sequence[str], conf: Path | None) -> Path:
     """Return the folder of results of the configuration."""
     from mode.config.compose import compose
 
-    return Path(compose(overrides, conf).paths.results).expanduser()
+    return expand_home(compose(overrides, conf).paths.results)

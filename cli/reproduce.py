@@ -12,6 +12,7 @@ import typer
 
 from cli.options import ConfOption, Overrides, complete, reporting_errors, take_list
 from cli.report import find_results_folder
+from mode.core.files import expand_home
 
 if TYPE_CHECKING:
     from mode.config.run import Run
@@ -53,7 +54,7 @@ def choose_starter(name: str, runs: Sequence[Run], conf: Path | None) -> tuple[S
     launcher = read_launcher(name, conf)
     if launcher.kind == "local":
         return None, launcher.retries
-    return make_starter(launcher, Path(runs[0].paths.runs).expanduser() / "jobs"), launcher.retries
+    return make_starter(launcher, expand_home(runs[0].paths.runs) / "jobs"), launcher.retries
 
 
 def report_outcome(table: str, overrides: Sequence[str], conf: Path | None, outcome: Outcome) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.options import ConfOption, DomainOption, Overrides, add_domains, complete, reporting_errors, show_config
+from mode.core.files import expand_home, find_paths
 
 if TYPE_CHECKING:
     from mode.runs.forecast import Forecast
@@ -77,14 +78,14 @@ def runs(overrides: Overrides = None, conf: ConfOption = None) -> None:
         from mode.records.record import read_records
 
         run = compose(overrides or [], conf)
-        records = read_records(Path(run.paths.results).expanduser())
+        records = read_records(expand_home(run.paths.results))
         for record in records:
             outcome = record.outcome
             print(
                 f"{record.filename.removesuffix('.json'):<48} {outcome.steps:>6} steps  "
                 f"{outcome.seconds:>8.0f} s  {record.origin.date}"
             )
-        unfinished = list_unfinished(Path(run.paths.runs).expanduser())
+        unfinished = list_unfinished(expand_home(run.paths.runs))
         for name in unfinished:
             print(f"{name:<48} interrupted; the command that started it continues from its checkpoint")
         if not records and not unfinished:
@@ -145,7 +146,7 @@ def format_forecast(stages: Sequence[Forecast] | None, rate: float) -> list[str]
 
 def list_unfinished(folder: Path) -> Sequence[str]:
     """Return the ids of unfinished runs that have a checkpoint."""
-    return sorted({path.parent.name for path in folder.glob("*/checkpoint-*")})
+    return sorted({path.parent.name for path in find_paths(folder, "*/checkpoint-*")})
 
 
 @app.command("config")

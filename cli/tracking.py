@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cli.options import ConfOption, Overrides, reporting_errors
+from mode.core.files import expand_home
 
 
 def sync(overrides: Overrides = None, conf: ConfOption = None) -> None:
@@ -19,7 +18,7 @@ def sync(overrides: Overrides = None, conf: ConfOption = None) -> None:
         from mode.runs.tracking import list_unsynced
         from mode.runs.tracking import sync as push
 
-        runs = Path(compose(overrides or [], conf).paths.runs).expanduser()
+        runs = expand_home(compose(overrides or [], conf).paths.runs)
         logs = list_unsynced(runs)
         if not logs:
             print(f"nothing to push: {runs} has no offline run that is not pushed yet")

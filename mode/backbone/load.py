@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mode.config.backbone import Backbone
+from mode.core.digests import digest_file
 from mode.core.errors import ConfigError
-from mode.core.files import digest_file, read_json
+from mode.core.files import expand_home, read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,7 +64,7 @@ def locate(backbone: Backbone) -> Path:
         from mode.backbone.random_weights import ensure_random_model
 
         return ensure_random_model(backbone.random)
-    path = Path(backbone.path).expanduser()
+    path = expand_home(backbone.path)
     if (path / "config.json").exists():
         return path
     if path.exists() or backbone.path.startswith((".", "/", "~")) or backbone.path.count("/") > 1:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mode.config.backbone import RandomWeights
+from mode.core.digests import describe_files, make_folder
 from mode.core.errors import ConfigError
-from mode.core.files import describe_files, make_folder, reporting_full_disk
+from mode.core.files import expand_home, reporting_full_disk
 
 
 def ensure_random_model(weights: RandomWeights) -> Path:
@@ -21,7 +22,7 @@ def ensure_random_model(weights: RandomWeights) -> Path:
     """
     settings = json.dumps([weights.seed, weights.config], sort_keys=True)
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]
-    folder = Path(weights.cache).expanduser() / "backbones" / f"random-{key}"
+    folder = expand_home(weights.cache) / "backbones" / f"random-{key}"
     make_folder(folder, partial(write_random_model, weights), adopt_model)
     return folder
 

@@ -32,6 +32,7 @@ from mode.config.names import RECORDED
 from mode.config.run import Run
 from mode.core.device import describe_device, measure_allocated, set_up
 from mode.core.errors import ConfigError, suggest
+from mode.core.files import expand_home
 from mode.methods.mode import MoDE
 from mode.records.measurement import make_id
 from mode.records.provenance import describe_environment
@@ -103,7 +104,7 @@ def run_suite(
         key, value = setting.split("=")
         if format_value(attrgetter(key)(run.train)) == value:
             raise ConfigError(f"train.{setting} is not supported by mode bench: {why}")
-    results = Path(run.paths.results).expanduser() / COLLECTION.name
+    results = expand_home(run.paths.results) / COLLECTION.name
     results.mkdir(parents=True, exist_ok=True)  # fails before any work if the folder is not writable
     device = set_up(run.train.threads, run.train.device)
     precision = resolve_precision(run.train.precision, device, read_shape(run.backbone).hidden)

@@ -16,9 +16,11 @@ from mode.config.groups import list_members
 from mode.config.identity import describe_run
 from mode.config.method import NONE, SELF
 from mode.config.names import rename_settings, suggest_setting
+from mode.config.parse import parse_yaml
 from mode.config.registry import find_method
 from mode.config.run import MethodSettings, Run
 from mode.core.errors import ConfigError, suggest
+from mode.core.files import SETTINGS
 
 
 def check_run(plain: dict[str, Any], extra: Path | None = None) -> Run:
@@ -197,10 +199,17 @@ def to_yaml(run: Run) -> str:
     return yaml.safe_dump(plain, sort_keys=False)
 
 
-def from_yaml(text: str) -> Run:
+def from_yaml(text: str, place: str = SETTINGS) -> Run:
     """Return the run that `to_yaml` wrote.
 
+    Args:
+        text: The YAML.
+        place: Where the YAML is, for messages.
+
     Raises:
-        ConfigError: A setting is unknown or not allowed.
+        ConfigError: The text is not the YAML of settings, or a setting is unknown or not allowed.
     """
-    return check_run(yaml.safe_load(text))
+    plain = parse_yaml(text, place)
+    if not isinstance(plain, dict) or "method" not in plain:
+        raise ConfigError(f"{place}: not the settings of a run")
+    return check_run(plain)

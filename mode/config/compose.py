@@ -7,13 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mode.config.check import check_run, fill_defaults, flatten
-from mode.config.groups import GROUPS, conf_dirs, list_members, list_written
+from mode.config.groups import GROUPS, conf_dirs, find_circle, list_members, list_written
 from mode.config.names import (
     check_spellings,
     rename_references,
@@ -21,6 +20,7 @@ from mode.config.names import (
     rename_settings,
     suggest_setting,
 )
+from mode.config.parse import MAX_DEPTH, read_yaml
 from mode.config.run import Run
 from mode.core.errors import ConfigError, suggest
 
@@ -54,7 +54,7 @@ def compose_plain(overrides: Sequence[str], extra: Path | None = None) -> dict[s
         extra: A folder of the user's own configuration.
 
     Raises:
-        ConfigError: Hydra cannot compose the settings, or a file is not YAML.
+        ConfigError: Hydra cannot compose the settings, or a file cannot be read.
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.errors import HydraException
@@ -71,8 +71,10 @@ def compose_plain(overrides: Sequence[str], extra: Path | None = None) -> dict[s
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error) or str(error.__cause__)
         raise ConfigError(" ".join(reason.split())) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        circle = find_circle(extra)
+        reason = f"{circle[0]}: its `defaults` lead back to it" if circle else "the settings are nested too deeply"
+        raise ConfigError(reason) from error
     return plain
 
 
@@ -120,11 +122,10 @@ def register_source() -> str:
             return "renamed"
 
         def load_config(self, config_path: str) -> ConfigResult:
-            try:
-                result = super().load_config(config_path)
-            except UnicodeDecodeError as error:
-                path = Path(self.path) / self._normalize_file_name(config_path)
-                raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
+            file = Path(self.path, self._normalize_file_name(config_path))
+            if file.is_file():
+                read_yaml(file)
+            result = super().load_config(config_path)
             if isinstance(result.config, DictConfig):
                 package = result.header.get("package") or config_path.rpartition("/")[0].replace("/", ".")
                 plain: Any = OmegaConf.to_container(result.config, resolve=False)
@@ -238,7 +239,7 @@ def parse_text(text: str) -> Any:
     """Return Hydra's own representation of one override.
 
     Raises:
-        ConfigError: The override is not of the form KEY=VALUE.
+        ConfigError: The override is not of the form KEY=VALUE, or is nested too deeply.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -247,6 +248,8 @@ def parse_text(text: str) -> Any:
         raise ConfigError(f"{text}: no such option")
     if text.startswith("="):
         raise ConfigError(f"{text}: not of the form KEY=VALUE: the key is missing")
+    if max(accumulate((sign in "[{(") - (sign in ")}]") for sign in text), default=0) > MAX_DEPTH:
+        raise ConfigError(f"{text[:40]}...: nested more than {MAX_DEPTH} levels deep")
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:

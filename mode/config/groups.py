@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from graphlib import CycleError, TopologicalSorter
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mode.config.parse import read_yaml
 from mode.config.registry import list_registered_folders
 from mode.core.errors import ConfigError, suggest
+from mode.core.files import find_paths, read_existing
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 """Names of configuration files that are valid in Hydra's grammar."""
@@ -35,7 +36,7 @@ def conf_dirs(extra: Path | None = None) -> list[Path]:
         return earlier
     if not extra.is_dir():
         raise ConfigError(f"--conf {extra}: no such folder")
-    for path in sorted(extra.glob("*/*.yaml")):
+    for path in find_paths(extra, "*/*.yaml"):
         name = path.relative_to(extra)
         for folder in earlier:
             if (folder / name).exists():
@@ -58,8 +59,32 @@ def list_members(group: str, extra: Path | None = None) -> list[str]:
 
 def list_written(extra: Path | None) -> tuple[tuple[Path, int], ...]:
     """Return the files of a user's own configuration with their modification times in nanoseconds."""
-    files = sorted(extra.glob("*/*.yaml")) if extra else []
-    return tuple((path, path.stat().st_mtime_ns) for path in files)
+    files = find_paths(extra, "*/*.yaml") if extra else []
+    return tuple(read_existing(files, lambda path: (path, path.stat().st_mtime_ns)))
+
+
+def find_circle(extra: Path | None) -> list[Path]:
+    """Return files of a user's own configuration whose `defaults` name each other in a circle; empty if none do."""
+    paths = find_paths(extra, "*/*.yaml") if extra else []
+    files = {f"{path.parent.name}/{path.stem}": path for path in paths}
+    named = {key: list_defaults(path.parent.name, path) for key, path in files.items()}
+    try:
+        TopologicalSorter(named).prepare()
+    except CycleError as error:
+        return [files[key] for key in error.args[1]]
+    return []
+
+
+def list_defaults(group: str, path: Path) -> list[str]:
+    """Return the files that a YAML file names in `defaults`, as GROUP/NAME."""
+    data = read_yaml(path)
+    found = []
+    for item in data.get("defaults") or [] if isinstance(data, dict) else []:
+        for key, value in item.items() if isinstance(item, dict) else [(group, item)]:
+            inner = str(key).removeprefix("override ").partition("@")[0].strip()
+            folder = inner.lstrip("/") if inner.startswith("/") or inner == group else f"{group}/{inner}"
+            found.append(f"/{value}" if str(value).startswith("/") else f"{folder}/{value}")
+    return [key.lstrip("/") for key in found]
 
 
 def read_group(group: str, name: str, extra: Path | None = None) -> dict[str, Any]:
@@ -71,13 +96,7 @@ def read_group(group: str, name: str, extra: Path | None = None) -> dict[str, An
     for root in conf_dirs(extra):
         path = root / group / f"{name}.yaml"
         if path.exists():
-            try:
-                with path.open(encoding="utf-8") as file:
-                    data = yaml.safe_load(file) or {}
-            except yaml.YAMLError as error:
-                raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from error
-            except UnicodeDecodeError as error:
-                raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
+            data = read_yaml(path) or {}
             if not isinstance(data, dict):
                 raise ConfigError(f"{path}: expected settings of the form KEY: VALUE")
             return data

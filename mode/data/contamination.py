@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mode.config.data import Split
+from mode.core.digests import read_sealed, write_sealed
 from mode.core.errors import warn
-from mode.core.files import read_sealed, write_sealed
 from mode.data.pack import Packed, Tokens
 from mode.data.sources import digest_chunks
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from mode.config.data import FilesSource
 from mode.core.errors import ConfigError
+from mode.core.files import expand_home
 
 BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 """Byte order marks of encodings other than UTF-8."""
@@ -24,7 +25,7 @@ def expand_paths(source: FilesSource) -> list[Path]:
     """List the files that a source's paths, folders and globs match. Hidden files inside a folder are left out."""
     files: list[Path] = []
     for pattern in source.paths:
-        path = Path(pattern).expanduser()
+        path = expand_home(pattern)
         if path.is_dir():
             items = [item for item in sorted(path.rglob("*")) if not is_hidden(item.relative_to(path))]
         else:

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mode.config.data import Domain, Split
+from mode.core.digests import describe_files, make_folder
 from mode.core.errors import ConfigError
-from mode.core.files import describe_files, make_folder, reporting_full_disk, write_synced
+from mode.core.files import reporting_full_disk, write_synced
 from mode.data.sources import describe_source, digest_chunks, read_documents
 from mode.data.split import SplitDocuments, split_documents
 

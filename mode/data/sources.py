@@ -21,8 +21,9 @@ from mode.config.data import (
     StdlibSource,
     WheelSource,
 )
+from mode.core.digests import digest_file
 from mode.core.errors import ConfigError, suggest
-from mode.core.files import digest_file
+from mode.core.files import expand_home
 from mode.core.wheels import fetch_wheel
 from mode.data.local_files import check_text, expand_paths, read_file, split_suffix
 from mode.data.readers import READERS
@@ -84,7 +85,7 @@ def describe_source(source: Source) -> str:
         case WheelSource():
             return version("mwparserfromhell") if source.reader == "wikipedia" else ""
         case HubSource():
-            paths = [Path(name).expanduser() for name in source.files]
+            paths = [expand_home(name) for name in source.files]
             return digest_chunks(path.read_bytes() for path in paths if path.is_file())
         case _:
             assert_never(source)
@@ -176,7 +177,7 @@ def stream_hub(source: HubSource) -> Iterator[str]:
     """Stream documents with Hugging Face `datasets`. Code in the data set is never executed."""
     from datasets import load_dataset
 
-    files = {source.split: [str(Path(name).expanduser()) for name in source.files]} if source.files else None
+    files = {source.split: [str(expand_home(name)) for name in source.files]} if source.files else None
     try:
         rows = load_dataset(
             source.path, source.name, data_files=files, split=source.split, revision=source.revision, streaming=True

@@ -10,9 +10,11 @@ JSON from standard input, drops its own rights, and then runs the program in the
 
 The restrictions need no privileges and cannot be undone. The existence and size of other files can still be read.
 
-The verdict is written to a pipe, after a secret that the program does not get. The secret protects against programs
-that end early or print a verdict. A program that searches its own process for the secret can find it, and a program can
-return an object that is equal to everything. The sandbox protects the machine, not the score.
+The first line in the pipe says whether this process is confined. It is written before the program runs, so the program
+cannot write or change it. The verdict is the second line, after a secret that the program does not get. The secret
+protects against programs that end early or print a verdict. A program that searches its own process for the secret can
+find it, and a program can return an object that is equal to everything. The sandbox protects the machine and the other
+programs' scores, not the program's own score.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
 import sysconfig
@@ -76,7 +79,7 @@ WORK = 1 << 1 | READ_FILE | READ_FOLDER | 1 << 5 | 1 << 8 | 1 << 14
 
 
 # linux/prctl.h, linux/seccomp.h, linux/bpf_common.h
-NO_NEW_PRIVILEGES, SET_SECCOMP, FILTER = 38, 22, 2
+PARENT_DEATH_SIGNAL, NO_NEW_PRIVILEGES, SET_SECCOMP, FILTER = 1, 38, 22, 2
 
 
 LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06
@@ -214,12 +217,23 @@ def judge(program: str, test: str) -> str:
 
 
 def make_reporter(pipe: int, secret: str) -> Callable[[str], None]:
-    """Return a function that writes the secret and a verdict to the pipe in one write."""
+    """Return a function that writes the secret and a word to the pipe, in one write of one line."""
 
-    def report(verdict: str) -> None:
-        os.write(pipe, f"{secret} {verdict}\n".encode())
+    def report(word: str) -> None:
+        os.write(pipe, f"{secret} {' '.join(word.split())}\n".encode())
 
     return report
+
+
+def end_with_parent(kernel: Kernel, parent: int) -> None:
+    """Let the kernel kill this process as soon as its parent ends, since only the parent enforces the wall time.
+
+    Raises:
+        OSError: The parent has ended already.
+    """
+    kernel.control("parent", PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        raise OSError("the parent process has ended")
 
 
 def main() -> None:
@@ -228,6 +242,7 @@ def main() -> None:
     report = make_reporter(int(sys.argv[1]), request.pop("secret"))
     try:
         kernel = Kernel()
+        end_with_parent(kernel, request["parent"])
         limit_resources(request["limits"])
         kernel.control("no_new_privs", NO_NEW_PRIVILEGES, 1, 0, 0, 0)
         confine_files(kernel, Path.cwd())
@@ -235,6 +250,7 @@ def main() -> None:
     except OSError as error:
         report(f"unconfined {error.strerror or error}")
         return
+    report("confined")
     report(judge(request["program"], request["test"]))
     os._exit(0)
 

@@ -84,7 +84,8 @@ def run_program(program: str, test: str, limits: Limits = LIMITS) -> Verdict:
         ConfigError: This machine cannot confine the process. The program did not run.
     """
     secret = secrets.token_hex(16)
-    request = json.dumps({"secret": secret, "program": program, "test": test, "limits": asdict(limits)}).encode()
+    asked = {"secret": secret, "parent": os.getpid(), "program": program, "test": test, "limits": asdict(limits)}
+    request = json.dumps(asked).encode()
     inlet, outlet = os.pipe()
     with tempfile.TemporaryDirectory(prefix="mode-program-") as folder, os.fdopen(inlet, "rb", buffering=0) as verdict:
         try:
@@ -147,7 +148,9 @@ def measure_folder(folder: Path) -> int:
 
 
 def parse_verdict(output: str, secret: str, stopped: str) -> Verdict:
-    """Parse the output of the pipe. Only a line that starts with the secret counts.
+    """Parse the output of the pipe. Only lines that start with the secret count.
+
+    The first line is written before the program runs. No later line can say that the process was not confined.
 
     Args:
         output: Output of the pipe.
@@ -155,14 +158,17 @@ def parse_verdict(output: str, secret: str, stopped: str) -> Verdict:
         stopped: Limit that the process exceeded, or an empty text.
 
     Raises:
-        ConfigError: The process could not be confined.
+        ConfigError: The process could not be confined, so the program did not run.
     """
-    words = next((line.split(" ", 2)[1:] for line in output.splitlines() if line.startswith(f"{secret} ")), None)
-    if words is None:
+    lines = [line.split(" ", 2)[1:] for line in output.split("\n") if line.startswith(f"{secret} ")]
+    if not lines or lines[0] != ["confined"]:
+        reason = (
+            lines[0][-1] if lines else f"the process {'was too slow to start' if stopped else 'ended at its start'}"
+        )
+        raise ConfigError(f"this machine cannot confine a program: {reason}")
+    if len(lines) == 1:
         return Verdict("stopped", stopped) if stopped else Verdict("ended")
-    outcome, detail = words[0], " ".join(words[1:])
-    if outcome == "unconfined":
-        raise ConfigError(f"this machine cannot confine a program: {detail}")
+    outcome, detail = lines[1][0], " ".join(lines[1][1:])
     if outcome == "passed":
         return Verdict("passed")
     if outcome == "unparsed":

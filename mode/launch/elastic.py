@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -13,6 +14,8 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from mode.core.interrupts import PARENT
 
 
 def launch_processes(command: Sequence[str], nproc: int, module: str = "cli") -> int:
@@ -28,6 +31,7 @@ def launch_processes(command: Sequence[str], nproc: int, module: str = "cli") ->
     """
     # `report_failure` reports what the agent would log.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ[PARENT] = str(os.getpid())  # for `end_with_launcher`
     with tempfile.TemporaryDirectory() as logs:
         settings = LaunchConfig(
             min_nodes=1,
@@ -44,10 +48,8 @@ def launch_processes(command: Sequence[str], nproc: int, module: str = "cli") ->
             elastic_launch(settings, sys.executable)("-m", module, *command)
         except ChildFailedError as error:
             return report_failure(error, Path(logs))
-        except SignalException as error:
-            if error.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            return 128 + int(error.sigval)
+        except SignalException:
+            raise KeyboardInterrupt from None
     return 0
 
 

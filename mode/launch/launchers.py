@@ -21,7 +21,7 @@ from mode.config.check import to_yaml
 from mode.config.groups import list_members, read_group
 from mode.config.run import Run
 from mode.core.errors import ConfigError, suggest
-from mode.core.files import CURVE
+from mode.core.files import CURVE, expand_home
 from mode.launch.worker import execute_yaml
 from mode.train.curve import compute_throughput, read_curve
 
@@ -95,7 +95,7 @@ class RemoteJob:
     def __init__(self, run: Run, run_id: str, messages: Any) -> None:
         """Start to follow the training curve. Points that already exist are skipped."""
         self.run_id, self.messages = run_id, messages
-        self.curve = Path(run.paths.runs).expanduser() / run_id / CURVE
+        self.curve = expand_home(run.paths.runs) / run_id / CURVE
         self.seen, self.train = len(read_curve(self.curve)), run.train
         self.exitcode: int | None = None
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
-import signal
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import wait
@@ -17,6 +16,8 @@ from typing import Any, Protocol
 from mode.config.data import Domain
 from mode.config.run import Run
 from mode.core.errors import ConfigError
+from mode.core.files import expand_home
+from mode.core.interrupts import blocking_interrupts, end_with_parent
 from mode.data.pack import Tokenizer, is_complete, locate_packed, prepare_domain
 from mode.launch.worker import try_execute
 from mode.methods.base import Method
@@ -33,6 +34,9 @@ class Display(Protocol):
 
     def point(self, run_id: str, point: dict[str, Any]) -> None:
         """Show a new point of a run's training curve."""
+
+    def wait(self, run_id: str, holder: str) -> None:
+        """Show that a run waits for another process, which trains the same run or a stage of it."""
 
     def end(self, run_id: str, error: str | None) -> None:
         """Show that a run has ended. `error` is None if it succeeded."""
@@ -155,8 +159,8 @@ def prepare_data(runs: Sequence[Run], jobs: int, context: Any) -> None:
     missing = [(run, name) for run, name in wanted.values() if not is_complete(locate_packed(*list_parts(run, name)))]
     if min(jobs, len(missing)) < 2:
         return
-    with ignore_interrupts():
-        pool = context.Pool(min(jobs, len(missing)))
+    with blocking_interrupts():
+        pool = context.Pool(min(jobs, len(missing)), initializer=end_with_parent)
     with pool:
         pool.starmap(prepare_one, missing, chunksize=1)
 
@@ -170,7 +174,7 @@ def prepare_one(run: Run, name: str) -> None:
 def list_parts(run: Run, name: str) -> tuple[str, Domain, Tokenizer, Path]:
     """Return the arguments of `prepare_domain` for one domain of a run."""
     tokenizer = run.method.tokenizer(run)  # type: ignore[attr-defined]  # a table's rows have methods
-    return name, run.domains[name], tokenizer, Path(run.paths.cache).expanduser()
+    return name, run.domains[name], tokenizer, expand_home(run.paths.cache)
 
 
 Start = Callable[[Run, str, Any], Any]
@@ -228,7 +232,7 @@ def run_all(
 def start_process(context: Any, run: Run, run_id: str, messages: Any) -> Any:
     """Start a run in a new process of this machine."""
     process = context.Process(target=execute_in_child, args=(run, run_id, messages), daemon=True)
-    with ignore_interrupts():  # the child inherits this: only the parent handles Ctrl-C
+    with blocking_interrupts():  # only this process handles Ctrl-C
         process.start()
     return process
 
@@ -240,16 +244,6 @@ def wait_for_process(processes: Collection[Any]) -> None:
         wait(sentinels, timeout=0.5)
     elif processes:
         time.sleep(0.5)
-
-
-@contextmanager
-def ignore_interrupts() -> Iterator[None]:
-    """Ignore Ctrl-C in this context."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def list_ready(nodes: dict[str, Node]) -> list[str]:
@@ -284,7 +278,7 @@ def fail_waiting(run_id: str, nodes: dict[str, Node], outcome: Outcome) -> None:
 
 
 def drain_messages(messages: Any, display: Display) -> dict[str, str]:
-    """Show the points in the queue, and return the error messages in the queue by run id."""
+    """Show the points and the waits in the queue, and return the error messages in the queue by run id."""
     errors: dict[str, str] = {}
     while True:
         try:
@@ -293,13 +287,21 @@ def drain_messages(messages: Any, display: Display) -> dict[str, str]:
             return errors
         if kind == "error":
             errors[run_id] = value
+        elif kind == "wait":
+            display.wait(run_id, value)
         else:
             display.point(run_id, value)
 
 
 def execute_in_child(run: Run, run_id: str, messages: Any) -> None:
     """Execute one run in a child process."""
-    error = try_execute(run, run_id, lambda _, point: messages.put((run_id, "point", dict(point))))
+    end_with_parent()
+    error = try_execute(
+        run,
+        run_id,
+        observe=lambda _, point: messages.put((run_id, "point", dict(point))),
+        wait=lambda holder: messages.put((run_id, "wait", holder)),
+    )
     if error is not None:
         messages.put((run_id, "error", error))
 

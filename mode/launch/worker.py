@@ -14,6 +14,8 @@ from mode.config.check import from_yaml
 from mode.config.run import Run
 from mode.core import processes
 from mode.core.errors import ConfigError
+from mode.core.files import expand_home
+from mode.core.interrupts import end_with_launcher
 from mode.launch.elastic import launch_processes
 from mode.runs.execute import execute
 from mode.runs.prepare import prepare_run
@@ -23,15 +25,21 @@ MESSAGE = ".error"
 
 
 def try_execute(
-    run: Run, run_id: str, observe: Callable[[Any, Any], None] = lambda prepared, point: None
+    run: Run,
+    run_id: str,
+    observe: Callable[[Any, Any], None] = lambda prepared, point: None,
+    wait: Callable[[str], None] | None = None,
 ) -> str | None:
-    """Execute a run; return an error message of one line, or None. Tracebacks of program errors go to `error.log`."""
+    """Execute a run; return an error message of one line, or None. Tracebacks of program errors go to `error.log`.
+
+    `observe` and `wait` are those of `mode.runs.execute.execute`.
+    """
     try:
-        execute(run, weights=True, observe=observe)
+        execute(run, weights=True, observe=observe, wait=wait)
     except ConfigError as error:
         return str(error)
     except Exception as error:
-        folder = Path(run.paths.runs).expanduser() / run_id
+        folder = expand_home(run.paths.runs) / run_id
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
         return f"{type(error).__name__}: {error} (see {folder / 'error.log'})"
@@ -49,11 +57,14 @@ def execute_yaml(text: str, run_id: str, nproc: int) -> str | None:
         nproc: Number of processes.
     """
     if nproc == 1:
-        return try_execute(from_yaml(text), run_id)
+        return try_execute(from_yaml(text), run_id, wait=lambda holder: print(f"{run_id} waits for {holder}"))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_text(text, encoding="utf-8")
-        code = launch_processes([str(path)], nproc, module=__name__)
+        try:
+            code = launch_processes([str(path)], nproc, module=__name__)
+        except KeyboardInterrupt:  # the cluster ends the job, and may start it again
+            code = 1
         message = path.with_suffix(MESSAGE)
         if message.exists():
             return message.read_text("utf-8")
@@ -64,6 +75,7 @@ def execute_yaml(text: str, run_id: str, nproc: int) -> str | None:
 
 def main() -> None:
     """Execute the run in the YAML file of the first argument, as one of several processes."""
+    end_with_launcher()
     run = from_yaml(Path(sys.argv[1]).read_text("utf-8"))
     message = try_execute(run, prepare_run(run).id)
     if message is not None:

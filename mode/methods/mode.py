@@ -15,6 +15,7 @@ from mode.config.check import replace_settings
 from mode.config.method import Anchor, GateSettings
 from mode.config.run import Run
 from mode.core.errors import ConfigError
+from mode.core.files import expand_home
 from mode.cost.flops import Cost
 from mode.cost.modular import estimate_kept_shares, modular_cost
 from mode.methods.anchored import Adaptation
@@ -170,10 +171,10 @@ class MoDE(Adaptation):
 
         found: dict[str, Path] = {}
         for folder in map(Path, self.experts):
-            for domain in read_descriptions(folder.expanduser()):
+            for domain in read_descriptions(expand_home(folder)):
                 if domain in found:
                     raise ConfigError(f"method.experts: {found[domain]} and {folder} are both for {domain}")
-                found[domain] = folder.expanduser()
+                found[domain] = expand_home(folder)
         return found
 
     def missing(self, run: Run) -> tuple[str, ...]:

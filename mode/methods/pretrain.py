@@ -14,7 +14,7 @@ from mode.config.base import STRICT
 from mode.config.data import Split
 from mode.config.run import Run
 from mode.core.errors import ConfigError
-from mode.core.files import write_atomic
+from mode.core.files import expand_home, write_atomic
 from mode.data.pack import make_state_key
 from mode.data.sources import read_documents
 from mode.data.split import split_documents
@@ -76,7 +76,7 @@ class Pretrain(Method):
         from tokenizers import Tokenizer
 
         self.check(run)
-        cache = Path(run.paths.cache).expanduser()
+        cache = expand_home(run.paths.cache)
         states = [make_state_key(run.domains[name]) for name in self.weights]
         path = cache / "tokenizers" / f"{self.vocab_size}-{'-'.join(states)}.json"
         if not path.exists():

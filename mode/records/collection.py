@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from mode.core.errors import NothingError
-from mode.core.files import write_atomic
+from mode.core.files import find_paths, read_existing, write_atomic
 from mode.records.measurement import Kind, read_measurement
 
 COLLECTIONS = {
@@ -48,7 +48,7 @@ class Collection(Generic[Kind]):
         Raises:
             ConfigError: A file is damaged or has another schema.
         """
-        return [self.read_file(path) for path in sorted((results / self.name).glob("*.json"))]
+        return read_existing(find_paths(results / self.name, "*.json"), self.read_file)
 
     def read_file(self, path: Path) -> Kind:
         """Return one measurement, after a check that it can be rendered.

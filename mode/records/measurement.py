@@ -11,8 +11,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from mode.core.digests import digest_json
 from mode.core.errors import ConfigError
-from mode.core.files import digest_json, write_atomic
+from mode.core.files import write_atomic
 
 
 @dataclass(frozen=True)

@@ -88,9 +88,13 @@ def read_git_state() -> tuple[str | None, bool | None]:
 
 
 def run_git(root: Path, *arguments: str) -> str | None:
-    """Run git in a folder and return its output; None if git fails or is missing."""
+    """Run git in a folder and return its output; None if git fails or is missing.
+
+    Git does not refresh the index, so that a run never takes the lock of the user's repository.
+    """
+    command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mode.config.identity import digest_run
+from mode.core.files import find_paths, read_existing
 from mode.records.contents import (
     Outcome,
     Provenance,
@@ -119,10 +120,10 @@ def check_parts(record: Record) -> None:
 
 def read_records(folder: Path) -> list[Record]:
     """Return all records of a results folder, in order of file name."""
-    return [read_record(path) for path in sorted((folder / "records").glob("*.json"))]
+    return read_existing(find_paths(folder / "records", "*.json"), read_record)
 
 
 def find_record(folder: Path, run_id: str) -> Record | None:
     """Return the record of a run in a results folder; None if there is none."""
-    found = sorted((folder / "records").glob(f"*-{run_id}.json"))
-    return read_record(found[0]) if found else None
+    found = read_existing(find_paths(folder / "records", f"*-{run_id}.json"), read_record)
+    return found[0] if found else None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mode.core.errors import ConfigError, NothingError
-from mode.core.files import write_atomic
+from mode.core.files import find_paths, read_existing, write_atomic
 from mode.records.record import read_records
 from mode.report.text import render_csv, render_latex, render_markdown
 from mode.tables.compile import TableData, compile_table
@@ -21,9 +21,14 @@ def is_drawn(figure: Path, rendered: Mapping[Path, str], records: Path) -> bool:
         rendered: Text of every file, by path.
         records: Folder of the records.
     """
-    same = all(path.exists() and path.read_text("utf-8") == text for path, text in rendered.items())
-    latest = max(path.stat().st_mtime_ns for path in records.iterdir())
-    return same and figure.exists() and figure.stat().st_mtime_ns > latest
+    same = read_existing(rendered, lambda path: path.read_text("utf-8")) == list(rendered.values())
+    drawn = read_existing([figure], read_time)
+    return same and bool(drawn) and drawn > [max(read_existing(find_paths(records, "*.json"), read_time), default=0)]
+
+
+def read_time(path: Path) -> int:
+    """Return the modification time of a file in nanoseconds."""
+    return path.stat().st_mtime_ns
 
 
 def render_table(compiled: TableData) -> dict[str, str]:
@@ -90,7 +95,7 @@ def draw_figures(compiled: TableData, base: Path) -> None:
     for page, path in zip(pages, drawn, strict=True):
         write_chart(page, path)
     for path in set(list_gates(base)) - set(drawn):
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def list_gates(base: Path) -> list[Path]:

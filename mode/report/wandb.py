@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from mode.config.run import Run
+from mode.core.files import expand_home
 from mode.records.record import read_records
 from mode.report.frames import make_cost_frame, make_frame
 from mode.report.render import list_gates
@@ -34,7 +35,7 @@ def publish(
     Returns:
         The id of the Weights & Biases run, which is a hash of the tables.
     """
-    results = Path(run.paths.results).expanduser()
+    results = expand_home(run.paths.results)
     records = read_records(results)
     tables: dict[str, pd.DataFrame] = {}
     figures: dict[str, Path] = {}
@@ -49,7 +50,7 @@ def publish(
         }
         content.update(base.with_suffix(".md").read_bytes())
     run_id = f"{JOB}-{content.hexdigest()[:12]}"
-    folder = Path(run.paths.runs).expanduser() / JOB
+    folder = expand_home(run.paths.runs) / JOB
     settings = {"records": sorted(record.id for record in records)}
     tracker = WandbTracker(run.track, run_id=run_id, name=JOB, job_type=JOB, config=settings, folder=folder)
     tracker.show(tables, figures)

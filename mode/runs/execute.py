@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ from mode.config.check import to_yaml
 from mode.config.run import Run
 from mode.core import processes
 from mode.core.errors import ConfigError
-from mode.core.files import AGAIN, CURVE, SETTINGS, WEIGHTS, list_checkpoints, lock_folder, remove, write_atomic
+from mode.core.files import AGAIN, CURVE, SETTINGS, WEIGHTS, list_checkpoints, remove, write_atomic
+from mode.core.locks import lock_folder
 from mode.data.contamination import measure_contamination
 from mode.methods.base import Material
 from mode.records.provenance import describe_provenance
@@ -33,7 +34,12 @@ if TYPE_CHECKING:
 
 
 def execute(
-    run: Run, *, again: bool = False, weights: bool = False, observe: Observer = lambda prepared, point: None
+    run: Run,
+    *,
+    again: bool = False,
+    weights: bool = False,
+    observe: Observer = lambda prepared, point: None,
+    wait: Callable[[str], None] | None = None,
 ) -> Record:
     """Execute a run and the earlier stages that it needs, except those that are finished.
 
@@ -42,6 +48,8 @@ def execute(
         again: Train even if there is a record.
         weights: Train even if there is a record, where the trained weights are not on this machine.
         observe: Called with every point of a training curve.
+        wait: None refuses a run that another process is training. A function waits for that process; it is called
+            once per run, with a description of the process.
 
     Returns:
         The record, which is also written to the results folder.
@@ -60,7 +68,7 @@ def execute(
     # The lock is taken for training alone, so that runs that need the same finished stage do not wait for each other.
     if (record := find_done()) is not None:
         return record
-    with lock_folder(prepared.folder) if processes.is_main() else nullcontext():
+    with lock_folder(prepared.folder, wait) if processes.is_main() else nullcontext():
         if (record := find_done()) is not None:
             return record
         if again:
@@ -69,7 +77,7 @@ def execute(
         needs = []
         check_layout(run.train, prepared.method.branches(run))
         for stage in prepared.method.needs(run):
-            execute(stage, weights=True, observe=observe)
+            execute(stage, weights=True, observe=observe, wait=wait)
             needs.append(prepare_run(stage))
         return train_and_record(prepared, needs, observe, again=again)
 

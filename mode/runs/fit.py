@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from mode.backbone.load import load_model
 from mode.config.check import replace_settings
 from mode.config.method import SELF
 from mode.core import processes
+from mode.core.files import expand_home
 from mode.data.batches import Batches, Stream
 from mode.data.pack import Tokens
 from mode.methods.anchored import Adaptation
@@ -145,7 +145,7 @@ def open_self_sampled(prepared: Prepared, device: torch.device) -> Tokens:
 
     run, method = prepared.run, prepared.method
     assert isinstance(method, Adaptation)
-    cache = Path(run.paths.cache).expanduser()
+    cache = expand_home(run.paths.cache)
     with processes.main_first():
         return load_or_sample_rows(
             method.anchor, run.backbone, prepared.backbone, run.train.sequence_length, cache, device

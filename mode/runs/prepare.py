@@ -10,7 +10,7 @@ from typing import Any
 from mode.config import identity
 from mode.config.run import Run
 from mode.core.errors import ConfigError
-from mode.core.files import WEIGHTS
+from mode.core.files import WEIGHTS, expand_home
 from mode.data.pack import Packed, prepare_domain
 from mode.methods.base import Method
 from mode.records.record import Record, find_record
@@ -44,12 +44,12 @@ class Prepared:
     @property
     def folder(self) -> Path:
         """Work folder, with checkpoint, curve and weights."""
-        return Path(self.run.paths.runs).expanduser() / self.id
+        return expand_home(self.run.paths.runs) / self.id
 
     @property
     def results(self) -> Path:
         """Folder of records and tables."""
-        return Path(self.run.paths.results).expanduser()
+        return expand_home(self.run.paths.results)
 
 
 _prepared: dict[str, Packed] = {}
@@ -66,7 +66,7 @@ def prepare_run(run: Run) -> Prepared:
     if not isinstance(method, Method):
         raise ConfigError(f"method._target_={type(method).__qualname__}: does not say how to build a model")
     tokenizer = method.tokenizer(run)
-    cache = Path(run.paths.cache).expanduser()
+    cache = expand_home(run.paths.cache)
     packed = {}
     for name in run.scored:
         domain = run.domains[name]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mode.config.run import Track
 from mode.core.errors import ConfigError
+from mode.core.files import expand_home, find_paths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,16 +123,25 @@ class LateTracker:
 def make_tracker(
     track: Track, *, run_id: str, name: str, job_type: str, config: Mapping[str, Any], folder: Path
 ) -> Tracker:
-    """Return the tracker of the settings; one with a server opens at once, since that can fail."""
+    """Return the tracker of the settings; one with a server opens at once, since that can fail.
+
+    Raises:
+        ConfigError: There is no home folder, or the server cannot be used.
+    """
     if track.mode == "none":
         return NoTracker()
+    try:
+        expand_home("~")
+    except ConfigError as error:
+        raise ConfigError("Weights & Biases needs a home folder: set HOME, or choose track=none") from error
     make = partial(WandbTracker, track, run_id=run_id, name=name, job_type=job_type, config=config, folder=folder)
     return LateTracker(make) if track.mode == "offline" else make()
 
 
 def list_unsynced(runs: Path) -> list[Path]:
     """Return the offline logs under a folder of runs that are not synchronised yet, oldest first."""
-    found = [path.parent for path in runs.glob("*/wandb/offline-run-*/*.wandb") if not sync_marker(path).exists()]
+    logs = find_paths(runs, "*/wandb/offline-run-*/*.wandb")
+    found = [path.parent for path in logs if not sync_marker(path).exists()]
     return sorted(found, key=lambda path: path.name)
 
 

@@ -14,7 +14,8 @@ from mode.backbone.load import load_model
 from mode.backbone.tokenizer import load_tokenizer
 from mode.config.backbone import Backbone
 from mode.config.method import Anchor
-from mode.core.files import make_folder, remove, reporting_full_disk, write_synced
+from mode.core.digests import make_folder
+from mode.core.files import remove, reporting_full_disk, write_synced
 from mode.data.pack import Tokens
 
 if TYPE_CHECKING:

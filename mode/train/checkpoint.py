@@ -25,20 +25,16 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from mode.core import processes
+from mode.core.digests import INDEX, describe_files, find_damage, read_sealed, write_sealed
 from mode.core.errors import ConfigError, warn
 from mode.core.files import (
     CURVE,
-    INDEX,
     checkpoint_folder,
-    describe_files,
-    find_damage,
     find_full_disk,
     full_disk_error,
     list_checkpoints,
     measure_free_space,
-    read_sealed,
     remove,
-    write_sealed,
 )
 from mode.core.tensors import count_bytes
 

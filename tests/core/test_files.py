@@ -16,18 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from mode.core import files
-from mode.core.files import (
-    find_damage,
-    lock_folder,
-    make_folder,
-    make_partial_path,
-    read_sealed,
-    remove,
-    remove_leftovers,
-    write_atomic,
-    write_sealed,
-)
+from mode.core import digests, files
+from mode.core.digests import find_damage, make_folder, read_sealed, write_sealed
+from mode.core.files import make_partial_path, remove, remove_leftovers, write_atomic
+from mode.core.locks import lock_folder
 from mode.core.tensors import load_tensors, save_tensors
 from mode.records.record import SCHEMA, Record
 from mode.train.curve import append_point
@@ -96,7 +88,7 @@ def test_the_old_content_stays_if_the_disk_is_full(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from mode.core import files
+from mode.core import digests, files
 def kill(*_): os.kill(os.getpid(), signal.SIGKILL)
 os.replace = kill
 files.write_atomic(Path(sys.argv[1]), b"half")
@@ -173,7 +165,7 @@ def test_a_damaged_folder_is_made_again_and_another_file_is_left_alone(
         return {"number": 3}
 
     first = make_folder(folder, write, lambda old: None)
-    assert first == make_folder(folder, write, lambda old: None) == read_sealed(folder / files.INDEX)
+    assert first == make_folder(folder, write, lambda old: None) == read_sealed(folder / digests.INDEX)
     assert (first["number"], list(first["files"]), len(calls)) == (3, ["data"], 1)
     (folder / "beside").write_text("not in the index")
     assert find_damage(folder, first["files"]) is None

@@ -14,6 +14,7 @@ import pytest
 from mode.core.errors import ConfigError
 from mode.downstream.confine import ALLOW, ALLOWED, AUDIT_ARCH, KILL, REFUSE, build_filter, list_allowed_calls
 from mode.downstream.sandbox import Limits, Verdict, check_isolation, parse_verdict, run_program
+from tests.support.processes import children_of, ends_soon
 from tests.support.refusals import refused
 
 pytestmark = pytest.mark.slow
@@ -169,14 +170,47 @@ def hash_of(word: str) -> int:
 
 
 def test_only_what_follows_the_word_is_a_verdict() -> None:
-    assert parse_verdict("passed\n", "word", "") == Verdict("ended")
-    assert parse_verdict("wordy passed\nword failed AssertionError\n", "word", "") == Verdict(
+    begun = "word confined\n"
+    assert parse_verdict(f"{begun}passed\n", "word", "") == Verdict("ended")
+    assert parse_verdict(f"{begun}wordy passed\nword failed AssertionError\n", "word", "") == Verdict(
         "failed", "AssertionError"
     )
-    assert parse_verdict("word failed not a name\n", "word", "") == Verdict("failed")
-    assert parse_verdict("", "word", "time") == Verdict("stopped", "time")
+    assert parse_verdict(f"{begun}word failed not a name\n", "word", "") == Verdict("failed")
+    assert parse_verdict(begun, "word", "time") == Verdict("stopped", "time")
+    assert parse_verdict(f"{begun}word unconfined by force\n", "word", "") == Verdict("failed")
     with refused("Landlock: Function not implemented"):
         parse_verdict("word unconfined Landlock: Function not implemented\n", "word", "")
+    for stopped in ("", "time"):  # the program did not run, so it did not fail
+        with refused("cannot confine"):
+            parse_verdict("word passed\n" if not stopped else "", "word", stopped)
+
+
+FORGED = """
+import sys
+frame = sys._getframe()
+while frame is not None:
+    if "report" in frame.f_locals:
+        frame.f_locals["report"]("unconfined by force")
+    frame = frame.f_back
+"""
+
+
+def test_a_program_that_finds_the_pipe_ends_no_evaluation() -> None:
+    assert run_program(f"{FORGED}\n{ADD}", TEST, QUICK) == Verdict("failed")
+
+
+def test_a_program_ends_with_the_process_that_watches_it(tmp_path: Path) -> None:
+    """Only that process enforces the wall time, so a program that sleeps would stay for ever."""
+    script = "import sys\nfrom mode.downstream.sandbox import run_program\nrun_program(sys.argv[1], '')"
+    program = "import time\nopen('begun', 'w').close()\ntime.sleep(600)"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", script, program], env=environment) as watcher:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.rglob("begun")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        (child,) = children_of(watcher.pid)
+        watcher.kill()
+    assert ends_soon(child)
 
 
 @pytest.mark.parametrize("processor", ALLOWED)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ import yaml
 from mode.config.compose import compose
 from mode.config.run import Run
 from mode.core.errors import ConfigError
-from mode.core.files import lock_folder
+from mode.core.locks import LOCK, lock_folder
 from mode.launch import schedule
 from mode.launch.schedule import Node, compose_table, list_ready, name_run, plan_runs, prepare_data, run_all
 from mode.records.record import read_records
@@ -30,6 +32,7 @@ from mode.runs.prepare import prepare_run
 from mode.tables.table import list_rows_under, load_table
 from tests.cli.test_cli import call
 from tests.conftest import World
+from tests.support.processes import ends_soon
 from tests.support.refusals import refused
 
 ROWS = {
@@ -47,6 +50,7 @@ class Watch:
         """Begin with nothing."""
         self.started: dict[str, str] = {}
         self.points: list[tuple[str, int]] = []
+        self.waited: list[tuple[str, str]] = []
         self.ended: dict[str, str | None] = {}
 
     def start(self, run_id: str, name: str, steps: int) -> None:
@@ -54,6 +58,9 @@ class Watch:
 
     def point(self, run_id: str, point: dict[str, Any]) -> None:
         self.points.append((run_id, point["step"]))
+
+    def wait(self, run_id: str, holder: str) -> None:
+        self.waited.append((run_id, holder))
 
     def end(self, run_id: str, error: str | None) -> None:
         self.ended[run_id] = error
@@ -390,6 +397,53 @@ def test_a_table_that_is_terminated_takes_its_runs_with_it(own: World) -> None:
             return
         time.sleep(0.1)
     pytest.fail("a run goes on without its table")
+
+
+def wait_for_curve(folder: Path, process: subprocess.Popen[str]) -> Path:
+    """Wait until a run trains; return its training curve."""
+    while process.poll() is None and not (curves := list((folder / "runs").rglob("curve.jsonl"))):
+        time.sleep(0.02)
+    (curve,) = curves
+    return curve
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_a_table_whose_process_is_killed_leaves_no_trainer_and_goes_on(own: World, number: signal.Signals) -> None:
+    write_table(own.conf, "one", {"sft": ["method=sft"]}, seeds=[0])
+    long = [*own.overrides, "train.steps=100000", "train.log_every=1"]
+    command = [sys.executable, "-m", "cli", "reproduce", "one", *long, "--conf", str(own.conf)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        curve = wait_for_curve(own.root, process)
+        trainer = int((curve.parent / LOCK).read_text("utf-8"))
+        process.send_signal(number)
+        text = process.communicate(timeout=60)[1]
+    assert process.returncode == (130 if number == signal.SIGHUP else -number)
+    assert "Traceback" not in text
+    assert ends_soon(trainer)
+    with lock_folder(curve.parent):  # the same command can go on
+        pass
+
+
+@pytest.mark.slow
+def test_a_table_waits_for_a_run_that_another_process_trains_and_says_so_once(own: World) -> None:
+    write_table(own.conf, "one", {"sft": ["method=sft"]}, seeds=[0])
+    (run,) = runs_of(own, "one")
+    prepared, held = prepare_run(run), ExitStack()
+
+    class Releasing(Watch):
+        def wait(self, run_id: str, holder: str) -> None:
+            super().wait(run_id, holder)
+            held.close()
+
+    held.enter_context(lock_folder(prepared.folder))
+    watch = Releasing()
+    outcome = run_all([run], jobs=1, display=watch)
+    assert (outcome.executed, outcome.failed) == (1, {})
+    assert watch.waited == [(prepared.id, f"process {os.getpid()}")]
+    assert [record.id for record in read_records(own.root / "results")] == [prepared.id]
+    with lock_folder(prepared.folder), refused(prepared.id, str(os.getpid())):
+        execute(run, again=True)  # a single run does not wait
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from mode.runs.execute import execute
 from mode.runs.prepare import Prepared, prepare_run
 from mode.runs.tracking import NoTracker, make_tracker
 from tests.conftest import World
+from tests.support.refusals import refused
 
 BLOCK, HEADER = 32768, 7
 
@@ -217,3 +218,18 @@ def test_a_refusal_of_weights_and_biases_takes_one_line(tmp_path: Path, monkeypa
     with pytest.raises(ConfigError) as caught:
         make_tracker(settings, run_id="x", name="n", job_type="j", config={}, folder=tmp_path)
     assert str(caught.value) == "Weights & Biases: no API key configured. (track=wandb logs offline)"
+
+
+def test_without_a_home_folder_tracking_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", fail)
+    with refused("HOME", "track=none"):
+        make_tracker(Track(project="p", mode="offline"), run_id="x", name="n", job_type="j", config={}, folder=tmp_path)
+    assert isinstance(
+        make_tracker(Track(project="p", mode="none"), run_id="x", name="n", job_type="j", config={}, folder=tmp_path),
+        NoTracker,
+    )

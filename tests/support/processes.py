@@ -54,3 +54,24 @@ def run(environment: dict[str, str], program: str, arguments: tuple[str, ...], l
     torch.set_num_threads(1)
     sys.argv = ["-c", *arguments]
     exec(compile(program, "<test>", "exec"), {"__name__": "__main__"})
+
+
+def children_of(number: int) -> list[int]:
+    """Return the ids of the child processes of a process."""
+    return [int(child) for child in Path(f"/proc/{number}/task/{number}/children").read_text("utf-8").split()]
+
+
+def ends_soon(number: int, seconds: float = 30) -> bool:
+    """Return whether a process ends within some seconds."""
+    deadline = time.monotonic() + seconds
+    while is_running(number) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not is_running(number)
+
+
+def is_running(number: int) -> bool:
+    """Return whether a process has not ended. A process that nobody has waited for has ended."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text("utf-8").rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

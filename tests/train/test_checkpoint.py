@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mode.config.compose import compose
-from mode.core.files import CURVE, INDEX, list_checkpoints
+from mode.core.digests import INDEX
+from mode.core.files import CURVE, list_checkpoints
 from mode.core.tensors import trainable_parameters
 from mode.runs.execute import execute
 from mode.runs.prepare import prepare_run

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mode.bench.timing import Case
 from mode.core.errors import ConfigError
-from mode.core.files import CURVE
+from mode.core.files import CURVE, expand_home, find_paths
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ def prepare_startup(run: Run, method: MoDE, device: torch.device, folder: Path) 
     """
     if run.backbone.name != EMBEDDED:
         raise ConfigError(f"suite `startup` supports only backbone={EMBEDDED}, not {run.backbone.name}")
-    cache = Path(run.paths.cache).expanduser()
+    cache = expand_home(run.paths.cache)
     given = [f"paths.cache={cache}", f"train.threads={run.train.threads}"]
     here = [f"paths.runs={folder / 'runs'}", f"paths.results={folder / 'results'}", *given]
     short = ["train.steps=2", "train.sequence_length=32", "train.batch.size=2", "evaluate.split=validation"]
@@ -81,10 +81,13 @@ def make_first_step(words: Sequence[str], folder: Path) -> Callable[[], float]:
             here = [f"paths.runs={place}/runs", f"paths.results={place}/results"]
             asked = [sys.executable, "-c", MAIN, *words, *here]
             with subprocess.Popen(asked, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-                while process.poll() is None and not any(path.stat().st_size for path in Path(place).rglob(CURVE)):
-                    time.sleep(0.005)
-                seconds, ended = time.perf_counter() - begin, process.poll()
-                process.terminate()
+                try:
+                    curves = f"runs/*/{CURVE}"
+                    while process.poll() is None and not any(map(os.path.getsize, find_paths(Path(place), curves))):
+                        time.sleep(0.005)
+                    seconds, ended = time.perf_counter() - begin, process.poll()
+                finally:
+                    process.terminate()
                 output = process.stderr.read() if process.stderr else ""
         if ended:
             raise ConfigError(f"`mode {' '.join(words)}` failed: {(output.strip().splitlines() or ['no message'])[-1]}")
