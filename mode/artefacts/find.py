@@ -73,11 +73,15 @@ def load_folder(folder: Path) -> PreTrainedModel:
         return load_model(Backbone(name=folder.name, path=str(folder))).eval()
     from safetensors import SafetensorError
 
-    from mode.modular.model import MoDEForCausalLM
+    from mode.modular.model import MoDEConfig, MoDEForCausalLM
 
     try:
-        model: PreTrainedModel = MoDEForCausalLM.from_pretrained(folder).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        config = MoDEConfig.from_pretrained(folder)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'config.json'}: {error}") from error
+    try:
+        model: PreTrainedModel = MoDEForCausalLM.from_pretrained(folder, config=config).eval()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ConfigError):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

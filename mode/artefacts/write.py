@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mode.core.errors import ConfigError
+from mode.core.escape import escape_markdown, format_code
 from mode.core.files import write_atomic
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "*.model")
@@ -25,8 +26,8 @@ CARD = """# {title}
 from mode.modular.model import MoDEForCausalLM  # registers the model with the Auto classes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained({folder!r})
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
 ```
 """
 
@@ -61,7 +62,7 @@ def write_model(
             for path in place.glob(pattern):
                 shutil.copyfile(path, partial / path.name)
         model.save_pretrained(partial, **({"embed": embed} if modular else {}))
-        text = CARD.format(title=title, what=describe_model(model, embed=embed), folder=folder.name)
+        text = CARD.format(title=escape_markdown(title), what=describe_model(model, embed=embed), folder=folder.name)
         write_atomic(partial / "README.md", text.encode())
         if folder.exists():
             folder.rmdir()
@@ -98,8 +99,11 @@ def describe_model(model: Any, *, embed: bool) -> str:
     if model.config.model_type != "mode":
         return f"A causal LM of the {model.config.model_type} family."
     source = model.config.backbone
-    origin = f"`{source['name']}` (weights {source['fingerprint']})" if source else "an unnamed backbone"
-    where = "are in this folder" if embed else f"are not in this folder; they are loaded from `{source.get('path')}`"
+    origin = (
+        f"{format_code(str(source['name']))} (weights {source['fingerprint']})" if source else "an unnamed backbone"
+    )
+    path = format_code(str(source.get("path")))
+    where = "are in this folder" if embed else f"are not in this folder; they are loaded from {path}"
     shape = f"{model.config.expert_layers} layers in each of {model.config.num_blocks} blocks"
     return (
         f"A modular model (MoDE): the backbone {origin} with experts for {', '.join(model.config.experts)}, {shape}. "

@@ -82,9 +82,37 @@ def validate(cls: type, plain: Mapping[str, Any], prefix: str) -> Any:
         ConfigError: A setting is unknown, missing or not allowed.
     """
     try:
-        return TypeAdapter(cls).validate_python(plain)
+        checked = TypeAdapter(cls).validate_python(plain)
     except ValidationError as error:
         raise ConfigError(explain(error, cls, prefix)) from error
+    if (place := find_boolean_number(plain, checked)) is not None:
+        raise ConfigError(
+            f"{'.'.join(part for part in (prefix, *place) if part)}: expected a number, not true or false"
+        )
+    return checked
+
+
+def find_boolean_number(plain: Any, checked: Any) -> tuple[str, ...] | None:
+    """Return the path to a boolean that pydantic turned into a number; None if there is none.
+
+    >>> find_boolean_number({"size": [1, True]}, {"size": (1, 1)})
+    ('size', '1')
+
+    Args:
+        plain: The settings as given.
+        checked: The same settings after the check: a settings object, or a part of one.
+    """
+    if isinstance(plain, bool):
+        return None if isinstance(checked, bool) else ()
+    if isinstance(plain, Mapping):
+        found = vars(checked) if is_dataclass(checked) else checked
+        pairs = [(str(key), inner, found[key]) for key, inner in plain.items() if key in found]
+    elif isinstance(plain, list | tuple):
+        pairs = [(str(place), *pair) for place, pair in enumerate(zip(plain, checked, strict=False))]
+    else:
+        return None
+    places = ((key, find_boolean_number(inner, other)) for key, inner, other in pairs)
+    return next(((key, *place) for key, place in places if place is not None), None)
 
 
 def explain(error: ValidationError, cls: type, prefix: str) -> str:
@@ -104,7 +132,7 @@ def explain(error: ValidationError, cls: type, prefix: str) -> str:
     shown = (
         "" if isinstance(value, dict) or is_dataclass(value) or "ArgsKwargs" in type(value).__name__ else f"={value}"
     )
-    return f"{'.'.join(path)}{shown}: {message}"
+    return f"{'.'.join(path)}{shown}: {message}" if path else message
 
 
 def field_names(cls: Any, path: Sequence[int | str] = (), *, nested: bool = False) -> set[str]:

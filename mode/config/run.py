@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from mode.config.backbone import Backbone
-from mode.config.base import STRICT
+from mode.config.base import STRICT, Name
 from mode.config.data import Domain
 from mode.config.train import Train
 
@@ -146,7 +146,7 @@ class Run:
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
-    domains: dict[str, Domain]
+    domains: dict[Name, Domain]
     backbone: Backbone
     method: MethodSettings
     budget: Budget

@@ -6,6 +6,7 @@ prompt), what happened, and the conditions. `downstream.md` and `downstream.csv`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from mode.core.escape import escape_html, escape_markdown
 from mode.records.collection import Collection
 from mode.records.measurement import Measurement, pick_fields
 
@@ -177,14 +179,16 @@ def describe_task(result: Result) -> str:
     if asked.unparsed:
         facts.append(f"unparsed: {asked.unparsed}")
     first = f"{data['description']}. From {data['requirement']}, licence: {data['licence']}. {'; '.join(facts)}."
-    prompt = f"The prompt (sha256 {asked.prompt_sha256}):\n\n```\n{asked.prompt}\n```\n"
-    return f"## {asked.task} v{asked.version}\n\n{first} {prompt}"
+    fence = "`" * max(3, *(len(found) + 1 for found in re.findall("`+", f"{asked.prompt}`")))
+    prompt = f"The prompt (sha256 {asked.prompt_sha256}):\n\n{fence}\n{asked.prompt}\n{fence}\n"
+    return f"## {escape_markdown(asked.task)} v{asked.version}\n\n{escape_html(first)} {prompt}"
 
 
 def render_results(results: Sequence[Result]) -> dict[str, str]:
     """Render results in Markdown, and as CSV with one row per result and metric."""
     ordered = sorted(results, key=lambda each: (each.request.task, each.request.backbone, each.filename))
-    table = pd.DataFrame([format_row(result) for result in ordered]).to_markdown(index=False, disable_numparse=True)
+    cells = pd.DataFrame([format_row(result) for result in ordered]).map(escape_markdown)
+    table = cells.to_markdown(index=False, disable_numparse=True)
     tasks = {
         (each.request.task, each.request.version, each.request.prompt_sha256): describe_task(each) for each in ordered
     }

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mode.core.escape import check_name
 from mode.records.contents import (
     Outcome,
     Provenance,
@@ -91,14 +92,17 @@ def read_record(path: Path) -> Record:
 
 
 def check_parts(record: Record) -> None:
-    """Check the types of a record's parts.
+    """Check the types of a record's parts, and the names of its domains, which reach paths and pages.
 
     Raises:
         TypeError: The id is not a string, or a part is not a mapping.
+        ValueError: The name of a domain is not a name.
     """
     if not (isinstance(record.id, str) and all(isinstance(part, dict) for part in record.parts)):
         raise TypeError("the id must be a string, and asked, happened and provenance mappings")
     _ = record.request, record.outcome, record.origin
+    for name in (*record.request.targets, *record.outcome.scores, *record.origin.data):
+        check_name(name)
 
 
 def read_records(folder: Path) -> list[Record]:
