@@ -82,7 +82,7 @@ def validate(cls: type, plain: Mapping[str, Any], prefix: str) -> Any:
         ConfigError: A setting is unknown, missing or not allowed.
     """
     try:
-        checked = TypeAdapter(cls).validate_python(plain)
+        checked: Any = TypeAdapter(cls).validate_python(plain)
     except ValidationError as error:
         raise ConfigError(explain(error, cls, prefix)) from error
     if (place := find_boolean_number(plain, checked)) is not None:

@@ -16,6 +16,9 @@ from mode.config.base import STRICT, Name
 from mode.config.data import Domain
 from mode.config.train import Train
 
+Label = Annotated[str, Field(pattern=r"^[^\x00-\x1f]{1,128}$")]
+"""Free text in one line, as Weights & Biases takes it."""
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MethodSettings:
@@ -114,9 +117,9 @@ class Track:
     """
 
     mode: Literal["offline", "online", "none"]
-    project: str
-    group: str | None = None
-    name: str | None = None
+    project: Annotated[str, Field(pattern=r"^[^/\\#?%:\x00-\x1f]{1,128}$")]
+    group: Label | None = None
+    name: Label | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -36,7 +36,9 @@ def fetch_wheel(requirement: str, cache: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *SAME_EVERYWHERE]
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as work:
-        done = subprocess.run([*command, "--dest", work, requirement], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, "--dest", work, "--", requirement], capture_output=True, text=True, check=False
+        )
         fetched = sorted(Path(work).glob("*.whl"))
         if done.returncode or not fetched:
             reason = (done.stderr.strip().splitlines() or ["no such wheel"])[-1]

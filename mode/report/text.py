@@ -49,12 +49,12 @@ def render_markdown(compiled: TableData) -> str:
 
 
 def align_frame(table: pd.DataFrame) -> str:
-    """Return a frame of text cells in Markdown. The first column is plain text, left-aligned; all others right-aligned.
+    r"""Return a frame of text cells in Markdown. The first column is plain text on the left; all others are on the right.
 
     >>> print(align_frame(pd.DataFrame({"Method": ["a|b"], "Code": ["**1**"]})))
     | Method   |   Code |
     |:---------|-------:|
-    | a\\|b     |  **1** |
+    | a\|b     |  **1** |
     """
     # Number parsing is off: it would turn 12.30 into 12.3 and +1.50 into 1.5.
     first, *others = table.columns

@@ -17,8 +17,9 @@ from mode.config.run import Run, Track
 from mode.core.errors import ConfigError
 from mode.runs.execute import execute
 from mode.runs.prepare import Prepared, prepare_run
-from mode.runs.tracking import NoTracker, make_tracker
+from mode.runs.tracking import NoTracker, make_tracker, sync
 from tests.conftest import World
+from tests.support.refusals import refused
 
 BLOCK, HEADER = 32768, 7
 
@@ -217,3 +218,17 @@ def test_a_refusal_of_weights_and_biases_takes_one_line(tmp_path: Path, monkeypa
     with pytest.raises(ConfigError) as caught:
         make_tracker(settings, run_id="x", name="n", job_type="j", config={}, folder=tmp_path)
     assert str(caught.value) == "Weights & Biases: no API key configured. (track=wandb logs offline)"
+
+
+@pytest.mark.parametrize("place", ["127.0.0.1:1", "127.0.0.1:no", "[::1"])
+def test_no_password_of_a_server_is_printed(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://somebody:secret@{place}/x")
+    with refused(f"http://***@{place}/x") as caught:
+        sync([tmp_path])
+    assert not any(part in str(caught.value) for part in ("somebody", "secret"))
+
+
+@pytest.mark.parametrize("project", ["a/b", "", "a\nb", "x" * 129])
+def test_a_project_that_the_server_refuses_is_refused_before_training(project: str) -> None:
+    with pytest.raises(ValueError, match="project"):
+        Track(mode="offline", project=project)
