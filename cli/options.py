@@ -132,6 +132,7 @@ def add_domains(overrides: Sequence[str], domain: str | None) -> list[str]:
     >>> add_domains(["seed=1"], "code,math")
     ['targets=[code,math]', 'seed=1']
     """
+    from mode.config.compose import format_value
     from mode.core.errors import ConfigError
 
     if domain is None:
@@ -139,7 +140,7 @@ def add_domains(overrides: Sequence[str], domain: str | None) -> list[str]:
     names = [name.strip() for name in domain.split(",") if name.strip()]
     if not names:
         raise ConfigError(f"--domain {domain}: no domain is named")
-    wanted = f"[{','.join(names)}]"
+    wanted = format_value(names)
     for text in overrides:
         key, _, value = text.lstrip("+").partition("=")
         if key in ("targets", "domain") and value.strip("[]").replace(" ", "") != ",".join(names):
@@ -169,10 +170,10 @@ def add_method(
     from mode.config.groups import read_group
     from mode.core.errors import ConfigError
 
-    rest, wanted = [], read_group("method", method, conf)["_target_"] if variants else None
+    rest, wanted = [], read_group("method", method, conf).get("_target_") if variants else None
     for text in overrides:
         key, _, value = text.lstrip("+").partition("=")
-        if key == "method" and variants and read_group("method", value, conf)["_target_"] == wanted:
+        if key == "method" and variants and read_group("method", value, conf).get("_target_") == wanted:
             method = value
         elif key == "method" and value != method:
             raise ConfigError(f"`{command}` trains method={method}, not {text}: the two must agree")
@@ -194,7 +195,8 @@ def read_experiment_method(node: Mapping[str, Any]) -> str | None:
     >>> read_experiment_method({"defaults": [{"override /method": "lora"}]}), read_experiment_method({})
     ('lora', None)
     """
-    defaults = [item for item in node.get("defaults") or [] if isinstance(item, dict)]
+    listed = node.get("defaults")
+    defaults = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
     return next((item["override /method"] for item in defaults if "override /method" in item), None)
 
 

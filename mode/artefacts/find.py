@@ -55,7 +55,7 @@ def find_run(name: str, runs: Path) -> Run:
     if len(found) != 1:
         what = "no run of that id" if not found else f"the ids of {len(found)} runs start with {name}"
         raise ConfigError(f"{name}: {what} in {runs}{suggest(name, known)}")
-    run: Run = from_yaml(known[found[0]].read_text("utf-8"))
+    run: Run = from_yaml(known[found[0]].read_bytes(), known[found[0]])
     return replace_settings(run, paths=replace_settings(run.paths, runs=str(runs)))  # type: ignore[no-any-return]
 
 

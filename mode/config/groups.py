@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,7 @@ import yaml
 
 from mode.config.registry import list_registered_folders
 from mode.core.errors import ConfigError, suggest
-
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
-"""Names of configuration files that are valid in Hydra's grammar."""
-
+from mode.core.escape import check_name, is_name
 
 GROUPS = ("backbone", "method", "budget", "track", "experiment")
 """Groups of which a run chooses one member. All domains are composed, and a run chooses them by name."""
@@ -27,23 +24,40 @@ def conf_dirs(extra: Path | None = None) -> list[Path]:
     the user did not write the package; the user's folder may not.
 
     Raises:
-        ConfigError: The user's folder does not exist, or has a file of the same name as one of the project's or of a
-            package's, or one whose name cannot be written in an override.
+        ConfigError: The user's folder does not exist, has no file in a group, has a file of the same name as one of
+            the project's or of a package's, or one whose name cannot be written in an override.
     """
     earlier = [Path(str(files("conf"))), *list_registered_folders()]
     if extra is None:
         return earlier
     if not extra.is_dir():
         raise ConfigError(f"--conf {extra}: no such folder")
+    check_layout(extra, [path.name for path in earlier[0].iterdir() if path.is_dir() and is_name(path.name)])
     for path in sorted(extra.glob("*/*.yaml")):
         name = path.relative_to(extra)
         for folder in earlier:
             if (folder / name).exists():
                 owner = "the project" if folder == earlier[0] else f"the package {folder.parent.name}"
                 raise ConfigError(f"{path}: {owner} has a {name} too; choose another name")
-        if not NAME.fullmatch(path.stem):
-            raise ConfigError(f"{path}: a name is made of letters, digits, - and _, and starts with a letter")
+        try:
+            check_name(path.stem)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from error
     return [*earlier, extra]
+
+
+def check_layout(folder: Path, groups: Iterable[str]) -> None:
+    """Refuse a folder of the user's own configuration without a YAML file in a group.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if not any(next((folder / group).glob("*.yaml"), None) for group in groups):
+        found = sorted(path.name for path in folder.glob("*") if path.is_dir())
+        near = next((hint for name in found if (hint := suggest(name, groups))), "")
+        raise ConfigError(
+            f"--conf {folder}: no YAML file in the folder of a group, such as {folder}/domain/NAME.yaml{near}"
+        )
 
 
 def list_members(group: str, extra: Path | None = None) -> list[str]:
@@ -53,7 +67,7 @@ def list_members(group: str, extra: Path | None = None) -> list[str]:
     True
     """
     own, *others = [[path.stem for path in (root / group).glob("*.yaml")] for root in conf_dirs(extra)]
-    return sorted({*own, *(name for names in others for name in names if NAME.fullmatch(name))})
+    return sorted({*own, *(name for names in others for name in names if is_name(name))})
 
 
 def list_written(extra: Path | None) -> tuple[tuple[Path, int], ...]:
@@ -68,16 +82,40 @@ def read_group(group: str, name: str, extra: Path | None = None) -> dict[str, An
     Raises:
         ConfigError: There is no such member, or its file is not YAML with settings.
     """
-    for root in conf_dirs(extra):
-        path = root / group / f"{name}.yaml"
-        if path.exists():
-            try:
-                with path.open(encoding="utf-8") as file:
-                    data = yaml.safe_load(file) or {}
-            except yaml.YAMLError as error:
-                raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from error
-            if not isinstance(data, dict):
-                raise ConfigError(f"{path}: expected settings of the form KEY: VALUE")
-            return data
+    return read_settings(find_member(group, name, extra))
+
+
+def find_member(group: str, name: str, extra: Path | None = None) -> Path:
+    """Return the file of one member of a group.
+
+    Raises:
+        ConfigError: There is no such member.
+    """
     known = list_members(group, extra)
-    raise ConfigError(f"{group} {name}: not one of {', '.join(known)}{suggest(name, known)}")
+    if name not in known:
+        raise ConfigError(f"{group} {name}: not one of {', '.join(known)}{suggest(name, known)}")
+    paths = (root / group / f"{name}.yaml" for root in conf_dirs(extra))
+    return next(path for path in paths if path.exists())
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings in a YAML file.
+
+    Raises:
+        ConfigError: The file is not UTF-8 text, not YAML, or holds no settings.
+    """
+    try:
+        data = yaml.safe_load(path.read_text("utf-8")) or {}
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(explain_yaml(path, error)) from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected settings of the form KEY: VALUE")
+    return data
+
+
+def explain_yaml(path: Path | str, error: Exception) -> str:
+    """Return a message about a YAML file that cannot be read."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
+    reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+    return f"{path}: not YAML: {reason}"

@@ -76,6 +76,19 @@ def join_lines(text: str) -> str:
     return BREAKS.sub(" ", text)
 
 
+def shorten(value: object) -> str:
+    """Return a value as text for a message. The middle of a long text is left out.
+
+    >>> shorten("7" * 5000)
+    '7777777777777777777777777777777777777777 ... 7777777777 (5,000 characters)'
+    """
+    try:
+        text = str(value)
+    except ValueError:  # Python does not write an integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 400 else f"{text[:40]} ... {text[-10:]} ({len(text):,} characters)"
+
+
 def mask_passwords(text: str) -> str:
     """Return text with the users and passwords of its URLs masked.
 

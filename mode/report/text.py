@@ -49,7 +49,7 @@ def render_markdown(compiled: TableData) -> str:
 
 
 def align_frame(table: pd.DataFrame) -> str:
-    r"""Return a frame of text cells in Markdown. The first column is plain text on the left; all others are on the right.
+    r"""Return a frame of text cells in Markdown. The first column is plain text, to the left; others to the right.
 
     >>> print(align_frame(pd.DataFrame({"Method": ["a|b"], "Code": ["**1**"]})))
     | Method   |   Code |
