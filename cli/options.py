@@ -250,7 +250,30 @@ def show_config(run: Run) -> None:
 
 
 def find_runs_folder(overrides: Sequence[str] | None, conf: Path | None) -> Path:
-    """Return the folder of runs of the configuration."""
-    from mode.config.compose import compose
+    """Return the folder of runs of the configuration.
 
-    return Path(compose(overrides or [], conf).paths.runs).expanduser()
+    Raises:
+        ConfigError: An override names a folder that does not exist.
+    """
+    return find_folder("runs", overrides or [], conf)
+
+
+def find_folder(name: str, overrides: Sequence[str], conf: Path | None) -> Path:
+    """Return a folder of the configuration, to read from it.
+
+    Args:
+        name: `runs` or `results`.
+        overrides: Overrides of the configuration.
+        conf: Folder of the user's own configuration.
+
+    Raises:
+        ConfigError: An override names a folder that does not exist.
+    """
+    from mode.config.compose import compose, parse_overrides
+    from mode.core.errors import ConfigError
+
+    folder = Path(getattr(compose(overrides, conf).paths, name)).expanduser()
+    named = any(item.key == f"paths.{name}" for item in parse_overrides(overrides))
+    if named and not folder.is_dir():
+        raise ConfigError(f"paths.{name}={folder}: no such folder")
+    return folder

@@ -13,7 +13,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mode.config.data import Domain
-from mode.config.groups import explain_yaml, list_members
+from mode.config.groups import explain_yaml, list_members, read_group
 from mode.config.identity import describe_run
 from mode.config.method import NONE, SELF
 from mode.config.names import rename_settings, suggest_setting
@@ -145,6 +145,19 @@ def find_boolean_number(plain: Any, checked: Any) -> tuple[str, ...] | None:
         return None
     places = ((key, find_boolean_number(inner, other)) for key, inner, other in pairs)
     return next(((key, *place) for key, place in places if place is not None), None)
+
+
+def validate_member(cls: type, group: str, name: str, extra: Path | None = None) -> Any:
+    """Return an instance of a settings class from the YAML file of a member of a group.
+
+    Raises:
+        ConfigError: There is no such file, or a setting is unknown, missing or not allowed.
+    """
+    plain = read_group(group, name, extra)
+    try:
+        return validate(cls, plain, "")
+    except ConfigError as error:
+        raise ConfigError(f"{group}/{name}.yaml: {error}") from error
 
 
 def explain(error: ValidationError, cls: type, prefix: str) -> str:

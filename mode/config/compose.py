@@ -15,7 +15,15 @@ from typing import Any
 import yaml
 
 from mode.config.check import check_run, fill_defaults, flatten
-from mode.config.groups import GROUPS, conf_dirs, explain_yaml, find_member, list_members, list_written
+from mode.config.groups import (
+    GROUPS,
+    conf_dirs,
+    explain_yaml,
+    find_member,
+    list_members,
+    list_own_members,
+    list_written,
+)
 from mode.config.names import (
     check_spellings,
     rename_references,
@@ -142,7 +150,7 @@ def compose_groups(
     try:
         config = compose_with(names, *chosen)
     except Exception:  # a file may be broken in any way
-        for name in names:
+        for name in set(names) - set(list_own_members("domain")):
             try:
                 compose_with([name])
             except Exception as error:
@@ -169,7 +177,7 @@ def register_source() -> str:
     from hydra._internal.core_plugins.file_config_source import FileConfigSource
     from hydra._internal.sources_registry import SourcesRegistry
     from hydra.plugins.config_source import ConfigResult
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import DictConfig, ListConfig, OmegaConf
 
     class RenamingSource(FileConfigSource):  # type: ignore[misc]
         """A folder of configuration that a package or the user wrote."""
@@ -179,11 +187,13 @@ def register_source() -> str:
             return "renamed"
 
         def load_config(self, config_path: str) -> ConfigResult:
+            path = Path(self.path, self._normalize_file_name(config_path))
             try:
                 result = super().load_config(config_path)
             except (ValueError, yaml.YAMLError, RecursionError) as error:
-                path = Path(self.path, self._normalize_file_name(config_path))
                 raise ConfigError(explain_yaml(path, error)) from error
+            if isinstance(result.config, ListConfig):
+                raise ConfigError(f"{path}: expected settings of the form KEY: VALUE")
             if isinstance(result.config, DictConfig):
                 package = result.header.get("package") or config_path.rpartition("/")[0].replace("/", ".")
                 plain: Any = OmegaConf.to_container(result.config, resolve=False)

@@ -66,8 +66,13 @@ def list_members(group: str, extra: Path | None = None) -> list[str]:
     >>> "code" in list_members("domain")
     True
     """
-    own, *others = [[path.stem for path in (root / group).glob("*.yaml")] for root in conf_dirs(extra)]
-    return sorted({*own, *(name for names in others for name in names if is_name(name))})
+    _, *others = [[path.stem for path in (root / group).glob("*.yaml")] for root in conf_dirs(extra)]
+    return sorted({*list_own_members(group), *(name for names in others for name in names if is_name(name))})
+
+
+def list_own_members(group: str) -> list[str]:
+    """List the members of a configuration group that are part of this project."""
+    return [path.stem for path in (conf_dirs()[0] / group).glob("*.yaml")]
 
 
 def list_written(extra: Path | None) -> tuple[tuple[Path, int], ...]:
