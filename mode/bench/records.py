@@ -11,7 +11,7 @@ from typing import Any
 from mode.bench.figures import draw_layouts, draw_scale
 from mode.bench.ratios import MACHINE, compute_ratio
 from mode.config.names import OLD_NAMES
-from mode.core.escape import escape_html, escape_markdown
+from mode.core.escape import escape_html, escape_markdown, format_file_name
 from mode.records.collection import Collection
 from mode.records.measurement import Measurement
 
@@ -56,7 +56,7 @@ class Benchmark(Measurement):
     @property
     def filename(self) -> str:
         """Name of the record's file. Only the id identifies the record."""
-        return f"{self.asked['suite']}-{self.asked['backbone']}-{self.id}.json"
+        return f"{self.asked['suite']}-{format_file_name(self.asked['backbone'])}-{self.id}.json"
 
 
 def render_benchmarks(benchmarks: Sequence[Benchmark]) -> dict[str, str]:

@@ -155,7 +155,13 @@ def compose_groups(
                 compose_with([name])
             except Exception as error:
                 broken[name] = explain_domain(name, error, extra)
-        config = compose_with([name for name in names if name not in broken], *chosen)
+        try:
+            config = compose_with([name for name in names if name not in broken], *chosen)
+        except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:  # such as `defaults: {}`
+            if isinstance(error, ConfigError):
+                raise
+            reason = join_reason(error).removeprefix("None") or type(error).__name__
+            raise ConfigError(f"{' '.join(chosen)}: a file that Hydra cannot compose: {reason}") from error
     plain: Any = OmegaConf.to_container(config, resolve=False)
     filled = OmegaConf.create(fill_defaults(rename_settings(plain)))
     OmegaConf.set_struct(filled, True)

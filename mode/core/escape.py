@@ -67,6 +67,15 @@ def is_name(text: object) -> bool:
         return False
 
 
+def format_file_name(text: str) -> str:
+    """Return text as a part of a file name: up to 100 characters, none of which separates folders.
+
+    >>> format_file_name("llama-3.2-1b"), format_file_name("../a b")
+    ('llama-3.2-1b', '.._a_b')
+    """
+    return re.sub(r"[^\w.+@-]", "_", text, flags=re.ASCII)[:100]
+
+
 def join_lines(text: str) -> str:
     r"""Return text in one line, without control characters.
 

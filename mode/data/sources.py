@@ -250,8 +250,8 @@ def read_jsonl(path: Path, column: str) -> Iterator[str]:
             continue
         try:
             value = json.loads(line)[column]
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}: line {number} is not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:  # not JSON, an integer of thousands of digits, or deep brackets
+            raise ConfigError(f"{path}: line {number} is not JSON ({getattr(error, 'msg', error)})") from error
         except (KeyError, TypeError, IndexError) as error:
             raise ConfigError(f"{path}: line {number} has no column '{column}'") from error
         yield check_text(value, f"{path}: line {number}, column '{column}'")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from mode.core.escape import escape_html, escape_markdown
+from mode.core.escape import escape_html, escape_markdown, format_file_name
 from mode.records.collection import Collection
 from mode.records.measurement import Measurement, pick_fields
 
@@ -120,7 +120,7 @@ class Result(Measurement):
     def filename(self) -> str:
         """Name of the result's file: the run, the task, and the limit on questions if there is one."""
         limit = self.request.limit
-        return f"{self.request.run}-{self.request.task}{f'-first-{limit}' if limit else ''}.json"
+        return f"{self.request.run}-{format_file_name(self.request.task)}{f'-first-{limit}' if limit else ''}.json"
 
     @property
     def score(self) -> str:

@@ -79,6 +79,14 @@ def test_any_file_that_is_not_yaml_is_named(conf: Path, name: str) -> None:
             read()
 
 
+@pytest.mark.parametrize("defaults", ["null", "{a: 1}", "[{1: 2}]", "[nothing]", "[null]", "3"])
+def test_a_wrong_list_of_defaults_is_refused_by_name(conf: Path, defaults: str) -> None:
+    (conf / "experiment").mkdir()
+    (conf / "experiment" / "x.yaml").write_text(f"# @package _global_\ndefaults: {defaults}\nseed: 1\n", "utf-8")
+    with refused("experiment"):
+        compose(["experiment=x"], conf)
+
+
 def test_settings_of_a_run_that_are_not_yaml_are_named() -> None:
     text = to_yaml(compose([]))
     assert from_yaml(text) == compose([])

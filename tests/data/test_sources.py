@@ -397,3 +397,11 @@ def test_a_wheel_that_pip_cannot_fetch_is_told_in_one_line(tmp_path: Path, monke
     assert refusal(source, tmp_path) == "cannot fetch gone==1.0 with pip: ERROR: No matching distribution"
     assert "--no-deps" in commands[0]
     assert commands[0][-2:] == ["--", "gone==1.0"]
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 100_000])
+def test_a_row_that_python_cannot_read_is_refused_by_its_line(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b", "n": ' + value + "}\n", "utf-8")
+    with refused(str(path), "line 2"):
+        read(FilesSource(kind="files", paths=(str(path),)), tmp_path)
