@@ -132,7 +132,7 @@ def add_domains(overrides: Sequence[str], domain: str | None) -> list[str]:
     >>> add_domains(["seed=1"], "code,math")
     ['targets=[code,math]', 'seed=1']
     """
-    from mode.config.compose import format_value
+    from mode.config.quoting import format_value
     from mode.core.errors import ConfigError
 
     if domain is None:

@@ -137,8 +137,8 @@ def compose(
 
 def resolve_experts(names: Sequence[str], overrides: Sequence[str], conf: Path | None) -> tuple[list[str], list[str]]:
     """Return the domains of named experts, and the overrides with the folders of experts that are no domain names."""
-    from mode.config.compose import quote
     from mode.config.groups import list_members
+    from mode.config.quoting import quote
 
     known = list_members("domain", conf)
     if all(name in known for name in names):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -31,13 +30,10 @@ from mode.config.names import (
     rename_settings,
     suggest_setting,
 )
+from mode.config.quoting import format_value, quote
 from mode.config.run import Run
 from mode.core.errors import ConfigError, suggest
 from mode.core.escape import BREAKS, shorten
-
-WORD = re.compile(r"(?!(?:null|true|false|inf|nan)$)[a-z_][a-z0-9_./-]*", re.IGNORECASE | re.ASCII)
-"""Texts that need no quotes in Hydra's grammar: words that are neither null nor a boolean nor a number."""
-
 
 MOST_RUNS = 10_000
 """Maximum number of runs of a sweep. A range without an end has more."""
@@ -211,16 +207,6 @@ def register_source() -> str:
     return RenamingSource.scheme()
 
 
-def quote(text: str, mark: str = "'") -> str:
-    r"""Quote a string in Hydra's grammar, where a backslash is special only before a quotation mark.
-
-    >>> print(quote("it's"), quote("a\\b\\"))
-    'it\'s' 'a\b\\'
-    """
-    escaped = re.sub(rf"(\\*)({mark}|$)", lambda found: found[1] * 2 + (f"\\{mark}" if found[2] else ""), text)
-    return f"{mark}{escaped}{mark}"
-
-
 def suggest_quotes(text: str) -> str:
     """Return a hint with the quoted form of an override, as one types it in a shell; empty if no quotes help.
 
@@ -300,27 +286,6 @@ def rename_overrides(overrides: Sequence[str]) -> list[str]:
         renamed.append(text if item.value == value else f"{text.partition('=')[0]}={format_value(item.value)}")
     check_spellings(given)
     return renamed
-
-
-def format_value(value: Any) -> str:
-    """Return a value in Hydra's grammar.
-
-    >>> format_value([1e-05, None, True]), format_value({"english": 0.2}), format_value("a b")
-    ('[1e-05,null,true]', '{english:0.2}', "'a b'")
-    >>> format_value(["null", "True", "nan", "none"])
-    "['null','True','nan',none]"
-    """
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(format_value, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{','.join(f'{key}:{format_value(inner)}' for key, inner in value.items())}}}"
-    if isinstance(value, str):
-        return value if WORD.fullmatch(value) else quote(value)
-    return repr(value)
 
 
 def parse_with_hydra(overrides: Sequence[str]) -> list[Any]:
