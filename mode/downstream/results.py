@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from mode.core.escape import escape_html, escape_markdown, format_file_name
+from mode.core.escape import escape_html, escape_markdown, format_code, format_file_name
 from mode.records.collection import Collection
 from mode.records.measurement import Measurement, pick_fields
 
@@ -174,14 +174,15 @@ def describe_task(result: Result) -> str:
     if asked.chance is not None:
         facts.append(f"guessing gives {100 * asked.chance:.0f} %")
     if asked.max_tokens:
-        ends = ", ".join(f"`{end!r}`" for end in asked.stop)
+        ends = ", ".join(format_code(repr(end)) for end in asked.stop)
         facts.append(f"answers of up to {asked.max_tokens} tokens, ended by {ends}")
     if asked.unparsed:
-        facts.append(f"unparsed: {asked.unparsed}")
-    first = f"{data['description']}. From {data['requirement']}, licence: {data['licence']}. {'; '.join(facts)}."
+        facts.append(f"unparsed: {escape_html(asked.unparsed)}")
+    about, source, licence = (escape_html(str(data[key])) for key in ("description", "requirement", "licence"))
+    first = f"{about}. From {source}, licence: {licence}. {'; '.join(facts)}."
     fence = "`" * max(3, *(len(found) + 1 for found in re.findall("`+", f"{asked.prompt}`")))
     prompt = f"The prompt (sha256 {asked.prompt_sha256}):\n\n{fence}\n{asked.prompt}\n{fence}\n"
-    return f"## {escape_markdown(asked.task)} v{asked.version}\n\n{escape_html(first)} {prompt}"
+    return f"## {escape_markdown(asked.task)} v{asked.version}\n\n{first} {prompt}"
 
 
 def render_results(results: Sequence[Result]) -> dict[str, str]:
