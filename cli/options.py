@@ -120,6 +120,7 @@ def add_domains(overrides: Sequence[str], domain: str | None) -> list[str]:
     >>> add_domains(["seed=1"], "code,math")
     ['targets=[code,math]', 'seed=1']
     """
+    from mode.config.quoting import format_value
     from mode.core.errors import ConfigError
 
     if domain is None:
@@ -127,7 +128,7 @@ def add_domains(overrides: Sequence[str], domain: str | None) -> list[str]:
     names = [name.strip() for name in domain.split(",") if name.strip()]
     if not names:
         raise ConfigError(f"--domain {domain}: no domain is named")
-    wanted = f"[{','.join(names)}]"
+    wanted = format_value(names)
     for text in overrides:
         key, _, value = text.lstrip("+").partition("=")
         if key in ("targets", "domain") and value.strip("[]").replace(" ", "") != ",".join(names):
@@ -157,10 +158,10 @@ def add_method(
     from mode.config.groups import read_group
     from mode.core.errors import ConfigError
 
-    rest, wanted = [], read_group("method", method, conf)["_target_"] if variants else None
+    rest, wanted = [], read_group("method", method, conf).get("_target_") if variants else None
     for text in overrides:
         key, _, value = text.lstrip("+").partition("=")
-        if key == "method" and variants and read_group("method", value, conf)["_target_"] == wanted:
+        if key == "method" and variants and read_group("method", value, conf).get("_target_") == wanted:
             method = value
         elif key == "method" and value != method:
             raise ConfigError(f"`{command}` trains method={method}, not {text}: the two must agree")
@@ -182,7 +183,8 @@ def read_experiment_method(node: Mapping[str, Any]) -> str | None:
     >>> read_experiment_method({"defaults": [{"override /method": "lora"}]}), read_experiment_method({})
     ('lora', None)
     """
-    defaults = [item for item in node.get("defaults") or [] if isinstance(item, dict)]
+    listed = node.get("defaults")
+    defaults = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
     return next((item["override /method"] for item in defaults if "override /method" in item), None)
 
 
@@ -236,7 +238,30 @@ def show_config(run: Run) -> None:
 
 
 def find_runs_folder(overrides: Sequence[str] | None, conf: Path | None) -> Path:
-    """Return the folder of runs of the configuration."""
-    from mode.config.compose import compose
+    """Return the folder of runs of the configuration.
 
-    return expand_home(compose(overrides or [], conf).paths.runs)
+    Raises:
+        ConfigError: An override names a folder that does not exist.
+    """
+    return find_folder("runs", overrides or [], conf)
+
+
+def find_folder(name: str, overrides: Sequence[str], conf: Path | None) -> Path:
+    """Return a folder of the configuration, to read from it.
+
+    Args:
+        name: `runs` or `results`.
+        overrides: Overrides of the configuration.
+        conf: Folder of the user's own configuration.
+
+    Raises:
+        ConfigError: An override names a folder that does not exist.
+    """
+    from mode.config.compose import compose, parse_overrides
+    from mode.core.errors import ConfigError
+
+    folder = expand_home(getattr(compose(overrides, conf).paths, name))
+    named = any(item.key == f"paths.{name}" for item in parse_overrides(overrides))
+    if named and not folder.is_dir():
+        raise ConfigError(f"paths.{name}={folder}: no such folder")
+    return folder

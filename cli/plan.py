@@ -66,7 +66,8 @@ def plan(
             return compose(given, conf)
 
         if calibrate is not None:
-            measure(compose_modular(), conf, calibrate)
+            folder, conf = conf, conf if conf and any(conf.glob("*/*.yaml")) else None  # the folder may be empty yet
+            measure(compose_modular(), folder, calibrate)
             return
         if curves is not None:
             draw(compose_modular, read_machine(Device, "device", device, conf), curves, conf)
@@ -85,13 +86,22 @@ def plan(
 
 
 def measure(run: Run, conf: Path | None, name: str) -> None:
-    """Measure this machine and write a device and a link."""
+    """Measure this machine and write a device and a link.
+
+    Raises:
+        ConfigError: There is no folder for the files, the name is not a name, or the method has no experts.
+    """
     from mode.bench.suites.sharding import calibrate as calibrate_machine
     from mode.core.errors import ConfigError
+    from mode.core.escape import is_name
     from mode.methods.mode import MoDE
 
     if conf is None:
         raise ConfigError(f"--calibrate {name} needs --conf FOLDER, the folder for the YAML files of device and link")
+    if not conf.is_dir():
+        raise ConfigError(f"--conf {conf}: no such folder")
+    if not is_name(name):
+        raise ConfigError(f"--calibrate {name}: a name has up to 100 letters, digits, - and _")
     if not isinstance(run.method, MoDE):
         raise ConfigError("--calibrate measures a model with experts: choose method=mode")
     for path in calibrate_machine(run, run.method, conf, name):

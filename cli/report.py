@@ -52,9 +52,11 @@ def report(
         names = [*list_members("table", conf), *COLLECTIONS]
         if table is not None and table not in names:
             raise ConfigError(f"table {table}: not one of {', '.join(names)}{suggest(table, names)}")
+        asked = any(item.key == "paths.results" for item in parse_overrides(given))
         results = find_results_folder(given, conf)
+        if asked and not html and not results.is_dir():  # --html makes the folder of its page
+            raise ConfigError(f"paths.results={results}: no such folder")
         if check:
-            asked = any(item.key == "paths.results" for item in parse_overrides(given))
             chosen = results if asked else PUBLISHED
             check_published(chosen, [table] if table else names, conf)
             return

@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import ConfOption, DomainOption, Overrides, add_domains, complete, reporting_errors, show_config
-from mode.core.files import expand_home, find_paths
+from cli.options import (
+    ConfOption,
+    DomainOption,
+    Overrides,
+    add_domains,
+    complete,
+    find_folder,
+    reporting_errors,
+    show_config,
+)
+from mode.core.files import find_paths
 
 if TYPE_CHECKING:
     from mode.runs.forecast import Forecast
@@ -21,9 +30,14 @@ app = typer.Typer(help="List methods, domains, tables and runs; show budget and 
 def print_group(group: str, conf: Path | None, describe: str | None = None) -> None:
     """Print the members of a configuration group, with the text of one setting each."""
     from mode.config.groups import list_members, read_group
+    from mode.core.errors import ConfigError
 
     for name in list_members(group, conf):
-        node = read_group(group, name, conf)
+        try:
+            node = read_group(group, name, conf)
+        except ConfigError as error:
+            print(f"{name:<16} cannot be used: {error}")
+            continue
         about = str(node.get(describe, "")) if describe else ""
         print(f"{name:<16} {about}".rstrip())
 
@@ -74,22 +88,21 @@ def tables(conf: ConfOption = None) -> None:
 def runs(overrides: Overrides = None, conf: ConfOption = None) -> None:
     """List the finished and the interrupted runs."""
     with reporting_errors():
-        from mode.config.compose import compose
         from mode.records.record import read_records
 
-        run = compose(overrides or [], conf)
-        records = read_records(expand_home(run.paths.results))
+        results, runs = (find_folder(name, overrides or [], conf) for name in ("results", "runs"))
+        records = read_records(results)
         for record in records:
             outcome = record.outcome
             print(
                 f"{record.filename.removesuffix('.json'):<48} {outcome.steps:>6} steps  "
                 f"{outcome.seconds:>8.0f} s  {record.origin.date}"
             )
-        unfinished = list_unfinished(expand_home(run.paths.runs))
+        unfinished = list_unfinished(runs)
         for name in unfinished:
             print(f"{name:<48} interrupted; the command that started it continues from its checkpoint")
         if not records and not unfinished:
-            print(f"no run in {run.paths.results} or {run.paths.runs}")
+            print(f"no run in {results} or {runs}")
 
 
 @app.command("budget")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from cli.options import ConfOption, Overrides, reporting_errors
-from mode.core.files import expand_home
+from cli.options import ConfOption, Overrides, find_runs_folder, reporting_errors
 
 
 def sync(overrides: Overrides = None, conf: ConfOption = None) -> None:
@@ -14,11 +13,10 @@ def sync(overrides: Overrides = None, conf: ConfOption = None) -> None:
     Example: mode sync paths.runs=runs
     """
     with reporting_errors():
-        from mode.config.compose import compose
         from mode.runs.tracking import list_unsynced
         from mode.runs.tracking import sync as push
 
-        runs = expand_home(compose(overrides or [], conf).paths.runs)
+        runs = find_runs_folder(overrides, conf)
         logs = list_unsynced(runs)
         if not logs:
             print(f"nothing to push: {runs} has no offline run that is not pushed yet")

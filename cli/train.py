@@ -20,7 +20,6 @@ from cli.options import (
     add_fixed,
     add_method,
     complete,
-    find_runs_folder,
     reporting_errors,
     show_config,
 )
@@ -137,8 +136,9 @@ def compose(
 
 def resolve_experts(names: Sequence[str], overrides: Sequence[str], conf: Path | None) -> tuple[list[str], list[str]]:
     """Return the domains of named experts, and the overrides with the folders of experts that are no domain names."""
-    from mode.config.compose import quote
+    from mode.config.compose import compose as compose_run
     from mode.config.groups import list_members
+    from mode.config.quoting import quote
 
     known = list_members("domain", conf)
     if all(name in known for name in names):
@@ -146,7 +146,7 @@ def resolve_experts(names: Sequence[str], overrides: Sequence[str], conf: Path |
     from mode.artefacts.find import find_expert_folder
     from mode.modular.artefact import read_descriptions
 
-    runs = find_runs_folder(overrides, conf)
+    runs = Path(compose_run(overrides, conf).paths.runs).expanduser()  # training makes this folder if it is missing
     folders = {name: find_expert_folder(name, runs, known) for name in names if name not in known}
     domains = [domain for name in names for domain in (read_descriptions(folders[name]) if name in folders else [name])]
     given = ", ".join(quote(str(folder)) for folder in folders.values())

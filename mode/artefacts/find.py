@@ -56,7 +56,7 @@ def find_run(name: str, runs: Path) -> Run:
         what = "no run of that id" if not found else f"the ids of {len(found)} runs start with {name}"
         raise ConfigError(f"{name}: {what} in {runs}{suggest(name, known)}")
     path = known[found[0]]
-    run: Run = from_yaml(path.read_text("utf-8"), str(path))
+    run: Run = from_yaml(path.read_bytes(), path)
     run = replace_settings(run, paths=replace_settings(run.paths, runs=str(runs)))
     if (today := prepare_run(run).id) != found[0]:
         raise ConfigError(f"{path}: with today's data and backbone, these are the settings of run {today}")
@@ -73,10 +73,14 @@ def load_folder(folder: Path) -> PreTrainedModel:
         return load_model(Backbone(name=folder.name, path=str(folder))).eval()
     import torch
 
-    from mode.modular.model import MoDEForCausalLM
+    from mode.modular.model import MoDEConfig, MoDEForCausalLM
 
     with reporting_load_errors(f"{folder}: cannot load this model"):
-        model: PreTrainedModel = MoDEForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        try:
+            config = MoDEConfig.from_pretrained(folder)
+        except ConfigError as error:
+            raise ConfigError(f"{folder / 'config.json'}: {error}") from error
+        model: PreTrainedModel = MoDEForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
     return model
 
 

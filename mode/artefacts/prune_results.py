@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from mode.core.escape import escape_markdown
 from mode.records.collection import Collection
 from mode.records.measurement import Measurement, make_id, pick_fields
 from mode.records.metrics import ACCURACY
@@ -99,7 +100,9 @@ def make_frame(results: Sequence[PruningResult]) -> pd.DataFrame:
 def render_pruned(results: Sequence[PruningResult]) -> dict[str, str]:
     """Render results in Markdown and as CSV."""
     table = make_frame(results)
-    markdown = str(table.to_markdown(index=False, disable_numparse=True))
+    markdown = str(
+        table.map(escape_markdown).rename(columns=escape_markdown).to_markdown(index=False, disable_numparse=True)
+    )
     return {"md": f"# Pruning\n\n{INTRODUCTION}\n\n{markdown}\n", "csv": str(table.to_csv(index=False))}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from mode.artefacts.reload import check_reload
 from mode.backbone.tokenizer import BackboneTokenizer, save_bos
 from mode.core.errors import ConfigError
+from mode.core.escape import escape_markdown, format_code
 from mode.core.files import sync_files, write_atomic, write_partial
 
 TOKENIZER = (
@@ -35,8 +36,8 @@ CARD = """# {title}
 ```python
 {imports}from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained({folder!r})
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
 ```
 """
 
@@ -87,7 +88,7 @@ def write_model(
         copy_tokenizer(place, partial, tokenizer)
         model.save_pretrained(partial, **({"embed": embed} if modular else {}))
         what, imports = describe_model(model, embed=embed), REGISTER if modular else ""
-        text = CARD.format(title=title, what=what, imports=imports, folder=folder.name)
+        text = CARD.format(title=escape_markdown(title), what=what, imports=imports, folder=folder.name)
         write_atomic(partial / "README.md", text.encode())
         check_reload(model, partial, folder)
         if folder.exists():
@@ -135,8 +136,11 @@ def describe_model(model: Any, *, embed: bool) -> str:
     if model.config.model_type != "mode":
         return f"A causal LM of the {model.config.model_type} family."
     source = model.config.backbone
-    origin = f"`{source['name']}` (weights {source['fingerprint']})" if source else "an unnamed backbone"
-    where = "are in this folder" if embed else f"are not in this folder; they are loaded from `{source.get('path')}`"
+    origin = (
+        f"{format_code(str(source['name']))} (weights {source['fingerprint']})" if source else "an unnamed backbone"
+    )
+    path = format_code(str(source.get("path")))
+    where = "are in this folder" if embed else f"are not in this folder; they are loaded from {path}"
     shape = f"{model.config.expert_layers} layers in each of {model.config.num_blocks} blocks"
     return (
         f"A modular model (MoDE): the backbone {origin} with experts for {', '.join(model.config.experts)}, {shape}. "

@@ -11,6 +11,7 @@ from typing import Any
 from mode.bench.figures import draw_layouts, draw_scale
 from mode.bench.ratios import MACHINE, compute_ratio
 from mode.config.names import OLD_NAMES
+from mode.core.escape import escape_html, escape_markdown, format_file_name
 from mode.records.collection import Collection
 from mode.records.measurement import Measurement, make_id
 
@@ -63,7 +64,7 @@ class Benchmark(Measurement):
     @property
     def filename(self) -> str:
         """Name of the record's file. Only the id identifies the record."""
-        return f"{self.asked['suite']}-{self.asked['backbone']}-{self.id}.json"
+        return f"{self.asked['suite']}-{format_file_name(self.asked['backbone'])}-{self.id}.json"
 
 
 def find_suite(name: str) -> str:
@@ -96,13 +97,13 @@ def render_section(benchmark: Benchmark) -> str:
     """Render one benchmark in Markdown."""
     heads, *rows = make_cells(benchmark)
     lines = [
-        f"## {benchmark.title}",
+        f"## {escape_markdown(benchmark.title)}",
         "",
-        describe_conditions(benchmark),
+        escape_html(describe_conditions(benchmark)),
         "",
         f"| {' | '.join(heads)} |",
         "|:----|:--------|-------:|------:|----------:|" + (len(heads) - len(HEADS)) * "------:|",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *(f"| {' | '.join(map(escape_markdown, row))} |" for row in rows),
     ]
     return "\n".join(lines) + "\n"
 

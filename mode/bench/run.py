@@ -27,8 +27,8 @@ from mode.bench.suites.startup import prepare_startup
 from mode.bench.suites.step import PLAIN, prepare_steps
 from mode.bench.timing import Case, interleave, time_limits
 from mode.config.check import replace_settings
-from mode.config.compose import format_value
 from mode.config.names import RECORDED
+from mode.config.quoting import format_value
 from mode.config.run import Run
 from mode.core.device import describe_device, measure_allocated, set_up
 from mode.core.errors import ConfigError, suggest

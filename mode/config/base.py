@@ -5,14 +5,20 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Annotated
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
+
+from mode.core.escape import check_name
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 """Unknown settings and non-finite numbers are refused."""
 
 
-PIN = r"^[A-Za-z0-9_.\-]+==[A-Za-z0-9_.\-+!]+$"
-"""Pattern of a package at an exact version."""
+PIN = r"^[A-Za-z0-9][A-Za-z0-9_.\-]*==[A-Za-z0-9][A-Za-z0-9_.\-+!]*$"
+"""Pattern of a package at an exact version. It never begins like an option of pip."""
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+"""Name of a domain or an expert: part of the names of files, of settings and of headings."""
 
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]

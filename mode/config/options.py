@@ -12,8 +12,8 @@ from typing import Any
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from mode.config.compose import format_value
 from mode.config.names import RECORDED
+from mode.config.quoting import format_value
 from mode.config.run import Evaluate
 from mode.config.train import Train
 

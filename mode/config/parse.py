@@ -17,23 +17,28 @@ MAX_NODES = 100_000
 """Maximum number of values, lists and mappings. An alias counts as all that it stands for."""
 
 
-def parse_yaml(text: str, place: str) -> Any:
+def parse_yaml(text: str | bytes, place: Path | str) -> Any:
     """Return the content of YAML as plain data.
 
     >>> parse_yaml("{a: &x [1, 2], b: *x}", "a.yaml")
     {'a': [1, 2], 'b': [1, 2]}
 
     Args:
-        text: The YAML.
+        text: The YAML, or the bytes of a file.
         place: Where the YAML is, for messages.
 
     Raises:
-        ConfigError: The text is not YAML, is nested too deeply, or its aliases stand for too much.
+        ConfigError: The text is not UTF-8, is not YAML, is nested too deeply, or its aliases stand for too much.
     """
     try:
+        text = text.decode() if isinstance(text, bytes) else text
         check_nodes(text, place)
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{place}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number or a date that Python cannot hold
+        if isinstance(error, ConfigError):
+            raise
         reason = str(error).replace('in "<unicode string>", ', "")
         raise ConfigError(f"{place}: not YAML: {' '.join(reason.split())}") from error
 
@@ -42,16 +47,12 @@ def read_yaml(path: Path) -> Any:
     """Return the content of a YAML file as plain data.
 
     Raises:
-        ConfigError: The file is not UTF-8 text, or `parse_yaml` refuses its content.
+        ConfigError: `parse_yaml` refuses its content.
     """
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    return parse_yaml(text, str(path))
+    return parse_yaml(path.read_bytes(), path)
 
 
-def check_nodes(text: str, place: str) -> None:
+def check_nodes(text: str, place: Path | str) -> None:
     """Check the depth and the number of nodes of YAML, without building its content.
 
     Raises:

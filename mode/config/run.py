@@ -12,9 +12,12 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from mode.config.backbone import Backbone
-from mode.config.base import STRICT
+from mode.config.base import STRICT, Name
 from mode.config.data import Domain
 from mode.config.train import Train
+
+Label = Annotated[str, Field(pattern=r"^[^\x00-\x1f]{1,128}$")]
+"""Free text in one line, as Weights & Biases takes it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -114,9 +117,9 @@ class Track:
     """
 
     mode: Literal["offline", "online", "none"]
-    project: str
-    group: str | None = None
-    name: str | None = None
+    project: Annotated[str, Field(pattern=r"^[^/\\#?%:\x00-\x1f]{1,128}$")]
+    group: Label | None = None
+    name: Label | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -146,7 +149,7 @@ class Run:
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
-    domains: dict[str, Domain]
+    domains: dict[Name, Domain]
     backbone: Backbone
     method: MethodSettings
     budget: Budget

@@ -6,9 +6,18 @@ import difflib
 import sys
 from collections.abc import Iterable
 
+from mode.core.escape import join_lines, mask_passwords
+
 
 class ConfigError(ValueError):
-    """A mistake in the user's input. The message is one line: what is wrong, where, and the nearest valid choice."""
+    """A mistake in the user's input. The message is one line: what is wrong, where, and the nearest valid choice.
+
+    Line breaks in names and paths become spaces, and passwords in URLs are masked.
+    """
+
+    def __init__(self, message: object) -> None:
+        """Keep the message."""
+        super().__init__(mask_passwords(join_lines(str(message))))
 
 
 class NothingError(ConfigError):

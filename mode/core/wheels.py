@@ -37,7 +37,9 @@ def fetch_wheel(requirement: str, cache: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *SAME_EVERYWHERE]
     with write_partial(folder, 0) as work:
         work.mkdir()
-        done = subprocess.run([*command, "--dest", work, requirement], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, "--dest", work, "--", requirement], capture_output=True, text=True, check=False
+        )
         fetched = sorted(work.glob("*.whl"))
         if done.returncode or not fetched:
             reason = (done.stderr.strip().splitlines() or ["no such wheel"])[-1]

@@ -6,6 +6,7 @@ prompt), what happened, and the conditions. `downstream.md` and `downstream.csv`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from mode.core.escape import escape_html, escape_markdown, format_code, format_file_name
 from mode.records.collection import Collection
 from mode.records.measurement import Measurement, pick_fields
 
@@ -118,7 +120,7 @@ class Result(Measurement):
     def filename(self) -> str:
         """Name of the result's file: the run, the task, and the limit on questions if there is one."""
         limit = self.request.limit
-        return f"{self.request.run}-{self.request.task}{f'-first-{limit}' if limit else ''}.json"
+        return f"{self.request.run}-{format_file_name(self.request.task)}{f'-first-{limit}' if limit else ''}.json"
 
     @property
     def score(self) -> str:
@@ -172,19 +174,22 @@ def describe_task(result: Result) -> str:
     if asked.chance is not None:
         facts.append(f"guessing gives {100 * asked.chance:.0f} %")
     if asked.max_tokens:
-        ends = ", ".join(f"`{end!r}`" for end in asked.stop)
+        ends = ", ".join(format_code(repr(end)) for end in asked.stop)
         facts.append(f"answers of up to {asked.max_tokens} tokens, ended by {ends}")
     if asked.unparsed:
-        facts.append(f"unparsed: {asked.unparsed}")
-    first = f"{data['description']}. From {data['requirement']}, licence: {data['licence']}. {'; '.join(facts)}."
-    prompt = f"The prompt (sha256 {asked.prompt_sha256}):\n\n```\n{asked.prompt}\n```\n"
-    return f"## {asked.task} v{asked.version}\n\n{first} {prompt}"
+        facts.append(f"unparsed: {escape_html(asked.unparsed)}")
+    about, source, licence = (escape_html(str(data[key])) for key in ("description", "requirement", "licence"))
+    first = f"{about}. From {source}, licence: {licence}. {'; '.join(facts)}."
+    fence = "`" * max(3, *(len(found) + 1 for found in re.findall("`+", f"{asked.prompt}`")))
+    prompt = f"The prompt (sha256 {asked.prompt_sha256}):\n\n{fence}\n{asked.prompt}\n{fence}\n"
+    return f"## {escape_markdown(asked.task)} v{asked.version}\n\n{first} {prompt}"
 
 
 def render_results(results: Sequence[Result]) -> dict[str, str]:
     """Render results in Markdown, and as CSV with one row per result and metric."""
     ordered = sorted(results, key=lambda each: (each.request.task, each.request.backbone, each.filename))
-    table = pd.DataFrame([format_row(result) for result in ordered]).to_markdown(index=False, disable_numparse=True)
+    cells = pd.DataFrame([format_row(result) for result in ordered]).map(escape_markdown)
+    table = cells.to_markdown(index=False, disable_numparse=True)
     tasks = {
         (each.request.task, each.request.version, each.request.prompt_sha256): describe_task(each) for each in ordered
     }

@@ -13,12 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from mode.config.base import STRICT
-from mode.config.check import to_yaml
-from mode.config.groups import list_members, read_group
+from mode.config.check import to_yaml, validate_member
+from mode.config.groups import list_members
 from mode.config.run import Run
 from mode.core.errors import ConfigError, suggest
 from mode.core.files import CURVE, expand_home
@@ -69,12 +69,7 @@ def read_launcher(name: str, extra: Path | None = None) -> Launcher:
     known = list_members(GROUP, extra)
     if name not in known:
         raise ConfigError(f"--launcher {name}: not one of {', '.join(known)}{suggest(name, known)}")
-    try:
-        launcher: Launcher = TypeAdapter(Launcher).validate_python(read_group(GROUP, name, extra))
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        where = ".".join(map(str, wrong["loc"]))
-        raise ConfigError(f"{GROUP}/{name}.yaml: {where + ': ' if where else ''}{wrong['msg']}") from error
+    launcher: Launcher = validate_member(Launcher, GROUP, name, extra)
     if launcher.kind != "local" and find_spec(launcher.kind) is None:
         raise ConfigError(f"--launcher {name} needs {launcher.kind}: `pip install {launcher.kind}` once")
     return launcher

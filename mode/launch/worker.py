@@ -76,7 +76,7 @@ def execute_yaml(text: str, run_id: str, nproc: int) -> str | None:
 def main() -> None:
     """Execute the run in the YAML file of the first argument, as one of several processes."""
     end_with_launcher()
-    run = from_yaml(Path(sys.argv[1]).read_text("utf-8"))
+    run = from_yaml(Path(sys.argv[1]).read_bytes(), sys.argv[1])
     message = try_execute(run, prepare_run(run).id)
     if message is not None:
         if processes.is_main():

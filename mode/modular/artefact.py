@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mode.config.method import GateSettings
 from mode.core.errors import ConfigError
+from mode.core.escape import check_name, format_code
 from mode.core.files import WEIGHTS, read_json, write_atomic
 from mode.core.tensors import check_finite, digest_tensors, load_tensors, save_tensors
 from mode.modular.experts import SHARED_GATE, extract_expert_state
@@ -31,7 +32,7 @@ KEYS = ("schema", "domain", "backbone", "backbone_fingerprint", "num_blocks", "e
 
 CARD = """# MoDE expert: {domain}
 
-One domain expert for the backbone `{backbone}` (weights {backbone_fingerprint}): {expert_layers} transformer layers in
+One domain expert for the backbone {source} (weights {backbone_fingerprint}): {expert_layers} transformer layers in
 each of {num_blocks} blocks, with the gates of its stage-1 training. `mode compose` accepts this folder in place of a
 domain's name and composes the expert with others on the same backbone; `mode expert add` adds it to a composed model.
 
@@ -67,7 +68,7 @@ def save_expert(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> Non
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     save_tensors(folder / TENSORS, tensors, {"domain": about["domain"]})
-    write_atomic(folder / "README.md", CARD.format(**whole).encode())
+    write_atomic(folder / "README.md", CARD.format(**whole, source=format_code(str(whole["backbone"]))).encode())
     write_atomic(folder / ABOUT, json.dumps(whole, indent=1, sort_keys=True).encode())
 
 
@@ -92,14 +93,14 @@ def read_model_descriptions(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         settings = read_json(folder / "config.json")
         if settings.get("model_type") != MoDEConfig.model_type:
-            raise ConfigError(f"{folder}: a model without experts")
+            raise ConfigError("a model without experts")
         config = MoDEConfig.from_dict(settings)
         gate = config.gates
         if gate.hidden:
-            raise ConfigError(f"{folder}: {SHARED_GATE}")
+            raise ConfigError(SHARED_GATE)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'config.json'}: {error}") from error
     except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"{folder / 'config.json'}: not a readable description of a modular model") from error
     source = {"backbone": config.backbone.get("name"), "backbone_fingerprint": config.backbone.get("fingerprint")}
     return {
@@ -129,7 +130,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """Return the description of an expert in its own folder.
 
     Raises:
-        ConfigError: There is no expert.json, or a required key is missing.
+        ConfigError: There is no expert.json, a required key is missing, or its domain is not a name.
     """
     path = folder / ABOUT
     try:
@@ -141,6 +142,10 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: does not say its {missing[0]}, so not an expert that mode wrote")
     if about["schema"] != SCHEMA:
         raise ConfigError(f"{path}: schema {about['schema']}; this version reads {SCHEMA}")
+    try:
+        check_name(about["domain"])
+    except ValueError as error:
+        raise ConfigError(f"{path}: domain={about['domain']}: {error}") from error
     return dict(about)
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -22,10 +24,29 @@ from mode.backbone.load import REPORTING, WEIGHTS, check_loaded, fingerprint_wei
 from mode.backbone.shape import divide_layers
 from mode.backbone.structure import resize_cache_slots
 from mode.config.backbone import Backbone
+from mode.config.base import STRICT, Name
+from mode.config.check import validate
 from mode.config.method import GateSettings
 from mode.core.errors import ConfigError
 from mode.modular.build import insert_blocks, plan_cache_slots
 from mode.modular.head import insert_head
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Shape:
+    """The settings of `MoDEConfig`, as types that are checked. A config.json may come from anywhere."""
+
+    num_blocks: Annotated[int, Field(gt=0)]
+    expert_layers: Annotated[int, Field(gt=0)]
+    experts: tuple[Name, ...]
+    gate: GateSettings
+    head_rank: Annotated[int, Field(ge=0)]
+    backbone: dict[str, Any]
+    embedded: bool
+
+    def __post_init__(self) -> None:
+        if len(set(self.experts)) != len(self.experts):
+            raise ValueError(f"experts={list(self.experts)}: an expert is named twice")
 
 
 class MoDEConfig(PreTrainedConfig):  # type: ignore[misc]  # the library is untyped
@@ -57,17 +78,31 @@ class MoDEConfig(PreTrainedConfig):  # type: ignore[misc]  # the library is unty
         embedded: bool = True,
         **options: Any,
     ) -> None:
-        """Read a configuration; `decoder` may be a mapping, as it is in JSON."""
-        if isinstance(decoder, Mapping):
-            decoder = AutoConfig.for_model(**drop_attention(decoder))
-        self.decoder: Any = decoder
-        self.num_blocks = num_blocks
-        self.expert_layers = expert_layers
-        self.experts = list(experts)
+        """Read a configuration; `decoder` may be a mapping, as it is in JSON.
+
+        Raises:
+            ConfigError: A setting is not allowed, or B does not divide L.
+        """
+        settings = {
+            "num_blocks": num_blocks,
+            "expert_layers": expert_layers,
+            "experts": experts,
+            "gate": gate or {},
+            "head_rank": head_rank,
+            "backbone": backbone or {},
+            "embedded": embedded,
+        }
+        shape: Shape = validate(Shape, settings, "")
+        self.decoder: Any = decoder if isinstance(decoder, PreTrainedConfig | None) else read_decoder(decoder)
+        if self.decoder is not None:  # here, because the library wraps later errors of a configuration
+            divide_layers(self.decoder.num_hidden_layers, shape.num_blocks)
+        self.num_blocks = shape.num_blocks
+        self.expert_layers = shape.expert_layers
+        self.experts = list(shape.experts)
         self.gate = dict(gate or {})
-        self.head_rank = head_rank
-        self.backbone = dict(backbone or {})
-        self.embedded = embedded
+        self.head_rank = shape.head_rank
+        self.backbone = shape.backbone
+        self.embedded = shape.embedded
         super().__init__(**options)
 
     @classmethod
@@ -92,6 +127,25 @@ class MoDEConfig(PreTrainedConfig):  # type: ignore[misc]  # the library is unty
 def drop_attention(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a `config.json` without its choice of attention, which may name code on the hub."""
     return {name: value for name, value in settings.items() if name.lstrip("_") != "attn_implementation"}
+
+
+def read_decoder(settings: object) -> PreTrainedConfig:
+    """Return the configuration of a decoder from JSON.
+
+    Raises:
+        ConfigError: transformers does not know the decoder, or refuses a setting.
+    """
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("model_type"), str):
+        raise ConfigError("decoder.model_type: this setting is missing; it names the architecture, such as llama")
+    try:
+        decoder = AutoConfig.for_model(**drop_attention(settings))
+    except Exception as error:  # the checks of a configuration raise errors of many types
+        reason = (str(error).split(" Should contain")[0].splitlines() or [""])[-1].strip()
+        raise ConfigError(f"decoder: {reason or type(error).__name__}") from error
+    layers = getattr(decoder, "num_hidden_layers", None)
+    if not isinstance(layers, int) or layers < 1:
+        raise ConfigError(f"decoder.num_hidden_layers={layers}: Input should be greater than 0")
+    return decoder
 
 
 class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the library is untyped
@@ -259,6 +313,8 @@ class MoDEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
             check_loaded(model, report, path)
             return (model, report) if asks else model
         about = dict(config.backbone)
+        if lacking := [name for name in ("name", "path", "fingerprint") if about.get(name) is None]:
+            raise ConfigError(f"{path}: config.json has no backbone.{lacking[0]}, and the folder has no backbone")
         expected = about.pop("fingerprint")
         backbone = Backbone(**about)
         found = fingerprint_weights(backbone)
@@ -304,7 +360,6 @@ def make_modular(
     Raises:
         ConfigError: B does not divide L, or `copy` asks for more layers than a block has.
     """
-    divide_layers(backbone.config.num_hidden_layers, num_blocks)  # first: the library wraps errors of a config
     config = MoDEConfig(
         decoder=backbone.config,
         num_blocks=num_blocks,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from mode.config.base import STRICT
-from mode.config.groups import list_members, read_group
+from mode.config.check import validate_member
+from mode.config.groups import list_members
 from mode.core.errors import ConfigError, suggest
 from mode.planning.work import Branch
 
@@ -83,8 +84,4 @@ def read_machine(kind: type[Any], group: str, name: str, extra: Path | None = No
     known = list_members(group, extra)
     if name not in known:
         raise ConfigError(f"--{group} {name}: not one of {', '.join(known)}{suggest(name, known)}")
-    try:
-        return TypeAdapter(kind).validate_python(read_group(group, name, extra))
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        raise ConfigError(f"{group}/{name}.yaml: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from error
+    return validate_member(kind, group, name, extra)

@@ -11,9 +11,9 @@ from typing import Any
 
 from mode.config import identity
 from mode.config.compose import compose as compose_run
-from mode.config.compose import format_value
 from mode.config.groups import list_members, read_group
 from mode.config.names import rename_settings
+from mode.config.quoting import format_value
 from mode.config.registry import find_method
 from mode.config.run import Run
 from mode.core.errors import ConfigError

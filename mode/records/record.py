@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mode.config.identity import digest_run
+from mode.core.escape import check_name
 from mode.core.files import find_paths, read_existing
 from mode.records.contents import (
     Outcome,
@@ -97,11 +98,12 @@ def read_record(path: Path) -> Record:
 
 
 def check_parts(record: Record) -> None:
-    """Check the types of a record's parts, and that its scores are of its data and its split and agree with their sums.
+    """Check the types of a record's parts, the names of its domains, and that its scores agree with their sums.
 
     Raises:
         TypeError: The id is not a string, or a part is not a mapping.
-        ValueError: The scores are of other domains or another split, or a number differs from what it sums up.
+        ValueError: The name of a domain is not a name, the scores are of other domains or another split, or a number
+            differs from what it sums up.
     """
     if not (isinstance(record.id, str) and all(isinstance(part, dict) for part in record.parts)):
         raise TypeError("the id must be a string, and asked, happened and provenance mappings")
@@ -116,6 +118,8 @@ def check_parts(record: Record) -> None:
             score.check()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+    for name in (*record.request.targets, *outcome.scores, *data):
+        check_name(name)
 
 
 def read_records(folder: Path) -> list[Record]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
+from mode.core.escape import escape_html, escape_latex, escape_markdown
 from mode.records.metrics import ACCURACY, Metric
 from mode.report.frames import (
     CONTAMINATION_NOTE,
@@ -26,21 +26,12 @@ from mode.tables.compile import TableData
 from mode.tables.findings import list_findings
 from mode.tables.statistics import FEW, FEWEST, correct_holm
 
-WORDED = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-}
-"""LaTeX commands for characters that a backslash does not escape."""
-
 
 def render_markdown(compiled: TableData) -> str:
     """Return a compiled table in Markdown, with its notes and the published values."""
-    parts = [f"# {compiled.table.title}", "", align_frame(make_frame(compiled, strong="**{}**"))]
+    parts = [f"# {escape_markdown(compiled.table.title)}", "", align_frame(make_frame(compiled, strong="**{}**"))]
     parts += ["", *write_notes(compiled)]
-    parts += [line for sentence in list_findings(compiled) for line in ("", f"- {sentence}")]
+    parts += [line for sentence in list_findings(compiled) for line in ("", f"- {escape_html(sentence)}")]
     if compiled.table.differences:
         parts += ["", "95 % intervals of the differences over documents:", ""]
         parts += [align_frame(make_interval_frame(compiled))]
@@ -52,17 +43,25 @@ def render_markdown(compiled: TableData) -> str:
     published = make_published_frame(compiled)
     if published is not None and compiled.table.published is not None:
         source = compiled.table.published
-        parts += ["", f"Published: {source.source}"]
+        parts += ["", f"Published: {escape_html(source.source)}"]
         parts += ["", align_frame(published)] if len(published) else []  # a publication without values has only a note
-        parts += ["", source.note] if source.note else []
+        parts += ["", escape_html(source.note)] if source.note else []
     return "\n".join(parts).rstrip() + "\n"
 
 
 def align_frame(table: pd.DataFrame) -> str:
-    """Return a frame of text cells in Markdown. The first column is left-aligned, all others right-aligned."""
+    r"""Return a frame of text cells in Markdown. The first column is plain text, to the left; others to the right.
+
+    >>> print(align_frame(pd.DataFrame({"Method": ["a|b"], "Code": ["**1**"]})))
+    | Method   |   Code |
+    |:---------|-------:|
+    | a\|b     |  **1** |
+    """
     # Number parsing is off: it would turn 12.30 into 12.3 and +1.50 into 1.5.
-    sides = ["left", *["right"] * (len(table.columns) - 1)]
-    return str(table.to_markdown(index=False, disable_numparse=True, colalign=sides))
+    first, *others = table.columns
+    sides = ["left", *["right"] * len(others)]
+    cells = table.assign(**{first: table[first].map(escape_markdown)})
+    return str(cells.rename(columns=escape_markdown).to_markdown(index=False, disable_numparse=True, colalign=sides))
 
 
 def write_notes(compiled: TableData) -> list[str]:
@@ -97,7 +96,7 @@ def write_notes(compiled: TableData) -> list[str]:
                 "interval over documents and are never bold.",
             ]
     for note, sign in compiled.table.notes.items():
-        lines += ["", f"{sign} {note}"]
+        lines += ["", f"{sign} {escape_html(note)}"]
     if compiled.table.choose:
         lines += ["", *list_chosen_settings(compiled)]
     astray = [line.name for line in compiled.lines if line.astray]
@@ -203,15 +202,6 @@ def render_latex(compiled: TableData) -> str:
     table["Method"] = table["Method"].map(escape_latex)
     table = table.map(lambda text: text.replace("±", r"$\pm$").replace("−", "$-$").replace("–", "--"))
     return str(table.to_latex(index=False, column_format="l" + "r" * (len(table.columns) - 1)))
-
-
-def escape_latex(text: str) -> str:
-    r"""Return text with the special characters of LaTeX escaped.
-
-    >>> escape_latex("100% of A & B_1"), escape_latex("a^b")
-    ('100\\% of A \\& B\\_1', 'a\\textasciicircum{}b')
-    """
-    return re.sub(r"[&%$#_{}\\~^<>]", lambda found: WORDED.get(found[0], rf"\{found[0]}"), text)
 
 
 def render_csv(compiled: TableData) -> str:

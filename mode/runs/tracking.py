@@ -9,11 +9,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit, urlunsplit
 
 from mode.config.run import Track
 from mode.core.errors import ConfigError
+from mode.core.escape import mask_passwords
 from mode.core.files import expand_home, find_paths
 
 if TYPE_CHECKING:
@@ -150,6 +153,16 @@ def sync_marker(path: Path) -> Path:
     return path.with_name(f"{path.name}.synced")
 
 
+def remove_user(url: str) -> str:
+    """Return a URL without a user and a password, which urllib would take for a part of the host.
+
+    >>> remove_user("https://me:secret@example.org:8080/x")
+    'https://example.org:8080/x'
+    """
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
 def sync(logs: Sequence[Path]) -> None:
     """Upload offline logs to Weights & Biases.
 
@@ -158,17 +171,18 @@ def sync(logs: Sequence[Path]) -> None:
     """
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     try:  # without this, wandb would go on trying for hours
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=20).close()
+        plain = remove_user(url)
+        urllib.request.urlopen(urllib.request.Request(plain, method="HEAD"), timeout=20).close()
     except urllib.error.HTTPError:
         pass  # the server answers
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise ConfigError(f"{url} cannot be reached ({reason}); {len(logs)} offline runs stay as they are") from error
     command = [sys.executable, "-m", "wandb", "sync", *map(str, logs)]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         lines = []
         for line in process.stderr or ():
-            print(line, end="", file=sys.stderr)
+            print(mask_passwords(line), end="", file=sys.stderr)
             lines.append(line.strip())
     if process.returncode:
         reason = next((line for line in reversed(lines) if "rror" in line), "wandb sync failed")

@@ -13,8 +13,9 @@ from pydantic.dataclasses import dataclass
 from mode.config import identity
 from mode.config.base import STRICT
 from mode.config.check import replace_settings, validate
-from mode.config.compose import compose, format_value, parse_overrides, rename_overrides
+from mode.config.compose import compose, parse_overrides, rename_overrides
 from mode.config.groups import list_members, read_group
+from mode.config.quoting import format_value
 from mode.config.run import Run
 from mode.core.errors import ConfigError, suggest
 from mode.records.metrics import ACCURACY, METRICS, Metric, find_metrics

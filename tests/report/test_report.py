@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import html
 import io
 import json
 import math
@@ -250,7 +251,8 @@ def test_a_record_of_another_configuration_is_no_part_of_the_table(conf: Path, r
 
 
 def cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+    """Read the cells of a row of a Markdown table, as text without escapes."""
+    return [html.unescape(re.sub(r"\\(.)", r"\1", cell.strip())) for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
 
 
 def parsed(text: str) -> dict[str, dict[str, str]]:
@@ -324,6 +326,18 @@ def test_a_missing_row_is_a_dash_and_a_note(compiled: TableData) -> None:
     assert {row[name] for name in row if name not in ("Method", "n")} == {"–"}
     assert {parsed(text)["MoDE frozen − SFT"][name] for name in ("Sums", "Average", "Retention")} == {"–"}
     assert "Missing (–): mode-2x-frozen. `mode reproduce` with this table's name fills them." in text
+
+
+def test_a_label_is_plain_text_in_every_format(conf: Path, records: list[Record]) -> None:
+    table = load_table("tiny", conf)
+    label = "a|b <img src=x> &lt; *c* `d` [e](f)"
+    rows = tuple(dataclasses.replace(row, label=label) if row.name == "sft" else row for row in table.rows)
+    changed = dataclasses.replace(table, rows=rows, title="<img src=x>")
+    compiled = compile_table(changed, records, [], conf)
+    text = render_markdown(compiled)
+    assert "<img" not in text
+    assert parsed(text)[label]["n"] == "3"
+    assert all(character not in render_latex(compiled) for character in "|<>")
 
 
 def test_what_has_to_be_said_of_rows_stands_under_the_table_once(conf: Path, records: list[Record]) -> None:

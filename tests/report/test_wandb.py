@@ -101,7 +101,7 @@ def offline_log(runs: Path, name: str) -> Path:
 
 @pytest.mark.slow
 def test_a_log_that_was_pushed_is_not_pushed_again(own: World) -> None:
-    runs = own.root / "runs"
+    (runs := own.root / "runs").mkdir()
     assert "nothing to push" in call(own, "sync").stdout
     first, second = offline_log(runs, "20260102_000000"), offline_log(runs, "20260101_000000")
     assert list_unsynced(runs) == [second.parent, first.parent]

@@ -17,7 +17,7 @@ from mode.config.run import Run, Track
 from mode.core.errors import ConfigError
 from mode.runs.execute import execute
 from mode.runs.prepare import Prepared, prepare_run
-from mode.runs.tracking import NoTracker, make_tracker
+from mode.runs.tracking import NoTracker, make_tracker, sync
 from tests.conftest import World
 from tests.support.refusals import refused
 
@@ -233,3 +233,17 @@ def test_without_a_home_folder_tracking_is_refused_before_training(
         make_tracker(Track(project="p", mode="none"), run_id="x", name="n", job_type="j", config={}, folder=tmp_path),
         NoTracker,
     )
+
+
+@pytest.mark.parametrize("place", ["127.0.0.1:1", "127.0.0.1:no", "[::1"])
+def test_no_password_of_a_server_is_printed(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://somebody:secret@{place}/x")
+    with refused(f"http://***@{place}/x") as caught:
+        sync([tmp_path])
+    assert not any(part in str(caught.value) for part in ("somebody", "secret"))
+
+
+@pytest.mark.parametrize("project", ["a/b", "", "a\nb", "x" * 129])
+def test_a_project_that_the_server_refuses_is_refused_before_training(project: str) -> None:
+    with pytest.raises(ValueError, match="project"):
+        Track(mode="offline", project=project)
