@@ -80,7 +80,8 @@ def read_result(folder: Path) -> tuple[object, ...]:
 
 def interrupt_often(root: Path, signals: int, seed: int = 0) -> Counter[str]:
     """Send signals at random times, until a run has ended in spite of them, and begin again; return what happened."""
-    torch.set_num_threads(1)  # a forked process would wait for ever for threads of its parent
+    torch.set_num_threads(1)  # a forked process would wait for ever for the threads of its parent
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     world, rng, seen = make_world(root / "world"), random.Random(seed), Counter[str]()
     for name in ("warm", "whole"):  # the first one prepares the data
         begin = time.monotonic()
