@@ -82,10 +82,14 @@ def compose_plain(overrides: Sequence[str], extra: Path | None = None) -> dict[s
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(join_reason(error)) from error
     except RecursionError as error:
-        circle = find_circle(extra)
-        reason = f"{circle[0]}: its `defaults` lead back to it" if circle else "the settings are nested too deeply"
-        raise ConfigError(reason) from error
+        raise ConfigError(explain_recursion(extra)) from error
     return plain | {"domains": plain["domains"] | broken} if broken else plain
+
+
+def explain_recursion(extra: Path | None) -> str:
+    """Return why composing does not end: `defaults` that name each other in a circle, or settings nested too deeply."""
+    circle = find_circle(extra)
+    return f"{circle[0]}: its `defaults` lead back to it" if circle else "the settings are nested too deeply"
 
 
 def join_reason(error: Exception) -> str:
@@ -170,6 +174,8 @@ def compose_groups(
 def explain_domain(name: str, error: Exception, extra: Path | None) -> ConfigError:
     """Return the error about a domain that cannot be composed. It names the domain's file."""
     path, reason = find_member("domain", name, extra), join_reason(error)
+    if isinstance(error, RecursionError):
+        return ConfigError(explain_recursion(extra))
     return ConfigError(reason if reason.startswith(str(path)) else f"{path}: {reason}")
 
 

@@ -111,7 +111,9 @@ def read_json(path: Path, text: str, column: str) -> Iterator[str]:
             yield from read_json_lines(path, text, column)
             return
         raise ConfigError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from error
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, or deep brackets
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deeply") from error
+    except ValueError as error:  # an integer of thousands of digits
         raise ConfigError(f"{path}: cannot be read as JSON ({error})") from error
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         yield pick_text(row, column, f"{path}: row {number}")
@@ -126,7 +128,9 @@ def read_json_lines(path: Path, text: str, column: str) -> Iterator[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}: line {number} is not JSON ({error.msg})") from error
-        except (ValueError, RecursionError) as error:  # an integer of thousands of digits, or deep brackets
+        except RecursionError as error:
+            raise ConfigError(f"{path}: line {number} is nested too deeply") from error
+        except ValueError as error:  # an integer of thousands of digits
             raise ConfigError(f"{path}: line {number} cannot be read as JSON ({error})") from error
         yield pick_text(row, column, f"{path}: line {number}")
 

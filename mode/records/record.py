@@ -109,6 +109,8 @@ def check_parts(record: Record) -> None:
         raise TypeError("the id must be a string, and asked, happened and provenance mappings")
     _ = record.request, record.origin
     outcome, data = record.outcome, record.provenance["data"]
+    for name in (*record.request.targets, *outcome.scores, *data):
+        check_name(name)
     if not data or outcome.scores.keys() != data.keys():
         raise ValueError(f"scores of {', '.join(outcome.scores) or 'no domain'}, data of {', '.join(data) or 'none'}")
     if outcome.split != record.asked["evaluate"]["split"]:
@@ -118,8 +120,6 @@ def check_parts(record: Record) -> None:
             score.check()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    for name in (*record.request.targets, *outcome.scores, *data):
-        check_name(name)
 
 
 def read_records(folder: Path) -> list[Record]:

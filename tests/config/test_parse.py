@@ -24,7 +24,7 @@ ENDLESS = {
     "nested mappings": ("".join(f"{' ' * n}a:\n" for n in range(1000)), str(MAX_DEPTH)),
 }
 READERS: dict[str, Callable[[str, Path], object]] = {
-    "domain": lambda name, conf: compose([], conf),
+    "domain": lambda name, conf: compose([f"targets=[{name}]"], conf),
     "experiment": lambda name, conf: compose([f"experiment={name}"], conf),
     "backbone": lambda name, conf: compose([f"backbone={name}"], conf),
     "table": lambda name, conf: read_group("table", name, conf),
