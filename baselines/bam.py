@@ -19,7 +19,7 @@ from mode.backbone.shape import read_shape
 from mode.config.base import STRICT
 from mode.config.method import RouterSettings
 from mode.config.run import Run
-from mode.cost.flops import Cost, mixture_cost
+from mode.cost.flops import Cost, compute_mixture_cost
 from mode.methods.base import Material
 from mode.methods.stages import Mixture, merge_branches
 
@@ -68,4 +68,4 @@ class BAM(Mixture):
         if self.shares_keys or not self.router.known:
             return None
         shape, count = read_shape(run.backbone), len(run.targets) + 1
-        return mixture_cost(shape, run.train.sequence_length, count, self.router.active, attentions=count)
+        return compute_mixture_cost(shape, run.train.sequence_length, count, self.router.active, attentions=count)

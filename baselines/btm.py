@@ -22,7 +22,7 @@ from mode.config.check import build_method
 from mode.config.method import Choice
 from mode.config.run import Run
 from mode.core.files import WEIGHTS
-from mode.cost.flops import Cost, add_flops, untouched_cost
+from mode.cost.flops import Cost, add_flops, compute_untouched_cost
 from mode.methods.base import Material, Method
 from mode.methods.stages import stages_by_domain
 
@@ -97,7 +97,7 @@ class BTM(Method):
 
     def cost(self, run: Run) -> Cost:
         """Return the cost of a forward pass of all models. Nothing trains."""
-        one = untouched_cost(read_shape(run.backbone), run.train.sequence_length)
+        one = compute_untouched_cost(read_shape(run.backbone), run.train.sequence_length)
         count = 1 if self.combine == "average" else len(run.targets) + self.backbone
         total = count * one.total
         return Cost(

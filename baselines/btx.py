@@ -20,7 +20,7 @@ from mode.config.base import STRICT
 from mode.config.check import replace_settings
 from mode.config.method import RouterSettings
 from mode.config.run import Run
-from mode.cost.flops import Cost, mixture_cost
+from mode.cost.flops import Cost, compute_mixture_cost
 from mode.methods.base import Material
 from mode.methods.stages import Mixture, merge_branches
 
@@ -72,7 +72,9 @@ class BTX(Mixture):
         shape, count = read_shape(run.backbone), len(run.targets) + 1
         length = run.train.sequence_length
         active = self.router.active
-        return mixture_cost(shape, length, count, active, experts_train=self.train_experts, soft_layers=self.soft)
+        return compute_mixture_cost(
+            shape, length, count, active, experts_train=self.train_experts, soft_layers=self.soft
+        )
 
     @property
     def soft(self) -> int:

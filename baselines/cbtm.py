@@ -22,7 +22,7 @@ from mode.config.check import replace_settings
 from mode.config.method import Choice
 from mode.config.run import Run
 from mode.core.files import WEIGHTS
-from mode.cost.flops import Cost, add_flops, full_cost, untouched_cost
+from mode.cost.flops import Cost, add_flops, compute_full_cost, compute_untouched_cost
 from mode.methods.base import Material, Method
 from mode.methods.stages import stages_by_domain
 
@@ -75,7 +75,7 @@ class Branch(Method):
 
     def cost(self, run: Run) -> Cost:
         """Return the cost of full fine-tuning."""
-        return full_cost(read_shape(run.backbone), run.train.sequence_length)
+        return compute_full_cost(read_shape(run.backbone), run.train.sequence_length)
 
     def save(self, model: nn.Module, run: Run, folder: Path, about: Mapping[str, Any]) -> None:
         """Write the vectors of tokens and the centres of clusters. The mixture reads them."""
@@ -145,7 +145,7 @@ class CBTM(Method):
 
     def cost(self, run: Run) -> Cost:
         """Return the cost of a forward pass of all models. Nothing trains."""
-        one = untouched_cost(read_shape(run.backbone), run.train.sequence_length)
+        one = compute_untouched_cost(read_shape(run.backbone), run.train.sequence_length)
         total = self.num_clusters * one.total
         flops = add_flops([one.flops] * self.num_clusters)
         return Cost(flops=flops, total=total, trainable=0, added=total - one.total, active=total)

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass as settings
 from mode.backbone.shape import read_shape
 from mode.config.base import STRICT
 from mode.config.run import Budget, Run
-from mode.cost.flops import Cost, full_cost
+from mode.cost.flops import Cost, compute_full_cost
 from mode.methods.base import Material, Method
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class L2SP(Method):
 
     def cost(self, run: Run) -> Cost:
         """Return the cost of full fine-tuning. The penalty takes a few operations per weight and step."""
-        return full_cost(read_shape(run.backbone), run.train.sequence_length)
+        return compute_full_cost(read_shape(run.backbone), run.train.sequence_length)
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the backbone with every parameter trainable, and the penalty as a module of it."""

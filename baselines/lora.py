@@ -13,7 +13,7 @@ from mode.config.base import STRICT
 from mode.config.check import replace_settings
 from mode.config.run import Run
 from mode.core.errors import ConfigError
-from mode.cost.adapters import adapter_cost
+from mode.cost.adapters import compute_adapter_cost
 from mode.cost.flops import Cost, add_flops
 from mode.methods.base import Material
 from mode.methods.sizing import LowRank
@@ -84,7 +84,7 @@ class LoRA(LowRank):
         parts = [shape.head(trains=False)]
         for number, layer in enumerate(shape.layers):
             ranks = dict.fromkeys(self.targets(layer), rank)
-            parts.append(adapter_cost(layer, length, ranks, upstream=number > 0))
+            parts.append(compute_adapter_cost(layer, length, ranks, upstream=number > 0))
         added = rank * self.size(shape)
         total = shape.parameters + added
         return Cost(flops=add_flops(parts), total=total, trainable=added, added=added, active=total)

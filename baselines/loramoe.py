@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass as settings
 from mode.backbone.shape import Layer, read_shape
 from mode.config.base import STRICT
 from mode.config.run import Run
-from mode.cost.adapters import bank_cost
+from mode.cost.adapters import compute_bank_cost
 from mode.cost.flops import Cost
 from mode.methods.base import Material
 from mode.methods.sizing import LowRank
@@ -79,7 +79,7 @@ class LoRAMoE(LowRank):
     def cost(self, run: Run) -> Cost:
         """Return the cost with experts and routers on a frozen backbone."""
         shape, length = read_shape(run.backbone), run.train.sequence_length
-        return bank_cost(shape, length, self.num_experts, self.sized(run).rank, list_feed_forward)
+        return compute_bank_cost(shape, length, self.num_experts, self.sized(run).rank, list_feed_forward)
 
 
 def list_feed_forward(layer: Layer) -> list[str]:

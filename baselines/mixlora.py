@@ -17,7 +17,7 @@ from mode.backbone.structure import find_layer_stack
 from mode.config.base import STRICT
 from mode.config.method import RouterSettings
 from mode.config.run import Run
-from mode.cost.adapters import adapter_cost
+from mode.cost.adapters import compute_adapter_cost
 from mode.cost.flops import Cost, add_flops
 from mode.methods.base import Material
 from mode.methods.sizing import LowRank
@@ -85,7 +85,7 @@ class MixLoRA(LowRank):
             experts = [path for stage in layer.stages[2:] for path in stage]
             ranks = dict.fromkeys(attention, rank) | dict.fromkeys(experts, active * rank)
             routed = {experts[0]: shape.hidden * self.num_experts}
-            parts.append(adapter_cost(layer, length, ranks, upstream=number > 0, routers=routed))
+            parts.append(compute_adapter_cost(layer, length, ranks, upstream=number > 0, routers=routed))
             one = rank * sum(sum(layer.matrices[path]) for path in experts)
             added += rank * sum(sum(layer.matrices[path]) for path in attention)
             added += self.num_experts * one + sum(routed.values())

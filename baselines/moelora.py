@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass as settings
 from mode.backbone.shape import Flops, read_shape
 from mode.config.base import STRICT
 from mode.config.run import Run
-from mode.cost.adapters import bank_cost
+from mode.cost.adapters import compute_bank_cost
 from mode.cost.flops import Cost
 from mode.methods.base import Material
 from mode.methods.sizing import LowRank
@@ -91,7 +91,9 @@ class MOELoRA(LowRank):
 
         shape, length, tasks = read_shape(run.backbone), run.train.sequence_length, len(self.row_kinds(run))
         rank = self.sized(run).rank // self.num_experts
-        experts = bank_cost(shape, length, self.num_experts, rank, lambda layer: list(layer.matrices), routed=False)
+        experts = compute_bank_cost(
+            shape, length, self.num_experts, rank, lambda layer: list(layer.matrices), routed=False
+        )
         guessed, linears = self.task == "guessed", sum(len(layer.matrices) for layer in shape.layers)
         more = tasks * WIDTH + linears * self.num_experts * (WIDTH + 1) + guessed * tasks * (shape.hidden + 1)
         classifier = 2.0 * guessed * tasks * shape.hidden

@@ -24,7 +24,7 @@ from mode.config.check import build_method, replace_settings
 from mode.config.run import Run
 from mode.core.errors import ConfigError
 from mode.core.files import WEIGHTS
-from mode.cost.adapters import adapter_cost
+from mode.cost.adapters import compute_adapter_cost
 from mode.cost.flops import Cost, add_flops
 from mode.methods.base import Material
 from mode.methods.sizing import ParameterMatched
@@ -105,7 +105,7 @@ class MoLE(ParameterMatched):
             paths = expert.targets(layer)
             ranks = dict.fromkeys(paths, count * expert.rank)
             routers = {path: count * count * layer.matrices[path][1] for path in paths}
-            parts.append(adapter_cost(layer, length, ranks, upstream=number > 0, routers=routers, trains=False))
+            parts.append(compute_adapter_cost(layer, length, ranks, upstream=number > 0, routers=routers, trains=False))
             gates += sum(routers.values()) + len(paths)
         added = gates + count * expert.rank * expert.size(shape)
         total = shape.parameters + added

@@ -16,7 +16,7 @@ from mode.backbone.shape import Layer, matches_name, read_shape
 from mode.config.base import STRICT
 from mode.config.method import RouterSettings
 from mode.config.run import Run
-from mode.cost.adapters import bank_cost
+from mode.cost.adapters import compute_bank_cost
 from mode.cost.flops import Cost
 from mode.methods.base import Material
 from mode.methods.sizing import LowRank
@@ -69,7 +69,7 @@ class MoLORA(LowRank):
     def cost(self, run: Run) -> Cost:
         """Return the cost with experts and routers on a frozen backbone."""
         shape, length = read_shape(run.backbone), run.train.sequence_length
-        return bank_cost(shape, length, self.num_experts, self.sized(run).rank, self.targets)
+        return compute_bank_cost(shape, length, self.num_experts, self.sized(run).rank, self.targets)
 
     def targets(self, layer: Layer) -> list[str]:
         """Return the paths of a layer's matrices with experts."""

@@ -17,7 +17,7 @@ from mode.config.base import STRICT
 from mode.config.check import replace_settings
 from mode.config.method import RouterSettings
 from mode.config.run import Run
-from mode.cost.adapters import adapter_cost
+from mode.cost.adapters import compute_adapter_cost
 from mode.cost.flops import Cost, add_flops
 from mode.methods.base import Material
 from mode.methods.sizing import ParameterMatched
@@ -90,7 +90,9 @@ class MoV(ParameterMatched):
                 for names, width in ((self.outputs, outputs), (self.inputs, inputs)):
                     if any(matches_name(path, name) for name in names):
                         widths[path] = 2 * width * count  # the router's matrix and the vectors, of equal size
-            parts.append(adapter_cost(layer, length, dict.fromkeys(widths, 0), upstream=number > 0, routers=widths))
+            parts.append(
+                compute_adapter_cost(layer, length, dict.fromkeys(widths, 0), upstream=number > 0, routers=widths)
+            )
             added += sum(widths.values())
         total = shape.parameters + added
         return Cost(flops=add_flops(parts), total=total, trainable=added, added=added, active=total)

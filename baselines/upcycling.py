@@ -17,7 +17,7 @@ from mode.backbone.shape import read_shape
 from mode.config.base import STRICT
 from mode.config.method import RouterSettings
 from mode.config.run import Run
-from mode.cost.flops import Cost, mixture_cost
+from mode.cost.flops import Cost, compute_mixture_cost
 from mode.methods.anchored import Adaptation
 from mode.methods.base import Material
 
@@ -58,4 +58,4 @@ class SparseUpcycling(Adaptation):
         if not self.router.known:
             return None
         shape = read_shape(run.backbone)
-        return mixture_cost(shape, run.train.sequence_length, self.num_experts, self.router.active)
+        return compute_mixture_cost(shape, run.train.sequence_length, self.num_experts, self.router.active)

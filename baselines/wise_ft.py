@@ -17,7 +17,7 @@ from mode.config.check import build_method, replace_settings
 from mode.config.run import Budget, Run
 from mode.core.errors import ConfigError
 from mode.core.files import WEIGHTS
-from mode.cost.flops import Cost, untouched_cost
+from mode.cost.flops import Cost, compute_untouched_cost
 from mode.methods.base import Material, Method
 
 if TYPE_CHECKING:
@@ -78,4 +78,4 @@ class WiSEFT(Method):
 
     def cost(self, run: Run) -> Cost:
         """Return the cost of a forward pass of one model. Nothing trains."""
-        return untouched_cost(read_shape(run.backbone), run.train.sequence_length)
+        return compute_untouched_cost(read_shape(run.backbone), run.train.sequence_length)

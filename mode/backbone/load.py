@@ -16,7 +16,6 @@ from mode.core.errors import ConfigError
 from mode.core.files import expand_home, read_json
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 EMBEDDED = "embedded:"
@@ -261,10 +260,3 @@ def reporting_load_errors(problem: str) -> Iterator[None]:
         raise ConfigError(f"{problem}: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
-
-
-def fingerprint_model(model: nn.Module) -> str:
-    """Return a digest of a model's weights: names, shapes, data types and bytes."""
-    from mode.core.tensors import digest_tensors
-
-    return digest_tensors(model.state_dict())

@@ -72,7 +72,7 @@ def expand_home(path: str | Path) -> Path:
         raise ConfigError(f"{path}: there is no such home folder; set HOME, or choose a path without ~") from error
 
 
-def checkpoint_folder(folder: Path, step: int) -> Path:
+def locate_checkpoint(folder: Path, step: int) -> Path:
     """Return the folder of the checkpoint that a run writes after a step."""
     return folder / f"checkpoint-{step}"
 

@@ -56,7 +56,7 @@ def ensure_initialized() -> None:
 
 
 @functools.cache
-def side_group() -> Any:
+def make_side_group() -> Any:
     """Return a second group of all processes, for communication outside training; None in a single process.
 
     Collective.

@@ -149,7 +149,7 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()[:16]
 
 
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def list_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters by name. A tied parameter appears once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 

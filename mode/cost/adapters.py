@@ -10,7 +10,7 @@ from mode.cost.flops import Cost, add_flops
 NOTHING: Mapping[str, int] = {}
 
 
-def adapter_cost(
+def compute_adapter_cost(
     layer: Layer,
     length: int,
     targets: Mapping[str, int],
@@ -48,7 +48,7 @@ def adapter_cost(
     return add_flops(parts)
 
 
-def bank_cost(
+def compute_bank_cost(
     shape: Shape, length: int, count: int, rank: int, chosen: Callable[[Layer], Sequence[str]], routed: bool = True
 ) -> Cost:
     """Return the cost of training low-rank experts, and their routers, on matrices of a frozen decoder.
@@ -66,7 +66,9 @@ def bank_cost(
         sizes = {path: layer.matrices[path] for path in chosen(layer)}
         routers = {path: inputs * count for path, (inputs, _) in sizes.items() if routed}
         parts.append(
-            adapter_cost(layer, length, dict.fromkeys(sizes, count * rank), upstream=number > 0, routers=routers)
+            compute_adapter_cost(
+                layer, length, dict.fromkeys(sizes, count * rank), upstream=number > 0, routers=routers
+            )
         )
         added += sum(routers.values()) + count * rank * sum(map(sum, sizes.values()))
     total = shape.parameters + added

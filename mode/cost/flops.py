@@ -57,14 +57,14 @@ def add_flops(parts: Iterable[Flops]) -> Flops:
     return reduce(Flops.__add__, parts, Flops())
 
 
-def full_cost(shape: Shape, length: int) -> Cost:
+def compute_full_cost(shape: Shape, length: int) -> Cost:
     """Return the cost of training all parameters of a decoder on rows of `length` tokens."""
     flops = add_flops(layer.flops(length, trains=True) for layer in shape.layers) + shape.head(trains=True)
     size = shape.parameters
     return Cost(flops=flops, total=size, trainable=size, added=0, active=size)
 
 
-def mixture_cost(
+def compute_mixture_cost(
     shape: Shape,
     length: int,
     num_experts: int,
@@ -109,7 +109,7 @@ def mixture_cost(
     )
 
 
-def untouched_cost(shape: Shape, length: int) -> Cost:
+def compute_untouched_cost(shape: Shape, length: int) -> Cost:
     """Return the cost of a decoder that only runs forward."""
     flops = add_flops(layer.flops(length, trains=False, upstream=False) for layer in shape.layers)
     flops += shape.head(trains=False, upstream=False)

@@ -12,7 +12,7 @@ WORTH = 0.75
 """Largest share of tokens for which a sparse layer is faster than a layer on all tokens, as measured on a CPU."""
 
 
-def block_layers(shape: Shape, num_blocks: int, expert_layers: int) -> list[tuple[list[Layer], list[Layer]]]:
+def list_block_layers(shape: Shape, num_blocks: int, expert_layers: int) -> list[tuple[list[Layer], list[Layer]]]:
     """Return the layers of every block of a modular model: the layers of the backbone and the layers of one expert.
 
     Args:
@@ -58,7 +58,7 @@ def count_added(
     Raises:
         ConfigError: B does not divide the number of layers.
     """
-    expert = sum(layer.parameters for _, layers in block_layers(shape, num_blocks, depth) for layer in layers)
+    expert = sum(layer.parameters for _, layers in list_block_layers(shape, num_blocks, depth) for layer in layers)
     expert += rank * (shape.hidden + shape.vocabulary)
     gate = count_gate_weights(shape.hidden, count, width) + width + count + 1
     return count * expert, (num_blocks + bool(rank)) * gate
@@ -122,7 +122,7 @@ def modular_cost(
     if changed:
         down = 2.0 * shape.hidden * changed
         parts += [Flops(down, down * (1 + experts_train)), Flops(gate, 2.0 * gate)]
-    for number, (block, expert) in enumerate(block_layers(shape, num_blocks, expert_layers)):
+    for number, (block, expert) in enumerate(list_block_layers(shape, num_blocks, expert_layers)):
         later = number > 0
         parts.append(compute_branch_flops(block, length, shared, trains=False, upstream=later))
         parts += [compute_branch_flops(expert, length, chosen, trains=experts_train, upstream=later)] * num_experts

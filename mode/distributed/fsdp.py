@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from mode.backbone.structure import find_decoder_layers
 from mode.core import processes
 from mode.core.errors import ConfigError
-from mode.core.tensors import trainable_parameters
+from mode.core.tensors import list_trainable
 from mode.distributed.layout import DDP
 from mode.modular.block import Block, find_blocks
 from mode.ops.loss import find_auxiliary_modules
@@ -56,7 +56,7 @@ class FSDP(DDP):
         sharded = objective.around(copy.deepcopy(self.whole))
         self.distribute(sharded, mesh)
         self.model = sharded.model
-        self.trained = list(trainable_parameters(self.model).values())
+        self.trained = list(list_trainable(self.model).values())
         return sharded, self.split_groups(make_optimizer(self.model))
 
     def distribute(self, objective: nn.Module, mesh: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mode.core import processes
-from mode.core.tensors import trainable_parameters
+from mode.core.tensors import list_trainable
 
 
 class DDP:
@@ -31,7 +31,7 @@ class DDP:
     def __init__(self, model: nn.Module) -> None:
         """Take a model, with its frozen parameters marked."""
         self.model = model
-        self.trained = list(trainable_parameters(model).values())
+        self.trained = list(list_trainable(model).values())
 
     def enter_step(self) -> AbstractContextManager[None]:
         """Return the context of forward and backward: nothing changes."""
@@ -60,7 +60,7 @@ class DDP:
 
     def find_local_parameters(self) -> dict[str, nn.Parameter]:
         """Return this process's trainable parameters, by name; of a sharded weight, this process's shard."""
-        return trainable_parameters(self.model)
+        return list_trainable(self.model)
 
     def clip_gradients(self, max_norm: float) -> None:
         """Scale the gradients so that their global norm is at most `max_norm`."""

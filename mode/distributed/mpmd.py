@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from mode.core import processes
 from mode.core.errors import ConfigError
-from mode.core.tensors import trainable_parameters
+from mode.core.tensors import list_trainable
 from mode.modular.block import Block, find_blocks
 from mode.modular.branches import Call
 
@@ -166,15 +166,13 @@ class MPMD:
         """Return the trainable parameters of this slot, by name."""
         others = {id(parameter) for index, parameter in self.iterate_branch_parameters() if index not in self.local}
         return {
-            name: parameter
-            for name, parameter in trainable_parameters(self.model).items()
-            if id(parameter) not in others
+            name: parameter for name, parameter in list_trainable(self.model).items() if id(parameter) not in others
         }
 
     def clip_gradients(self, max_norm: float) -> None:
         """Reduce the gradients over processes, and scale them so that the norm over all slots is at most `max_norm`."""
         own = {id(parameter) for block in self.blocks for parameter in block.experts.parameters()}
-        found = [parameter for parameter in trainable_parameters(self.model).values() if parameter.grad is not None]
+        found = [parameter for parameter in list_trainable(self.model).values() if parameter.grad is not None]
         local = [each.grad for each in found if id(each) in own and each.grad is not None]
         shared = [each.grad for each in found if id(each) not in own and each.grad is not None]
         sum_gradients(shared, self.branch.get_group())

@@ -13,7 +13,7 @@ from mode.backbone.shape import read_shape
 from mode.config.base import STRICT, as_fraction
 from mode.config.method import Anchor
 from mode.config.run import Run
-from mode.cost.flops import untouched_cost
+from mode.cost.flops import compute_untouched_cost
 from mode.methods.base import Method, Reference
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Adaptation(Method):
         if self.anchor.source == "none":
             return 0.0
         shape = read_shape(run.backbone)
-        return self.anchor.share * untouched_cost(shape, run.train.sequence_length).flops.forward
+        return self.anchor.share * compute_untouched_cost(shape, run.train.sequence_length).flops.forward
 
     def reference(self, backbone: Callable[[], PreTrainedModel], device: torch.device) -> Reference:
         """Return a function from the model that trains and rows of tokens to the backbone's hidden states and head.
@@ -62,7 +62,7 @@ class Adaptation(Method):
             backbone: Loads a fresh copy of the backbone.
             device: Device of the model that trains.
         """
-        from mode.ops.loss import compute_hidden_states, output_head
+        from mode.ops.loss import compute_hidden_states, find_head
 
         frozen = backbone().requires_grad_(False).eval().to(device)
-        return lambda _, rows: (compute_hidden_states(frozen, rows), output_head(frozen))
+        return lambda _, rows: (compute_hidden_states(frozen, rows), find_head(frozen))

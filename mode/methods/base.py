@@ -21,7 +21,7 @@ from mode.config.data import Split
 from mode.config.run import Budget, MethodSettings, Run
 from mode.core.errors import ConfigError
 from mode.core.files import WEIGHTS
-from mode.cost.flops import Cost, full_cost, untouched_cost
+from mode.cost.flops import Cost, compute_full_cost, compute_untouched_cost
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -215,7 +215,7 @@ def flops_per_token(run: Run) -> float:
 
 def full_tuning_flops(run: Run) -> float:
     """Return the operations of full fine-tuning in `train.steps` steps, per token of a step."""
-    return run.train.steps * full_cost(read_shape(run.backbone), run.train.sequence_length).flops.total
+    return run.train.steps * compute_full_cost(read_shape(run.backbone), run.train.sequence_length).flops.total
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
@@ -235,7 +235,7 @@ class Untouched(Method):
 
     def cost(self, run: Run) -> Cost:
         """Return the operations of a forward pass; the backbone does not train."""
-        return untouched_cost(read_shape(run.backbone), run.train.sequence_length)
+        return compute_untouched_cost(read_shape(run.backbone), run.train.sequence_length)
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the backbone as it is."""

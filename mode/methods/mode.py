@@ -226,11 +226,11 @@ class MoDE(Adaptation):
     def reference(self, backbone: Callable[[], PreTrainedModel], device: torch.device) -> Reference:
         """Return a function to the backbone's states and head, computed by the model itself without its experts."""
         from mode.modular.block import bypass_experts
-        from mode.ops.loss import compute_hidden_states, output_head
+        from mode.ops.loss import compute_hidden_states, find_head
 
         def states(model: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
             with bypass_experts(model):
-                return compute_hidden_states(model, rows), output_head(model)
+                return compute_hidden_states(model, rows), find_head(model)
 
         return states
 

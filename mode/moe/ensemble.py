@@ -21,9 +21,9 @@ from mode.ops.loss import (
     TokenScores,
     compute_hidden_states,
     count_above,
+    find_head,
     find_hits,
-    logit_softcap,
-    output_head,
+    find_softcap,
     score_states,
 )
 
@@ -153,7 +153,7 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
         states = joined[:, :-1] if before is None else torch.cat([before, joined[:, :-1]], 1)
         targets = input_ids[:, 1:] if before is None else input_ids
         parts = [
-            -score_states(part, output_head(member), targets, CHUNK, logit_softcap(member)).nll.view(targets.shape)
+            -score_states(part, find_head(member), targets, CHUNK, find_softcap(member)).nll.view(targets.shape)
             for member, part in zip(self.members, states.chunk(len(self.members), -1), strict=True)
         ]
         likelihoods = torch.stack(parts, -1).double()
@@ -170,7 +170,7 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
         """Return every member's log-probabilities of next tokens, (N, ..., V), from its final hidden states."""
         parts = []
         for member, part in zip(self.members, states, strict=True):
-            logits, cap = part @ output_head(member).float().T, logit_softcap(member)
+            logits, cap = part @ find_head(member).float().T, find_softcap(member)
             parts.append((logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(-1))
         return torch.stack(parts)
 

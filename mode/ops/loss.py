@@ -58,14 +58,14 @@ def compute_hidden_states(model: nn.Module, input_ids: Tensor, **options: Any) -
     return states if widen is None else widen(states)
 
 
-def output_head(model: nn.Module) -> Tensor:
+def find_head(model: nn.Module) -> Tensor:
     """Return the weight of a causal LM's output head, (V, d)."""
     embeddings: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
     weight: Tensor = getattr(embeddings, "wide", embeddings.weight)
     return weight
 
 
-def logit_softcap(model: nn.Module) -> float | None:
+def find_softcap(model: nn.Module) -> float | None:
     """Return the softcap c of a model whose logits are c tanh(logits / c), as in Gemma 2; None without a softcap."""
     config: Any = model.config
     cap: float | None = getattr(config.get_text_config(), "final_logit_softcapping", None)
@@ -221,17 +221,12 @@ def sum_divergence(states: Tensor, weight: Tensor, known: Tensor, known_weight: 
     return functional.kl_div(logits.log_softmax(-1), reference.log_softmax(-1), reduction="sum", log_target=True)
 
 
-def compute_auxiliary_loss(model: nn.Module) -> Tensor | None:
-    """Return the sum of the auxiliary losses of a model's modules, or None if there are none.
-
-    A module with an auxiliary loss stores a scalar in its attribute `auxiliary` in every forward pass in training. The
-    attribute is None otherwise.
-    """
-    return sum_auxiliary(find_auxiliary_modules(model))
-
-
 def find_auxiliary_modules(model: nn.Module) -> list[Any]:
-    """Return the modules that may have an auxiliary loss. Searching a whole model in every step would be slow."""
+    """Return the modules that may have an auxiliary loss. Searching a whole model in every step would be slow.
+
+    A module with an auxiliary loss has it, a scalar, in its attribute `auxiliary` after every forward pass in training.
+    The attribute is None otherwise.
+    """
     return [module for module in model.modules() if hasattr(module, "auxiliary")]
 
 
@@ -352,4 +347,4 @@ def score_tokens(
             scores: TokenScores = score(input_ids, targets, chunk, ranks=ranks, **options)
             return scores
         states = compute_hidden_states(model, input_ids, **options)
-    return score_states(states, output_head(model), targets, chunk, logit_softcap(model), ranks=ranks)
+    return score_states(states, find_head(model), targets, chunk, find_softcap(model), ranks=ranks)

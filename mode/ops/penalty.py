@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from mode.core.tensors import trainable_parameters
-from mode.ops.loss import compute_hidden_states, compute_next_token_loss, logit_softcap, output_head
+from mode.core.tensors import list_trainable
+from mode.ops.loss import compute_hidden_states, compute_next_token_loss, find_head, find_softcap
 
 
 class WeightPenalty(nn.Module):
@@ -34,7 +34,7 @@ class WeightPenalty(nn.Module):
         """
         super().__init__()
         self.weight, self.importance = weight, importance
-        self.penalised = trainable_parameters(model)
+        self.penalised = list_trainable(model)
         self.factors: list[Tensor] = []
         for number, parameter in enumerate(self.penalised.values()):
             self.register_buffer(f"start{number}", parameter.detach().clone(), persistent=False)
@@ -64,12 +64,12 @@ def estimate_fisher(model: nn.Module, rows: Tensor) -> dict[str, Tensor]:
         model: A causal LM.
         rows: Rows of tokens that the model sampled, (N, S).
     """
-    parameters = trainable_parameters(model)
+    parameters = list_trainable(model)
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for number in range(len(rows)):
         row = rows[number : number + 1]
         states = compute_hidden_states(model, row[:, :-1])
-        loss = compute_next_token_loss(states, output_head(model), row[:, 1:], logit_softcap(model))
+        loss = compute_next_token_loss(states, find_head(model), row[:, 1:], find_softcap(model))
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         for value, gradient in zip(total.values(), gradients, strict=True):
             value += gradient.square()

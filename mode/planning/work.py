@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from mode.backbone.shape import Flops, Layer, read_shape
 from mode.config.run import Run
 from mode.core.errors import ConfigError
-from mode.cost.modular import block_layers, count_added, count_gate_weights
+from mode.cost.modular import count_added, count_gate_weights, list_block_layers
 from mode.methods.base import Method
 from mode.methods.mode import MoDE
 
@@ -86,7 +86,7 @@ def describe_work(run: Run) -> Work:
         gate = 2.0 * count_gate_weights(shape.hidden, count, method.gate.hidden)
         mixing = Flops(method.num_blocks * gate, (2 * method.num_blocks - 1) * gate)
         head = Branch(shape.head(trains=False) + mixing, outside + gates, gates, 1, 0.0)
-        for number, (block, expert) in enumerate(block_layers(shape, method.num_blocks, method.expert_layers)):
+        for number, (block, expert) in enumerate(list_block_layers(shape, method.num_blocks, method.expert_layers)):
             trains, later = method.train_experts, number > 0
             backbone = stack_branches(block, length, shared, trains=False, upstream=later)
             blocks.append((backbone, *[stack_branches(expert, length, chosen, trains=trains, upstream=later)] * count))

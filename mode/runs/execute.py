@@ -240,9 +240,9 @@ def save_result(prepared: Prepared, model: nn.Module, record: Record, *, again: 
     A run that is killed before its record is written resumes from its last checkpoint, with no step left to train. A
     record is never edited: a run that is trained anew for its weights alone keeps its record.
     """
-    from mode.core.tensors import trainable_parameters
+    from mode.core.tensors import list_trainable
 
-    if trainable_parameters(model):
+    if list_trainable(model):
         save_weights(prepared, model, record.happened["steps"], record.happened["tokens"])
         record.happened["kept_bytes"] = prepared.method.kept(prepared.folder).stat().st_size
     if again or find_finished(prepared) is None:
@@ -270,11 +270,11 @@ def restore(prepared: Prepared) -> nn.Module:
     Raises:
         ConfigError: The weights are missing, changed, or those of another run.
     """
-    from mode.core.tensors import load_run_tensors, trainable_parameters
+    from mode.core.tensors import list_trainable, load_run_tensors
 
     needs = [prepare_run(stage) for stage in prepared.method.needs(prepared.run)]
     model = build(prepared, needs)
-    parameters = trainable_parameters(model)
+    parameters = list_trainable(model)
     if parameters:
         for name, tensor in load_run_tensors(prepared.folder / WEIGHTS, prepared.id, parameters).items():
             parameters[name].data.copy_(tensor)
@@ -305,7 +305,7 @@ def open_tracker(prepared: Prepared) -> Tracker:
 
 def save_weights(prepared: Prepared, model: nn.Module, steps: int, tokens: int) -> None:
     """Write the trained weights, and the artefacts of the method."""
-    from mode.core.tensors import save_run_tensors, trainable_parameters
+    from mode.core.tensors import list_trainable, save_run_tensors
 
     run = prepared.run
     about = {
@@ -318,4 +318,4 @@ def save_weights(prepared: Prepared, model: nn.Module, steps: int, tokens: int) 
         "data": prepared.fingerprints,
     }
     prepared.method.save(model, run, prepared.folder, about)
-    save_run_tensors(prepared.folder / WEIGHTS, trainable_parameters(model), prepared.id)
+    save_run_tensors(prepared.folder / WEIGHTS, list_trainable(model), prepared.id)

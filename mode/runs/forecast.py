@@ -17,7 +17,7 @@ from mode.config.run import Run
 from mode.config.train import Train
 from mode.methods.base import Method
 from mode.modular.block import execute_blocks, find_blocks
-from mode.ops.loss import compute_hidden_states, output_head
+from mode.ops.loss import compute_hidden_states, find_head
 from mode.train.precision import autocast, choose_precision
 
 
@@ -111,7 +111,7 @@ def count_step_flops(model: nn.Module, rows: Tensor, context: AbstractContextMan
         if states.requires_grad:
             torch.autograd.backward(states, torch.ones_like(states))
     model.zero_grad(set_to_none=True)
-    weight, backpropagates = output_head(model), states.requires_grad
+    weight, backpropagates = find_head(model), states.requires_grad
     backward = counter.total - forward
     head_backward = 2.0 * weight.numel() * (backpropagates + (backpropagates and weight.requires_grad))
     return Flops(forward / rows.numel(), backward / rows.numel()) + Flops(2.0 * weight.numel(), head_backward)

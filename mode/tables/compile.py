@@ -21,7 +21,7 @@ from mode.tables.select import add_needed, select
 from mode.tables.statistics import (
     Cell,
     Interval,
-    effective_size,
+    count_effective,
     interval_over_documents,
     interval_over_seeds,
     resample,
@@ -353,7 +353,7 @@ def resample_qualities(
 def count_effective_documents(record: Record) -> dict[str, float]:
     """Return the effective documents of each part: of several domains, those of the domain with the fewest."""
     scores, targets = record.outcome.scores, record.request.targets
-    counts = {name: effective_size(score.document_tokens) for name, score in scores.items()}
+    counts = {name: count_effective(score.document_tokens) for name, score in scores.items()}
     others = [count for name, count in counts.items() if name not in targets]
     fewest = {AVERAGE: min(counts.values()), TARGET: min(counts[name] for name in targets)}
     return counts | fewest | ({RETENTION: min(others)} if others else {})

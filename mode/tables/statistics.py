@@ -122,12 +122,12 @@ def correct_holm(values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def effective_size(tokens: Sequence[int]) -> float:
+def count_effective(tokens: Sequence[int]) -> float:
     """Return the effective number of documents: that of equally long documents with the same variance.
 
     It is (sum n)^2 / sum n^2 for documents of n tokens.
 
-    >>> effective_size([5, 5, 5, 5]), effective_size([100, 0, 0])
+    >>> count_effective([5, 5, 5, 5]), count_effective([100, 0, 0])
     (4.0, 1.0)
     """
     sizes = np.asarray(tokens, np.float64)

@@ -29,10 +29,10 @@ from mode.core.digests import INDEX, describe_files, find_damage, read_sealed, w
 from mode.core.errors import ConfigError, warn
 from mode.core.files import (
     CURVE,
-    checkpoint_folder,
     find_full_disk,
     full_disk_error,
     list_checkpoints,
+    locate_checkpoint,
     measure_free_space,
     remove,
 )
@@ -94,7 +94,7 @@ class Saver:
 
     def __init__(self) -> None:
         """Start without a checkpoint to write. Collective: all processes must call it."""
-        self.group = processes.side_group()
+        self.group = processes.make_side_group()
         self.writing: Any = None
 
     def __enter__(self) -> Self:
@@ -125,7 +125,7 @@ class Saver:
             ConfigError: The previous checkpoint could not be written.
         """
         self.wait()
-        self.path = checkpoint_folder(folder, step)
+        self.path = locate_checkpoint(folder, step)
         tensors = {COUNTERS: torch.tensor([step, seconds], dtype=torch.float64)}
         for name, parameter in parameters.items():
             tensors[f"parameter.{name}"] = parameter.detach()

@@ -19,10 +19,10 @@ from mode.config.train import Train
 from mode.core import processes
 from mode.core.errors import ConfigError
 from mode.core.files import CURVE, list_checkpoints
-from mode.core.tensors import trainable_parameters
+from mode.core.tensors import list_trainable
 from mode.data.batches import Batches
 from mode.distributed.choose import choose_layout
-from mode.ops.loss import logit_softcap, output_head, score_states
+from mode.ops.loss import find_head, find_softcap, score_states
 from mode.train.checkpoint import (
     Saver,
     check_checkpoint,
@@ -116,7 +116,7 @@ def train(model: nn.Module, batches: Batches, job: TrainJob) -> Trained:
         load_checkpoint(checkpoint, layout.find_local_parameters(), optimizer)
     half = layout.supports_bf16_weights and plain.precision == "bf16"
     options = StepOptions(layout.model, settings, half=half)
-    parameters = list(trainable_parameters(layout.model).values())
+    parameters = list(list_trainable(layout.model).values())
     run_step = capture_step(forward_backward, parameters, settings, anchored=job.anchor is not None)
 
     loss_sum, begin = torch.zeros((), device=device), time.monotonic()
@@ -218,7 +218,7 @@ def measure_accuracy(
     if micro_batch.anchored is not None and not micro_batch.anchored.all():
         free = ~micro_batch.anchored
         states, targets = states[free], targets[free]
-    scores = score_states(states, output_head(model), targets, cap=logit_softcap(model))
+    scores = score_states(states, find_head(model), targets, cap=find_softcap(model))
     return float(processes.all_reduce_mean(scores.hit.float().mean()))
 
 
@@ -234,7 +234,7 @@ def resume(model: nn.Module, job: TrainJob) -> tuple[Path | None, int, float, li
     step, seconds, curve = 0, 0.0, []
     latest = next(reversed(list_checkpoints(job.folder)), None)
     if latest:
-        check_checkpoint(latest, trainable_parameters(model))
+        check_checkpoint(latest, list_trainable(model))
         step, seconds = read_counters(latest)
         curve = [point for point in read_curve(job.curve) if point["step"] <= step]
         if not is_whole(curve, step):
@@ -242,7 +242,7 @@ def resume(model: nn.Module, job: TrainJob) -> tuple[Path | None, int, float, li
         if step > job.steps:
             raise damaged_error(latest, f"the run has only {job.steps} steps")
         if step == job.steps:
-            load_checkpoint(latest, trainable_parameters(model))
+            load_checkpoint(latest, list_trainable(model))
     if processes.is_main():
         remove_stale(job.folder, latest)
         write_curve(job.curve, curve)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mode.config.check import replace_settings
 from mode.core.device import measure_allocated
 from mode.core.errors import ConfigError
-from mode.core.tensors import trainable_parameters
+from mode.core.tensors import list_trainable
 from mode.train.loop import forward_backward
 from mode.train.objective import Objective
 from mode.train.step_options import StepOptions
@@ -51,7 +51,7 @@ def choose_checkpointing(
     assert settings.memory.budget_gb is not None
     device = next(model.parameters()).device
     resident = sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
-    resident += 2 * sum(part.nbytes for part in trainable_parameters(model).values())
+    resident += 2 * sum(part.nbytes for part in list_trainable(model).values())
     model.train()
     best, least = None, None
     for choice in CHOICES:

@@ -21,8 +21,8 @@ from mode.ops.loss import (
     compute_hidden_states,
     compute_next_token_loss,
     find_auxiliary_modules,
-    logit_softcap,
-    output_head,
+    find_head,
+    find_softcap,
     sum_auxiliary,
 )
 from mode.train.precision import autocast, choose_precision
@@ -104,7 +104,7 @@ class Objective(nn.Module):
             states = compute_hidden_states(model, tokens[:, :-1], **options)
         if anchor is None or batch.anchored is None:
             targets = self.select_loss_rows(tokens[:, 1:])
-            loss = compute_next_token_loss(states, output_head(model), targets, logit_softcap(model), self.precision)
+            loss = compute_next_token_loss(states, find_head(model), targets, find_softcap(model), self.precision)
         else:
             none = not batch.anchored.any()
             rows = tokens[:1] if none and anchor.always else select_rows(tokens, batch.anchored)
@@ -159,14 +159,14 @@ def compute_anchored_loss(
     """
     assert batch.anchored is not None
     anchored, count = batch.anchored, len(batch.tokens)
-    free, cap = ~anchored, logit_softcap(model)
+    free, cap = ~anchored, find_softcap(model)
     loss = torch.zeros((), device=states.device)
     if free.any():
         targets = select_rows(batch.tokens, free)[:, 1:]
-        entropy = compute_next_token_loss(select_rows(states, free), output_head(model), targets, cap, precision)
+        entropy = compute_next_token_loss(select_rows(states, free), find_head(model), targets, cap, precision)
         loss = loss + entropy * (free.sum() / count)
     if reference is not None and anchored.any():
-        divergence = compute_divergence(select_rows(states, anchored), output_head(model), *reference, cap)
+        divergence = compute_divergence(select_rows(states, anchored), find_head(model), *reference, cap)
         loss = loss + weight * divergence * (anchored.sum() / count)
     return loss
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from mode.config.train import Train
 from mode.core.errors import ConfigError
-from mode.core.tensors import trainable_parameters
+from mode.core.tensors import list_trainable
 
 
 def make_optimizer(model: nn.Module, lr: float, scales: Mapping[str, float], settings: Train) -> torch.optim.AdamW:
@@ -26,7 +26,7 @@ def make_optimizer(model: nn.Module, lr: float, scales: Mapping[str, float], set
         ConfigError: No parameter requires a gradient.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in trainable_parameters(model).items():
+    for name, parameter in list_trainable(model).items():
         scale = next((value for part, value in scales.items() if part in name), 1.0)
         decay = settings.optim.weight_decay if parameter.ndim >= 2 else 0.0
         groups.setdefault((scale, decay), []).append(parameter)

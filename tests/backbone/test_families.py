@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from mode.backbone.load import FAMILIES as SUPPORTED
-from mode.backbone.load import fingerprint_model
 from mode.backbone.structure import find_layer_stack
 from mode.modular.block import find_blocks
 from mode.modular.model import MoDEForCausalLM, make_modular
-from mode.ops.loss import compute_hidden_states, compute_next_token_loss, logit_softcap, output_head, score_states
+from mode.ops.loss import compute_hidden_states, compute_next_token_loss, find_head, find_softcap, score_states
 from tests.support.families import FAMILIES, HIDDEN, LAYERS, VOCABULARY, make_model
+from tests.support.models import fingerprint_model
 
 IDS = torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
 
@@ -158,9 +158,9 @@ def test_loss_and_scores_are_those_of_the_models_own_logits(family: str) -> None
         states = compute_hidden_states(model, IDS[:, :-1])
     expected = torch.nn.functional.cross_entropy(own.flatten(0, 1), targets.flatten())
     torch.testing.assert_close(
-        compute_next_token_loss(states, output_head(model), targets, logit_softcap(model)), expected
+        compute_next_token_loss(states, find_head(model), targets, find_softcap(model)), expected
     )
-    scores = score_states(states, output_head(model), targets, cap=logit_softcap(model))
+    scores = score_states(states, find_head(model), targets, cap=find_softcap(model))
     torch.testing.assert_close(scores.nll.mean(), expected)
     assert torch.equal(scores.hit, (own.argmax(-1) == targets).flatten())
 
@@ -172,7 +172,7 @@ def test_only_experts_and_gates_train(family: str) -> None:
     losses = []
     for _ in range(4):
         loss = compute_next_token_loss(
-            compute_hidden_states(model, IDS[:, :-1]), output_head(model), IDS[:, 1:], logit_softcap(model)
+            compute_hidden_states(model, IDS[:, :-1]), find_head(model), IDS[:, 1:], find_softcap(model)
         )
         loss.backward()
         losses.append(loss.item())
@@ -191,7 +191,7 @@ def test_gradient_checkpointing_changes_no_gradient(family: str) -> None:
         if save_memory:
             model.activation_checkpointing_enable()
         compute_next_token_loss(
-            compute_hidden_states(model, IDS[:, :-1]), output_head(model), IDS[:, 1:], logit_softcap(model)
+            compute_hidden_states(model, IDS[:, :-1]), find_head(model), IDS[:, 1:], find_softcap(model)
         ).backward()
         return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
 
@@ -219,7 +219,7 @@ def test_baselines_start_as_the_backbone_and_learn(family: str, method: str) -> 
     losses = []
     for _ in range(6):
         loss = compute_next_token_loss(
-            compute_hidden_states(model, IDS[:, :-1]), output_head(model), IDS[:, 1:], logit_softcap(model)
+            compute_hidden_states(model, IDS[:, :-1]), find_head(model), IDS[:, 1:], find_softcap(model)
         )
         loss.backward()
         losses.append(loss.item())

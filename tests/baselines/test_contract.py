@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from mode.backbone.load import fingerprint_model, load_model
+from mode.backbone.load import load_model
 from mode.config.compose import compose
 from mode.config.groups import list_members
 from mode.config.method import Choice
-from mode.core.tensors import trainable_parameters
+from mode.core.tensors import list_trainable
 from mode.methods.base import Material, Method
 from mode.modular.block import find_blocks
-from mode.ops.loss import compute_auxiliary_loss, compute_hidden_states, compute_next_token_loss, output_head
+from mode.ops.loss import compute_hidden_states, compute_next_token_loss, find_head
 from mode.runs.execute import execute, restore
 from mode.runs.prepare import prepare_run
 from mode.train.objective import set_row_kinds
 from tests.conftest import World
+from tests.support.models import compute_auxiliary_loss, fingerprint_model
 
 IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64], [7, 7, 30, 256, 1, 90, 12, 13, 250]])
 SAMPLED = ("method.router.top_k=null", "method.router.renormalize=true", "method.router.sample=true")
@@ -116,16 +117,16 @@ def test_decoding_with_a_cache_is_the_same(world: World, name: str) -> None:
 def test_exactly_what_is_declared_trains_and_the_rest_stays_bit_identical(world: World, name: str) -> None:
     model = built(world, name).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    names = set(trainable_parameters(model))
+    names = set(list_trainable(model))
     run = run_of(world, name)
     if not run.method.steps(run):
         assert not names
         return
-    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2)
+    optimizer = torch.optim.AdamW(list_trainable(model).values(), lr=1e-2)
     losses = []
     set_row_kinds(model, torch.tensor([0, 1]))
     for _ in range(20):
-        loss = compute_next_token_loss(compute_hidden_states(model, IDS[:, :-1]), output_head(model), IDS[:, 1:])
+        loss = compute_next_token_loss(compute_hidden_states(model, IDS[:, :-1]), find_head(model), IDS[:, 1:])
         extra = compute_auxiliary_loss(model)
         torch.autograd.backward(loss if extra is None else loss + extra)
         losses.append(loss.item())
@@ -188,7 +189,7 @@ def test_trainable_parameters_follow_the_closed_form(world: World, name: str) ->
     if cost is None:
         pytest.skip("the method has no closed form with these settings")
     model = built(world, name)
-    assert cost.trainable == sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    assert cost.trainable == sum(parameter.numel() for parameter in list_trainable(model).values())
     assert cost.total == sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -203,7 +204,7 @@ def test_fine_tuning_overfits_a_single_document(world: World) -> None:
     model = built(world, "sft").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(150):
-        loss = compute_next_token_loss(compute_hidden_states(model, IDS[:, :-1]), output_head(model), IDS[:, 1:])
+        loss = compute_next_token_loss(compute_hidden_states(model, IDS[:, :-1]), find_head(model), IDS[:, 1:])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -10,7 +10,7 @@ import torch
 from mode.backbone.load import load_model
 from mode.config.compose import compose
 from mode.config.train import Parallelism, Train
-from mode.core.tensors import trainable_parameters
+from mode.core.tensors import list_trainable
 from mode.distributed import choose
 from mode.ops.penalty import WeightPenalty, estimate_fisher
 from mode.runs.execute import execute, restore
@@ -65,14 +65,14 @@ def test_the_fisher_information_is_the_mean_square_of_the_rows_gradients(world: 
     model: Any = load_model(run_of(world).backbone).eval()
     rows = torch.randint(256, (3, 9), generator=torch.Generator().manual_seed(1))
     found = estimate_fisher(model, rows)
-    name, parameter = next(iter(trainable_parameters(model).items()))
+    name, parameter = next(iter(list_trainable(model).items()))
     expected = torch.zeros_like(parameter)
     for row in rows:
         chances = model(input_ids=row[None, :-1]).logits.log_softmax(-1)[0]
         (gradient,) = torch.autograd.grad(chances.gather(1, row[1:, None]).sum(), [parameter])
         expected += gradient.square() / len(rows) / 8
     torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-9)
-    assert set(found) == set(trainable_parameters(model))
+    assert set(found) == set(list_trainable(model))
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from mode.config.compose import compose
 from mode.config.method import Anchor
 from mode.config.run import Run
 from mode.core.device import measure_allocated
-from mode.core.tensors import trainable_parameters
+from mode.core.tensors import list_trainable
 from mode.evaluation.likelihood import Text, compute_log_likelihoods, pack_texts
 from mode.ops.loss import compute_next_token_loss
 from tests.bench.test_records import fresh
@@ -331,9 +331,9 @@ def test_the_step_suite_makes_real_steps_of_every_method(world: World, monkeypat
     assert all(case.action() > 0 for case in plain)  # type: ignore[operator]
     for case in [case for case in cases if case not in loops]:
         step: Any = case.action
-        before = {name: value.clone() for name, value in trainable_parameters(step.model).items()}
+        before = {name: value.clone() for name, value in list_trainable(step.model).items()}
         step()
-        assert any(not torch.equal(value, before[name]) for name, value in trainable_parameters(step.model).items())
+        assert any(not torch.equal(value, before[name]) for name, value in list_trainable(step.model).items())
         anchored = step.batch.anchored
         assert (0 if anchored is None else anchored.sum()) == (case.variant == "held")
     result = call(world, "bench", "step", "--rounds", "1")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mode.core.files import checkpoint_folder, list_checkpoints, read_json
+from mode.core.files import list_checkpoints, locate_checkpoint, read_json
 from tests.support.refusals import refused
 
 
@@ -22,7 +22,7 @@ def test_only_folders_with_a_step_are_checkpoints(tmp_path: Path) -> None:
     ):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-last-3").mkdir()
-    assert list_checkpoints(tmp_path) == [checkpoint_folder(tmp_path, step) for step in sorted(steps)]
+    assert list_checkpoints(tmp_path) == [locate_checkpoint(tmp_path, step) for step in sorted(steps)]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ from functools import partial
 from pathlib import Path
 import torch
 from mode.config.compose import compose
-from mode.core.tensors import trainable_parameters
+from mode.core.tensors import list_trainable
 from mode.distributed.mpmd import MPMD
 from mode.train.objective import Objective
 from mode.train.loop import forward_backward
@@ -60,18 +60,18 @@ for settings in json.loads(sys.argv[1]):
     objective = Objective(alone, run.train, None, document_end=end)
     parts, parallelism = run.train.batch.gradient_accumulation_steps, run.train.parallelism
     forward_backward(objective, StepBatch(rows), parts * parallelism.microbatches_in_flight)
-    torch.nn.utils.clip_grad_norm_(trainable_parameters(alone).values(), most)
+    torch.nn.utils.clip_grad_norm_(list_trainable(alone).values(), most)
     layout = MPMD(placed, torch.device("cpu"), parallelism.microbatches_in_flight, parallelism.placement)
     with layout.enter_step():
         objective = Objective(placed, run.train, None, layout.select_loss_rows, end)
         forward_backward(objective, StepBatch(layout.select_rows(rows)), parts, slots=layout.slots)
     layout.clip_gradients(most)
-    parameters = trainable_parameters(placed)
+    parameters = list_trainable(placed)
     found = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
     own = [f".experts.{index - 1}." for index in layout.local if index]
     expected = {
         name: parameter.grad
-        for name, parameter in trainable_parameters(alone).items()
+        for name, parameter in list_trainable(alone).items()
         if ".experts." not in name or any(part in name for part in own)
     }
     assert found.keys() == expected.keys()

@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 import torch
 from mode.config.compose import compose
-from mode.core.tensors import trainable_parameters
+from mode.core.tensors import list_trainable
 from mode.distributed.tensor_parallel import TensorParallel
 from mode.train.loop import forward_backward
 from mode.train.objective import Objective
@@ -48,12 +48,12 @@ for family in PLANNED:
         objective, optimizer = layout.wrap(Objective(split, run.train, None), make)
         for step in range(2):
             expected, _ = forward_backward(Objective(alone, run.train, None), StepBatch(rows), 1)
-            torch.nn.utils.clip_grad_norm_(trainable_parameters(alone).values(), 0.1)
+            torch.nn.utils.clip_grad_norm_(list_trainable(alone).values(), 0.1)
             with layout.enter_step():
                 found, _ = forward_backward(objective, StepBatch(layout.select_rows(rows)), 1)
             layout.clip_gradients(0.1)
             assert abs(found - expected) < 1e-4, (family, modular, step)
-            for (name, one), other in zip(trainable_parameters(alone).items(), layout.trained, strict=True):
+            for (name, one), other in zip(list_trainable(alone).items(), layout.trained, strict=True):
                 grad = getattr(other.grad, "full_tensor", lambda: other.grad)()
                 differs = (grad - one.grad).norm() / one.grad.norm()
                 assert differs < 1e-3, (family, modular, name, step, differs)
@@ -61,8 +61,8 @@ for family in PLANNED:
                 each.step()
                 each.zero_grad(set_to_none=True)
         layout.gather_weights(True)
-        found = trainable_parameters(split).values()
-        for (name, one), other in zip(trainable_parameters(alone).items(), found, strict=True):
+        found = list_trainable(split).values()
+        for (name, one), other in zip(list_trainable(alone).items(), found, strict=True):
             assert other.shape == one.shape
             assert torch.allclose(other, one, rtol=1e-2, atol=1e-3), (family, modular, name)
 """

@@ -24,8 +24,8 @@ from mode.ops.loss import (
     ChunkedLoss,
     compute_hidden_states,
     compute_next_token_loss,
+    find_head,
     find_hits,
-    output_head,
     score_states,
 )
 from mode.records.metrics import METRICS, TokenValues
@@ -408,5 +408,5 @@ def test_states_times_head_are_the_logits_of_a_real_model(shared_world: Any) -> 
     rows = torch.randint(200, (2, 11))
     with torch.no_grad():
         torch.testing.assert_close(
-            compute_hidden_states(model, rows) @ output_head(model).T, model(input_ids=rows).logits
+            compute_hidden_states(model, rows) @ find_head(model).T, model(input_ids=rows).logits
         )

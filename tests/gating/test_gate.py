@@ -17,8 +17,9 @@ from mode.modular.block import find_blocks
 from mode.modular.edit import swap_expert
 from mode.modular.experts import extract_expert_state
 from mode.modular.model import MoDEForCausalLM, make_modular
-from mode.ops.loss import compute_auxiliary_loss, compute_hidden_states
+from mode.ops.loss import compute_hidden_states
 from tests.support.families import VOCABULARY, check_generation, make_model
+from tests.support.models import compute_auxiliary_loss
 from tests.support.refusals import refused
 
 IDS = torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))

@@ -22,7 +22,7 @@ from mode.data.batches import Batches, Stream
 from mode.methods.anchored import Adaptation
 from mode.modular.block import find_blocks
 from mode.modular.model import make_modular
-from mode.ops.loss import CHUNK, compute_divergence, compute_hidden_states, compute_next_token_loss, output_head
+from mode.ops.loss import CHUNK, compute_divergence, compute_hidden_states, compute_next_token_loss, find_head
 from mode.runs.execute import execute
 from mode.runs.forecast import forecast
 from mode.runs.prepare import prepare_run
@@ -98,7 +98,7 @@ def test_the_loss_is_the_mean_over_rows_of_cross_entropy_or_weighted_divergence(
     rows = torch.cat([IDS, IDS.flip(1)])
     mask = torch.tensor(anchored, dtype=torch.bool)
     term = AnchorTerm(
-        3.0, lambda step: mask.numpy(), lambda _, ids: (compute_hidden_states(frozen, ids), output_head(frozen))
+        3.0, lambda step: mask.numpy(), lambda _, ids: (compute_hidden_states(frozen, ids), find_head(frozen))
     )
     loss, _ = forward_backward(Objective(model, run.train, term), StepBatch(rows, mask), micro_batches)
     expected = torch.zeros(())
@@ -133,7 +133,7 @@ def test_the_reference_is_the_backbone_whatever_was_trained(world: World, name: 
     assert not states.requires_grad
     assert torch.equal(states @ weight.T, bare(IDS).logits)
     assert not torch.allclose(model(IDS).logits, bare(IDS).logits)
-    loss = compute_next_token_loss(compute_hidden_states(model, IDS[:, :-1]), output_head(model), IDS[:, 1:])
+    loss = compute_next_token_loss(compute_hidden_states(model, IDS[:, :-1]), find_head(model), IDS[:, 1:])
     loss.backward()  # experts are back in their places
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
@@ -344,9 +344,9 @@ def test_an_anchor_keeps_what_the_backbone_said(world: World, name: str) -> None
             return float(
                 compute_divergence(
                     compute_hidden_states(model, ids),
-                    output_head(model),
+                    find_head(model),
                     compute_hidden_states(bare, ids),
-                    output_head(bare),
+                    find_head(bare),
                 )
             )
 

@@ -11,13 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mode.backbone.load import (
-    fingerprint_model,
-    fingerprint_weights,
-    load_model,
-    locate,
-    read_pretraining_data,
-)
+from mode.backbone.load import fingerprint_weights, load_model, locate, read_pretraining_data
 from mode.backbone.shape import read_shape
 from mode.backbone.tokenizer import load_tokenizer
 from mode.config.backbone import Backbone
@@ -26,6 +20,7 @@ from mode.config.compose import compose
 from mode.runs.execute import execute
 from mode.runs.prepare import prepare_run
 from tests.conftest import World, make_backbone
+from tests.support.models import fingerprint_model
 from tests.support.refusals import refused
 
 SHORT = (

@@ -13,7 +13,7 @@ from mode.backbone.structure import find_decoder_layers
 from mode.config.check import replace_settings
 from mode.config.compose import compose
 from mode.config.run import Run
-from mode.core.tensors import trainable_parameters
+from mode.core.tensors import list_trainable
 from mode.methods.base import Material
 from mode.modular.build import insert_blocks
 from mode.ops.attention import find_unmasked_configs
@@ -48,7 +48,7 @@ def build(run: Run, device: torch.device = DEVICE) -> nn.Module:
     """Build a run's model with experts and gates that differ."""
     torch.manual_seed(0)
     model = run.method.build(run, Material(backbone=lambda: load_model(run.backbone)))
-    for name, parameter in trainable_parameters(model).items():
+    for name, parameter in list_trainable(model).items():
         if ".gate." in name or ".experts." in name:
             nn.init.normal_(parameter, std=0.1)
     return model.to(device)
@@ -58,7 +58,7 @@ def run_step(run: Run, model: nn.Module, times: int = 1) -> tuple[Tensor, dict[s
     """Run forward and backward of a step, and return loss and gradients of the last time."""
     model.train()
     device = next(model.parameters()).device
-    learns = trainable_parameters(model)
+    learns = list_trainable(model)
     captured = capture_step(forward_backward, list(learns.values()), run.train, anchored=False)
     objective = Objective(model, run.train, None)
     layers = StepOptions(model, run.train, half=objective.precision == "bf16")
@@ -97,7 +97,7 @@ def test_experts_of_every_family_can_be_batched_or_say_that_they_cannot(world: W
     run = compose([*world.overrides, *FRESH], world.conf)
     model = make_model(family)
     model.mode_blocks = insert_blocks(model, num_experts=2, num_blocks=2, expert_layers=2)
-    for name, parameter in trainable_parameters(model).items():
+    for name, parameter in list_trainable(model).items():
         if "gate" not in name:
             nn.init.normal_(parameter, std=0.1)
     for module in model.modules():
@@ -289,7 +289,11 @@ def test_flex_attention_keeps_documents_apart_as_masks_do(
         with StepOptions(model, settings), torch.set_grad_enabled(CUDA):
             loss, _, states = Objective(model, settings, None, document_end=end)(StepBatch(rows))
         found.append(
-            [loss, states, *(torch.autograd.grad(loss, list(trainable_parameters(model).values())) if CUDA else ())]
+            [
+                loss,
+                states,
+                *(torch.autograd.grad(loss, list(list_trainable(model).values())) if CUDA else ()),
+            ]
         )
     for value, expected in zip(found[1], found[0], strict=True):
         assert (value - expected).norm() < 1e-4 * expected.norm()

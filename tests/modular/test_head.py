@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from mode.artefacts.edit import check_mergeable, join_experts, keep_experts
 from mode.artefacts.find import FoundModel, find_model
-from mode.backbone.load import fingerprint_model, fingerprint_weights, load_model
+from mode.backbone.load import fingerprint_weights, load_model
 from mode.config.backbone import Backbone
 from mode.config.method import GateSettings
 from mode.modular.artefact import load_experts
@@ -20,12 +20,13 @@ from mode.modular.edit import extract_backbone, swap_expert
 from mode.modular.experts import compose_experts, extract_expert_state
 from mode.modular.head import SCALE, ModularHead, insert_head
 from mode.modular.model import MoDEForCausalLM
-from mode.ops.loss import compute_hidden_states, compute_next_token_loss, output_head
+from mode.ops.loss import compute_hidden_states, compute_next_token_loss, find_head
 from mode.runs.execute import execute
 from tests.artefacts.test_write import composed
 from tests.conftest import World
 from tests.methods.test_anchored import noisy
 from tests.modular.test_modular import IDS, force, logits, modular, pico
+from tests.support.models import fingerprint_model
 from tests.support.refusals import refused
 
 RANK = ("method.head_rank=4",)
@@ -52,7 +53,7 @@ def test_the_logits_are_those_of_the_formula(world: World) -> None:
             states @ expert.down.weight.T @ expert.up.weight.T
         )
     assert torch.allclose(logits(model), expected, atol=1e-5)
-    loss = compute_next_token_loss(compute_hidden_states(model, IDS[:, :-1]), output_head(model), IDS[:, 1:])
+    loss = compute_next_token_loss(compute_hidden_states(model, IDS[:, :-1]), find_head(model), IDS[:, 1:])
     whole = functional.cross_entropy(expected[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
     assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
     loss.backward()
@@ -64,7 +65,7 @@ def test_the_logits_are_those_of_the_formula(world: World) -> None:
 def test_without_its_experts_a_model_is_its_backbone(world: World) -> None:
     model, bare = changed(world), pico(world).eval()
     with bypass_experts(model):
-        assert torch.equal(compute_hidden_states(model, IDS) @ output_head(model).T, logits(bare))
+        assert torch.equal(compute_hidden_states(model, IDS) @ find_head(model).T, logits(bare))
     assert not torch.allclose(logits(model), logits(bare))
     force(model, 0)
     assert torch.allclose(logits(model), logits(bare), atol=1e-6)

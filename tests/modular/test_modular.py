@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from mode.backbone.load import fingerprint_model, load_model
+from mode.backbone.load import load_model
 from mode.config.backbone import Backbone
 from mode.modular.block import Block, find_blocks
 from mode.modular.experts import compose_experts, extract_expert_state
 from mode.modular.model import make_modular
-from mode.ops.loss import compute_hidden_states, compute_next_token_loss, output_head
+from mode.ops.loss import compute_hidden_states, compute_next_token_loss, find_head
 from tests.conftest import World
+from tests.support.models import fingerprint_model
 from tests.support.reference import mode_logits
 from tests.support.refusals import refused
 
@@ -127,7 +128,7 @@ def test_backbone_stays_bit_identical_and_only_experts_and_gates_move(world: Wor
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
-        loss = compute_next_token_loss(compute_hidden_states(model, IDS[:, :-1]), output_head(model), IDS[:, 1:])
+        loss = compute_next_token_loss(compute_hidden_states(model, IDS[:, :-1]), find_head(model), IDS[:, 1:])
         loss.backward()
         optimizer.step()
     for name, value in model.state_dict().items():

@@ -14,7 +14,7 @@ from mode.evaluation.likelihood import Text, compute_log_likelihoods
 from mode.gating.router import Posterior
 from mode.moe.clusters import ClusterWeights, cut_rows, find_clusters
 from mode.moe.ensemble import Ensemble, mix_probabilities, shift_prefix_sums
-from mode.ops.loss import compute_hidden_states, output_head, score_states, score_tokens
+from mode.ops.loss import compute_hidden_states, find_head, score_states, score_tokens
 from mode.runs.execute import execute
 from mode.runs.prepare import prepare_run
 from tests.conftest import World
@@ -81,7 +81,8 @@ def test_a_mixture_is_at_least_as_likely_as_the_weighted_mean_says() -> None:
     model = ensemble()
     found = -model.score_tokens(IDS, TARGETS).nll
     each = torch.stack(
-        [-score_states(compute_hidden_states(one, IDS), output_head(one), TARGETS).nll for one in model.members], -1
+        [-score_states(compute_hidden_states(one, IDS), find_head(one), TARGETS).nll for one in model.members],
+        -1,
     )
     weights = model.weigh(shift_prefix_sums(each.view(2, 12, 3).double())).flatten(0, 1)
     assert (found >= (weights * each).sum(-1) - 1e-5).all()

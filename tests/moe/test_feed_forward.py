@@ -19,12 +19,12 @@ from mode.gating.router import Router
 from mode.methods.base import Material
 from mode.moe.attention import insert_attention_banks
 from mode.moe.feed_forward import GATED, FeedForwardBank, LowRankFeedForward, insert_feed_forward_banks
-from mode.ops.loss import compute_auxiliary_loss
 from mode.runs.execute import execute
 from mode.runs.prepare import prepare_run
 from tests.conftest import World
 from tests.cost.test_cost import check
 from tests.support.families import FAMILIES, make_model
+from tests.support.models import compute_auxiliary_loss
 from tests.support.refusals import refused
 
 IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64]])

@@ -15,12 +15,12 @@ from mode.gating.meter import find_gates
 from mode.methods.base import Material
 from mode.moe.low_rank import LowRankBank
 from mode.moe.task_router import TaskRouter, Tasks
-from mode.ops.loss import compute_auxiliary_loss
 from mode.runs.execute import execute, restore
 from mode.runs.prepare import prepare_run
 from mode.train.objective import UNKNOWN, set_row_kinds
 from tests.conftest import World
 from tests.support.families import check_generation
+from tests.support.models import compute_auxiliary_loss
 from tests.support.refusals import refused
 
 IDS = torch.tensor([[5, 17, 200, 3, 88, 41, 9, 120, 64], [7, 7, 30, 256, 1, 90, 12, 13, 250]])

@@ -15,8 +15,8 @@ from mode.tables.compile import RowResult
 from mode.tables.statistics import (
     RESAMPLES,
     correct_holm,
+    count_effective,
     draw_resamples,
-    effective_size,
     interval_over_documents,
     interval_over_seeds,
     resample,
@@ -58,7 +58,7 @@ def test_pairing_takes_away_what_documents_have_in_common() -> None:
     tokens, hits = documents(1)
     better = [min(count, right + 2) for count, right in zip(tokens, hits, strict=True)]
     ours, theirs = (resample({"code": score(tokens, each)}, ACCURACY)["code"] for each in (better, hits))
-    paired = interval_over_documents(float((ours - theirs).mean()), [ours - theirs], effective_size(tokens))
+    paired = interval_over_documents(float((ours - theirs).mean()), [ours - theirs], count_effective(tokens))
     assert paired is not None
     assert paired.excludes_zero
     assert paired.low > 0.0
@@ -69,7 +69,7 @@ def test_pairing_takes_away_what_documents_have_in_common() -> None:
 def test_equal_rows_have_no_difference() -> None:
     tokens, hits = documents(2)
     same = resample({"code": score(tokens, hits)}, ACCURACY)["code"]
-    interval = interval_over_documents(0.0, [same - same], effective_size(tokens))
+    interval = interval_over_documents(0.0, [same - same], count_effective(tokens))
     assert interval is not None
     assert (interval.low, interval.high, interval.p, interval.excludes_zero) == (0.0, 0.0, 1.0, False)
 
@@ -89,7 +89,7 @@ def test_about_five_of_a_hundred_intervals_miss_the_truth(sizes: tuple[int, ...]
         pair = [score(list(sizes), each.round().astype(int).tolist()) for each in hits]
         ours, theirs = (resample({"code": each}, ACCURACY)["code"] for each in pair)
         gap = pair[0].accuracy - pair[1].accuracy
-        interval = interval_over_documents(gap, [ours - theirs], effective_size(sizes))
+        interval = interval_over_documents(gap, [ours - theirs], count_effective(sizes))
         assert interval is not None
         wrong += interval.excludes_zero
     assert 8 <= wrong <= 32  # 20 are meant; three standard errors are 13
@@ -98,7 +98,7 @@ def test_about_five_of_a_hundred_intervals_miss_the_truth(sizes: tuple[int, ...]
 @pytest.mark.parametrize("tokens", [[10], [1000, 3, 3]])
 def test_with_fewer_than_two_effective_documents_nothing_is_beyond_noise(tokens: list[int]) -> None:
     rows = [line([0.4]), line([0.2])]
-    rows = [replace(row, documents={"code": effective_size(tokens)}) for row in rows]
+    rows = [replace(row, documents={"code": count_effective(tokens)}) for row in rows]
     gap = rows[0].minus(rows[1], "code")
     assert gap is not None
     assert (gap.documents, gap.p, gap.holds) == (None, None, False)

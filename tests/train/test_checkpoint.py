@@ -18,7 +18,7 @@ from torch import nn
 from mode.config.compose import compose
 from mode.core.digests import INDEX
 from mode.core.files import CURVE, list_checkpoints
-from mode.core.tensors import trainable_parameters
+from mode.core.tensors import list_trainable
 from mode.runs.execute import execute
 from mode.runs.prepare import prepare_run
 from mode.train.checkpoint import COUNTERS, Saver, check_checkpoint, load_checkpoint, read_counters
@@ -43,7 +43,7 @@ def write_checkpoint(folder: Path, step: int = STEP) -> tuple[nn.Module, Path]:
     for each in range(1, step + 1):
         append_point(folder / CURVE, {"step": each, "loss": 1.0 / each, "seconds": 0.5 * each})
     with Saver() as saver:
-        saver.save(folder, trainable_parameters(layer), optimizer, step, 0.5 * step)
+        saver.save(folder, list_trainable(layer), optimizer, step, 0.5 * step)
     (checkpoint,) = list_checkpoints(folder)
     return layer, checkpoint
 
@@ -79,7 +79,7 @@ def test_a_whole_checkpoint_is_resumed_from(tmp_path: Path, capsys: pytest.Captu
     found, step, seconds, curve = resume_from(tmp_path, layer)
     assert (found, step, seconds) == (checkpoint, STEP, 0.5 * STEP)
     assert [point["step"] for point in curve] == [1, 2, 3, 4]
-    load_checkpoint(checkpoint, trainable_parameters(layer))
+    load_checkpoint(checkpoint, list_trainable(layer))
     assert all(torch.equal(value, before[name]) for name, value in layer.named_parameters())
     index = json.loads((checkpoint / INDEX).read_text("utf-8"))
     assert index["files"].keys() == {path.name for path in checkpoint.glob("*.safetensors")} != set()
@@ -109,7 +109,7 @@ def test_the_checkpoint_before_is_offered(tmp_path: Path) -> None:
     layer, checkpoint = write_checkpoint(tmp_path)
     whole = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     with Saver() as saver:
-        saver.save(tmp_path, trainable_parameters(layer), torch.optim.AdamW(layer.parameters()), 6, 3.0)
+        saver.save(tmp_path, list_trainable(layer), torch.optim.AdamW(layer.parameters()), 6, 3.0)
     checkpoint.mkdir()  # as if it had not been removed yet when the process was killed
     for name, content in whole.items():
         (checkpoint / name).write_bytes(content)
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed_from_and_named(
 ) -> None:
     layer, checkpoint = write_checkpoint(tmp_path)
     (checkpoint / INDEX).unlink()
-    check_checkpoint(checkpoint, trainable_parameters(layer))
+    check_checkpoint(checkpoint, list_trainable(layer))
     (line,) = capsys.readouterr().err.splitlines()
     assert str(checkpoint) in line
 
@@ -190,7 +190,7 @@ def test_a_full_disk_is_reported_with_the_bytes_and_leaves_nothing(
 
     monkeypatch.setattr(os, "fsync", full)
     with refused("checkpoint-1", "40.4 kB needed", "free", "No space left"), Saver() as saver:
-        saver.save(tmp_path, trainable_parameters(layer), torch.optim.AdamW(layer.parameters()), 1, 0.5)
+        saver.save(tmp_path, list_trainable(layer), torch.optim.AdamW(layer.parameters()), 1, 0.5)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,7 +20,7 @@ from mode.backbone.load import load_model
 from mode.config.check import replace_settings
 from mode.config.compose import compose
 from mode.core.files import list_checkpoints
-from mode.core.tensors import digest_tensors, load_tensors, trainable_parameters
+from mode.core.tensors import digest_tensors, list_trainable, load_tensors
 from mode.ops.loss import compute_hidden_states
 from mode.records.provenance import read_processor_name
 from mode.records.record import Record
@@ -176,7 +176,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path
     (tmp_path / "file").write_text("no folder")
     layer = torch.nn.Linear(2, 2)
     with refused("checkpoint-1", "file"), Saver() as saver:
-        saver.save(tmp_path / "file", trainable_parameters(layer), torch.optim.AdamW(layer.parameters()), 1, 0.5)
+        saver.save(tmp_path / "file", list_trainable(layer), torch.optim.AdamW(layer.parameters()), 1, 0.5)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -184,10 +184,10 @@ def test_a_checkpoint_is_of_its_own_step_whatever_the_next_ones_do(tmp_path: Pat
     layer = torch.nn.Linear(2048, 2048)
     before = layer.weight.detach().clone()
     with Saver() as saver, torch.no_grad():
-        saver.save(tmp_path, trainable_parameters(layer), torch.optim.AdamW(layer.parameters()), 1, 0.125)
+        saver.save(tmp_path, list_trainable(layer), torch.optim.AdamW(layer.parameters()), 1, 0.125)
         layer.weight.zero_()
     (checkpoint,) = list_checkpoints(tmp_path)
-    load_checkpoint(checkpoint, trainable_parameters(layer))
+    load_checkpoint(checkpoint, list_trainable(layer))
     assert torch.equal(layer.weight, before)
     assert read_counters(checkpoint) == (1, 0.125)
 

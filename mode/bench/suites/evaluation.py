@@ -14,7 +14,7 @@ from mode.backbone.load import load_model
 from mode.backbone.shape import read_shape
 from mode.bench.timing import Case
 from mode.core.errors import ConfigError
-from mode.cost.flops import untouched_cost
+from mode.cost.flops import compute_untouched_cost
 from mode.data.pack import PackedSplit
 from mode.downstream.harness import is_installed, silence_harness
 from mode.evaluation.likelihood import Text, compute_log_likelihoods
@@ -59,7 +59,7 @@ def prepare_evaluation(run: Run, method: MoDE, device: torch.device, folder: Pat
     cases = []
     for job, (tokens, ours) in jobs.items():
         scored = sum(len(each) - 1 for each in tokens)
-        flops = scored * untouched_cost(shape, row).flops.forward
+        flops = scored * compute_untouched_cost(shape, row).flops.forward
         ways = {"mode": ours}
         if is_installed():
             ways = {"lm-evaluation-harness": make_harness_action(model, tokens, count), "mode": ours}

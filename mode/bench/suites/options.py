@@ -11,8 +11,8 @@ from mode.bench.suites.step import FOUR, FULL, LORA, ONE, PLAIN, Step, choose_me
 from mode.bench.timing import Case
 from mode.config.check import replace_settings
 from mode.config.method import Anchor
-from mode.core.files import checkpoint_folder
-from mode.core.tensors import trainable_parameters
+from mode.core.files import locate_checkpoint
+from mode.core.tensors import list_trainable
 from mode.train.checkpoint import Saver
 from mode.train.cuda_graph import WARM_UP
 
@@ -92,6 +92,6 @@ def measure_checkpoint(step: Step, folder: Path) -> dict[str, int]:
     """Return the bytes of trainable weights with the optimizer state of AdamW, and of a checkpoint."""
     step()
     with Saver() as saver:
-        saver.save(folder, trainable_parameters(step.model), step.optimizer, 1, 0.0)
-    size = sum(file.stat().st_size for file in checkpoint_folder(folder, 1).glob("*.safetensors"))
+        saver.save(folder, list_trainable(step.model), step.optimizer, 1, 0.0)
+    size = sum(file.stat().st_size for file in locate_checkpoint(folder, 1).glob("*.safetensors"))
     return {"weights that train, and their moments": 3 * step.bytes, "checkpoint": size}

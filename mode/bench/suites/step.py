@@ -16,7 +16,7 @@ from mode.bench.suites.setup import load_method
 from mode.bench.timing import Case
 from mode.config.check import replace_settings
 from mode.config.method import SELF, Anchor
-from mode.core.tensors import trainable_parameters
+from mode.core.tensors import list_trainable
 from mode.methods.anchored import Adaptation
 from mode.methods.base import Material
 from mode.ops.quantize import quantize_frozen
@@ -156,7 +156,7 @@ class Step:
         self.optimizer = make_optimizer(self.model, 1e-6, {}, run.train)
         self.precision = self.objective.precision
         self.options = StepOptions(self.model, run.train, half=self.precision == "bf16")
-        trained = list(trainable_parameters(self.model).values())
+        trained = list(list_trainable(self.model).values())
         self.run_step = capture_step(forward_backward, trained, run.train, anchored=term is not None)
         self.bytes = sum(parameter.nbytes for parameter in trained)
         change(self.model)
