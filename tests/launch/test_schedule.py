@@ -455,7 +455,7 @@ def test_table_one_on_a_real_model_runs_dry(world: World) -> None:
     records = [execute(run, weights=True) for run in runs]
     assert [record.asked["train"]["batch_size"] for record in records] == [2] * len(runs)
     assert {record.asked["train"]["warmup"] for record in records} == {0.03}
-    assert len({record.id for record in records}) == len(load_table("table1").rows) == 10
+    assert len({record.id for record in records}) == len(load_table("table1").rows) == 11
 
 
 @pytest.mark.slow
