@@ -71,7 +71,9 @@ def list_readers(place: Place) -> list[Reader]:
         Reader("packed data, scored", whole, packed, with_settings("eval", "method=mode")),
         Reader("packed data, described", whole, packed, with_settings("data", "show")),
         Reader("weights, generating", whole, weights, with_paths("generate", mode, "def f", "--gates")),
-        Reader("a model, generating", whole, model, with_paths("generate", "FOLDER/exported", "def f", "--gates")),
+        Reader(
+            "a model, generating", place.exported, model, with_paths("generate", "FOLDER/exported", "def f", "--gates")
+        ),
         Reader("records, in a table", whole, ["results/records/*"], place.report),
         Reader("records, checked", whole, ["results/records/*"], lambda folder: [*place.report(folder), "--check"]),
         Reader("records, listed", whole, ["results/records/*"], with_paths("show", "runs")),

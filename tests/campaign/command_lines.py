@@ -109,8 +109,11 @@ def make_strategy(keys: Sequence[str]) -> Any:
 
 
 def mutate(drawn: tuple[str, list[tuple[str, int, Any]]]) -> list[str]:
-    """Apply mutations to the words of a command."""
+    """Apply mutations to the words of a command; nine times of ten to its options and settings only."""
     words = drawn[0].split()
+    kept = next((at for at, word in enumerate(words) if "=" in word or word.startswith("-")), len(words))
+    whole = drawn[1][0][1] % 10 == 0
+    head, words = ([], words) if whole else (words[:kept], words[kept:])
     for name, place, extra in drawn[1]:
         at = place % (len(words) + 1)
         word = words[at] if at < len(words) else ""
@@ -129,7 +132,7 @@ def mutate(drawn: tuple[str, list[tuple[str, int, Any]]]) -> list[str]:
             words[at : at + 2] = reversed(words[at : at + 2])
         else:
             words[at : at + 1] = [word[: extra % (len(word) + 1)]]
-    return words
+    return head + words
 
 
 FORBIDDEN = ("reproduce", "bench", "launch", "sync", "prune", "--calibrate", "--install", "--show-completion")
@@ -153,6 +156,8 @@ def make_trials(place: Place, seed: int) -> list[Trial]:
 def add_settings(place: Place, words: Sequence[str], folder: Path) -> list[str]:
     """Return a command line with the settings of the world, except those that it has itself."""
     keys = {word.lstrip("+~").partition("=")[0] for word in words}
+    if {"-d", "--domain"} & keys:
+        keys |= {"targets", "evaluate.domains"}
     settings = [word for word in place.settings(folder) if word.partition("=")[0] not in keys]
     takes_conf = not (words[:1] == ["show"] and words[1:2] != ["runs"] and words[1:2] != ["config"])
     settings = settings if takes_conf else settings[-2:]

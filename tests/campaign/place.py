@@ -86,13 +86,20 @@ class Place:
 
     @cached_property
     def whole(self) -> Path:
-        """Folder of finished runs: backbone, experts, MoDE and SFT; their table; the exported model."""
+        """Folder of finished runs: backbone, experts, MoDE and SFT, with their table."""
         folder = self.root / "whole"
         folder.mkdir()
         self.make(self.train(folder), folder)
         self.make(self.train(folder, "sft"), folder)
         self.make(self.train(folder, "backbone"), folder)
         self.make(self.report(folder), folder)
+        return folder
+
+    @cached_property
+    def exported(self) -> Path:
+        """Folder of the finished runs with an exported model."""
+        folder = self.root / "with-model"
+        copy_state(self.whole, folder)
         self.make(self.export(folder), folder)
         return folder
 

@@ -7,6 +7,7 @@ The parent must have one thread only: it starts no training and no tokenizer its
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pickle
 import resource
@@ -131,6 +132,7 @@ def execute(
     """Be the process of a command. Never returns."""
     code = 99
     try:
+        end_with_parent()
         os.setsid()
         os.chdir(folder)
         for each in (signal.SIGTERM, signal.SIGHUP):
@@ -172,6 +174,7 @@ class Job:
         self.pipe, outlet = os.pipe()
         self.number = os.fork()
         if self.number == 0:
+            end_with_parent()
             os.close(self.pipe)
             try:
                 result = pickle.dumps((True, function()))
@@ -201,6 +204,11 @@ class Job:
         return value
 
 
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends: an interrupted campaign leaves nothing behind."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def in_child(function: Callable[[], Any]) -> Any:
     """Call a function in a forked process, and return its result."""
     return Job(function).result()
@@ -216,7 +224,7 @@ def find_fault(ended: Ended, codes: Sequence[int] = (0, 1, 2)) -> str | None:
     """Return what is wrong with the end of any command: a traceback, a signal, no end, or no word on an error."""
     if ended.code is None:
         return "does not end"
-    text = ended.err + ended.out
+    text = ended.out + ended.err
     if "Traceback (most recent call last)" in text:
         return f"traceback: {last_line(text)}"
     if ended.code not in codes:

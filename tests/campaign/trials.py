@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import shutil
 import tempfile
 import time
@@ -54,7 +55,10 @@ class Kind:
 
 
 def draw(strategy: Any, count: int, seed: int) -> list[Any]:
-    """Return examples of a strategy of hypothesis, always the same ones for a seed."""
+    """Return different examples of a strategy of hypothesis, always the same ones for a seed.
+
+    Hypothesis makes many examples out of the one before. So more are drawn than asked for, and a sample is returned.
+    """
     import hypothesis
     from hypothesis import HealthCheck, Phase, given, settings
 
@@ -62,7 +66,7 @@ def draw(strategy: Any, count: int, seed: int) -> list[Any]:
 
     @hypothesis.seed(seed)
     @settings(
-        max_examples=count,
+        max_examples=4 * count,
         database=None,
         deadline=None,
         phases=[Phase.generate],
@@ -72,9 +76,9 @@ def draw(strategy: Any, count: int, seed: int) -> list[Any]:
     def collect(example: Any) -> None:
         drawn.append(example)
 
-    while len(drawn) < count:  # where hypothesis has run out of different examples, it stops early
-        collect()
-    return drawn[:count]
+    collect()
+    different = list({repr(example): example for example in drawn}.values())
+    return random.Random(seed).sample(different, min(count, len(different)))
 
 
 class Results:
