@@ -236,7 +236,7 @@ def find_fault(ended: Ended, codes: Sequence[int] = (0, 1, 2)) -> str | None:
 
 def last_line(text: str) -> str:
     """Return the last line of a text that is not empty, cut to a readable length."""
-    return (text.strip().splitlines() or ["no output"])[-1].strip()[:300]
+    return (text.strip() or "no output").split("\n")[-1].strip()[:300]
 
 
 def find_refusal_fault(ended: Ended, names: Sequence[str] = ()) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from tests.campaign.artefacts import list_leaves, pick
-from tests.campaign.command_lines import MEMORY, SECONDS, VALUES, find_line_fault
+from tests.campaign.command_lines import MEMORY, SECONDS, VALUES, find_line_fault, sample
 from tests.campaign.place import Place
 from tests.campaign.processes import run_mode
 from tests.campaign.trials import Kind, Trial, draw
@@ -90,7 +90,7 @@ def make_strategy() -> Any:
     from hypothesis import strategies as st
 
     leaf = st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates(), st.sampled_from(VALUES)
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates(), sample(VALUES)
     )
     leaf = leaf.filter(lambda value: not isinstance(value, str) or not value.startswith(("/", "~", "..")))
     value = st.recursive(
@@ -104,8 +104,8 @@ def make_strategy() -> Any:
         st.tuples(st.just("value"), part, value),
         st.tuples(st.just("key"), part, leaf),
         st.tuples(st.just("drop"), part, st.none()),
-        st.tuples(st.just("text"), part, st.sampled_from(TEXTS)),
-        st.tuples(st.just("whole"), part, st.sampled_from(TEXTS)),
+        st.tuples(st.just("text"), part, sample(TEXTS)),
+        st.tuples(st.just("whole"), part, sample(TEXTS)),
         st.tuples(st.just("bytes"), part, st.binary(min_size=1, max_size=4)),
         st.tuples(st.just("cut"), part, part),
     )
