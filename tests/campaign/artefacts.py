@@ -21,6 +21,10 @@ from tests.campaign.trials import Kind, Trial, UnavailableError, draw
 
 COUNT = 720
 DAMAGES = ("flip", "flip", "cut", "empty", "zero", "swap", "append", "retype", "drop", "reshape", "remove")
+DIFFERS = "accuracies differ from the record's"
+"""What `mode eval` says of weights that give another result than their record has."""
+
+
 DTYPES = {"<f4": "<f8", "<f8": "<f4", "<i8": "<i4", "<i4": "<i8", "<u2": "<u4"}
 
 
@@ -78,7 +82,7 @@ def list_readers(place: Place) -> list[Reader]:
         Reader("records, checked", whole, ["results/records/*"], lambda folder: [*place.report(folder), "--check"]),
         Reader("records, listed", whole, ["results/records/*"], with_paths("show", "runs")),
         Reader("records, retention", whole, ["results/records/*"], with_settings("eval", "--retention")),
-        Reader("a record, trained", whole, ["results/records/mode-py-sums-*"], place.train, trained=None),
+        Reader("a record, trained", whole, ["results/records/mode-py-sums-*"], place.train, trained=trained),
     ]
 
 
@@ -93,8 +97,10 @@ def make_trials(place: Place, seed: int) -> list[Trial]:
     part = st.floats(0, 1, exclude_max=True)
     drawn = draw(st.tuples(st.sampled_from(readers), part, st.sampled_from(DAMAGES), part, part), COUNT, seed)
     trials = []
-    for reader, file, damage, where, amount in drawn:
+    for reader, file, drawn_damage, where, amount in drawn:
         path = pick(list_files(reader), file)
+        gone = drawn_damage == "remove" and path.parent.name == "records"  # a folder with fewer records is whole
+        damage = "empty" if gone else drawn_damage
         name = f"{reader.name}: {damage} at {where:.3f} of {path.relative_to(reader.start)}"
         trials.append(
             Trial(name, partial(attempt, place, reader, path, damage, where, amount, expected.get(reader.name, "")))
@@ -165,15 +171,16 @@ def attempt(
     if fault := find_fault(ended):
         return fault
     if ended.code:
-        about = [here.name, "/".join(here.parent.parts[-2:])][: 1 if here.parent.name == "records" else 2]
-        return find_refusal_fault(ended, about)
+        is_record = here.parent.name == "records"
+        about = here.stem.rpartition("-")[2] if is_record else "/".join(here.parent.parts[-2:])
+        return find_refusal_fault(ended, [here.name, about])
     if reader.trained is not None:
         difference = find_difference(folder, reader.trained) if reader.start != place.whole else None
         difference = difference or find_changed(folder, reader.trained)
         return difference and f"damage without a word: {difference}; {last_line(ended.err)}"
     printed = ended.out.replace(str(folder), "")
     wanted = expected[" ".join(words).replace(str(folder), "")]
-    if printed != wanted:
+    if printed != wanted and DIFFERS not in printed:
         pairs = zip([*printed.splitlines(), ""], [*wanted.splitlines(), ""], strict=False)
         line = next((line for line, other in pairs if line != other), "fewer lines")
         return f"damage without a word: prints {line.strip()[:200]}"

@@ -182,5 +182,5 @@ def find_difference(left: Path, right: Path) -> str | None:
     for each in (*ALIKE, "exported"):
         files = [{str(path.relative_to(place)) for path in (place / each).rglob("*")} for place in (left, right)]
         if other := sorted(files[0] ^ files[1]):
-            return f"leftover or missing: {each}/{other[0]}"
+            return f"leftover or missing: {other[0]}"
     return None
