@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # What is compiled once, tests with their assertions too, is kept for the next time, whatever the environment says.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: table1 lint check test report clean
+.PHONY: table1 lint check test campaign report clean
 
 table1: $(VENV)/ready            ## the main job: Table 1 on the embedded default
 	$(BIN)/mode reproduce table1
@@ -26,6 +26,9 @@ test: lint $(VENV)/downstream    ## the whole suite, and the committed tables ag
 	$(BIN)/mode report --check
 	$(BIN)/python -m pytest -n 2
 
+campaign: $(VENV)/ready          ## faults on purpose, about 20 minutes; goes on where it was (docs/reliability.md)
+	$(BIN)/python -m tests.campaign
+
 report: $(VENV)/ready            ## render the published tables anew from their records
 	$(BIN)/mode report paths.results=results
 
@@ -42,4 +45,4 @@ $(VENV)/downstream: $(VENV)/ready
 	touch $(VENV)/downstream
 
 clean:                           ## remove what the targets made, but for runs/ and results/
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .campaign
