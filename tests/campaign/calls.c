@@ -1,6 +1,8 @@
 /* Counts the calls that change files below a folder, and makes one of them fail or kills the process at it.
  *
- * Loaded with LD_PRELOAD. Nothing happens until campaign_arm is called. Calls are counted over all threads.
+ * Loaded with LD_PRELOAD. Nothing happens until campaign_arm is called. Calls are counted over all threads. A library
+ * that enters the kernel without the C library is not seen, such as safetensors when it renames its temporary file; the
+ * calls before and after are.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
