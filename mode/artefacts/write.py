@@ -5,6 +5,7 @@ The folder of a modular model contains the backbone's weights, or the path that 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -36,8 +37,8 @@ CARD = """# {title}
 ```python
 {imports}from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({folder!r})
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
+model = AutoModelForCausalLM.from_pretrained({folder})
+tokenizer = AutoTokenizer.from_pretrained({folder})
 ```
 """
 
@@ -88,7 +89,9 @@ def write_model(
         copy_tokenizer(place, partial, tokenizer)
         model.save_pretrained(partial, **({"embed": embed} if modular else {}))
         what, imports = describe_model(model, embed=embed), REGISTER if modular else ""
-        text = CARD.format(title=escape_markdown(title), what=what, imports=imports, folder=folder.name)
+        text = CARD.format(
+            title=escape_markdown(title), what=what, imports=imports, folder=json.dumps(folder.name, ensure_ascii=False)
+        )
         write_atomic(partial / "README.md", text.encode())
         check_reload(model, partial, folder)
         if folder.exists():
