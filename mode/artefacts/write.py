@@ -89,9 +89,8 @@ def write_model(
         copy_tokenizer(place, partial, tokenizer)
         model.save_pretrained(partial, **({"embed": embed} if modular else {}))
         what, imports = describe_model(model, embed=embed), REGISTER if modular else ""
-        text = CARD.format(
-            title=escape_markdown(title), what=what, imports=imports, folder=json.dumps(folder.name, ensure_ascii=False)
-        )
+        named = json.dumps(folder.name, ensure_ascii=False)
+        text = CARD.format(title=escape_markdown(title), what=what, imports=imports, folder=named)
         write_atomic(partial / "README.md", text.encode())
         check_reload(model, partial, folder)
         if folder.exists():
