@@ -14,7 +14,7 @@ from tests.campaign.trials import Kind, Trial
 
 PROCESSES = 4
 ROUNDS = 4
-BUSY = "another process is training this run"
+BUSY = "is training this run"
 
 
 def make_trials(place: Place, seed: int) -> list[Trial]:
