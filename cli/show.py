@@ -19,7 +19,7 @@ from cli.options import (
     reporting_errors,
     show_config,
 )
-from mode.core.files import find_paths
+from mode.core.files import expand_home, find_paths
 
 if TYPE_CHECKING:
     from mode.runs.forecast import Forecast
@@ -88,9 +88,13 @@ def tables(conf: ConfOption = None) -> None:
 def runs(overrides: Overrides = None, conf: ConfOption = None) -> None:
     """List the finished and the interrupted runs."""
     with reporting_errors():
+        from mode.config.compose import compose
         from mode.records.record import read_records
 
-        results, runs = (find_folder(name, overrides or [], conf) for name in ("results", "runs"))
+        paths = compose(overrides or [], conf).paths
+        results, runs = expand_home(paths.results), expand_home(paths.runs)
+        if not (results.is_dir() or runs.is_dir()):  # an interrupted first run leaves no results
+            results, runs = (find_folder(name, overrides or [], conf) for name in ("results", "runs"))
         records = read_records(results)
         for record in records:
             outcome = record.outcome

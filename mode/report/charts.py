@@ -33,6 +33,9 @@ from mode.tables.table import SIGNS, last_value
 METHODS = {
     "backbone": ("black", "X"),
     "sft": ("orange", "o"),
+    "wise-ft": ("orange", "<"),
+    "l2-sp": ("orange", "v"),
+    "ewc": ("orange", "^"),
     "lora": ("amber", "s"),
     "btm": ("sky", "^"),
     "cbtm": ("sky", "v"),

@@ -163,7 +163,7 @@ def correct_differences(compiled: TableData) -> list[str]:
         for column in compiled.columns:
             gap = one.minus(other, column.name)
             if gap is not None and gap.p is not None:
-                found[f"{one.label} − {other.label} on {column.heading}"] = gap.p
+                found[escape_markdown(f"{one.label} − {other.label} on {column.heading}")] = gap.p
     corrected = correct_holm(list(found.values()))
     lost = [name for (name, p), many in zip(found.items(), corrected, strict=True) if p < 0.05 <= many]
     if len(found) < 2:

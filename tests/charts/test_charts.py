@@ -65,7 +65,7 @@ def charts(tables: dict[str, TableData], records: list[Record]) -> dict[str, Cha
     for stem, compiled in tables.items():
         found |= {stem: chart_table(compiled), f"{stem} trade-off": chart_tradeoff(compiled)}
         found[f"{stem} learning"] = chart_learning(compiled, by_id)
-        gates = chart_gates(compiled)
+        gates = None if compiled.table.choose else chart_gates(compiled)  # as in `draw_figures`
         pages = split_pages(gates) if gates else []
         found |= {f"{stem} gates {number}": page for number, page in enumerate(pages)}
     for benchmark in COLLECTION.read(RESULTS):

@@ -26,7 +26,7 @@ from mode.core.tensors import load_tensors, save_tensors
 from mode.records.record import Record, read_records
 from mode.runs.execute import WEIGHTS
 from tests.conftest import DOMAINS, World
-from tests.support.refusals import check_refused
+from tests.support.refusals import check_message, check_refused
 
 HEAVY = ("torch", "transformers", "hydra", "omegaconf", "wandb", "datasets", "pandas", "rich", "pydantic", "numpy")
 LORA = ("train", "baseline", "lora")
@@ -491,7 +491,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(world: World, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 def test_show_runs_lists_the_records(world: World) -> None:
-    assert "no run in" in call(world, "show", "runs").stdout
+    check_refused(call(world, "show", "runs"), f"paths.results={world.root}/results")
     call(world, *LORA)
     (line,) = call(world, "show", "runs").stdout.splitlines()
     (record,) = records(world)
@@ -505,7 +505,11 @@ def test_report_writes_a_table_that_check_accepts_until_it_drifts(own: World) ->
         f"overrides: {json.dumps([text for text in own.overrides if not text.startswith('paths.')])}\n",
         "utf-8",
     )
-    assert call(own, "report", "mine").stderr.splitlines()[-1].endswith("make them with `mode reproduce mine`")
+    check_refused(call(own, "report", "mine"), f"paths.results={own.root}/results")
+    (own.root / "results").mkdir()
+    nothing = call(own, "report", "mine")
+    assert nothing.exit_code == 2
+    check_message(nothing.stderr.splitlines()[-1], suggestion="mode reproduce mine")
     call(own, *LORA)
     result = call(own, "report", "mine")
     assert result.exit_code == 0, result.stderr

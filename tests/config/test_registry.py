@@ -113,7 +113,7 @@ FILES = {
 }
 BROKEN = {
     "not_yaml": "not_yaml.yaml",
-    "a_list": "method._target_",
+    "a_list": "a_list.yaml",
     "no_target": "method._target_",
     "unimportable": "too old",
     "missing_class": f"{PACKAGE}.norms.Missing",

@@ -31,6 +31,7 @@ from mode.downstream.sandbox import check_isolation
 from mode.downstream.task import DEFAULT, Task, TaskScore, cut_at_stops, load_task, read_questions, render_prompt
 from mode.evaluation.generate import Sampling, generate
 from mode.evaluation.next_token import evaluate
+from mode.records.measurement import make_id
 from tests.cli.test_cli import call
 from tests.conftest import World
 from tests.support.recite import BOS, write_continuation
@@ -313,7 +314,8 @@ def result_of(**changes: Any) -> Result:
         example="Q: 1",
     )
     data = {"description": "Sums", "requirement": PIN, "licence": "CC0-1.0", "sha256": "0" * 64}
-    return Result(SCHEMA, "id", known | changes, summarise_score("exact_match", scored, 1.0), {"data": data})
+    score = summarise_score("exact_match", scored, 1.0)
+    return Result(SCHEMA, make_id(known | changes), known | changes, score, {"data": data})
 
 
 def test_the_page_shows_score_error_unparsed_version_and_prompt() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -123,8 +124,12 @@ def test_records_hold_it_whole_and_by_document(grown: Grown) -> None:
 def test_the_command_line_prints_it(grown: Grown) -> None:
     for method, record in grown.records().items():
         printed = grown.printed["backbone" if method == "untouched" else method]
-        for score in record["happened"]["scores"].values():
-            assert f"mean reciprocal rank {score['mean_reciprocal_rank']:.4f}" in printed
+        heads, *rows = [re.split(r"  +", line) for line in printed.splitlines() if line[:1] not in (" ", "r")]
+        place = heads.index("mean reciprocal rank")
+        found = {row[0]: row[place].split()[0] for row in rows}
+        assert found == {
+            name: f"{score['mean_reciprocal_rank']:.4f}" for name, score in record["happened"]["scores"].items()
+        }
 
 
 def test_a_table_shows_it_with_differences_and_intervals(grown: Grown) -> None:

@@ -15,7 +15,7 @@ from cli.app import app
 from mode.runs.tracking import list_unsynced, sync
 from tests.conftest import World
 from tests.runs.test_tracking import read_back
-from tests.support.refusals import refused
+from tests.support.refusals import check_message, check_refused, refused
 
 ROWS = (
     "[{name: backbone, label: Backbone, overrides: [method=backbone]},"
@@ -86,9 +86,11 @@ def test_a_report_run_has_the_tables_and_their_figures(own: World) -> None:
 @pytest.mark.slow
 def test_what_cannot_be_logged_is_told(own: World) -> None:
     assert "one of the two" in call(own, "report", "mine", "--check", "--wandb").stderr
-    result = call(own, "report", "mine", "--wandb")
-    assert result.exit_code == 2
-    assert "no record of mine" in result.stderr.splitlines()[-1]
+    check_refused(call(own, "report", "mine", "--wandb"), f"paths.results={own.root}/results")
+    (own.root / "results").mkdir()
+    nothing = call(own, "report", "mine", "--wandb")
+    assert nothing.exit_code == 2
+    check_message(nothing.stderr.splitlines()[-1], "mine")
 
 
 def offline_log(runs: Path, name: str) -> Path:
