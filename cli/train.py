@@ -229,6 +229,7 @@ def execute(run: Run, *, again: bool) -> None:
     from cli.progress import make_display
     from mode.launch.schedule import name_run
     from mode.runs.execute import execute as execute_run
+    from mode.runs.execute import remove_finished_checkpoint
     from mode.runs.prepare import find_finished, has_weights, prepare_run
 
     prepared = prepare_run(run)
@@ -236,6 +237,7 @@ def execute(run: Run, *, again: bool) -> None:
     warn_of_small_splits(prepared)
     trains = prepared.method.steps(run) > 0
     if record is not None and not again and (has_weights(prepared) or not trains):
+        remove_finished_checkpoint(prepared)
         where = f"; weights in {prepared.folder}" if trains else ""
         print(f"run {prepared.id} is done (--again trains it again){where}")
         print_scores(record.outcome.scores, record.request.targets)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from mode.config.check import to_yaml
 from mode.config.run import Run
 from mode.core import processes
 from mode.core.errors import ConfigError
-from mode.core.files import AGAIN, CURVE, SETTINGS, WEIGHTS, list_checkpoints, remove, write_atomic
+from mode.core.files import AGAIN, CURVE, PARTIAL, SETTINGS, WEIGHTS, list_checkpoints, remove, write_atomic
 from mode.core.locks import lock_folder
 from mode.data.contamination import measure_contamination
 from mode.methods.base import Material
@@ -63,7 +63,11 @@ def execute(
     def find_done() -> Record | None:
         record = find_finished(prepared)
         done = record is not None and not again and (has_weights(prepared) or not weights)
-        return read_finished(prepared) if processes.broadcast_decision(done) else None
+        if not processes.broadcast_decision(done):
+            return None
+        if processes.is_main():
+            remove_finished_checkpoint(prepared)
+        return read_finished(prepared)
 
     # The lock is taken for training alone, so that runs that need the same finished stage do not wait for each other.
     if (record := find_done()) is not None:
@@ -80,6 +84,18 @@ def execute(
             execute(stage, weights=True, observe=observe, wait=wait)
             needs.append(prepare_run(stage))
         return train_and_record(prepared, needs, observe, again=again)
+
+
+def remove_finished_checkpoint(prepared: Prepared) -> None:
+    """Remove the checkpoint of a finished run that was killed between writing its record and removing it.
+
+    Weights are written at the end of training alone, so a run with weights needs no checkpoint. Nothing is removed
+    while another process holds the run's lock.
+    """
+    leftovers = [*list_checkpoints(prepared.folder), *prepared.folder.glob(f".*{PARTIAL}")]
+    if leftovers and has_weights(prepared):
+        with suppress(ConfigError), lock_folder(prepared.folder):
+            remove(*list_checkpoints(prepared.folder), prepared.folder / AGAIN)
 
 
 def check_layout(settings: Train, branches: Sequence[str]) -> None:

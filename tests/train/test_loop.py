@@ -20,6 +20,7 @@ from mode.backbone.load import load_model
 from mode.config.check import replace_settings
 from mode.config.compose import compose
 from mode.core.files import list_checkpoints
+from mode.core.locks import lock_folder
 from mode.core.tensors import digest_tensors, list_trainable, load_tensors
 from mode.ops.loss import compute_hidden_states
 from mode.records.provenance import read_processor_name
@@ -160,6 +161,25 @@ def test_a_run_killed_before_its_record_stands_trains_no_step_again(
     record = execute(run, observe=lambda prepared, point: steps.append(point["step"]))
     assert steps == []
     assert [point["step"] for point in record.happened["curve"]] == [2, 4]
+
+
+@pytest.mark.parametrize("left", ["checkpoint-4", ".checkpoint-4.elsewhere-1-2.partial"])
+def test_a_run_killed_after_its_record_stands_leaves_no_checkpoint(
+    world: World, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    run = run_of(world, "method=sft")
+    with monkeypatch.context() as patch:
+        patch.setattr("mode.runs.execute.remove", lambda *paths: None)
+        execute(run)
+    folder = prepare_run(run).folder
+    assert (folder / "checkpoint-4").is_dir()
+    (folder / "checkpoint-4").rename(folder / left)
+    with lock_folder(folder):
+        if left == "checkpoint-4":
+            execute(run)  # another process may still remove it
+            assert (folder / left).is_dir()
+    execute(run)
+    assert sorted(path.name for path in folder.iterdir()) == ["curve.jsonl", "lock", "run.yaml", "weights.safetensors"]
 
 
 @pytest.mark.slow
