@@ -52,13 +52,19 @@ def find_run(name: str, runs: Path) -> Run:
     """
     known = {path.parent.name: path for path in find_paths(runs, f"*/{SETTINGS}")}
     found = [run_id for run_id in known if run_id.startswith(name)]
+    if not found and (runs / name).is_dir():
+        raise ConfigError(f"{runs / name / SETTINGS}: no such file, so nothing says which run this is")
     if len(found) != 1:
         what = "no run of that id" if not found else f"the ids of {len(found)} runs start with {name}"
         raise ConfigError(f"{name}: {what} in {runs}{suggest(name, known)}")
     path = known[found[0]]
     run: Run = from_yaml(path.read_bytes(), path)
     run = replace_settings(run, paths=replace_settings(run.paths, runs=str(runs)))
-    if (today := prepare_run(run).id) != found[0]:
+    try:
+        today = prepare_run(run).id
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if today != found[0]:
         raise ConfigError(f"{path}: with today's data and backbone, these are the settings of run {today}")
     return run
 

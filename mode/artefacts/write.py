@@ -13,6 +13,7 @@ from typing import Any
 
 from mode.artefacts.reload import check_reload
 from mode.backbone.tokenizer import BackboneTokenizer, save_bos
+from mode.core.digests import INDEX, describe_files, write_sealed
 from mode.core.errors import ConfigError
 from mode.core.escape import escape_markdown, format_code
 from mode.core.files import sync_files, write_atomic, write_partial
@@ -83,20 +84,26 @@ def write_model(
     check_loads(model, title)
     model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     modular = model.config.model_type == "mode"
-    weights = model.own_state().values() if modular and not embed else model.parameters()
-    with write_partial(folder, count_bytes(weights)) as partial:
+    tensors = model.own_state().values() if modular and not embed else model.parameters()
+    with write_partial(folder, count_bytes(tensors)) as partial:
         partial.mkdir()
         copy_tokenizer(place, partial, tokenizer)
         model.save_pretrained(partial, **({"embed": embed} if modular else {}))
-        what, imports = describe_model(model, embed=embed), REGISTER if modular else ""
-        named = json.dumps(folder.name, ensure_ascii=False)
-        text = CARD.format(title=escape_markdown(title), what=what, imports=imports, folder=named)
+        text = describe_loading(title, folder.name, describe_model(model, embed=embed), modular=modular)
         write_atomic(partial / "README.md", text.encode())
+        weights = [path.name for path in partial.glob("*.safetensors")]
+        write_sealed(partial / INDEX, {"files": describe_files(partial, weights)})
         check_reload(model, partial, folder)
         if folder.exists():
             folder.rmdir()
         sync_files(partial)
         os.replace(partial, folder)
+
+
+def describe_loading(title: str, folder: str, what: str, *, modular: bool) -> str:
+    """Return the card of a model: its heading, what it is, and how to load it from its folder."""
+    named = json.dumps(folder, ensure_ascii=False)
+    return CARD.format(title=escape_markdown(title), what=what, imports=REGISTER if modular else "", folder=named)
 
 
 def copy_tokenizer(place: Path, target: Path, tokenizer: BackboneTokenizer | None) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mode.config.backbone import Backbone
-from mode.core.digests import digest_file
+from mode.core.digests import INDEX as DIGESTS
+from mode.core.digests import digest_file, find_damage, read_sealed
 from mode.core.errors import ConfigError
 from mode.core.files import expand_home, read_json
 
@@ -108,6 +109,7 @@ def list_weight_files(folder: Path) -> list[Path]:
         raise ConfigError(
             f"{folder}: the weights are not in {WEIGHTS} or the shards of {INDEX}; save them with save_pretrained"
         )
+    check_exported(folder)
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if not (folder / INDEX).exists():
@@ -120,6 +122,19 @@ def list_weight_files(folder: Path) -> list[Path]:
     if missing := [path.name for path in paths if not path.is_file()]:
         raise ConfigError(f"{folder}: {missing[0]} is missing, which {INDEX} names; download the checkpoint again")
     return paths
+
+
+def check_exported(folder: Path) -> None:
+    """Check the weights of a folder that `mode` wrote against the digests beside them; other folders have none.
+
+    Raises:
+        ConfigError: A weight file, or the index of digests, changed since the model was written.
+    """
+    if (folder / DIGESTS).exists():
+        index = read_sealed(folder / DIGESTS)
+        damage = find_damage(folder, index["files"]) if index else f"{DIGESTS} is damaged"
+        if damage:
+            raise ConfigError(f"{folder}: {damage}; write the model again, or remove {DIGESTS} if you changed it")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -63,12 +63,12 @@ def measure_overlap(data: Packed, split: Split, others: Sequence[Packed], name: 
     """
     key = digest_chunks(part.encode() for part in (str(N), split, name, *(other.fingerprint for other in others)))[:16]
     path = data.folder / f"contamination-{key}.json"
-    content = read_sealed(path)
-    if content is None:
+    content, of = read_sealed(path), f"{data.fingerprint}-{key}"
+    if content is None or content.get("of") != of:
         if path.exists() and not is_former_share(path):
             warn(f"{path}: damaged; the share is measured again")
         texts = (other.split(name).tokens for other in others)
-        content = {"share": measure_seen_share(texts, data.split(split).tokens)}
+        content = {"of": of, "share": measure_seen_share(texts, data.split(split).tokens)}
         write_sealed(path, content)
     return float(content["share"])
 

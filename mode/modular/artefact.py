@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mode.config.method import GateSettings
+from mode.core.digests import DIGEST, digest_json
 from mode.core.errors import ConfigError
 from mode.core.escape import check_name, format_code
 from mode.core.files import WEIGHTS, read_json, write_atomic
@@ -69,7 +70,8 @@ def save_expert(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> Non
     folder.mkdir(parents=True)
     save_tensors(folder / TENSORS, tensors, {"domain": about["domain"]})
     write_atomic(folder / "README.md", CARD.format(**whole, source=format_code(str(whole["backbone"]))).encode())
-    write_atomic(folder / ABOUT, json.dumps(whole, indent=1, sort_keys=True).encode())
+    sealed = {**whole, DIGEST: digest_json(whole)}
+    write_atomic(folder / ABOUT, json.dumps(sealed, indent=1, sort_keys=True).encode())
 
 
 def read_descriptions(folder: Path) -> dict[str, dict[str, Any]]:
@@ -137,6 +139,8 @@ def read_description(folder: Path) -> dict[str, Any]:
         about = read_json(path)
     except ConfigError as error:
         raise ConfigError(f"{folder}: no readable {ABOUT}, so not an expert") from error
+    if DIGEST in about and about.pop(DIGEST) != digest_json(about):  # earlier versions wrote no digest
+        raise ConfigError(f"{path}: changed since it was written; train the expert again, or remove the key {DIGEST}")
     missing = [key for key in KEYS if key not in about]
     if missing:
         raise ConfigError(f"{path}: does not say its {missing[0]}, so not an expert that mode wrote")

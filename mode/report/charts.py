@@ -24,43 +24,12 @@ from mode.charts.chart import (
 from mode.charts.draw import render_svg
 from mode.records.contents import Point as CurvePoint
 from mode.records.record import Record
+from mode.report.colours import METHODS, OTHER, REFERENCES
 from mode.tables.compile import BACKBONE, RowResult, TableData
 from mode.tables.findings import collect_points
 from mode.tables.pareto import MEASURES, Place, Tradeoff, collect_sides, compute_tradeoff
 from mode.tables.statistics import Cell
 from mode.tables.table import SIGNS, last_value
-
-METHODS = {
-    "backbone": ("black", "X"),
-    "sft": ("orange", "o"),
-    "wise-ft": ("orange", "<"),
-    "l2-sp": ("orange", "v"),
-    "ewc": ("orange", "^"),
-    "lora": ("amber", "s"),
-    "btm": ("sky", "^"),
-    "cbtm": ("sky", "v"),
-    "btx": ("green", "P"),
-    "upcycling": ("green", "h"),
-    "bam": ("green", "d"),
-    "mole": ("pink", "<"),
-    "loramoe": ("pink", ">"),
-    "mixlora": ("pink", "p"),
-    "molora": ("pink", "8"),
-    "mov": ("pink", "H"),
-    "moelora": ("pink", "D"),
-    "mode": ("blue", "D"),
-    "mode-anchored": ("blue", "*"),
-}
-"""Colour and marker by method. The colour is that of the kind of method."""
-
-
-REFERENCES = (METHODS["sft"], METHODS["lora"])
-"""Colours and markers of the methods that every figure names."""
-
-
-OTHER = ("black", "o")
-"""Colour and marker of any other method."""
-
 
 AXES = {
     "added": "Added parameters (millions)",

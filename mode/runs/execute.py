@@ -63,11 +63,10 @@ def execute(
     def find_done() -> Record | None:
         record = find_finished(prepared)
         done = record is not None and not again and (has_weights(prepared) or not weights)
-        if not processes.broadcast_decision(done):
-            return None
-        if processes.is_main():
+        done = processes.broadcast_decision(done)
+        if done and processes.is_main():
             remove_finished_checkpoint(prepared)
-        return read_finished(prepared)
+        return read_finished(prepared) if done else None
 
     # The lock is taken for training alone, so that runs that need the same finished stage do not wait for each other.
     if (record := find_done()) is not None:

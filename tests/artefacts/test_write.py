@@ -323,7 +323,8 @@ def test_a_damaged_model_folder_is_refused_in_one_line(world: World) -> None:
     weights = whole / "model.safetensors"
     content = weights.read_bytes()
     for damage, named in {
-        lambda: weights.write_bytes(content[:-100]): str(whole),
+        lambda: weights.write_bytes(content[:-100]): "model.safetensors",
+        lambda: weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1])): "model.safetensors",
         lambda: (whole / "config.json").write_text("{", "utf-8"): "config.json",
         lambda: weights.unlink(): "model.safetensors",
     }.items():

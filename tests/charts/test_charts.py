@@ -20,7 +20,6 @@ from mode.charts.sheet import CLASSES, POINTS, Place, Side, find_colour, measure
 from mode.config.groups import list_members
 from mode.records.record import Record, read_records
 from mode.report.charts import (
-    METHODS,
     chart_gates,
     chart_learning,
     chart_run,
@@ -28,6 +27,7 @@ from mode.report.charts import (
     chart_tradeoff,
     find_method,
 )
+from mode.report.colours import METHODS
 from mode.report.page import ASSETS
 from mode.report.plan_figures import chart_plan
 from mode.tables.compile import TableData, compile_table

@@ -240,3 +240,6 @@ def test_mistakes_are_told_in_one_line(world: World) -> None:
         check_refused(call(world, *words), named)
     with refused("zzz", str(world.root / "runs")):
         find_run("zzz", world.root / "runs")
+    (world.root / "runs" / run_id / "run.yaml").unlink()
+    with refused(f"{run_id}/run.yaml"):
+        find_run(run_id, world.root / "runs")

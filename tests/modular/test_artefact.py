@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mode.artefacts.find import find_model
 from mode.config.compose import compose
+from mode.core.digests import DIGEST, digest_json
 from mode.core.tensors import load_tensors, save_tensors
 from mode.modular.artefact import load_experts, read_descriptions, save_expert
 from mode.modular.experts import extract_expert_state
@@ -93,10 +94,15 @@ def no_weights(folder: Path) -> None:
 def say(**changes: Any) -> Any:
     def edit(folder: Path) -> None:
         about = json.loads((folder / "expert.json").read_text("utf-8")) | changes
-        about = {key: value for key, value in about.items() if value is not None}
-        (folder / "expert.json").write_text(json.dumps(about), "utf-8")
+        about = {key: value for key, value in about.items() if value is not None and key != DIGEST}
+        (folder / "expert.json").write_text(json.dumps(about | {DIGEST: digest_json(about)}), "utf-8")
 
     return edit
+
+
+def edit_by_hand(folder: Path) -> None:
+    about = json.loads((folder / "expert.json").read_text("utf-8"))
+    (folder / "expert.json").write_text(json.dumps(about | {"steps": 1}), "utf-8")
 
 
 def garble(folder: Path) -> None:
@@ -108,6 +114,7 @@ DAMAGES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "changed weights": (change_weights, ("model.safetensors", "expert.json")),
     "foreign weights": (foreign_weights, ("model.safetensors",)),
     "no weights": (no_weights, ("model.safetensors",)),
+    "edited description": (edit_by_hand, ("expert.json",)),
     "garbled description": (garble, ("expert.json",)),
     "a list": (lambda folder: (folder / "expert.json").write_text("[]", "utf-8"), ("expert.json",)),
     "no domain": (say(domain=None), ("expert.json", "domain")),
