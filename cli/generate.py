@@ -25,7 +25,7 @@ def generate(
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Maximum number of tokens.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Probability mass to sample from.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the sampling.")] = 0,
     gates: Annotated[bool, typer.Option("--gates", help="Colour tokens by the branch of the largest gate.")] = False,
     layout: Annotated[
         str, typer.Option("--layout", help="alone, or mpmd: under `mode launch`, every expert in its own process.")
