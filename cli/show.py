@@ -93,8 +93,6 @@ def runs(overrides: Overrides = None, conf: ConfOption = None) -> None:
 
         paths = compose(overrides or [], conf).paths
         results, runs = expand_home(paths.results), expand_home(paths.runs)
-        if not (results.is_dir() or runs.is_dir()):  # an interrupted first run leaves no results
-            results, runs = (find_folder(name, overrides or [], conf) for name in ("results", "runs"))
         records = read_records(results)
         for record in records:
             outcome = record.outcome
@@ -105,7 +103,8 @@ def runs(overrides: Overrides = None, conf: ConfOption = None) -> None:
         unfinished = list_unfinished(runs)
         for name in unfinished:
             print(f"{name:<48} interrupted; the command that started it continues from its checkpoint")
-        if not records and not unfinished:
+        if not records and not unfinished:  # an interrupted first run leaves no folder of results
+            results, runs = (find_folder(name, overrides or [], conf) for name in ("results", "runs"))
             print(f"no run in {results} or {runs}")
 
 
