@@ -25,8 +25,12 @@ class SFT(Adaptation):
     identical_at_start: ClassVar[bool] = True
 
     def effective(self, run: Run) -> Budget:
-        """Return the plainest budget. Budgets are measured by full fine-tuning, so it trains `train.steps` steps."""
-        return Budget(policy="paper")
+        """Return the simplest budget. Budgets are measured by full fine-tuning, so it trains `train.steps` steps.
+
+        With an anchor a step takes more operations, so equal operations are fewer steps.
+        """
+        anchored = self.anchor.source != "none"
+        return run.budget if anchored and run.budget.policy == "compute" else Budget(policy="paper")
 
     def cost(self, run: Run) -> Cost:
         """Return the cost of full fine-tuning."""
