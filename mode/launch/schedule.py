@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
+import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -177,6 +179,8 @@ def list_parts(run: Run, name: str) -> tuple[str, Domain, Tokenizer, Path]:
     return name, run.domains[name], tokenizer, expand_home(run.paths.cache)
 
 
+LONGEST_FOLDER = 72
+"""Bytes of a folder's name: with the 31 that multiprocessing adds, it fits the 103 that every system takes."""
 Start = Callable[[Run, str, Any], Any]
 """Starts a run, given its id and a queue of messages; returns a process or a `RemoteJob`."""
 
@@ -194,8 +198,9 @@ def run_all(
         retries: How often a run is restarted whose process died without an error message.
 
     Raises:
-        ConfigError: A run cannot be planned.
+        ConfigError: A run cannot be planned, or the folder of temporary files has too long a name.
     """
+    check_temporary_folder()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     prepare_data(runs, jobs, context)
@@ -227,6 +232,16 @@ def run_all(
         for process in active.values():
             process.terminate()
     return outcome
+
+
+def check_temporary_folder() -> None:
+    """Refuse a folder of temporary files in which processes cannot have sockets: their paths have a limit."""
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > LONGEST_FOLDER:
+        raise ConfigError(
+            f"TMPDIR={folder} is longer than {LONGEST_FOLDER} bytes, too long for sockets between processes: "
+            f"set it to a shorter folder, such as /tmp"
+        )
 
 
 def start_process(context: Any, run: Run, run_id: str, messages: Any) -> Any:

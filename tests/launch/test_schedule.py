@@ -166,6 +166,12 @@ def test_data_are_prepared_side_by_side_and_what_cannot_be_is_left_to_planning(o
         run_all(compose_table("tiny", [0], given, own.conf), jobs=2, display=Watch())
 
 
+def test_a_temporary_folder_too_long_for_sockets_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("x" * schedule.LONGEST_FOLDER)))
+    with refused("TMPDIR"):
+        run_all([], jobs=1, display=Watch())
+
+
 # --- executing, with processes that only pretend
 
 
