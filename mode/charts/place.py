@@ -75,7 +75,7 @@ def weigh_boxes(
     """Return what every place of a label costs by itself: distance, what it covers, and what its leader crosses."""
     cost = np.array([distance(point, box) for box in boxes])
     far = cost > RADII[2]
-    crossed = np.array([(holding(blocked, traced[2:]) > 0).sum() for traced in leaders], dtype=float)
+    crossed = crossing(blocked, leaders[:, 2:])
     return np.asarray(cost + 60.0 * covering(boxes, blocked) + 9.0 * covering(boxes, soft) + far * (10 + 15 * crossed))
 
 
@@ -97,7 +97,7 @@ def settle(
                 taken = np.array([options[number][chosen[number]] for number in others])
                 drawn = np.concatenate([leaders[number][chosen[number]] for number in others])
                 cost += 1000.0 * covering(options[index], taken) + 40.0 * holding(options[index], drawn)
-                cost += 120.0 * np.array([(holding(taken, traced) > 0).sum() for traced in leaders[index]])
+                cost += 120.0 * crossing(taken, leaders[index])
             chosen[index] = int(cost.argmin())
             costs[index] = float(cost.min())
         if chosen == before:
@@ -141,11 +141,19 @@ def covering(boxes: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray
 
 def holding(boxes: NDArray[np.float64], places: NDArray[np.float64]) -> NDArray[np.float64]:
     """Count, for every box, the places that lie in it."""
-    if not len(boxes) or not len(places):
-        return np.zeros(len(boxes))
+    return np.asarray(find_inside(boxes, places).sum(axis=1), dtype=float)
+
+
+def crossing(boxes: NDArray[np.float64], leaders: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Count, for every leader, the boxes that one of its places lies in; leaders (L, places, 2)."""
+    inside = find_inside(boxes, leaders.reshape(-1, 2)).reshape(len(boxes), *leaders.shape[:2])
+    return np.asarray(inside.any(axis=2).sum(axis=0), dtype=float)
+
+
+def find_inside(boxes: NDArray[np.float64], places: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Say which places lie in which boxes, (boxes, places)."""
     x, y = places[None, :, 0], places[None, :, 1]
-    inside = (boxes[:, None, 0] < x) & (x < boxes[:, None, 2]) & (boxes[:, None, 1] < y) & (y < boxes[:, None, 3])
-    return np.asarray(inside.sum(axis=1), dtype=float)
+    return (boxes[:, None, 0] < x) & (x < boxes[:, None, 2]) & (boxes[:, None, 1] < y) & (y < boxes[:, None, 3])
 
 
 def nearest(point: tuple[float, float, float], box: Sequence[float]) -> tuple[float, float]:

@@ -230,9 +230,10 @@ def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[s
     chosen_by = [item for item in parse_overrides(overrides) if item.key in ("budget", "experiment")]
     under = [f"{item.key}={item.value}" for item in chosen_by if item.value is not None]
     table = replace(table, title=" ".join([table.title, *([f"({', '.join(under)})"] if under else [])]))
-    bare = chosen.get(BACKBONE) or []
+    bare = next(iter(chosen.get(BACKBONE, ())), None)
+    before = {} if bare is None else {metric: resample(bare.outcome.scores, metric) for metric in table.needed}
     lines = tuple(
-        compute_row(row.name, table.marked(row), chosen[row.name], bare[0] if bare else None, by_id, table.needed)
+        compute_row(row.name, table.marked(row), chosen[row.name], bare, before, by_id, table.needed)
         for row in table.rows
     )
     return TableData(
@@ -252,6 +253,7 @@ def compute_row(
     label: str,
     records: Sequence[Record],
     bare: Record | None,
+    before: Mapping[Metric, Mapping[str, NDArray[np.float64]]],
     by_id: Mapping[str, Record],
     metrics: Sequence[Metric],
 ) -> RowResult:
@@ -262,6 +264,7 @@ def compute_row(
         label: Label of the row.
         records: Records of the row, in order of seed.
         bare: Record of the untouched backbone.
+        before: Its metrics in all resamples.
         by_id: All records.
         metrics: Metrics to compute.
     """
@@ -271,7 +274,7 @@ def compute_row(
         name=name,
         label=label,
         quality=quality,
-        resampled={record.seed: resample_qualities(record, bare, metrics) for record in records},
+        resampled={record.seed: resample_qualities(record, before, metrics) for record in records},
         documents=count_effective_documents(records[0]) if records else {},
         cost={"n": len(records), **(compute_row_cost(records[0], costs) if records else {})},
         gates=average_gates(records),
@@ -339,14 +342,18 @@ def compute_qualities(record: Record, bare: Record | None, metrics: Sequence[Met
 
 
 def resample_qualities(
-    record: Record, bare: Record | None, metrics: Sequence[Metric] = (ACCURACY,)
+    record: Record, before: Mapping[Metric, Mapping[str, NDArray[np.float64]]], metrics: Sequence[Metric]
 ) -> dict[str, NDArray[np.float64]]:
-    """Return the values of `compute_qualities` in all resamples of the documents, (RESAMPLES,), by column name."""
+    """Return the values of `compute_qualities` in all resamples of the documents, (RESAMPLES,), by column name.
+
+    Args:
+        record: The record.
+        before: Metrics of the untouched backbone in all resamples; empty without a record of it.
+        metrics: Metrics to compute.
+    """
     found: dict[str, NDArray[np.float64]] = {}
     for metric in metrics:
-        scores = resample(record.outcome.scores, metric)
-        before = None if bare is None else resample(bare.outcome.scores, metric)
-        found |= combine_scores(scores, record, before, metric)
+        found |= combine_scores(resample(record.outcome.scores, metric), record, before.get(metric), metric)
     return found
 
 

@@ -75,6 +75,12 @@ def draw_resamples(domain: str, documents: int) -> NDArray[np.float64]:
     return random.multinomial(documents, [1.0 / documents] * documents, size=RESAMPLES).astype(np.float64)
 
 
+@cache
+def resample_tokens(domain: str, documents: tuple[int, ...]) -> NDArray[np.float64]:
+    """Return the tokens of every resample, (RESAMPLES,), given those of each document."""
+    return draw_resamples(domain, len(documents)) @ np.asarray(documents, np.float64)
+
+
 def resample(scores: Mapping[str, Score], metric: Metric) -> dict[str, NDArray[np.float64]]:
     """Return a metric in all resamples, (RESAMPLES,), by domain. Domains without sums of the metric are left out.
 
@@ -86,7 +92,7 @@ def resample(scores: Mapping[str, Score], metric: Metric) -> dict[str, NDArray[n
         if sums is None or count is None:
             continue
         chosen = draw_resamples(domain, len(score.document_tokens))
-        tokens = chosen @ np.asarray(score.document_tokens, np.float64)
+        tokens = resample_tokens(domain, tuple(score.document_tokens))
         # A resample of only empty documents has no metric. It is likely only if most documents are empty.
         per_token = chosen @ np.asarray(sums, np.float64) / np.maximum(tokens, 1.0)
         found[domain] = per_token if metric.per == "token" else per_token * score.tokens / count

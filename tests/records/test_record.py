@@ -489,6 +489,7 @@ def test_every_published_run_has_a_command_that_asks_for_it() -> None:
     commands = write_commands(records)
     assert records
     assert [(found, commands[found.id]) for found in records if not commands[found.id][1]] == []
+    assert len({command for command, _ in commands.values()}) == len(commands)
     for name in OLD_NAMES:
         assert not any(f"{name}=" in command for command, _ in commands.values())
 

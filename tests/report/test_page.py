@@ -333,12 +333,6 @@ def test_what_cannot_be_asked_for_again_says_why(conf: Path) -> None:
     assert told["b"][1] is False
 
 
-def test_every_published_run_has_a_command() -> None:
-    told = write_commands(read_records(RESULTS))
-    assert [text for text, runs in told.values() if not runs] == []
-    assert len({text for text, _ in told.values()}) == len(told)
-
-
 # --- in a browser
 
 
