@@ -206,8 +206,8 @@ def test_children_of_a_fork_server_end_when_their_parent_is_killed(tmp_path: Pat
 @pytest.mark.slow
 def test_a_run_that_is_interrupted_again_and_again_ends_bit_identical() -> None:
     """The runs are forked from a process of its own. `python -m tests.support.interrupts 100` sends more signals."""
-    command = [sys.executable, "-m", "tests.support.interrupts", "12"]
+    command = [sys.executable, "-m", "tests.support.interrupts", "8"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     seen = Counter(line.split()[1] for line in done.stdout.splitlines() if line.startswith("SIG"))
-    assert seen["stopped"] >= 6, done.stdout
+    assert seen["stopped"] >= 3, done.stdout

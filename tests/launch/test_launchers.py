@@ -69,7 +69,7 @@ def test_a_job_that_dies_goes_on_from_its_checkpoint_and_one_that_fails_does_not
 ) -> None:
     rows = {"wrong": ["method=lora", "method.target_modules=[q_porj]"], "sft": ["method=sft"]}
     write_table(world.conf, f"jobs-{kind}", rows, seeds=[0])
-    long = [*world.overrides, "train.steps=120"]
+    long = [*world.overrides, "train.steps=48"]
     wrong, sft = compose_table(f"jobs-{kind}", [0], long, world.conf)
     watch = Killing()
     nproc = 2 if kind == "submitit" else 1  # of submitit, a job is itself several processes

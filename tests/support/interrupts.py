@@ -23,7 +23,7 @@ import torch
 from tests.conftest import World, make_world
 from tests.house import imported  # noqa: F401  # before the first fork
 
-LONG = ["train.steps=120", "train.log_every=1", "train.checkpoint_every=5", "train.threads=1"]
+LONG = ["train.steps=60", "train.log_every=1", "train.checkpoint_every=5", "train.threads=1"]
 SIGNALS = (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOPPED = "mode: stopped; the same command continues from the last checkpoint"
 

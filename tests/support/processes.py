@@ -56,6 +56,27 @@ def run(environment: dict[str, str], program: str, arguments: tuple[str, ...], l
     exec(compile(program, "<test>", "exec"), {"__name__": "__main__"})
 
 
+def start_command(*words: str) -> Any:
+    """Start a command of `mode` in a process of one thread, which prints nothing; return the process."""
+    process = FORKS.Process(target=run_command, args=(words,))
+    process.start()
+    return process
+
+
+def run_command(words: tuple[str, ...]) -> None:
+    """Be a command of `mode`."""
+    import torch
+
+    from cli.app import main
+
+    with open(os.devnull, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv = ["mode", *words]
+    main()
+
+
 def children_of(number: int) -> list[int]:
     """Return the ids of the child processes of a process."""
     return [int(child) for child in Path(f"/proc/{number}/task/{number}/children").read_text("utf-8").split()]

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +25,7 @@ from mode.runs.execute import WEIGHTS, execute
 from mode.runs.prepare import Prepared, prepare_run
 from mode.train.checkpoint import Saver, find_tensors, load_checkpoint, read_counters
 from tests.conftest import World
+from tests.support.processes import start_command
 from tests.support.refusals import refused
 
 GOLDEN = Path(__file__).parent / "golden.json"
@@ -113,30 +110,29 @@ def test_interrupted_run_ends_bit_identical(
 
 @pytest.mark.slow
 def test_sigkill_at_any_moment_ends_bit_identical(world: World, shared_world: World, tmp_path: Path) -> None:
-    settings = ["method=mode", "train.steps=60", "train.checkpoint_every=4", "train.batch.size=16"]
+    settings = ["method=mode", "train.steps=32", "train.checkpoint_every=4", "train.batch.size=16"]
     whole = shared_world.at(tmp_path / "whole")
     expected = execute(run_of(whole, *settings))
-    names = [*world.overrides, "train.steps=60", "train.checkpoint_every=4", "train.batch.size=16"]
-    command = [sys.executable, "-m", "cli.app", "compose", *names, "--conf", str(world.conf)]
+    command = ["compose", *world.overrides, *settings[1:], "--conf", str(world.conf)]
     rng, kills = random.Random(1), 0
     runs = world.root / "runs"
-    while kills < 2:
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
+    while kills < 3:
+        process = start_command(*command)
         marks = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
-        while process.poll() is None:  # wait until it has got somewhere, then kill it at a random moment after
+        while process.is_alive():  # wait until it has got somewhere, then kill it at a random moment after
             if any(marks.get(path) != path.stat().st_mtime_ns for path in list(runs.rglob("curve.jsonl"))):
                 break
             time.sleep(0.01)
         time.sleep(rng.uniform(0.0, 0.6))
-        if process.poll() is not None:
+        if not process.is_alive():
             break
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         kills += 1
     assert kills >= 1
-    subprocess.run(command, check=True, capture_output=True)
+    last = start_command(*command)
+    last.join()
+    assert last.exitcode == 0
     resumed = execute(run_of(world, *settings))
     assert curve_of(resumed) == curve_of(expected)
     assert resumed.happened["scores"] == expected.happened["scores"]
