@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["WANDB_MODE"] = "offline"
@@ -157,6 +158,17 @@ def shared_world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def world(shared_world: World, tmp_path: Path) -> World:
     """Return the world with runs and results of the test's own."""
     return shared_world.at(tmp_path)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_reloads() -> Iterator[None]:
+    """Load written models in processes that are forked from one that has imported the libraries."""
+    from mode.artefacts import reload
+    from tests.support.processes import reload_in_fork
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reload, "subprocess", SimpleNamespace(run=reload_in_fork))
+        yield
 
 
 @pytest.fixture(scope="module")

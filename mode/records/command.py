@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from mode.config import identity
 from mode.config.compose import compose as compose_run
-from mode.config.groups import list_members, read_group
+from mode.config.groups import list_members, list_written, read_group
 from mode.config.names import rename_settings
 from mode.config.quoting import format_value
 from mode.config.registry import find_method
@@ -102,10 +102,17 @@ def find_method_name(target: str, extra: Path | None) -> str:
     Raises:
         ConfigError: There is no such YAML.
     """
-    names = [name for name in list_members("method", extra) if recorded_as(name, extra) == target]
-    if not names:
+    name = list_recorded(extra, list_written(extra)).get(target)
+    if name is None:
         raise ConfigError(f"{target}: no YAML configures this method")
-    return min(names, key=len)
+    return name
+
+
+@lru_cache
+def list_recorded(extra: Path | None, written: tuple[tuple[Path, int], ...]) -> dict[str | None, str]:
+    """Return the name of the YAML of every method by its name in records. `written` is as in `compose_groups`."""
+    shortest_last = sorted(list_members("method", extra), key=len)[::-1]
+    return {recorded_as(name, extra): name for name in shortest_last}
 
 
 def recorded_as(name: str, extra: Path | None) -> str | None:

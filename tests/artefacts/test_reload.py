@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +135,11 @@ def test_a_model_that_is_another_one_once_loaded_is_not_written(
 
 
 @pytest.mark.slow
-def test_a_folder_that_does_not_load_is_refused_in_one_line(place: Path) -> None:
+def test_a_folder_that_does_not_load_is_refused_in_one_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mode.artefacts.reload.subprocess", subprocess)  # in place of `quick_reloads`
     model = make_plain(place)
     settings = json.loads((place / CONFIG).read_text("utf-8"))
+    check_reload(model, place, "pico")
     (place / CONFIG).write_text(json.dumps(settings | {"dtype": "bfloat16"}), "utf-8")
     with refused("pico", "bfloat16", "float32"):
         check_reload(model, place, "pico")

@@ -8,9 +8,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,28 @@ def run(environment: dict[str, str], program: str, arguments: tuple[str, ...], l
     torch.set_num_threads(1)
     sys.argv = ["-c", *arguments]
     exec(compile(program, "<test>", "exec"), {"__name__": "__main__"})
+
+
+def reload_in_fork(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Load a written model as `mode.artefacts.reload` asks, in a new process that need not import the libraries."""
+    with tempfile.NamedTemporaryFile() as log:
+        process = FORKS.Process(target=reload, args=(command[-3:], log.name))
+        process.start()
+        process.join(LIMIT)
+        told = Path(log.name).read_text("utf-8", errors="replace")
+        return subprocess.CompletedProcess(command, process.exitcode, "", told)
+
+
+def reload(words: Sequence[str], log: str) -> None:
+    """Be the process that loads a written model."""
+    import torch
+
+    from mode.artefacts.reload import write_logits
+
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    write_logits(*map(Path, words))
 
 
 def start_command(*words: str) -> Any:
