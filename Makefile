@@ -20,11 +20,11 @@ lint: $(VENV)/ready              ## format, lint, types, layers, spelling
 	$(BIN)/codespell
 
 check: lint                      ## the quick round: lint and fast tests
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test: lint $(VENV)/downstream    ## the whole suite, and the committed tables against their records
 	$(BIN)/mode report --check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 campaign: $(VENV)/ready          ## faults on purpose, about 20 minutes; goes on where it was (docs/reliability.md)
 	$(BIN)/python -m tests.campaign

@@ -141,6 +141,7 @@ def test_exactly_what_is_declared_trains_and_the_rest_stays_bit_identical(world:
     assert {key for key in names if not key.endswith(("q_proj.weight", "k_proj.weight"))} <= moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_trained_weights_restore_to_the_scores_of_the_record(world: World, name: str) -> None:
     from mode.runs.fit import score_domains
@@ -230,6 +231,7 @@ def test_every_lora_adapter_keeps_the_backbone_weights(world: World) -> None:
     assert fingerprint_model(bare) == fingerprint_model(load_model(run_of(world, "lora").backbone))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["copy", pytest.param("random", marks=pytest.mark.slow)])
 def test_experts_that_begin_alike_grow_apart(world: World, init: str) -> None:
     more = (f"method.init={init}", "method.num_blocks=6", "train.steps=3")

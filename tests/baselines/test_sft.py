@@ -11,6 +11,7 @@ from mode.runs.prepare import prepare_run
 from tests.conftest import World
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anchored", [False, True])
 def test_budgets_with_the_same_steps_are_one_run_and_others_are_not(world: World, anchored: bool) -> None:
     steps: dict[str, int] = {}

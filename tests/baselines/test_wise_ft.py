@@ -28,6 +28,7 @@ def run_of(world: World, *overrides: str) -> Any:
     return compose([*world.overrides, "method=wise-ft", *overrides], world.conf)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
 def test_every_weight_is_on_the_line_from_the_backbone_to_the_tuned_model(world: World, alpha: float) -> None:
     run = run_of(world, f"method.alpha={alpha}")
@@ -43,6 +44,7 @@ def test_every_weight_is_on_the_line_from_the_backbone_to_the_tuned_model(world:
     assert record.outcome.scores == execute(sft.run).outcome.scores or alpha < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["paper", "data", "compute"])
 def test_its_fine_tuning_has_all_steps_under_every_budget(world: World, budget: str) -> None:
     run = run_of(world, f"budget={budget}")

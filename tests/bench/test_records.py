@@ -118,6 +118,7 @@ def test_a_swapped_expert_is_as_if_it_had_been_composed(world: World) -> None:
     assert (logits(model) - before).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("leaves", "comes", "settings", "named"),
     [

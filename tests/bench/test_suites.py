@@ -111,6 +111,7 @@ def test_damaged_random_weights_are_reported_and_drawn_again(
     assert str(folder) in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_random_weights_have_no_tokenizer_and_say_so_in_one_line(world: World) -> None:
     result = call(world, "train", "expert", "--domain", "py", "backbone=llama-14m")
     assert result.exit_code == 2

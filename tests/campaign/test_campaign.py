@@ -91,6 +91,7 @@ def test_a_broken_command_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "exit code -9" in str(find_fault(run_mode(["show", "tables"], tmp_path)))
 
 
+@pytest.mark.slow
 def test_a_command_that_does_not_end_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def loop(*arguments: object) -> None:
         while True:
@@ -138,6 +139,7 @@ def test_damage_changes_a_file(name: str, damage: str, tmp_path: Path) -> None:
     assert (path.read_bytes() if path.exists() else None) != before
 
 
+@pytest.mark.slow
 def test_examples_are_the_same_for_a_seed() -> None:
     from hypothesis import strategies as st
 
@@ -163,6 +165,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("action", "number", "code", "out", "files"),
     [

@@ -227,6 +227,7 @@ def test_a_mistake_of_usage_ends_with_one_line_that_names_it(world: World, name:
     assert [part for part in expected if part not in line] == [], line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "text", "expected"),
     [
@@ -304,6 +305,7 @@ def test_importing_the_command_line_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_what_is_asked_is_checked_without_torch() -> None:
     script = (
         "import sys; from mode.config.compose import compose; compose(['method=mode']); print('torch' in sys.modules)"
@@ -536,6 +538,7 @@ def test_data_show_tells_size_licence_and_fingerprint(world: World) -> None:
     assert (Path(prepared[-1]) / "meta.json").exists()
 
 
+@pytest.mark.slow
 def test_a_split_of_few_documents_is_warned_of_by_show_and_by_a_run(world: World) -> None:
     conf = world.root / "few"
     shutil.copytree(world.conf, conf)

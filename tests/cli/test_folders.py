@@ -11,6 +11,7 @@ from cli.app import app
 from tests.support.refusals import check_refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "name"),
     [

@@ -86,6 +86,7 @@ def test_any_file_that_is_not_yaml_is_named(conf: Path, name: str) -> None:
             read()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("defaults", ["null", "{a: 1}", "[{1: 2}]", "[nothing]", "[null]", "3"])
 def test_a_wrong_list_of_defaults_is_refused_by_name(conf: Path, defaults: str) -> None:
     (conf / "experiment").mkdir()

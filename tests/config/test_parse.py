@@ -38,6 +38,7 @@ def write(conf: Path, group: str, name: str, text: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENDLESS)
 @pytest.mark.parametrize("group", READERS)
 def test_endless_yaml_is_refused_at_once(group: str, kind: str, tmp_path: Path) -> None:

@@ -197,6 +197,7 @@ def test_it_is_listed_beside_the_projects_own_whatever_else_is_broken(site: Path
     assert not (site / PACKAGE / "sprung").exists()  # what no entry point registers is not imported
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name == "unregistered" else pytest.param(name, marks=pytest.mark.slow) for name in BROKEN]
 )

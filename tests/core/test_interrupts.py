@@ -62,6 +62,7 @@ class Destructor:
         sum(range(1000))  # the handler runs here
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_in_a_destructor_is_not_lost() -> None:
     with interrupted():

@@ -14,6 +14,7 @@ from mode.core.locks import LOCK, lock_folder
 from tests.support.refusals import refused
 
 
+@pytest.mark.slow
 def test_a_lock_is_refused_or_waited_for_and_names_its_holder(tmp_path: Path) -> None:
     folder, waited, order = tmp_path / "run", [], []
     with lock_folder(folder):

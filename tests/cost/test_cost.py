@@ -98,6 +98,7 @@ def check(run: Run, model: Any) -> None:
     assert cost.added == cost.total - read_shape(run.backbone).parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 )

@@ -237,6 +237,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test.bin", "train.bin", "validation.starts.npy", "meta.json"])
 @pytest.mark.parametrize("damage", [zero, truncate, flip, Path.unlink])
 def test_a_damaged_domain_is_reported_and_prepared_again(

@@ -112,6 +112,7 @@ def test_a_launcher_that_is_wrong_says_where(tmp_path: Path, text: str, named: t
         read_launcher("mine", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_launcher_that_is_not_there_is_told_with_the_nearest(world: World) -> None:
     result = call(world, "reproduce", "table1", "--launcher", "slrum")
     check_refused(result, "--launcher slrum", suggestion="slurm")

@@ -314,6 +314,7 @@ def test_a_child_tells_a_mistake_in_one_line_and_keeps_the_traceback_of_anything
     assert "Traceback" in log.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_runs_that_stand_on_the_same_finished_stage_do_not_meet_at_its_lock(own: World) -> None:
     write_table(own.conf, "one", {"sft": ["method=sft"]})
     run = runs_of(own, "one")[0]

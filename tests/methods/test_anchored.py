@@ -88,6 +88,7 @@ def test_a_divergence_is_that_of_whole_distributions(cap: float | None, tokens: 
 # --- the loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 @pytest.mark.parametrize("anchored", [[0, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1]])
 def test_the_loss_is_the_mean_over_rows_of_cross_entropy_or_weighted_divergence(

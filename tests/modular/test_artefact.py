@@ -185,6 +185,7 @@ def test_mistakes_of_naming_are_told_in_one_line(
     assert_nothing_ran(world)
 
 
+@pytest.mark.slow
 def test_an_expert_of_one_domain_takes_its_own_share_of_equal_tokens(world: World, handed: Path) -> None:
     given = [*world.overrides, "method=mode", "budget=data", "train.steps=6", f"method.experts=['{handed}']"]
     run = compose(given, world.conf)

@@ -59,6 +59,7 @@ def test_agrees_with_slow_reference(world: World, num_experts: int, num_blocks: 
     assert (logits(model)[0].double() - expected).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_agrees_with_slow_reference_on_other_families(family: str) -> None:
     from tests.backbone.test_families import IDS as FAMILY_IDS

@@ -64,6 +64,7 @@ def both(model: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[A
     return some, whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{"top_k": 1}, *(pytest.param(each, marks=pytest.mark.slow) for each in ({"top_k": 2, "renormalize": False}, P))],

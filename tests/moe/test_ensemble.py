@@ -101,6 +101,7 @@ def test_scores_are_those_of_the_forward_pass_however_they_are_chunked(chunk: in
     assert torch.equal(scores.hit, (logs.argmax(-1) == targets).flatten())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen2"])
 @pytest.mark.parametrize("settings", [{}, {"top_k": 1}])
 def test_decoding_with_a_cache_is_the_same(family: str, settings: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ def passed(model: Any, kind: torch.dtype | None) -> list[torch.Tensor]:
     return [states.detach(), *(each.grad.clone() for each in model.parameters() if each.grad is not None)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bits_are_the_librarys(family: str, kind: torch.dtype | None) -> None:

@@ -85,6 +85,7 @@ def test_frozen_matrices_alone_are_quantized_each_once_and_take_a_quarter(world:
     assert not StepOptions(model, run.train, half=True).bf16_weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_matrices_that_are_quantized(family: str) -> None:
     model, plain = (make_model(family).eval().requires_grad_(False) for _ in range(2))

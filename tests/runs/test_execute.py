@@ -81,6 +81,7 @@ def swap(one: Path, other: Path) -> None:
     aside.rename(other)
 
 
+@pytest.mark.slow
 def test_a_run_is_not_taken_for_another_whose_files_are_in_its_folder(world: World) -> None:
     first, second = (
         prepare_run(compose_run([*world.overrides, "method=lora", f"seed={seed}"], world.conf)) for seed in (0, 1)
@@ -100,6 +101,7 @@ def test_a_run_is_not_taken_for_another_whose_files_are_in_its_folder(world: Wor
             find_run(prepared.id, prepared.folder.parent)
 
 
+@pytest.mark.slow
 def test_an_expert_of_another_seed_is_not_composed(world: World) -> None:
     runs = [compose_run([*world.overrides, "method=mode", f"seed={seed}"], world.conf) for seed in (0, 1)]
     stages = [prepare_run(prepare_run(run).method.needs(run)[0]) for run in runs]

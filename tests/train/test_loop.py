@@ -159,6 +159,7 @@ def test_a_run_killed_before_its_record_stands_trains_no_step_again(
     assert [point["step"] for point in record.happened["curve"]] == [2, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["checkpoint-4", ".checkpoint-4.elsewhere-1-2.partial"])
 def test_a_run_killed_after_its_record_stands_leaves_no_checkpoint(
     world: World, monkeypatch: pytest.MonkeyPatch, left: str
