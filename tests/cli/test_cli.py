@@ -84,7 +84,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown method": (("train", "baseline", "lroa"), ("method=lroa", "lora?")),
     "unknown method setting": ((*LORA, "method.rnk=4"), ("method.rnk", "method.rank?")),
     "unknown setting with plus": ((*LORA, "+method.rnk=4"), ("method.rnk", "method.rank?")),
-    "out of bounds": ((*LORA, "train.lr=-1"), ("train.lr=-1", "greater than 0")),
+    "out of bounds": ((*LORA, "train.lr=-1"), ("train.lr=-1",)),
     "wrong type": ((*LORA, "seed=a"), ("seed=a", "integer")),
     "comma without sweep": ((*LORA, "train.lr=1e-4,2e-4"), ("train.lr=1e-4,2e-4", "--sweep", "[1e-4,2e-4]")),
     "foreign target": (
@@ -94,7 +94,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "two kinds of domains": ((*LORA, "-d", "py", "targets=[sums]"), ("py", "targets=[sums]")),
     "domain as an override": ((*LORA, "-d", "py", "domain=sums"), ("py", "domain=sums")),
     "domain without flag": ((*LORA, "domain=sums"), ("domain=sums", "targets=[sums]")),
-    "no domain named": ((*LORA, "-d", ","), ("--domain ,", "no domain is named")),
+    "no domain named": ((*LORA, "-d", ","), ("--domain ,",)),
     "experiment of another method": (
         ("train", "expert", "-d", "py", "experiment=of_lora"),
         ("method=mode", "experiment=of_lora", "method=lora"),
@@ -115,7 +115,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "seeds not numbers": (("reproduce", "table1", "seeds=[a]"), ("seeds=[a]", "seeds=[0,1,2]")),
     "seeds equal": (("reproduce", "table1", "seeds=[1,1]"), ("seeds=[1,1]", "different")),
     "no folder": ((*LORA, "backbone.path=./nowhere"), ("backbone.path=./nowhere", "config.json")),
-    "other architecture": ((*LORA, "backbone.path={root}/alien"), ("mamba is not supported", "llama")),
+    "other architecture": ((*LORA, "backbone.path={root}/alien"), ("mamba", "llama")),
     "unknown backbone": ((*LORA, "backbone=pic"), ("backbone=pic", "pico?")),
     "unknown budget": ((*LORA, "budget=dat"), ("budget=dat", "data?")),
     "malformed": ((*LORA, "foo"), ("foo", "KEY=VALUE")),
@@ -132,14 +132,14 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("train.batch.size=3", "train.batch.gradient_accumulation_steps=2"),
     ),
     "no conf folder": ((*LORA, "--conf", "{root}/nowhere"), ("--conf", "nowhere")),
-    "expert of two": (("train", "expert"), ("one domain", "['py', 'sums']", "--domain")),
-    "expert of two by flag": (("train", "expert", "-d", "py,sums"), ("one domain", "['py', 'sums']", "--domain")),
+    "expert of two": (("train", "expert"), ("['py', 'sums']", "--domain")),
+    "expert of two by flag": (("train", "expert", "-d", "py,sums"), ("['py', 'sums']", "--domain")),
     "two experts in stage 1": (
         ("train", "expert", "-d", "py", "method.num_experts=2"),
         ("method.num_experts=1", "method.num_experts=2"),
     ),
-    "sweep of a glob": ((*LORA, "--sweep", "train.lr=glob(*)"), ("glob(*)", "only commas, choice() and range()")),
-    "one bad run of a sweep": ((*LORA, "--sweep", "train.lr=1e-3,-1"), ("train.lr=-1", "greater than 0")),
+    "sweep of a glob": ((*LORA, "--sweep", "train.lr=glob(*)"), ("glob(*)", "choice()", "range()")),
+    "one bad run of a sweep": ((*LORA, "--sweep", "train.lr=1e-3,-1"), ("train.lr=-1",)),
     "unwritable": ((*LORA, "paths.cache=/dev/null/cache"), ("/dev/null", "Not a directory")),
     "downstream and retention": (
         ("eval", "--downstream", "--retention"),
@@ -154,8 +154,8 @@ USAGE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown command": (("trian",), ("No such command 'trian'", "'train'?")),  # codespell:ignore trian
     "unknown subcommand": (("train", "exprt"), ("No such command 'exprt'", "'expert'?")),
     "unknown flag": ((*LORA, "--agian"), ("No such option: --agian", "--again")),
-    "no question": (("eval", "--downstream", "--limit", "0"), ("--limit", "greater than or equal to 1")),
-    "negative jobs": (("reproduce", "table1", "--jobs", "-1"), ("--jobs", "greater than or equal to 0")),
+    "no question": (("eval", "--downstream", "--limit", "0"), ("--limit", "1")),
+    "negative jobs": (("reproduce", "table1", "--jobs", "-1"), ("--jobs", "0")),
 }
 
 
@@ -234,7 +234,7 @@ def test_a_mistake_of_usage_ends_with_one_line_that_names_it(world: World, name:
         ("domain/mine.yaml", "description: [", ("not YAML", "domain/mine.yaml", "line 2")),
         ("domain/mine.yaml", "- a list", ("domain/mine.yaml",)),
         ("domain/my text.yaml", "", ("my text.yaml", "letters, digits")),
-        ("domain/2nd.yaml", "", ("2nd.yaml", "starts with a letter")),
+        ("domain/2nd.yaml", "", ("2nd.yaml",)),
         ("domain/code.yaml", "", ("code.yaml",)),
         ("domain/mine.yaml", "description: x", ("domains.mine.licence",)),
         ("domain/mine.yaml", "descr: x", ("domains.mine.descr", "domains.mine.description?")),
@@ -366,8 +366,7 @@ def test_experts_may_be_of_any_settings_of_the_method(world: World, words: tuple
     method = yaml.safe_load(found.stdout)["method"]
     assert (method["anchor"]["source"], method["gate"]["reads"]) == ("self", "output")
     assert method["start"] == ("fresh" if "expert" in words else "experts")
-    wrong = call(world, *words, "method=sft", "--print-config")
-    assert (wrong.exit_code, "the two must agree" in wrong.stderr) == (2, True)
+    check_refused(call(world, *words, "method=sft", "--print-config"), "method=sft")
 
 
 def test_a_sweep_may_go_over_experiments_that_agree_with_the_command(trap: World) -> None:
