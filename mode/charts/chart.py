@@ -92,6 +92,7 @@ class Series:
         style: How it looks.
         level: Whether it is a height to compare with: a line at its first point, across the panel.
         strong: Whether its name is set in bold.
+        steps: Whether its line keeps the height of a point up to the next point.
     """
 
     label: str
@@ -99,6 +100,7 @@ class Series:
     style: Style
     level: bool = False
     strong: bool = False
+    steps: bool = False
 
 
 @dataclass(frozen=True)

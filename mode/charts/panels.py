@@ -241,7 +241,7 @@ def draw_series(sheet: Sheet, frame: Frame, series: Series) -> None:
         sheet.line([[(frame.plot[0], y), (frame.plot[2], y)]], *choose_line(series))
         return
     if series.style.line and len(series.points) > 1:
-        sheet.line([[frame.place(point.x, point.y) for point in series.points]], *choose_line(series))
+        sheet.line([trace_line(frame, series)], *choose_line(series))
     bars = [bar for point in series.points for bar in trace_bars(frame, point)]
     if bars and series.style.colour:
         sheet.line(bars, find_colour(series.style), 1.0)
@@ -249,6 +249,15 @@ def draw_series(sheet: Sheet, frame: Frame, series: Series) -> None:
         for point in series.points:
             radius = choose_radius(series.style, point.size)
             sheet.mark(frame.place(point.x, point.y), series.style, radius, point.note)
+
+
+def trace_line(frame: Frame, series: Series) -> list[Place]:
+    """Return the corners of a series' line."""
+    places = [frame.place(point.x, point.y) for point in series.points]
+    if not series.steps:
+        return places
+    corners = [corner for before, after in pairwise(places) for corner in (before, (after[0], before[1]))]
+    return [*corners, places[-1]]
 
 
 def trace_bars(frame: Frame, point: Point) -> Iterator[list[Place]]:

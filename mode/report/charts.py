@@ -27,6 +27,7 @@ from mode.records.record import Record
 from mode.report.colours import METHODS, OTHER, REFERENCES
 from mode.tables.compile import BACKBONE, RowResult, TableData
 from mode.tables.findings import collect_points
+from mode.tables.frontier import MOST, list_frontiers
 from mode.tables.pareto import MEASURES, Place, Tradeoff, collect_sides, compute_tradeoff
 from mode.tables.statistics import Cell
 from mode.tables.table import SIGNS, last_value
@@ -268,14 +269,37 @@ def chart_curves(compiled: TableData) -> Chart:
     return Chart(compiled.table.title, panels, columns=3, size=size)
 
 
+def chart_frontiers(compiled: TableData) -> Chart | None:
+    """Return the chart of the best target accuracy over the tolerated loss, a line a method; None without frontiers."""
+    frontiers = [each for each in list_frontiers(compiled) if each.mean_gain > 0.0] if compiled.table.frontiers else []
+    if not frontiers:
+        return None
+    ranked = sorted(frontiers, key=lambda each: -each.mean_gain)
+    styles = make_styles({each.label: find_method(compiled, each.rows[0].name) for each in ranked}, line=True)
+    series = [
+        Series(
+            each.label if each.label in styles else "",
+            [Point(loss, target) for loss, target in each.steps],
+            styles.get(each.label, CONTEXT_STYLE),
+            steps=True,
+        )
+        for each in frontiers
+    ]
+    others, adapted = collect_sides(compiled)
+    across, up = Axis(f"Tolerated loss on {others} (points)"), Axis(f"Best target accuracy: {adapted} (%)")
+    panel = Panel("", across, up, series)
+    note = f"Markers: the best setting of a method at its loss. Lines end at {MOST:g} points."
+    return Chart(compiled.table.title, [panel], names="ends", size=(4.6, 3.4), note=note)
+
+
 def chart_to_svg(chart: Chart | HeatMaps | None) -> Markup:
     """Return a chart as SVG for a page; empty without a chart."""
     return Markup('<figure class="chart">{}</figure>').format(Markup(render_svg(chart))) if chart else Markup("")
 
 
 def chart_table(compiled: TableData) -> Chart:
-    """Return the chart of a table: its curves if it has any, else target accuracy over retention."""
-    return chart_curves(compiled) if compiled.table.curves else chart_tradeoff(compiled)
+    """Return the chart of a table: its curves, its frontiers, or else target accuracy over retention."""
+    return chart_curves(compiled) if compiled.table.curves else chart_frontiers(compiled) or chart_tradeoff(compiled)
 
 
 def chart_gates(compiled: TableData) -> HeatMaps | None:

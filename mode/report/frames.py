@@ -10,8 +10,9 @@ from typing import Any
 import pandas as pd
 
 from mode.data.contamination import PRETRAINING
-from mode.tables.columns import RETENTION, Column
+from mode.tables.columns import RETENTION, TARGET, Column
 from mode.tables.compile import BACKBONE, RowResult, TableData
+from mode.tables.frontier import LOSSES, MOST, find_leader, get_mean, list_frontiers
 
 COST_COLUMNS = {
     "total": "Total M",
@@ -189,10 +190,33 @@ def add_average(values: Mapping[str, float]) -> dict[str, float]:
     return {**named, "Average": round(statistics.fmean(values.values()), 2)}
 
 
+FRONTIER_NOTE = (
+    "Frontiers: the best mean accuracy on the targets of a method's settings that lose at most so many points of "
+    f"retention (a dash: none of them gains), and the gain over the untouched backbone as a mean over tolerated losses "
+    f"from 0 to {MOST:.0f} points. Settings: those with a record, of those in the table. Bold: ahead of every other "
+    "method beyond noise."
+)
+
+
 ROUTING_NOTE = (
     "Routers on the scored text, means over layers and seeds: experts that a token's router gave any weight, and the "
     "entropy of its weights over that of equal ones."
 )
+
+
+def make_frontier_frame(compiled: TableData, *, strong: str = "{}") -> pd.DataFrame | None:
+    """Return the table of frontiers; None if the table does not ask for them."""
+    frontiers = list_frontiers(compiled) if compiled.table.frontiers else []
+    leaders = {loss: find_leader(frontiers, loss) for loss in LOSSES}
+    rows = []
+    for frontier in frontiers:
+        row = {"Frontier": frontier.label, "Settings": f"{len(frontier.rows)} of {frontier.settings}"}
+        for loss in LOSSES:
+            best = frontier.find_best(loss)
+            text = "–" if best is None else f"{get_mean(best, TARGET):.2f}"
+            row[f"Targets at −{loss:g}"] = strong.format(text) if leaders[loss] is frontier else text
+        rows.append(row | {f"Mean gain to −{MOST:.0f}": f"{frontier.mean_gain:.2f}" if frontier.rows else "–"})
+    return pd.DataFrame(rows) if rows else None
 
 
 def make_routing_frame(compiled: TableData) -> pd.DataFrame | None:

@@ -13,15 +13,17 @@ from mode.records.metrics import ACCURACY, Metric
 from mode.report.frames import (
     CONTAMINATION_NOTE,
     COST_NOTE,
+    FRONTIER_NOTE,
     ROUTING_NOTE,
     make_contamination_frame,
     make_cost_frame,
     make_frame,
+    make_frontier_frame,
     make_interval_frame,
     make_published_frame,
     make_routing_frame,
 )
-from mode.tables.columns import AVERAGE, RETENTION, Column
+from mode.tables.columns import AVERAGE, RETENTION, TARGET, Column
 from mode.tables.compile import TableData
 from mode.tables.findings import list_findings
 from mode.tables.statistics import FEW, FEWEST, correct_holm
@@ -35,6 +37,8 @@ def render_markdown(compiled: TableData) -> str:
     if compiled.table.differences:
         parts += ["", "95 % intervals of the differences over documents:", ""]
         parts += [align_frame(make_interval_frame(compiled))]
+    if (frontiers := make_frontier_frame(compiled, strong="**{}**")) is not None:
+        parts += ["", FRONTIER_NOTE, "", align_frame(frontiers)]
     parts += ["", COST_NOTE, "", align_frame(make_cost_frame(compiled))]
     if compiled.contamination:
         parts += ["", CONTAMINATION_NOTE, "", align_frame(make_contamination_frame(compiled))]
@@ -98,7 +102,7 @@ def write_notes(compiled: TableData) -> list[str]:
     for note, sign in compiled.table.notes.items():
         lines += ["", f"{sign} {escape_html(note)}"]
     if compiled.table.choose:
-        lines += ["", *list_chosen_settings(compiled)]
+        lines += [line for sentence in list_chosen_settings(compiled) for line in ("", sentence)]
     astray = [line.name for line in compiled.lines if line.astray]
     if astray:
         lines += ["", f"Tokens or operations more than 1 % off the forecast: {', '.join(astray)}."]
@@ -181,18 +185,21 @@ def write_overlap_note(domains: Sequence[str]) -> str:
 
 
 def list_chosen_settings(compiled: TableData) -> list[str]:
-    """Return a sentence with the best setting of each method: of the rows `method@setting`, by average accuracy."""
+    """Return the best setting of each method, of the rows `method@setting`: by average accuracy and by the targets."""
+    columns = {AVERAGE: "the average over all domains", TARGET: "the targets alone"}
+    found = {what: find_best_settings(compiled, column) for column, what in columns.items()}
+    return [f"Chosen by {what}: {'; '.join(chosen)}." for what, chosen in found.items() if chosen]
+
+
+def find_best_settings(compiled: TableData, column: str) -> list[str]:
+    """Return the setting of each method that is best in a column, with its value, as text."""
     best: dict[str, tuple[float, str]] = {}
     for line in compiled.lines:
         method, at, setting = line.name.partition("@")
-        value = line.cell("average")
+        value = line.cell(column)
         if at and value is not None:
             best[method] = max(best.get(method, (-math.inf, "")), (value.mean, setting))
-    return [
-        "Chosen by the average over all domains: "
-        + "; ".join(f"{method} {setting} ({value:.2f})" for method, (value, setting) in best.items())
-        + "."
-    ]
+    return [f"{method} {setting} ({value:.2f})" for method, (value, setting) in best.items()]
 
 
 def render_latex(compiled: TableData) -> str:

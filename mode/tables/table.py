@@ -114,6 +114,7 @@ class Table:
         claims: Claims of the publication to test.
         curves: Panels of the figure, in place of target accuracy over retention.
         choose: Whether to name, for each method, the row `method@setting` with the best average accuracy.
+        frontiers: Whether to compare methods by what their rows `method@setting` reach at every loss of retention.
         published: Values from the publication.
     """
 
@@ -129,6 +130,7 @@ class Table:
     claims: tuple[Claim, ...] = ()
     curves: tuple[Curves, ...] = ()
     choose: bool = False
+    frontiers: bool = False
     published: Published | None = None
 
     @property
