@@ -17,6 +17,19 @@ MAX_NODES = 100_000
 """Maximum number of values, lists and mappings. An alias counts as all that it stands for."""
 
 
+class UniqueLoader(yaml.SafeLoader):
+    """Loader of plain data that refuses a mapping with the same key twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping as plain data."""
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def parse_yaml(text: str | bytes, place: Path | str) -> Any:
     """Return the content of YAML as plain data.
 
@@ -28,12 +41,13 @@ def parse_yaml(text: str | bytes, place: Path | str) -> Any:
         place: Where the YAML is, for messages.
 
     Raises:
-        ConfigError: The text is not UTF-8, is not YAML, is nested too deeply, or its aliases stand for too much.
+        ConfigError: The text is not UTF-8, is not YAML, has a key twice, is nested too deeply, or its aliases stand for
+            too much.
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
         check_nodes(text, place)
-        return yaml.safe_load(text)
+        return yaml.load(text, UniqueLoader)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{place}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number or a date that Python cannot hold

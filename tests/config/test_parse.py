@@ -66,6 +66,18 @@ def test_other_yaml_is_not_the_settings_of_a_run(text: str) -> None:
     assert from_yaml(to_yaml(run)) == run
 
 
+@pytest.mark.parametrize("text", ["a: 1\na: 2", "x: {b: 1, c: 2, b: 3}", "- {? [a] : 1, d: 1, 'd': 2}"])
+def test_a_key_that_stands_twice_is_refused_with_its_line(text: str, tmp_path: Path) -> None:
+    key = text[text.rindex(":") - 1].replace("'", "d")
+    with refused("x.yaml", f"the key {key}", f"line {len(text.splitlines())}"):
+        parse_yaml(text, "x.yaml")
+    assert parse_yaml("{a: &x {b: 1}, c: {<<: *x, b: 2}}", "x.yaml") == {"a": {"b": 1}, "c": {"b": 2}}
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "mine.yaml").write_text(text, "utf-8")
+    with refused("mine.yaml"):
+        compose(["method=mine"], tmp_path)
+
+
 def test_aliases_are_counted_as_what_they_stand_for() -> None:
     assert parse_yaml(f"{NINE}b: [*a0, *a0]\n", "a")["b"] == [list(range(1, 10))] * 2
     parse_yaml(f"a: {'[' * (MAX_DEPTH - 1)}{']' * (MAX_DEPTH - 1)}", "a")
