@@ -23,7 +23,7 @@ check: lint                      ## the quick round: lint and fast tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test: lint $(VENV)/downstream    ## the whole suite, and the committed tables against their records
-	$(BIN)/mode report --check
+	$(BIN)/mode report --check paths.results=results
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 campaign: $(VENV)/ready          ## faults on purpose, about 20 minutes; goes on where it was (docs/reliability.md)

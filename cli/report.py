@@ -57,8 +57,8 @@ def report(
         if asked and not html and not results.is_dir():  # --html makes the folder of its page
             raise ConfigError(f"paths.results={results}: no such folder")
         if check:
-            chosen = results if asked else PUBLISHED
-            check_published(chosen, [table] if table else names, conf)
+            own = asked or any((results / "records").glob("*.json"))
+            check_published(results if own else PUBLISHED, [table] if table else names, conf)
             return
         folder = table if table in COLLECTIONS else "records"
         published = not any((results / folder).glob("*.json")) and any((PUBLISHED / folder).glob("*.json"))
@@ -148,13 +148,14 @@ def check_published(results: Path, names: Sequence[str], conf: Path | None) -> N
     from mode.report.render import check_tables
 
     tables = [name for name in names if name not in COLLECTIONS]
-    stale = check_tables(results, tables, conf) if tables else []
+    complete = len(names) == 1 or (PUBLISHED.is_dir() and results.is_dir() and results.samefile(PUBLISHED))
+    stale = check_tables(results, tables, conf, complete=complete) if tables else []
     stale += [path for name in names if name in COLLECTIONS for path in find_collection(name).stale(results)]
     if stale:
         raise ConfigError(
             f"{stale[0]} does not follow from the records beside it: run `mode report` to render it again"
         )
-    print(f"every table in {results} follows from its records")
+    print(f"every {'' if complete else 'rendered '}table in {results} follows from its records")
 
 
 def render_tables(

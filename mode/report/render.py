@@ -105,13 +105,16 @@ def list_gates(base: Path) -> list[Path]:
     return [path for path in (first, *others) if path.exists()]
 
 
-def check_tables(results: Path, names: Sequence[str], extra: Path | None = None) -> list[Path]:
-    """Return the paths of committed table files that differ from a new rendering of the records.
+def check_tables(
+    results: Path, names: Sequence[str], extra: Path | None = None, *, complete: bool = True
+) -> list[Path]:
+    """Return the paths of table files that differ from a new rendering of the records.
 
     Args:
         results: Folder of the results.
         names: Names of the tables.
         extra: A folder of the user's own configuration.
+        complete: Whether a table with records must have been rendered.
 
     Raises:
         ConfigError: There is no record.
@@ -123,11 +126,13 @@ def check_tables(results: Path, names: Sequence[str], extra: Path | None = None)
     for name in names:
         table = load_table(name, extra)
         for overrides in table.variants:
-            compiled = compile_table(table, records, overrides, extra)
             base = results / file_stem(name, overrides, table.overrides)
+            paths = {suffix: base.with_suffix(f".{suffix}") for suffix in ("md", "tex", "csv")}
+            if not complete and not any(path.exists() for path in paths.values()):
+                continue
+            compiled = compile_table(table, records, overrides, extra)
             expected = render_table(compiled) if compiled.says_something else {}
-            for suffix in ("md", "tex", "csv"):
-                path = base.with_suffix(f".{suffix}")
+            for suffix, path in paths.items():
                 found = path.read_text("utf-8") if path.exists() else None
                 if found != expected.get(suffix):
                     stale.append(path)

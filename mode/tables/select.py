@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from mode.config import identity
@@ -23,6 +24,9 @@ def select(runs: Mapping[str, Run], records: Sequence[Record]) -> tuple[dict[str
 
     Returns:
         Records by row, in order of seed, and the number of matching records left out.
+
+    Raises:
+        ConfigError: A row has two records of one seed.
     """
     matching: dict[str, list[Record]] = {}
     for name, run in runs.items():
@@ -34,6 +38,11 @@ def select(runs: Mapping[str, Run], records: Sequence[Record]) -> tuple[dict[str
         name: sorted((record for record in found if record.conditions == chosen), key=lambda record: record.seed)
         for name, found in matching.items()
     }
+    for name, found in kept.items():
+        for first, second in pairwise(found):
+            if first.seed == second.seed:
+                files = f"{first.filename} and {second.filename}"
+                raise ConfigError(f"{files}: two records of row {name} with seed {first.seed}: remove the wrong one")
     return kept, len(conditions) - sum(len(found) for found in kept.values())
 
 

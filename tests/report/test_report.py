@@ -307,7 +307,8 @@ def test_contamination_is_that_of_any_record_of_the_same_data_and_split(conf: Pa
     shares |= {"prose": {"sums": 0.0, "py": 0.0, "prose": 0.00004, "pretraining": 0.0}}
     without = made(conf, "tiny", "sft", 0, (0.5, 0.6, 0.4))
     told = made(conf, "tiny", "sft", 1, (0.5, 0.6, 0.4), contamination=shares)
-    validation = dataclasses.replace(told, happened={**told.happened, "split": "validation"})
+    other = made(conf, "tiny", "lora", 1, (0.5, 0.6, 0.4), contamination=shares)
+    validation = dataclasses.replace(other, happened={**other.happened, "split": "validation"})
 
     def text(*records: Record) -> str:
         return render_markdown(compile_table(load_table("tiny", conf), records, [], conf))
@@ -554,8 +555,22 @@ def test_a_changed_or_lost_record_fails_the_check(conf: Path, results: Path) -> 
     assert check_tables(results, ["tiny"], conf) == stale
 
 
-def test_a_table_that_was_never_rendered_fails_the_check(conf: Path, results: Path) -> None:
+def test_a_table_that_was_never_rendered_fails_the_check_of_a_complete_folder(conf: Path, results: Path) -> None:
     assert len(check_tables(results, ["tiny"], conf)) == 3
+    assert check_tables(results, ["tiny"], conf, complete=False) == []
+    (results / "tiny.md").write_text("a table", "utf-8")
+    assert len(check_tables(results, ["tiny"], conf, complete=False)) == 3
+
+
+def test_two_records_of_one_row_and_seed_are_refused(conf: Path, results: Path) -> None:
+    path = next((results / "records").glob("sft-*-s1-*.json"))
+    record = read_record(path)
+    train = record.asked["train"]
+    asked = {**record.asked, "train": {**train, "sequence_length": float(train["sequence_length"])}}  # an equal number
+    other = with_id(dataclasses.replace(record, asked=asked)).write(path.parent)
+    assert other != path
+    with refused(path.name, other.name, "sft", "seed 1"):
+        check_tables(results, ["tiny"], conf)
 
 
 # --- gates
