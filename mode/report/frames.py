@@ -29,6 +29,7 @@ COSTS = {
     "added": "Added M",
     "active": "Active M",
     "flops": "TFLOPs",
+    "sampling": "Sampling",
     "rate": "Tokens/s",
     "memory": "Peak GB",
     "domain": "Domain MB",
@@ -39,16 +40,17 @@ COSTS = {
 FORMATS = {
     **dict.fromkeys(("total", "trainable", "added", "active"), ".3f"),
     **{"steps": ",.0f", "tokens": ",.2f", "seconds": ",.0f", "n": ".0f"},
-    **{"flops": ",.2f", "rate": ",.0f", "memory": ".2f", "domain": ",.2f"},
+    **{"flops": ",.2f", "sampling": ",.2f", "rate": ",.0f", "memory": ".2f", "domain": ",.2f"},
 }
 """Number formats of costs, by name."""
 
 
 COST_NOTE = (
     "Added: parameters beside the backbone's; active: those that a token's prediction can depend on. TFLOPs: "
-    "operations of training over all stages, counted on one row of the model, times its tokens. Peak: of the process, "
-    "with scoring. Domain: weights on disk of a stage on one domain, or else of all that the row trained. A dash: "
-    "nothing was trained, or the record does not say."
+    "operations of training over all stages, counted on one row of the model, times its tokens. ≈: by closed form, for "
+    "records from before operations were counted. Sampling: TFLOPs of writing an anchor's rows, by closed form; runs "
+    "of one backbone share the rows. Peak: of the process, with scoring. Domain: weights on disk of a stage on one "
+    "domain, or else of all that the row trained. A dash: nothing was trained, or the record does not say."
 )
 
 
@@ -124,9 +126,14 @@ def can_win(line: RowResult, column: Column) -> bool:
 
 def format_costs(line: RowResult, labels: Mapping[str, str]) -> dict[str, str]:
     """Return the costs of a row as text, by heading. A missing cost is a dash."""
-    return {
-        label: format(line.cost[name], FORMATS[name]) if name in line.cost else "–" for name, label in labels.items()
-    }
+    return {label: format_cost(line, name) for name, label in labels.items()}
+
+
+def format_cost(line: RowResult, name: str) -> str:
+    """Return one cost of a row as text, with a sign before an estimate."""
+    if name not in line.cost:
+        return "–"
+    return f"{'≈' if name in line.estimated and line.cost[name] else ''}{line.cost[name]:{FORMATS[name]}}"
 
 
 def format_difference(compiled: TableData, left: str, right: str, strong: str = "{}") -> dict[str, str]:

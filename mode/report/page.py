@@ -26,6 +26,7 @@ from mode.records.collection import COLLECTIONS, find_collection
 from mode.records.metrics import METRICS
 from mode.records.record import Record, read_records
 from mode.report.charts import chart_curves, chart_gates, chart_learning, chart_to_svg, chart_tradeoff
+from mode.report.estimate import compile_in_full
 from mode.report.frames import (
     CONTAMINATION_NOTE,
     COST_NOTE,
@@ -39,7 +40,7 @@ from mode.report.frames import (
 )
 from mode.report.run_details import RunDetails, collect_run_details
 from mode.report.text import write_notes
-from mode.tables.compile import TableData, compile_table
+from mode.tables.compile import TableData
 from mode.tables.findings import list_findings
 from mode.tables.select import add_needed
 from mode.tables.table import file_stem, load_table
@@ -272,7 +273,7 @@ def compile_section(
         ConfigError: The record of an earlier stage is missing, and the table is the only one (`alone`).
     """
     try:
-        compiled = compile_table(load_table(name, extra, metrics), records, overrides, extra)
+        compiled = compile_in_full(load_table(name, extra, metrics), records, overrides, extra)
     except ConfigError:
         if alone:
             raise

@@ -8,8 +8,9 @@ from pathlib import Path
 from mode.core.errors import ConfigError, NothingError
 from mode.core.files import find_paths, read_existing, write_atomic
 from mode.records.record import read_records
+from mode.report.estimate import compile_in_full
 from mode.report.text import render_csv, render_latex, render_markdown
-from mode.tables.compile import TableData, compile_table
+from mode.tables.compile import TableData
 from mode.tables.table import file_stem, load_table
 
 
@@ -65,7 +66,7 @@ def report(
         NothingError: No record belongs to the table.
     """
     table = load_table(name, extra, metrics)
-    compiled = compile_table(table, read_records(results), overrides, extra)
+    compiled = compile_in_full(table, read_records(results), overrides, extra)
     if not compiled.says_something:
         raise NothingError(f"no record of {name} in {results / 'records'}: make them with `mode reproduce {name}`")
     base = results / file_stem(name, overrides, table.overrides, metrics)
@@ -130,7 +131,7 @@ def check_tables(
             paths = {suffix: base.with_suffix(f".{suffix}") for suffix in ("md", "tex", "csv")}
             if not complete and not any(path.exists() for path in paths.values()):
                 continue
-            compiled = compile_table(table, records, overrides, extra)
+            compiled = compile_in_full(table, records, overrides, extra)
             expected = render_table(compiled) if compiled.says_something else {}
             for suffix, path in paths.items():
                 found = path.read_text("utf-8") if path.exists() else None

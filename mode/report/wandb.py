@@ -11,10 +11,10 @@ import pandas as pd
 from mode.config.run import Run
 from mode.core.files import expand_home
 from mode.records.record import read_records
+from mode.report.estimate import compile_in_full
 from mode.report.frames import make_cost_frame, make_frame
 from mode.report.render import list_gates
 from mode.runs.tracking import WandbTracker
-from mode.tables.compile import compile_table
 from mode.tables.table import file_stem, load_table
 
 JOB = "report"
@@ -42,7 +42,7 @@ def publish(
     content = hashlib.sha256()
     for name, overrides in rendered:
         table = load_table(name, extra, metrics)
-        compiled = compile_table(table, records, overrides, extra)
+        compiled = compile_in_full(table, records, overrides, extra)
         base = results / file_stem(name, overrides, table.overrides, metrics)
         tables |= {base.name: make_frame(compiled), f"{base.name}-cost": make_cost_frame(compiled)}
         figures |= {

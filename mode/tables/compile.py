@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mode.config.compose import parse_overrides
+from mode.config.run import Run
 from mode.records.contents import Outcome
 from mode.records.metrics import ACCURACY, Metric, find_metrics
 from mode.records.record import Record
 from mode.tables.columns import AVERAGE, RETENTION, TARGET, Column, parse_column
+from mode.tables.gates import average_gates, read_routing
 from mode.tables.select import add_needed, select
 from mode.tables.statistics import (
     Cell,
@@ -73,27 +74,6 @@ class Difference:
         return None if self.documents is None else max(self.documents.p, self.seeds.p if self.seeds else 0.0)
 
 
-def read_routing(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
-    """Return the mean number of branches per token and the evenness of their weights, by domain; empty if unknown.
-
-    Evenness is the entropy of the weights over that of equal weights, from 0 to 1.
-    """
-    found = [record.outcome.gates for record in records]
-    if not records or not all(each.active is not None for gates in found for each in gates.values()):
-        return {}
-    return {
-        domain: (
-            statistics.fmean(active for gates in found for active in gates[domain].active or ()),
-            statistics.fmean(
-                entropy / math.log(len(mean)) if len(mean) > 1 else 1.0
-                for gates in found
-                for mean, entropy in zip(gates[domain].mean, gates[domain].entropy or (), strict=True)
-            ),
-        )
-        for domain in found[0]
-    }
-
-
 def differs_from_forecast(outcome: Outcome) -> bool:
     """Return whether the tokens or the operations of a run differ from its forecast by more than one per cent."""
     expected = outcome.forecast
@@ -124,6 +104,7 @@ class RowResult:
         branches: Names of the branches.
         astray: Whether the tokens or the operations of a stage differ from its forecast.
         runs: Id of the run, by seed.
+        estimated: Names of costs that are estimated, because the records do not hold them.
     """
 
     name: str
@@ -137,6 +118,7 @@ class RowResult:
     branches: tuple[str, ...] = ()
     astray: bool = False
     runs: Mapping[int, str] = field(default_factory=dict)
+    estimated: frozenset[str] = frozenset()
 
     def cell(self, column: str) -> Cell | None:
         """Return the mean and deviation of a column over seeds; None without values."""
@@ -181,6 +163,7 @@ class TableData:
         overlap: Domains whose splits may overlap with the backbone's pretraining text.
         contamination: Share of the n-grams of a scored domain that occur in a training text, by domain and text; empty
             if no record holds it.
+        settings: Run of every row, with any seed.
     """
 
     table: Table
@@ -191,6 +174,7 @@ class TableData:
     left_out: int
     overlap: tuple[str, ...]
     contamination: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    settings: Mapping[str, Run] = field(default_factory=dict)
 
     def line(self, name: str) -> RowResult:
         """Return the result of a row by its name."""
@@ -245,6 +229,7 @@ def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[s
         left_out=left_out,
         overlap=first.overlap if first else (),
         contamination=find_contamination(first, records) if first else {},
+        settings=runs,
     )
 
 
@@ -316,20 +301,6 @@ def compute_row_cost(record: Record, costs: Sequence[Sequence[Outcome]]) -> dict
     if kept is not None:
         cost["domain"] = kept / 1e6
     return cost
-
-
-def average_gates(records: Sequence[Record]) -> dict[str, list[list[float]]]:
-    """Return the mean gate weights of every block over records, by domain; empty if a record has no gates."""
-    found = [record.outcome.gates for record in records]
-    if not records or not all(found):
-        return {}
-    return {
-        domain: [
-            [statistics.fmean(seeds) for seeds in zip(*branches, strict=True)]
-            for branches in zip(*(gates[domain].mean for gates in found), strict=True)
-        ]
-        for domain in found[0]
-    }
 
 
 def compute_qualities(record: Record, bare: Record | None, metrics: Sequence[Metric] = (ACCURACY,)) -> dict[str, float]:
