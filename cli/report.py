@@ -70,6 +70,8 @@ def report(
             print_page(shown, chosen, results, given, conf, metrics)
             return
         rendered = render_tables(shown, chosen, given, conf, write=not published, metrics=metrics)
+        if not published:
+            write_quotes(results)
         if wandb:
             publish_tables(rendered, chosen, given, conf, metrics)
 
@@ -145,17 +147,32 @@ def check_published(results: Path, names: Sequence[str], conf: Path | None) -> N
     """
     from mode.core.errors import ConfigError
     from mode.records.collection import COLLECTIONS, find_collection
+    from mode.report.quotes import find_stale_quotes
     from mode.report.render import check_tables
 
     tables = [name for name in names if name not in COLLECTIONS]
-    complete = len(names) == 1 or (PUBLISHED.is_dir() and results.is_dir() and results.samefile(PUBLISHED))
+    complete = len(names) == 1 or is_published(results)
     stale = check_tables(results, tables, conf, complete=complete) if tables else []
     stale += [path for name in names if name in COLLECTIONS for path in find_collection(name).stale(results)]
     if stale:
         raise ConfigError(
             f"{stale[0]} does not follow from the records beside it: run `mode report` to render it again"
         )
+    if quotes := find_stale_quotes(list_pages(results), results):
+        raise ConfigError(f"{quotes[0]}: run `mode report` to write it again")
     print(f"every {'' if complete else 'rendered '}table in {results} follows from its records")
+
+
+def list_pages(results: Path) -> list[Path]:
+    """Return the pages of the project that quote a folder's tables; none for a folder of the user's own."""
+    root = results.parent
+    pages = [root / "README.md", *sorted((root / "docs").glob("*.md")), results / "README.md"]
+    return pages if is_published(results) else []
+
+
+def is_published(results: Path) -> bool:
+    """Return whether a folder is that of the published results."""
+    return PUBLISHED.is_dir() and results.is_dir() and results.samefile(PUBLISHED)
 
 
 def render_tables(
@@ -207,6 +224,14 @@ def list_variants(table: str, given: Sequence[str], conf: Path | None) -> list[l
     if table in COLLECTIONS or any(item.key in ("experiment", "budget") for item in parse_overrides(given)):
         return [list(given)]
     return [[*variant, *given] for variant in load_table(table, conf).variants]
+
+
+def write_quotes(results: Path) -> None:
+    """Write the numbers that the project's pages quote from a folder's tables."""
+    from mode.report.quotes import update_quotes
+
+    for page in update_quotes(list_pages(results), results):
+        print(f"written to {page}", file=sys.stderr)
 
 
 def find_results_folder(overrides: Sequence[str], conf: Path | None) -> Path:

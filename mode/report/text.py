@@ -26,6 +26,7 @@ from mode.report.frames import (
 from mode.tables.columns import AVERAGE, RETENTION, TARGET, Column
 from mode.tables.compile import TableData
 from mode.tables.findings import list_findings
+from mode.tables.frontier import LOSSES, get_mean, list_frontiers
 from mode.tables.statistics import FEW, FEWEST, correct_holm
 
 
@@ -214,7 +215,8 @@ def render_latex(compiled: TableData) -> str:
 def render_csv(compiled: TableData) -> str:
     """Return a compiled table as CSV: one line per row and column, with mean, standard deviation and n.
 
-    Lines of differences also have the ends of the 95 % interval over documents.
+    Lines of differences also have the ends of the 95 % interval over documents. Lines of frontiers have the name of a
+    method, and `frontier/LOSS` or `frontier/gain` as their column.
     """
     rows: list[dict[str, Any]] = []
     for line in compiled.lines:
@@ -234,6 +236,13 @@ def render_csv(compiled: TableData) -> str:
                 summary = {"mean": gap.cell.mean, "std": gap.cell.std, "n": gap.cell.n}
                 ends = {} if gap.documents is None else {"low": gap.documents.low, "high": gap.documents.high}
                 rows.append({"row": f"{left} - {right}", "column": column.name, **summary, **ends})
+    for frontier in list_frontiers(compiled) if compiled.table.frontiers else []:
+        found = {f"{loss:g}": best for loss in LOSSES if (best := frontier.find_best(loss)) is not None}
+        values = {place: get_mean(best, TARGET) for place, best in found.items()}
+        values |= {"gain": frontier.mean_gain} if frontier.rows else {}
+        rows += [
+            {"row": frontier.method, "column": f"frontier/{place}", "mean": value} for place, value in values.items()
+        ]
     return str(
         pd.DataFrame(rows, columns=["row", "column", "mean", "std", "n", "low", "high"]).to_csv(
             index=False, float_format="%.6g"

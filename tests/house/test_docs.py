@@ -87,6 +87,15 @@ def commands(page: str) -> list[list[str]]:
     return [words[1:] for words in lines if words and Path(words[0]).name == "mode"]
 
 
+def test_the_conclusions_quote_their_numbers() -> None:
+    (conclusions,) = re.findall(
+        r"^\*\*What to conclude.*?(?=^\*\*Still running)", read("results/README.md"), re.M | re.S
+    )
+    assert conclusions.count("<!--") > 10
+    bare = re.findall(r"\d+\.\d+(?![\d*]*<!--)[^,;.\n]*", conclusions)
+    assert [text for text in bare if not text.startswith("2.4 M parameters")] == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_and_option_exists(page: str) -> None:
     for words in commands(page):
