@@ -217,6 +217,10 @@ REPORTING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """Options of `from_pretrained` that return a loading report instead of logging it."""
 
 
+MASK_CONSTANT = ".attn.masked_bias"
+"""End of the name of a constant that early versions of the library wrote into GPT-2's files; no model reads it."""
+
+
 def check_loaded(model: Any, report: Mapping[str, Any], folder: object) -> None:
     """Refuse a model whose weight files do not have exactly the tensors that its configuration describes.
 
@@ -239,7 +243,7 @@ def check_loaded(model: Any, report: Mapping[str, Any], folder: object) -> None:
         "missing_keys": "is missing from the weight files; download the checkpoint again",
         "unexpected_keys": f"is in the weight files, but {CONFIG} describes no such tensor",
     }.items():
-        names = sorted(report[key])
+        names = sorted(name for name in report[key] if not name.endswith(MASK_CONSTANT))
         if names:
             others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise ConfigError(f"{folder}: {names[0]}{others} {problem}")
