@@ -47,7 +47,7 @@ def generate(
         from mode.evaluation.generate import generate as stream
         from mode.report.generated_text import Section, to_html
 
-        check_prompt(prompt)
+        prompt = decode_prompt(prompt)
         source = find_model(run, find_runs_folder(overrides, conf))
         names = list_branches(source)
         if not names and (gates or html):
@@ -77,8 +77,8 @@ def print_pieces(continuation: Iterable[Piece], *, gates: bool) -> list[Piece]:
     return pieces
 
 
-def check_prompt(prompt: str) -> None:
-    """Refuse a prompt that the shell passed in another encoding than UTF-8.
+def decode_prompt(prompt: str) -> str:
+    """Return a prompt as text, from the UTF-8 that the shell passed, also where Python has read it as ASCII.
 
     Raises:
         ConfigError: The prompt is not UTF-8.
@@ -86,10 +86,12 @@ def check_prompt(prompt: str) -> None:
     from mode.core.errors import ConfigError
 
     try:
-        prompt.encode()
+        return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = ascii(error.object[: error.start].decode("utf-8")[-20:])
     except UnicodeEncodeError as error:
-        before = ascii(prompt[max(0, error.start - 20) : error.start])
-        raise ConfigError(f"PROMPT: not UTF-8 text after {before}; write the prompt in UTF-8") from None
+        before = ascii(prompt[: error.start][-20:])
+    raise ConfigError(f"PROMPT: not UTF-8 text after {before}; write the prompt in UTF-8")
 
 
 def spread_branches(model: Any, layout: str) -> bool:

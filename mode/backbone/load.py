@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mode.config.backbone import Backbone
 from mode.core.digests import INDEX as DIGESTS
 from mode.core.digests import digest_file, find_damage, read_sealed
-from mode.core.errors import ConfigError
+from mode.core.errors import ConfigError, summarize_error
 from mode.core.files import expand_home, read_json
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def locate(backbone: Backbone) -> Path:
     try:
         return Path(snapshot_download(backbone.path, revision=backbone.revision, allow_patterns=patterns))
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = summarize_error(error)
         raise ConfigError(
             f"backbone.path={backbone.path}: not a local folder, and the hub download failed: {reason}"
         ) from error
@@ -275,7 +275,7 @@ def reporting_load_errors(problem: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:  # a damaged folder raises errors of many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = summarize_error(error)
         raise ConfigError(f"{problem}: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)

@@ -10,7 +10,7 @@ from typing import Any
 
 from mode.config.backbone import RandomWeights
 from mode.core.digests import describe_files, make_folder
-from mode.core.errors import ConfigError
+from mode.core.errors import ConfigError, summarize_error
 from mode.core.files import expand_home, reporting_full_disk
 
 
@@ -43,7 +43,7 @@ def write_random_model(weights: RandomWeights, folder: Path) -> dict[str, Any]:
         torch.manual_seed(weights.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=None)
     except (KeyError, TypeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = summarize_error(error)
         raise ConfigError(f"backbone.random.config: no causal LM for this configuration: {reason}") from error
     with reporting_full_disk(folder, count_bytes(model.parameters())):
         model.save_pretrained(folder)
@@ -77,5 +77,5 @@ def make_config(weights: RandomWeights) -> Any:
     try:
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
     except (KeyError, TypeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = summarize_error(error)
         raise ConfigError(f"backbone.random.config: not a valid configuration: {reason}") from error

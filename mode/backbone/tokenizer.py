@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mode.backbone.load import CONFIG, locate, read_settings
 from mode.config.backbone import Backbone
-from mode.core.errors import ConfigError
+from mode.core.errors import ConfigError, summarize_error
 from mode.core.files import read_json, remove, sync_files, write_partial
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def load_tokenizer(backbone: Backbone) -> BackboneTokenizer:
     try:
         backend, eos_id = load_backend(folder)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = summarize_error(error)
         raise ConfigError(f"backbone {backbone.name}: no tokenizer at {backbone.path}: {reason}") from error
     embeddings = settings.get("decoder", settings).get("vocab_size")  # a modular model has a decoder
     bos, ends = find_bos(backbone, backend, folder), find_ends(backend, folder)

@@ -29,6 +29,16 @@ def warn(message: str) -> None:
     print(f"mode: {message}", file=sys.stderr)
 
 
+def summarize_error(error: BaseException) -> str:
+    r"""Return the first line of another library's error, with the next one if it ends with a colon; else its type.
+
+    >>> summarize_error(ValueError("none of:\n  a file")), summarize_error(OSError())
+    ('none of: a file', 'OSError')
+    """
+    first, *others = [*filter(None, map(str.strip, str(error).splitlines())), ""]
+    return (f"{first} {others[0]}" if first.endswith(":") and others[0] else first) or type(error).__name__
+
+
 def suggest(name: str, choices: Iterable[str]) -> str:
     """Return a hint with the valid choice nearest to a name, or an empty string if none is near.
 

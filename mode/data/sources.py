@@ -22,7 +22,7 @@ from mode.config.data import (
     WheelSource,
 )
 from mode.core.digests import digest_file
-from mode.core.errors import ConfigError, suggest
+from mode.core.errors import ConfigError, suggest, summarize_error
 from mode.core.files import expand_home
 from mode.core.wheels import fetch_wheel
 from mode.data.local_files import check_text, expand_paths, read_file, split_suffix
@@ -205,5 +205,5 @@ def stream_hub(source: HubSource) -> Iterator[str]:
     except KeyError as error:
         raise ConfigError(f"{source.path}: no column {error}") from error
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = summarize_error(error)
         raise ConfigError(f"cannot load the data set {source.path}: {reason}") from error

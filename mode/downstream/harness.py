@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mode.core.errors import ConfigError, suggest
+from mode.core.errors import ConfigError, suggest, summarize_error
 from mode.downstream.programs import complete_prompt
 from mode.downstream.task import Progress, Task, TaskScore
 from mode.evaluation.generate import count_context
@@ -334,7 +334,7 @@ def reporting_refusals(name: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = summarize_error(error)
         raise ConfigError(f"task {name}: {reason}") from error
 
 

@@ -130,8 +130,13 @@ def flatten_scores(scores: Mapping[str, Score], split: str = "validation") -> di
     return {f"{split}/{name}/{key}": value for name, score in scores.items() for key, value in score.values.items()}
 
 
-def check_finite(scores: Mapping[str, Score]) -> None:
-    """Refuse to record a model that diverged in its last steps."""
+def check_finite(scores: Mapping[str, Score], *, trained: bool) -> None:
+    """Refuse to record a model that diverged in its last steps, or whose weights give no finite loss.
+
+    Raises:
+        ConfigError: A loss is not finite.
+    """
     for name, value in scores.items():
         if not math.isfinite(value.loss):
-            raise ConfigError(f"the trained model's loss on {name} is {value.loss}; try a lower train.lr")
+            advice = "try a lower train.lr" if trained else "nothing was trained, so it is the weights: check them"
+            raise ConfigError(f"the model's loss on {name} is {value.loss}; {advice}")

@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from mode.core.digests import digest_json
-from mode.core.errors import ConfigError
+from mode.core.errors import ConfigError, summarize_error
 from mode.core.files import write_atomic
 
 
@@ -105,7 +105,7 @@ def describe_error(error: BaseException) -> str:
         return "nested too deeply"
     if isinstance(error, KeyError):
         return f"no {error}"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return summarize_error(error)
 
 
 def make_id(value: object) -> str:

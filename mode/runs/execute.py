@@ -204,7 +204,7 @@ def evaluate_finished(prepared: Prepared, model: nn.Module) -> tuple[dict[str, S
     begin = time.monotonic()
     with prepared.method.probed(model) as probe:
         scores = score_domains(prepared, model, prepared.run.evaluate.split, probe=probe)
-    check_finite(scores)
+    check_finite(scores, trained=prepared.method.steps(prepared.run) > 0)
     fields: dict[str, Any] = {"evaluation_seconds": round(time.monotonic() - begin, 2)}
     if probe is not None:
         fields |= {"gates": probe.result(), "branches": prepared.method.branches(prepared.run)}

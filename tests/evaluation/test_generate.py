@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from cli.app import app
+from cli.generate import decode_prompt
 from mode.artefacts.find import FoundModel, find_model, find_run, list_branches
 from mode.backbone.load import load_model
 from mode.backbone.tokenizer import load_tokenizer
@@ -178,9 +179,14 @@ def test_the_command_prints_the_text_with_its_spaces(tmp_path: Path) -> None:
 
 def test_a_prompt_that_is_not_utf8_is_refused_before_anything_is_printed(tmp_path: Path) -> None:
     write_continuation(tmp_path, "hello", " world")
-    result = CliRunner().invoke(app, ["generate", str(tmp_path), os.fsdecode(b"ros\xff e"), "--max-tokens", "3"])
-    check_refused(result, "PROMPT", "UTF-8")
-    assert result.stdout == ""
+    for prompt in (os.fsdecode(b"ros\xff e"), "ros\ud800"):
+        result = CliRunner().invoke(app, ["generate", str(tmp_path), prompt, "--max-tokens", "3"])
+        check_refused(result, "PROMPT", "'ros'", "UTF-8")
+        assert result.stdout == ""
+
+
+def test_a_prompt_in_utf8_that_python_has_read_as_ascii_is_the_same_prompt() -> None:
+    assert decode_prompt("é".encode().decode("ascii", "surrogateescape")) == decode_prompt("é") == "é"
 
 
 @pytest.mark.parametrize("declared", [TURN, [EOS, TURN]])

@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from mode.data.pack import PackedSplit
-from mode.evaluation.next_token import evaluate, flatten_scores, summarise
+from mode.evaluation.next_token import check_finite, evaluate, flatten_scores, summarise
 from mode.ops.loss import (
     CHUNK,
     PART,
@@ -30,6 +30,7 @@ from mode.ops.loss import (
 )
 from mode.records.metrics import METRICS, TokenValues
 from mode.records.score import Score, compute_error
+from tests.support.refusals import refused
 
 VOCABULARY, HIDDEN, LENGTH = 23, 8, 6
 
@@ -410,3 +411,11 @@ def test_states_times_head_are_the_logits_of_a_real_model(shared_world: Any) -> 
         torch.testing.assert_close(
             compute_hidden_states(model, rows) @ find_head(model).T, model(input_ids=rows).logits
         )
+
+
+def test_a_loss_that_is_not_finite_is_refused_with_what_may_be_done() -> None:
+    score = Score({"accuracy": 0.5, "loss": float("nan")}, None, 2, None, (2,), {})
+    with refused("d is nan", suggestion="train.lr"):
+        check_finite({"d": score}, trained=True)
+    with refused("d is nan", "weights"):
+        check_finite({"d": score}, trained=False)
