@@ -1,17 +1,19 @@
-"""Costs that records do not hold, by closed form."""
+"""Columns of a table from elsewhere than its records: costs by closed form, and how many settings were tried."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from mode.backbone.shape import read_shape
+from mode.config.compose import parse_overrides
 from mode.config.run import Run
 from mode.cost.flops import compute_untouched_cost
 from mode.records.record import Record
 from mode.tables.compile import RowResult, TableData, compile_table
-from mode.tables.table import Table
+from mode.tables.table import Table, load_table
 
 
 def compile_in_full(table: Table, records: Sequence[Record], overrides: Sequence[str], extra: Path | None) -> TableData:
@@ -21,7 +23,35 @@ def compile_in_full(table: Table, records: Sequence[Record], overrides: Sequence
         ConfigError: A row does not compose, or the record of an earlier stage is missing.
     """
     compiled = compile_table(table, records, overrides, extra)
-    return replace(compiled, lines=tuple(estimate_costs(line, compiled.settings[line.name]) for line in compiled.lines))
+    lines = [estimate_costs(line, compiled.settings[line.name]) for line in compiled.lines]
+    experiment = [item.text for item in parse_overrides(overrides) if item.key == "experiment"]
+
+    @cache
+    def compile_choice(name: str) -> TableData | None:
+        choice = load_table(name, extra)
+        return compile_table(choice, records, experiment, extra) if experiment in ([], *choice.variants) else None
+
+    for index, row in enumerate(compiled.table.rows):
+        if row.chosen_in and lines[index].quality:
+            tried = float(count_tried(row.chosen_in, compile_choice))
+            lines[index] = replace(lines[index], cost={**lines[index].cost, "tried": tried})
+    return replace(compiled, lines=tuple(lines))
+
+
+def count_tried(places: Sequence[str], compile_choice: Callable[[str], TableData | None]) -> int:
+    """Return the number of settings with a record that a row's settings were chosen from, each counted once.
+
+    Args:
+        places: Tables and methods of their rows, `TABLE/METHOD`.
+        compile_choice: Compiles a table by name; None if the table is not for this budget.
+    """
+    runs: set[str] = set()
+    for place in places:
+        table, _, method = place.partition("/")
+        compiled = compile_choice(table)
+        lines = compiled.lines if compiled is not None else ()
+        runs |= {run for line in lines if line.name.partition("@")[0] == method for run in line.runs.values()}
+    return len(runs)
 
 
 def estimate_costs(line: RowResult, run: Run) -> RowResult:

@@ -33,6 +33,7 @@ COSTS = {
     "rate": "Tokens/s",
     "memory": "Peak GB",
     "domain": "Domain MB",
+    "tried": "Tried",
 }
 """Headings of the costs in the separate table of costs, by name."""
 
@@ -40,7 +41,7 @@ COSTS = {
 FORMATS = {
     **dict.fromkeys(("total", "trainable", "added", "active"), ".3f"),
     **{"steps": ",.0f", "tokens": ",.2f", "seconds": ",.0f", "n": ".0f"},
-    **{"flops": ",.2f", "sampling": ",.2f", "rate": ",.0f", "memory": ".2f", "domain": ",.2f"},
+    **{"flops": ",.2f", "sampling": ",.2f", "rate": ",.0f", "memory": ".2f", "domain": ",.2f", "tried": ".0f"},
 }
 """Number formats of costs, by name."""
 
@@ -50,7 +51,8 @@ COST_NOTE = (
     "operations of training over all stages, counted on one row of the model, times its tokens. ≈: by closed form, for "
     "records from before operations were counted. Sampling: TFLOPs of writing an anchor's rows, by closed form; runs "
     "of one backbone share the rows. Peak: of the process, with scoring. Domain: weights on disk of a stage on one "
-    "domain, or else of all that the row trained. A dash: nothing was trained, or the record does not say."
+    "domain, or else of all that the row trained. Tried: settings on the validation split, at this budget, that the "
+    "row's were chosen from. A dash: nothing was trained, or the record does not say."
 )
 
 

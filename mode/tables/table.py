@@ -38,12 +38,14 @@ class Row:
         label: Label in the rendered table.
         overrides: Settings of the row's run.
         note: Note under the table, such as a deviation from the publication.
+        chosen_in: Tables and the methods of their rows, `TABLE/METHOD`, whose settings this row's were chosen from.
     """
 
     name: Name
     label: str
     overrides: tuple[str, ...]
     note: str = ""
+    chosen_in: tuple[Annotated[str, Field(pattern=r"^[^/]+/[^/]+$")], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
