@@ -298,8 +298,10 @@ def chart_to_svg(chart: Chart | HeatMaps | None) -> Markup:
 
 
 def chart_table(compiled: TableData) -> Chart:
-    """Return the chart of a table: its curves, its frontiers, or else target accuracy over retention."""
-    return chart_curves(compiled) if compiled.table.curves else chart_frontiers(compiled) or chart_tradeoff(compiled)
+    """Return the chart of a table: its curves if any has a point, its frontiers, or target accuracy over retention."""
+    curves = chart_curves(compiled)
+    drawn = any(panel.series for panel in curves.panels)
+    return curves if drawn else chart_frontiers(compiled) or chart_tradeoff(compiled)
 
 
 def chart_gates(compiled: TableData) -> HeatMaps | None:

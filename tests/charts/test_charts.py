@@ -141,6 +141,7 @@ def test_plots_fill_most_of_the_picture(drawn: dict[str, Drawn]) -> None:
         filled = sum((right - left) * (low - top) for left, top, right, low in layout.plots)
         least = 0.2  # a heat map of a few cells has a title and the names of its branches beside them
         if isinstance(chart, Chart):
+            assert any(panel.series for panel in chart.panels), name
             least = {"points": 0.5, "key": 0.42, "ends": 0.35}[chart.names]
             cells = -(-len(chart.panels) // chart.columns) * chart.columns
             filled *= cells / len(chart.panels)  # a last row may have room left
