@@ -167,7 +167,7 @@ def list_pages(results: Path) -> list[Path]:
     """Return the pages of the project that quote a folder's tables; none for a folder of the user's own."""
     root = results.parent
     pages = [root / "README.md", *sorted((root / "docs").glob("*.md")), results / "README.md"]
-    return pages if is_published(results) else []
+    return [page for page in pages if page.exists()] if is_published(results) else []
 
 
 def is_published(results: Path) -> bool:

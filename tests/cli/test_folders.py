@@ -26,7 +26,10 @@ from tests.support.refusals import check_refused
         (("expert", "show", "3f2a"), "runs"),
     ],
 )
-def test_a_folder_that_does_not_exist_is_named(words: tuple[str, ...], name: str, tmp_path: Path) -> None:
+def test_a_folder_that_does_not_exist_is_named(
+    words: tuple[str, ...], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where nobody has trained
     folder = tmp_path / "none"
     check_refused(CliRunner().invoke(app, [*words, f"paths.{name}={folder}"]), f"paths.{name}={folder}")
     assert list(tmp_path.iterdir()) == []

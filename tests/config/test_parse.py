@@ -48,7 +48,7 @@ def test_endless_yaml_is_refused_at_once(group: str, kind: str, tmp_path: Path) 
     begin = time.process_time()
     with refused(str(path), named):
         READERS[group]("mine", tmp_path)
-    assert time.process_time() - begin < 1
+    assert time.process_time() - begin < 3  # a busy machine is slower
 
 
 @pytest.mark.parametrize("kind", ENDLESS)

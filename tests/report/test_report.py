@@ -19,6 +19,7 @@ import yaml
 
 from mode.config import identity
 from mode.records.record import SCHEMA, Record, read_record
+from mode.report.estimate import compile_in_full
 from mode.report.frames import make_frame
 from mode.report.render import check_tables, render_table, report
 from mode.report.text import render_latex, render_markdown
@@ -488,7 +489,10 @@ def results(tmp_path: Path, records: list[Record]) -> Path:
 
 
 @pytest.mark.slow
-def test_a_report_writes_the_table_in_three_forms_and_a_figure(conf: Path, results: Path, compiled: TableData) -> None:
+def test_a_report_writes_the_table_in_three_forms_and_a_figure(
+    conf: Path, results: Path, records: list[Record]
+) -> None:
+    compiled = compile_in_full(load_table("tiny", conf), records, [], conf)
     text, path = report("tiny", results, extra=conf)
     assert path == results / "tiny.md"
     assert path.read_text("utf-8") == text == render_markdown(compiled)
