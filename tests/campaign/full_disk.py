@@ -14,7 +14,7 @@ from tests.campaign.place import Place, copy_state, find_difference
 from tests.campaign.processes import find_fault, find_refusal_fault, run_mode
 from tests.campaign.trials import Kind, Trial, UnavailableError
 
-COUNTS = {"train": 16, "prepare": 6, "export": 6, "report": 2, "page": 2}
+COUNTS = {"train": 24, "prepare": 10, "export": 8, "report": 4, "page": 4}
 LARGEST = {"train": 60_000, "prepare": 12_000, "export": 60_000, "report": 400, "page": 60_000}
 """Sizes of a file that the limit of a process is drawn up to."""
 

@@ -45,10 +45,10 @@ def test_endless_yaml_is_refused_at_once(group: str, kind: str, tmp_path: Path) 
     text, named = ENDLESS[kind]
     path = write(tmp_path, group, "mine", text)
     compose([])  # Hydra is loaded, and the project's own files are read
-    begin = time.process_time()
+    begin = time.thread_time()  # threads that other tests have left do not count
     with refused(str(path), named):
         READERS[group]("mine", tmp_path)
-    assert time.process_time() - begin < 3  # a busy machine is slower
+    assert time.thread_time() - begin < 1
 
 
 @pytest.mark.parametrize("kind", ENDLESS)
