@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 
 from mode.core.files import list_checkpoints, locate_checkpoint, read_json
 from tests.support.refusals import refused
+from tests.support.work import limit_calls
 
 
 def test_only_folders_with_a_step_are_checkpoints(tmp_path: Path) -> None:
@@ -32,10 +32,8 @@ def test_only_folders_with_a_step_are_checkpoints(tmp_path: Path) -> None:
 def test_json_that_is_not_an_object_is_refused_at_once(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "some.json"
     path.write_bytes(content)
-    begin = time.process_time()
-    with refused(str(path)):
+    with limit_calls(1000), refused(str(path)):
         read_json(path)
-    assert time.process_time() - begin < 1.0
     with refused("none.json"):
         read_json(tmp_path / "none.json")
 
