@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,15 +21,12 @@ if TYPE_CHECKING:
 
 def score_downstream(run: Run, names: Sequence[str], limit: int | None, conf: Path | None, *, again: bool) -> None:
     """Score a finished run on downstream tasks, and write the results."""
-    from mode.core.errors import ConfigError
     from mode.downstream.run import plan_tasks, score_tasks
-    from mode.runs.prepare import find_finished, prepare_run
+    from mode.runs.prepare import prepare_run, require_finished
 
     planned = plan_tasks(names, expand_home(run.paths.cache), conf)
     prepared = prepare_run(run)
-    record = find_finished(prepared)
-    if record is None:
-        raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
+    record = require_finished(prepared)
     print(f"run {prepared.id}: {record.filename.removesuffix('.json')}", file=sys.stderr)
     for result, existed in score_tasks(prepared, record, planned, limit=limit, overwrite=again, done=print_progress):
         print(describe_result(result) + ("  (exists; --again scores it again)" if existed else ""))
@@ -77,6 +74,9 @@ def evaluate(
         int | None, typer.Option(min=1, help="With --downstream: maximum number of questions per task.")
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="With --downstream: score tasks again.")] = False,
+    mixed: Annotated[
+        bool, typer.Option("--mixed", help="Score the run on rows in which the domain changes every few tokens.")
+    ] = False,
     metric: MetricOption = None,
     conf: ConfOption = None,
 ) -> None:
@@ -84,6 +84,7 @@ def evaluate(
 
     Without flags: score the run of the given settings on its domains, from its weights, and compare with its record.
     With --downstream: score the same run on downstream tasks.
+    With --mixed: score the same run on rows in which the domain changes every 32, 64 or 128 tokens.
     With --retention: show every finished run next to the bare backbone, from records. The backbone is scored first if
     it has no record.
 
@@ -93,21 +94,43 @@ def evaluate(
         from mode.config.compose import compose
         from mode.core.errors import ConfigError
 
-        if downstream and retention:
-            raise ConfigError("--downstream and --retention exclude each other: give one of them")
+        check_flags({"--downstream": downstream, "--retention": retention, "--mixed": mixed})
         if not downstream and (task or limit is not None or again):
             raise ConfigError("--task, --limit and --again go with --downstream")
         if metric and not retention:
             raise ConfigError("--metric goes with --retention; without it every metric is printed")
-        given = list(overrides or [])
-        run = compose(given, conf)
+        run = compose(overrides or [], conf)
         if downstream:
             score_downstream(run, task or [], limit, conf, again=again)
-            return
-        if retention:
-            show_retention(given, conf, metric or ["accuracy"])
-            return
-        rescore(run)
+        elif retention:
+            show_retention(overrides or [], conf, metric or ["accuracy"])
+        elif mixed:
+            score_mixed_rows(run, conf)
+        else:
+            rescore(run)
+
+
+def check_flags(flags: Mapping[str, bool]) -> None:
+    """Check that at most one of several flags is given.
+
+    Raises:
+        ConfigError: Several are given.
+    """
+    from mode.core.errors import ConfigError
+
+    given = [name for name, is_given in flags.items() if is_given]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} exclude each other: give one of them")
+
+
+def score_mixed_rows(run: Run, conf: Path | None) -> None:
+    """Score a finished run on mixed rows, write the result and print it."""
+    from mode.downstream.mixed import score_mixed
+    from mode.downstream.mixed_results import render_mixed
+
+    result, path = score_mixed(run, lambda text: print(text, file=sys.stderr), conf)
+    print(render_mixed([result])["md"], end="")
+    print(f"written to {path}; `mode report mixed` renders all", file=sys.stderr)
 
 
 def show_retention(overrides: Sequence[str], conf: Path | None, names: Sequence[str]) -> None:
@@ -133,21 +156,16 @@ def rescore(run: Run) -> None:
         ConfigError: The run is not finished, or an accuracy differs from the record's.
     """
     from cli.train import print_scores
-    from mode.core.device import describe_device, set_up
+    from mode.core.device import describe_device
     from mode.core.errors import ConfigError
-    from mode.ops.quantize import quantize_frozen
     from mode.records.provenance import describe_environment
-    from mode.runs.execute import restore
+    from mode.runs.execute import load_finished
     from mode.runs.fit import score_domains
-    from mode.runs.prepare import find_finished, prepare_run
+    from mode.runs.prepare import prepare_run, require_finished
 
     prepared = prepare_run(run)
-    record = find_finished(prepared)
-    if record is None:
-        raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
-    device, model = set_up(run.train.threads, run.train.device), restore(prepared)
-    quantize_frozen(model, run.train.memory.frozen_weights)
-    model = model.to(device)
+    record = require_finished(prepared)
+    model, device = load_finished(prepared)
     scores = score_domains(prepared, model, run.evaluate.split)
     print(f"run {prepared.id}, scored from its weights")
     print_scores(scores, record.request.targets)

@@ -23,7 +23,7 @@ PUBLISHED = Path(__file__).parent.parent / "results"
 def report(
     table: Annotated[
         str | None,
-        typer.Argument(help="Table, or bench, downstream or pruning.", autocompletion=complete("table")),
+        typer.Argument(help="Table, or bench, downstream, mixed or pruning.", autocompletion=complete("table")),
     ] = None,
     overrides: Overrides = None,
     check: Annotated[

@@ -24,17 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from mode.artefacts.prune_results import COLLECTION, SCHEMA, PruningResult
-from mode.core.device import describe_device, set_up
+from mode.core.device import describe_device
 from mode.core.errors import ConfigError
 from mode.gating.gate import Gate
 from mode.gating.meter import GateMeter, find_gates, watch_gates
-from mode.ops.quantize import quantize_frozen
-from mode.records import command
+from mode.records.command import describe_method
 from mode.records.measurement import make_id
 from mode.records.provenance import describe_environment
-from mode.runs.execute import build, restore
+from mode.runs.execute import build, load_finished
 from mode.runs.fit import score_domains
-from mode.runs.prepare import Prepared, find_finished, prepare_run
+from mode.runs.prepare import Prepared, prepare_run, require_finished
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,21 +77,16 @@ def prune(
         ConfigError: The run is not finished, has no experts with a router, or its weights are missing.
     """
     prepared = prepare_run(run)
-    record = find_finished(prepared)
-    if record is None:
-        raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
+    record = require_finished(prepared)
     folder = results / COLLECTION.name
     folder.mkdir(parents=True, exist_ok=True)  # fails before any work if the folder is not writable
-    device = set_up(run.train.threads, run.train.device)
+    model, device = load_finished(prepared)
     environment = {"data": prepared.fingerprints, "backbone": prepared.backbone}
     environment |= describe_environment(describe_device(device), run.train.threads)
-    model = restore(prepared).eval()
-    quantize_frozen(model, run.train.memory.frozen_weights)
-    model = model.to(device)
     gates = find_weighted_gates(model)
     if not gates:
         raise ConfigError(f"run {prepared.id}: {type(run.method).__name__} has no experts with a router to prune")
-    variant = describe_variant(record, extra)
+    variant = describe_method(record, extra)[1]
     cases = [score_case(prepared, model, "", 0.0, {})]
     for order in orders:
         scores = rank_experts(order, prepared, model)
@@ -106,14 +100,6 @@ def prune(
     asked["variant"] = variant  # for display only: not part of the identity
     result = PruningResult(SCHEMA, identity, asked, {"cases": cases}, environment)
     return result, result.write(folder)
-
-
-def describe_variant(record: Record, extra: Path | None) -> str:
-    """Return the settings of a record's method that differ from its YAML, or an empty text if it has no YAML."""
-    try:
-        return command.write_variant(record, extra)
-    except ConfigError:
-        return ""
 
 
 def describe_pruning(record: Record, run: Run, ratios: Sequence[float], orders: Sequence[str]) -> dict[str, Any]:

@@ -167,6 +167,11 @@ def format_row(result: Result) -> dict[str, str]:
     }
 
 
+def make_frame(results: Sequence[Result]) -> pd.DataFrame:
+    """Return results as a table of texts, with a row for every result."""
+    return pd.DataFrame([format_row(result) for result in results])
+
+
 def describe_task(result: Result) -> str:
     """Render the description of a result's task in Markdown."""
     asked, data = result.request, result.provenance["data"]
@@ -188,7 +193,7 @@ def describe_task(result: Result) -> str:
 def render_results(results: Sequence[Result]) -> dict[str, str]:
     """Render results in Markdown, and as CSV with one row per result and metric."""
     ordered = sorted(results, key=lambda each: (each.request.task, each.request.backbone, each.filename))
-    cells = pd.DataFrame([format_row(result) for result in ordered]).map(escape_markdown)
+    cells = make_frame(ordered).map(escape_markdown)
     table = cells.to_markdown(index=False, disable_numparse=True)
     tasks = {
         (each.request.task, each.request.version, each.request.prompt_sha256): describe_task(each) for each in ordered

@@ -18,7 +18,6 @@ from mode.records.metrics import ACCURACY, METRICS, TokenValues
 from mode.records.score import Score, compute_error
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     split: PackedSplit,
@@ -28,9 +27,26 @@ def evaluate(
     chunk: int,
     probe: Callable[[int], None] = lambda count: None,
 ) -> Score:
-    """Score every token of a split but its first, each once.
+    """Return the score of a split (`score_stream`, `summarise`). Beginning-of-sequence tokens do not count."""
+    values = score_stream(
+        model, split, sequence_length=sequence_length, batch_size=batch_size, chunk=chunk, probe=probe
+    )
+    return summarise(values, split)
 
-    If documents begin with a beginning-of-sequence token, it is not scored and replaces the first input of every row.
+
+@torch.no_grad()
+def score_stream(
+    model: nn.Module,
+    split: PackedSplit,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    chunk: int,
+    probe: Callable[[int], None] = lambda count: None,
+) -> TokenValues:
+    """Score every token of a split but its first, each once, in order: (num_tokens - 1,).
+
+    If documents begin with a beginning-of-sequence token, it replaces the first input of every row.
 
     Rows are consecutive windows that overlap by one token, so the tokens scored do not depend on the method, and a
     token's context is at most the `sequence_length` tokens before it in the stream. The last, shorter row is padded;
@@ -68,7 +84,7 @@ def evaluate(
         nll, hit, rank = (
             processes.all_reduce_sum(torch.from_numpy(each.astype(np.float64))).numpy() for each in (nll, hit, rank)
         )
-    return summarise(TokenValues(nll, hit > 0, rank.astype(np.int64)), split)
+    return TokenValues(nll, hit > 0, rank.astype(np.int64))
 
 
 def make_rows(stream: torch.Tensor, sequence_length: int, bos: int | None) -> tuple[torch.Tensor, torch.Tensor]:

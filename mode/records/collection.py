@@ -15,6 +15,7 @@ from mode.records.measurement import Kind, read_measurement
 COLLECTIONS = {
     "bench": "mode.bench.records",
     "downstream": "mode.downstream.results",
+    "mixed": "mode.downstream.mixed_results",
     "pruning": "mode.artefacts.prune_results",
 }
 """Collections that `mode report` renders, by name, with the module of each. A collection has no table YAML."""

@@ -77,6 +77,17 @@ def write_variant(record: Record, extra: Path | None = None) -> str:
     return shlex.join([*changed, *([f"train.batch.replay={format_value(replay)}"] if replay else [])])
 
 
+def describe_method(record: Record, extra: Path | None) -> tuple[str, str]:
+    """Return the name of a record's method and the settings that differ from the method's YAML.
+
+    Without a YAML these are the name of its class and an empty text.
+    """
+    try:
+        return find_method_name(record.request.method, extra), write_variant(record, extra)
+    except ConfigError:
+        return record.request.method_name, ""
+
+
 def split_opening(asked: Mapping[str, Any], extra: Path | None) -> tuple[list[str], list[str]]:
     """Return the first words of a run's command, and the overrides that these words imply."""
     method, targets = asked["method"], asked["targets"]

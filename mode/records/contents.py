@@ -105,6 +105,8 @@ class Outcome:
         contamination: Share of the n-grams of a scored domain that occur in a training text, by domain and text.
         curve: The training curve.
         gates: Gate weights by scored domain; empty without gates.
+        divergence: KL(backbone || model) on the validation text of each target, in nats per token; empty if the record
+            does not hold it.
         branches: Names of the branches; empty without gates.
     """
 
@@ -125,6 +127,7 @@ class Outcome:
     curve: tuple[Point, ...]
     gates: Mapping[str, Gates]
     branches: tuple[str, ...]
+    divergence: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ OUTCOME: Mapping[str, Any] = {
     "evaluation_seconds": None,
     "contamination": {},
     "gates": {},
+    "divergence": {},
 }
 """Defaults of outcome fields that earlier versions did not write."""
 

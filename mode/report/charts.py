@@ -21,10 +21,10 @@ from mode.charts.chart import (
     Style,
     make_styles,
 )
+from mode.charts.colours import METHODS, OTHER, REFERENCES
 from mode.charts.draw import render_svg
 from mode.records.contents import Point as CurvePoint
 from mode.records.record import Record
-from mode.report.colours import METHODS, OTHER, REFERENCES
 from mode.tables.compile import BACKBONE, RowResult, TableData
 from mode.tables.findings import collect_points
 from mode.tables.frontier import MOST, list_frontiers

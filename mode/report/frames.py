@@ -30,10 +30,12 @@ COSTS = {
     "active": "Active M",
     "flops": "TFLOPs",
     "sampling": "Sampling",
+    "generation": "MFLOP/token",
     "rate": "Tokens/s",
     "memory": "Peak GB",
     "domain": "Domain MB",
     "tried": "Tried",
+    "divergence": "KL",
 }
 """Headings of the costs in the separate table of costs, by name."""
 
@@ -41,18 +43,30 @@ COSTS = {
 FORMATS = {
     **dict.fromkeys(("total", "trainable", "added", "active"), ".3f"),
     **{"steps": ",.0f", "tokens": ",.2f", "seconds": ",.0f", "n": ".0f"},
-    **{"flops": ",.2f", "sampling": ",.2f", "rate": ",.0f", "memory": ".2f", "domain": ",.2f", "tried": ".0f"},
+    **{
+        "flops": ",.2f",
+        "sampling": ",.2f",
+        "generation": ",.1f",
+        "rate": ",.0f",
+        "memory": ".2f",
+        "domain": ",.2f",
+        "tried": ".0f",
+        "divergence": ".3f",
+    },
 }
 """Number formats of costs, by name."""
 
 
 COST_NOTE = (
     "Added: parameters beside the backbone's; active: those that a token's prediction can depend on. TFLOPs: "
-    "operations of training over all stages, counted on one row of the model, times its tokens. ≈: by closed form, for "
-    "records from before operations were counted. Sampling: TFLOPs of writing an anchor's rows, by closed form; runs "
-    "of one backbone share the rows. Peak: of the process, with scoring. Domain: weights on disk of a stage on one "
-    "domain, or else of all that the row trained. Tried: settings on the validation split, at this budget, that the "
-    "row's were chosen from. A dash: nothing was trained, or the record does not say."
+    "operations of training over all stages, counted on one row of the model, times its tokens. ≈: by closed form, "
+    "for records from before operations were counted. Sampling: TFLOPs of writing an anchor's rows, by closed form; "
+    "runs of one backbone share the rows. MFLOP/token: 10⁶ operations of predicting a token at the end of a row, by "
+    "closed form, with adapters that are not merged. Peak: of the process, with scoring. Domain: weights on disk of a "
+    "stage on one domain, or else of all that the row trained. Tried: settings on the validation split, at this "
+    "budget, that the row's were chosen from. KL: divergence of the row's predictions from the backbone's, "
+    "KL(backbone ‖ row), in nats per token of the targets' validation text, mean over targets. A dash: nothing was "
+    "trained, or the record does not say."
 )
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
@@ -21,8 +22,9 @@ from mode.bench import records as bench
 from mode.charts.maps import split_pages
 from mode.core.errors import ConfigError
 from mode.core.files import write_atomic
+from mode.downstream import mixed_results as mixed
 from mode.downstream import results as downstream
-from mode.records.collection import COLLECTIONS, find_collection
+from mode.records.collection import COLLECTIONS, Collection, find_collection
 from mode.records.metrics import METRICS
 from mode.records.record import Record, read_records
 from mode.report.charts import chart_curves, chart_gates, chart_learning, chart_to_svg, chart_tradeoff
@@ -30,19 +32,20 @@ from mode.report.estimate import compile_in_full
 from mode.report.frames import (
     CONTAMINATION_NOTE,
     COST_NOTE,
+    FRONTIER_NOTE,
     ROUTING_NOTE,
     make_contamination_frame,
     make_cost_frame,
     make_frame,
+    make_frontier_frame,
     make_interval_frame,
     make_published_frame,
     make_routing_frame,
 )
-from mode.report.run_details import RunDetails, collect_run_details
-from mode.report.text import write_notes
+from mode.report.run_details import RunDetails, collect_run_details, list_used
+from mode.report.text import describe_divergence, write_notes
 from mode.tables.compile import TableData
 from mode.tables.findings import list_findings
-from mode.tables.select import add_needed
 from mode.tables.table import file_stem, load_table
 
 PAGE = "report.html"
@@ -128,6 +131,8 @@ def make_extras(compiled: TableData, rows: Sequence[str], pairs: Sequence[str]) 
     """Yield the further tables of a table, each with a note."""
     if pairs:
         yield "", make_grid("95 % intervals of the differences over documents", make_interval_frame(compiled), pairs)
+    if (frontiers := make_frontier_frame(compiled)) is not None:
+        yield " ".join([FRONTIER_NOTE, *describe_divergence(compiled)]), make_grid("Frontiers", frontiers)
     yield COST_NOTE, make_grid("Cost", make_cost_frame(compiled), rows)
     if compiled.contamination:
         yield CONTAMINATION_NOTE, make_grid("Contamination", make_contamination_frame(compiled))
@@ -297,14 +302,6 @@ def order_tables(item: tuple[str, str, TableData]) -> tuple[bool, bool, bool, bo
     )
 
 
-def list_used(tables: Iterable[TableData], records: Sequence[Record]) -> list[Record]:
-    """Return the records of some tables, with those of earlier stages, in the given order."""
-    by_id = {record.id: record for record in records}
-    ids = {run for compiled in tables for line in compiled.lines for run in line.runs.values()}
-    wanted = {stage.id for run in ids for stage in add_needed(by_id[run], by_id)}
-    return [record for record in records if record.id in wanted]
-
-
 def list_places(sections: Iterable[Section]) -> dict[str, list[tuple[str, str, str]]]:
     """Return the rows of every run, by run id: anchor, title of the table, and label. Differences are left out."""
     found: dict[str, list[tuple[str, str, str]]] = {}
@@ -361,19 +358,20 @@ def make_bench_section(benchmark: bench.Benchmark, way: str) -> Bench:
     )
 
 
+SECTIONS: tuple[tuple[Collection[Any], str, str, Callable[..., pd.DataFrame]], ...] = (
+    (downstream.COLLECTION, "Downstream tasks", downstream.INTRO, downstream.make_frame),
+    (mixed.COLLECTION, "Rows in which the domain changes", mixed.INTRODUCTION, mixed.make_frame),
+    (pruning.COLLECTION, "Pruning", pruning.INTRODUCTION, pruning.make_frame),
+)
+"""Collections with one table each: their titles, introductions and tables. Benchmarks have a table per measurement."""
+
+
 def make_collection_section(name: str, results: Path, way: str) -> Bench | None:
-    """Return the section of downstream tasks or of pruned runs; None for other names, or without results."""
-    if name == downstream.COLLECTION.name and (scored := downstream.COLLECTION.read(results)):
-        title, about, table = (
-            "Downstream tasks",
-            downstream.INTRO,
-            pd.DataFrame([downstream.format_row(each) for each in scored]),
-        )
-    elif name == pruning.COLLECTION.name and (pruned := pruning.COLLECTION.read(results)):
-        title, about, table = "Pruning", pruning.INTRODUCTION, pruning.make_frame(pruned)
-    else:
-        return None
-    return Bench(name, title, about, make_grid(title, table), f"{way}/{name}.md")
+    """Return the section of a collection with one table; None for other names, or without results."""
+    for collection, title, about, make in SECTIONS:
+        if name == collection.name and (found := collection.read(results)):
+            return Bench(name, title, about, make_grid(title, make(found)), f"{way}/{name}.md")
+    return None
 
 
 def render_prose(text: str) -> Markup:

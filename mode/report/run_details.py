@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from mode.records.metrics import METRICS, Metric
 from mode.records.record import Record
 from mode.records.score import Score
 from mode.report.charts import chart_run, chart_to_svg
+from mode.tables.compile import TableData
+from mode.tables.select import add_needed
 
 Fact = tuple[str, str]
 """A name and its value."""
@@ -165,3 +167,11 @@ def format_setting(value: Any) -> str:
 def is_number(value: Any) -> bool:
     """Return whether a value is a number. Booleans do not count."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def list_used(tables: Iterable[TableData], records: Sequence[Record]) -> list[Record]:
+    """Return the records of some tables, with those of earlier stages, in the given order."""
+    by_id = {record.id: record for record in records}
+    ids = {run for compiled in tables for line in compiled.lines for run in line.runs.values()}
+    wanted = {stage.id for run in ids for stage in add_needed(by_id[run], by_id)}
+    return [record for record in records if record.id in wanted]

@@ -26,7 +26,7 @@ from mode.report.frames import (
 from mode.tables.columns import AVERAGE, RETENTION, TARGET, Column
 from mode.tables.compile import TableData
 from mode.tables.findings import list_findings
-from mode.tables.frontier import LOSSES, get_mean, list_frontiers
+from mode.tables.frontier import LOSSES, correlate_divergence, get_mean, list_frontiers
 from mode.tables.statistics import FEW, FEWEST, correct_holm
 
 
@@ -40,6 +40,7 @@ def render_markdown(compiled: TableData) -> str:
         parts += [align_frame(make_interval_frame(compiled))]
     if (frontiers := make_frontier_frame(compiled, strong="**{}**")) is not None:
         parts += ["", FRONTIER_NOTE, "", align_frame(frontiers)]
+        parts += [line for sentence in describe_divergence(compiled) for line in ("", sentence)]
     parts += ["", COST_NOTE, "", align_frame(make_cost_frame(compiled))]
     if compiled.contamination:
         parts += ["", CONTAMINATION_NOTE, "", align_frame(make_contamination_frame(compiled))]
@@ -67,6 +68,17 @@ def align_frame(table: pd.DataFrame) -> str:
     sides = ["left", *["right"] * len(others)]
     cells = table.assign(**{first: table[first].map(escape_markdown)})
     return str(cells.rename(columns=escape_markdown).to_markdown(index=False, disable_numparse=True, colalign=sides))
+
+
+def describe_divergence(compiled: TableData) -> list[str]:
+    """Return a sentence on how divergence from the backbone goes with retention; empty without enough records."""
+    found = correlate_divergence(compiled)
+    if found is None:
+        return []
+    return [
+        f"KL to the backbone on the targets' validation text, and retention: rank correlation {found[0]:+.2f} "
+        f"(Spearman) over {found[1]} settings."
+    ]
 
 
 def write_notes(compiled: TableData) -> list[str]:
@@ -110,11 +122,21 @@ def write_notes(compiled: TableData) -> list[str]:
     missing = [line.name for line in compiled.lines if not line.quality]
     if missing:
         lines += ["", f"Missing (–): {', '.join(missing)}. `mode reproduce` with this table's name fills them."]
+    if compiled.untimed:
+        lines += ["", write_time_note(compiled.untimed)]
     if compiled.overlap:
         lines += ["", write_overlap_note(compiled.overlap)]
     if compiled.left_out:
         lines += ["", f"{compiled.left_out} matching records on other data or another backbone are left out."]
     return lines
+
+
+def write_time_note(untimed: Sequence[str]) -> str:
+    """Return the note on rows that were timed under other conditions than most."""
+    return (
+        "Seconds and tokens per second are those of rows that were timed on the same machine with the same version "
+        f"of the code; others have a dash: {', '.join(untimed)}. `mode bench` compares speed."
+    )
 
 
 def list_rows_without(compiled: TableData, metric: Metric) -> list[str]:
@@ -243,6 +265,8 @@ def render_csv(compiled: TableData) -> str:
         rows += [
             {"row": frontier.method, "column": f"frontier/{place}", "mean": value} for place, value in values.items()
         ]
+    if compiled.table.frontiers and (ranked := correlate_divergence(compiled)) is not None:
+        rows.append({"row": "all settings", "column": "frontier/divergence", "mean": ranked[0], "n": ranked[1]})
     return str(
         pd.DataFrame(rows, columns=["row", "column", "mean", "std", "n", "low", "high"]).to_csv(
             index=False, float_format="%.6g"

@@ -19,13 +19,14 @@ from mode.data.contamination import measure_contamination
 from mode.methods.base import Material
 from mode.records.provenance import describe_provenance
 from mode.records.record import SCHEMA, Record, find_record
-from mode.runs.fit import Observer, fingerprint_self_sampled, fit, score_domains
+from mode.runs.fit import Observer, fingerprint_self_sampled, fit, measure_divergences, score_domains
 from mode.runs.prepare import Prepared, find_finished, has_weights, prepare_run
 from mode.runs.tracking import NoTracker, Tracker, make_tracker
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from torch import nn
 
     from mode.config.train import Train
@@ -191,6 +192,7 @@ def train_and_record(prepared: Prepared, needs: list[Prepared], observe: Observe
         "peak_memory_bytes": read_peak_memory(device),
         **scoring,
     }
+    happened["divergence"] = measure_divergences(prepared, model)  # after the peak, to which it does not belong
     if processes.is_main():
         save_result(prepared, model, Record(SCHEMA, prepared.id, prepared.asked, happened, conditions), again=again)
     processes.wait()
@@ -294,6 +296,22 @@ def restore(prepared: Prepared) -> nn.Module:
         for name, tensor in load_run_tensors(prepared.folder / WEIGHTS, prepared.id, parameters).items():
             parameters[name].data.copy_(tensor)
     return model
+
+
+def load_finished(prepared: Prepared) -> tuple[nn.Module, torch.device]:
+    """Return a finished run's model as it was scored, in evaluation mode on the run's device, and the device.
+
+    Raises:
+        ConfigError: `restore` refuses the weights.
+    """
+    from mode.core.device import set_up
+    from mode.ops.quantize import quantize_frozen
+
+    train = prepared.run.train
+    device = set_up(train.threads, train.device)
+    model = restore(prepared).eval()
+    quantize_frozen(model, train.memory.frozen_weights)
+    return model.to(device), device
 
 
 def count_model_parameters(model: nn.Module, backbone_size: int) -> dict[str, int]:

@@ -220,3 +220,26 @@ def score_domains(
             probe=(lambda count: None) if probe is None else partial(probe.add, name),
         )
     return scores
+
+
+def measure_divergences(prepared: Prepared, model: nn.Module) -> dict[str, float]:
+    """Return how far a model is from its backbone on the validation text of its targets, in nats, by domain.
+
+    Empty with several processes, each of which would need a backbone of its own.
+    """
+    from mode.evaluation.divergence import measure_divergence
+
+    if processes.world_size() > 1:
+        return {}
+    run = prepared.run
+    backbone = load_model(run.backbone).to(next(model.parameters()).device)
+    return {
+        name: measure_divergence(
+            model,
+            backbone,
+            prepared.packed[name].split("validation"),
+            sequence_length=run.train.sequence_length,
+            chunk=run.evaluate.logit_chunk_size,
+        )
+        for name in run.targets
+    }

@@ -86,6 +86,18 @@ def find_finished(prepared: Prepared) -> Record | None:
     return find_record(prepared.results, prepared.id)
 
 
+def require_finished(prepared: Prepared) -> Record:
+    """Return the record of a finished run.
+
+    Raises:
+        ConfigError: The run is not finished.
+    """
+    record = find_finished(prepared)
+    if record is None:
+        raise ConfigError(f"run {prepared.id} is not finished: no record in {prepared.results / 'records'}")
+    return record
+
+
 def has_weights(prepared: Prepared) -> bool:
     """Say whether the trained weights of a run are on this machine."""
     return (prepared.folder / WEIGHTS).exists()

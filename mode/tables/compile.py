@@ -29,6 +29,7 @@ from mode.tables.statistics import (
     summarise_seeds,
 )
 from mode.tables.table import Table, compose_rows, select_rows
+from mode.tables.timing import find_untimed, list_timings
 
 BACKBONE = "backbone"
 """Name of the row of the untouched backbone."""
@@ -98,7 +99,7 @@ class RowResult:
             domains has that of the domain with the fewest.
         cost: Cost by name: parameters in millions, `train.batch.examples`, share and weight of an anchor; over all
             stages steps, tokens in millions, 1e12 operations, seconds, and tokens per second; peak memory in GB; MB on
-            disk that one domain adds; n.
+            disk that one domain adds; divergence from the backbone; n.
         gates: Mean gate weights of every block over seeds, by domain, the backbone's first; empty without gates.
         routing: Mean number of branches in use and evenness of their weights, by domain (see `read_routing`).
         branches: Names of the branches.
@@ -164,6 +165,7 @@ class TableData:
         contamination: Share of the n-grams of a scored domain that occur in a training text, by domain and text; empty
             if no record holds it.
         settings: Run of every row, with any seed.
+        untimed: Names of the rows without seconds, because they were timed under other conditions than most rows.
     """
 
     table: Table
@@ -175,6 +177,7 @@ class TableData:
     overlap: tuple[str, ...]
     contamination: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     settings: Mapping[str, Run] = field(default_factory=dict)
+    untimed: tuple[str, ...] = ()
 
     def line(self, name: str) -> RowResult:
         """Return the result of a row by its name."""
@@ -220,9 +223,10 @@ def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[s
         compute_row(row.name, table.marked(row), chosen[row.name], bare, before, by_id, table.needed)
         for row in table.rows
     )
+    untimed = find_untimed({name: list_timings(found, by_id) for name, found in chosen.items()})
     return TableData(
         table=table,
-        lines=lines,
+        lines=tuple(drop_times(line) if line.name in untimed else line for line in lines),
         domains=domains,
         targets=targets,
         split=first.outcome.split if first else "test",
@@ -230,7 +234,13 @@ def compile_table(table: Table, records: Sequence[Record], overrides: Sequence[s
         overlap=first.overlap if first else (),
         contamination=find_contamination(first, records) if first else {},
         settings=runs,
+        untimed=untimed,
     )
+
+
+def drop_times(line: RowResult) -> RowResult:
+    """Return a row without its seconds and its rate."""
+    return replace(line, cost={name: value for name, value in line.cost.items() if name not in ("seconds", "rate")})
 
 
 def compute_row(
@@ -294,6 +304,9 @@ def compute_row_cost(record: Record, costs: Sequence[Sequence[Outcome]]) -> dict
     cost["seconds"] = statistics.fmean(sum(stage.seconds for stage in each) for each in costs)
     if cost["seconds"]:
         cost["rate"] = 1e6 * cost["tokens"] / cost["seconds"]
+    divergences = [statistics.fmean(each[0].divergence.values()) for each in costs if each[0].divergence]
+    if divergences:
+        cost["divergence"] = statistics.fmean(divergences)
     peaks = [stage.peak_memory_bytes for each in costs for stage in each]
     if None not in peaks:
         cost["memory"] = max(peak for peak in peaks if peak is not None) / 1e9

@@ -17,6 +17,10 @@ MOST = 10.0
 """Largest tolerated loss of the mean gain, in points."""
 
 
+FEWEST_RANKED = 8
+"""Smallest number of settings whose ranks are correlated."""
+
+
 @dataclass(frozen=True)
 class Frontier:
     """The settings of one method, and what is reached with them. No training is a setting too.
@@ -113,3 +117,17 @@ def find_leader(frontiers: Sequence[Frontier], loss: float) -> Frontier | None:
         if gaps and all(gap is not None and gap.holds and gap.cell.mean > 0.0 for gap in gaps):
             return frontier
     return None
+
+
+def correlate_divergence(compiled: TableData) -> tuple[float, int] | None:
+    """Return Spearman's rank correlation of divergence from the backbone and retention, and the number of settings.
+
+    None with fewer than `FEWEST_RANKED` settings that have both.
+    """
+    from scipy.stats import spearmanr
+
+    lines = [line for line in compiled.lines if line.name != BACKBONE and "divergence" in line.cost]
+    pairs = [(line.cost["divergence"], kept.mean) for line in lines if (kept := line.cell(RETENTION)) is not None]
+    if len(pairs) < FEWEST_RANKED:
+        return None
+    return float(spearmanr(*zip(*pairs, strict=True)).statistic), len(pairs)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mode.tables.compile import RowResult, TableData
 from mode.tables.statistics import Cell
 
-MEASURES = {"flops": "10¹² training operations", "seconds": "seconds of training"}
+MEASURES = {"flops": "10¹² training operations", "tokens": "million training tokens"}
 """Unit of a row's cost, by the name of the cost."""
 
 
@@ -81,14 +81,14 @@ class Tradeoff:
 def compute_tradeoff(compiled: TableData) -> Tradeoff:
     """Return the places of all rows with a target accuracy and a retention.
 
-    The cost is in operations if all rows have them, because seconds depend on the machine. Else it is in seconds.
+    The cost is in operations if all rows have them, else in tokens. Seconds would depend on the machine.
     """
     placed = [
         (index, line, kept, target)
         for index, line in enumerate(compiled.lines)
         if (kept := line.cell("retention")) is not None and (target := line.cell("target")) is not None
     ]
-    measure = "flops" if placed and all("flops" in line.cost for _, line, _, _ in placed) else "seconds"
+    measure = "flops" if placed and all("flops" in line.cost for _, line, _, _ in placed) else "tokens"
     points = [(kept.mean, target.mean, -line.cost[measure]) for _, line, kept, target in placed]
     rivals = bool(compiled.targets)
     places = tuple(

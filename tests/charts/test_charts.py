@@ -14,6 +14,7 @@ import pytest
 from mode.bench.figures import chart_layouts, chart_scale
 from mode.bench.records import COLLECTION
 from mode.charts.chart import MOST_NAMED, Axis, Chart, HeatMaps, Panel, Point, Series, Style, make_styles
+from mode.charts.colours import METHODS
 from mode.charts.draw import lay_out, render_svg, write_chart
 from mode.charts.layout import Layout
 from mode.charts.maps import split_pages
@@ -28,7 +29,6 @@ from mode.report.charts import (
     chart_tradeoff,
     find_method,
 )
-from mode.report.colours import METHODS
 from mode.report.page import ASSETS
 from mode.report.plan_figures import chart_plan
 from mode.tables.compile import TableData, compile_table

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from mode.report.frames import make_frontier_frame
+from mode.report.text import describe_divergence, render_csv
 from mode.tables.compile import RowResult, TableData
-from mode.tables.frontier import find_leader, list_frontiers
+from mode.tables.frontier import FEWEST_RANKED, correlate_divergence, find_leader, list_frontiers
 from mode.tables.table import Row, Table
 
 POINTS = {  # name: target accuracy and retention
@@ -79,3 +82,21 @@ def test_only_tables_that_ask_for_them_show_frontiers() -> None:
     compiled = compile_points()
     plain = TableData(Table(title="T", rows=compiled.table.rows), *list(vars(compiled).values())[1:])
     assert make_frontier_frame(plain) is None
+
+
+def test_divergence_is_ranked_against_retention_where_enough_settings_have_both() -> None:
+    lines = [
+        RowResult(f"a@{n}", f"A, {n}", {0: {"retention": -float(n)}}, {}, {}, {"divergence": float(n**2)})
+        for n in range(FEWEST_RANKED)
+    ]
+    few = replace(compile_points(), lines=tuple(lines[1:]))
+    assert correlate_divergence(few) is None
+    assert describe_divergence(few) == []
+    found = replace(few, lines=tuple(lines))
+    assert correlate_divergence(found) == (pytest.approx(-1.0), FEWEST_RANKED)
+    swapped = [replace(lines[0], cost={"divergence": 1.5}), *lines[1:]]  # 0, 1, 4 becomes 1.5, 1, 4
+    assert correlate_divergence(replace(few, lines=tuple(swapped))) == (pytest.approx(-1 + 6 * 2 / 504), FEWEST_RANKED)
+    assert "-1.00" in describe_divergence(found)[0]
+    backbone = RowResult("backbone", "B", {0: {"retention": 0.0}}, {}, {}, {"divergence": 9.0})
+    assert correlate_divergence(replace(found, lines=(*lines, backbone))) == correlate_divergence(found)
+    assert "all settings,frontier/divergence,-1," in render_csv(found)
