@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,7 @@ class Row:
         overrides: Settings of the row's run.
         note: Note under the table, such as a deviation from the publication.
         chosen_in: Tables and the methods of their rows, `TABLE/METHOD`, whose settings this row's were chosen from.
+        under: Further settings of the run under an experiment, by the experiment's name.
     """
 
     name: Name
@@ -46,6 +48,7 @@ class Row:
     overrides: tuple[str, ...]
     note: str = ""
     chosen_in: tuple[Annotated[str, Field(pattern=r"^[^/]+/[^/]+$")], ...] = ()
+    under: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -237,13 +240,16 @@ def check_columns(name: str, columns: Sequence[str], known: Sequence[str]) -> No
 def compose_row(table: Table, row: Row, seed: int, overrides: Sequence[str], extra: Path | None = None) -> Run:
     """Return the run of one row and seed.
 
-    The user's overrides take precedence over the table's, and the row's over both.
+    The user's overrides take precedence over the table's, and the row's over both: first its own, then those under the
+    experiment.
 
     Raises:
         ConfigError: The row's settings do not compose.
     """
     check_fixed(overrides)
-    renamed = [text for part in (table.overrides, overrides, row.overrides) for text in rename_overrides(part)]
+    under = row.under.get(str(last_value([*table.overrides, *overrides], "experiment")), ())
+    parts = (table.overrides, overrides, row.overrides, under)
+    renamed = [text for part in parts for text in rename_overrides(part)]
     everything = [*renamed, f"seed={seed}"]
     run = compose(everything, extra)
     track = replace_settings(run.track, group=run.track.group or table.title.partition(".")[0], name=row.name)
