@@ -52,3 +52,18 @@ def test_old_names_of_a_user_win_over_new_names_of_the_table(tmp_path: Path) -> 
     assert compose_row(made, made.rows[0], 0, ["train.batch_size=2"]).train.batch.size == 2
     with pytest.raises(ConfigError, match="is the same setting"):
         compose_row(made, made.rows[0], 0, ["train.batch_size=2", "train.batch.size=8"])
+
+
+def test_a_row_has_further_settings_under_an_experiment_that_win_over_its_own() -> None:
+    row = Row(
+        name="sft", label="S", overrides=("method=sft", "method.lr=0.5"), under={"table1_long": ("method.lr=0.25",)}
+    )
+    made = Table(title="T", rows=(row,))
+
+    def find_rate(overrides: list[str], table: Table = made) -> float:
+        return compose_row(table, row, 0, overrides).lr
+
+    assert find_rate([]) == 0.5
+    assert find_rate(["experiment=table1_long"]) == 0.25
+    assert find_rate(["experiment=table1_smollm2"]) == 0.5
+    assert find_rate([], Table(title="T", rows=(row,), overrides=("experiment=table1_long",))) == 0.25
