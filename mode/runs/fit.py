@@ -225,13 +225,13 @@ def score_domains(
 def measure_divergences(prepared: Prepared, model: nn.Module) -> dict[str, float]:
     """Return how far a model is from its backbone on the validation text of its targets, in nats, by domain.
 
-    Empty with several processes, each of which would need a backbone of its own.
+    Empty where nothing stands on a backbone, and with several processes, each of which would need one of its own.
     """
     from mode.evaluation.divergence import measure_divergence
 
-    if processes.world_size() > 1:
-        return {}
     run = prepared.run
+    if processes.world_size() > 1 or prepared.method.backbone_size(run) == 0:
+        return {}
     backbone = load_model(run.backbone).to(next(model.parameters()).device)
     return {
         name: measure_divergence(

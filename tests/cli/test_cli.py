@@ -36,7 +36,7 @@ FLAGS = {
     "compose": ["--again", "--conf", "--frozen", "--print-config", "--sweep", "--uninitialized"],
     "data prepare": ["--conf", "--domain"],
     "data show": ["--conf", "--domain"],
-    "eval": ["--again", "--conf", "--downstream", "--limit", "--metric", "--retention", "--task"],
+    "eval": ["--again", "--conf", "--downstream", "--limit", "--metric", "--mixed", "--retention", "--task"],
     "generate": ["--conf", "--gates", "--html", "--layout", "--max-tokens", "--seed", "--temperature", "--top-p"],
     "analyze gates": ["--conf", "--html", "--split", "--tokens"],
     "expert add": ["--conf", "--embed"],
