@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from mode.config.compose import compose
+from mode.config.identity import describe_run
 from mode.config.run import Run
 from mode.core.errors import ConfigError
 from mode.core.locks import LOCK, lock_folder
@@ -96,7 +97,7 @@ def test_a_row_with_a_budget_of_its_own_is_no_row_under_another() -> None:
         policy: [row.name for row in list_rows_under(load_table("table1"), [f"budget={policy}"])] for policy in POLICIES
     }
     own = [row.name for row in load_table("table1").rows if any(text.startswith("budget=") for text in row.overrides)]
-    assert own == ["mode-2x-data", "btm-data"]
+    assert own == ["mode-2x-data", "btm-data", "btm-top1-data", "btm-average-data", "btx-data"]
     others = [name for name in names["paper"] if name not in own]
     assert names["data"] == names["compute"] == names["params"] == others
     assert [run.track.name for run in compose_table("table1", [0], ["budget=compute"], None)] == names["compute"]
@@ -459,10 +460,14 @@ def test_table_one_on_a_real_model_runs_dry(world: World) -> None:
     assert compose([experiment]).backbone.name == "smollm2-135m"
     small = ["train.steps=3", "train.sequence_length=16", "train.log_every=1", "train.checkpoint_every=1"]
     runs = compose_table("table1", [0], [experiment, *world.overrides, *small], world.conf)
-    records = [execute(run, weights=True) for run in runs]
-    assert [record.asked["train"]["batch_size"] for record in records] == [2] * len(runs)
-    assert {record.asked["train"]["warmup"] for record in records} == {0.03}
-    assert len({record.id for record in records}) == len(load_table("table1").rows) == 11
+    assert [run.train.batch.size for run in runs] == [2] * len(runs)
+    assert {run.train.optim.warmup_ratio for run in runs} == {0.03}
+    assert len({str(describe_run(run)) for run in runs}) == len(load_table("table1").rows) == 21
+    first_of_each = {type(run.method): run for run in reversed(runs)}
+    assert len(first_of_each) == 9
+    for run in first_of_each.values():
+        record = execute(run, weights=True)
+        assert (record.asked["train"]["batch_size"], record.asked["train"]["warmup"]) == (2, 0.03)
 
 
 @pytest.mark.slow
