@@ -26,27 +26,28 @@ def measure_divergence(
         backbone: The untouched backbone, on the same device.
         split: The packed split.
         sequence_length: Tokens per row.
-        chunk: Tokens whose logits are compared at one time.
+        chunk: Tokens whose logits exist at one time, if a row is not longer.
     """
     device = next(model.parameters()).device
-    rows = max(1, min(ROWS, (len(split.tokens) - 1) // sequence_length))
-    stream = torch.from_numpy(np.asarray(split.tokens[: rows * sequence_length + 1], np.int64)).to(device)
+    count = max(1, min(ROWS, (len(split.tokens) - 1) // sequence_length))
+    stream = torch.from_numpy(np.asarray(split.tokens[: count * sequence_length + 1], np.int64)).to(device)
     length = min(sequence_length, len(stream) - 1)
     inputs, _ = make_rows(stream, length, split.bos)
     was_training = model.training, backbone.training
-    model.eval(), backbone.eval()
+    for each in (model, backbone):
+        each.eval()
     total = 0.0
-    for row in inputs:
-        ours, known = (compute_logits(each, row) for each in (model, backbone))
-        for start in range(0, length, chunk):
-            piece = slice(start, start + chunk)
-            log_p, log_q = (logits[piece].float().log_softmax(-1) for logits in (known, ours))
+    for rows in torch.split(inputs, max(1, chunk // length)):
+        ours, known = (compute_logits(each, rows) for each in (model, backbone))
+        for pieces in zip(torch.split(known, chunk), torch.split(ours, chunk), strict=True):
+            log_p, log_q = (logits.float().log_softmax(-1) for logits in pieces)
             total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
-    model.train(was_training[0]), backbone.train(was_training[1])
+    for each, was in zip((model, backbone), was_training, strict=True):
+        each.train(was)
     return total / inputs.numel()
 
 
-def compute_logits(model: nn.Module, row: Tensor) -> Tensor:
-    """Return the logits of the next tokens of a row, (S, V)."""
-    logits: Tensor = model(input_ids=row[None], use_cache=False).logits[0]
-    return logits
+def compute_logits(model: nn.Module, rows: Tensor) -> Tensor:
+    """Return the logits of the next tokens of rows, (B, S), as (B S, V)."""
+    logits: Tensor = model(input_ids=rows, use_cache=False).logits
+    return logits.flatten(0, 1)
