@@ -7,6 +7,9 @@ import time
 from types import TracebackType
 from typing import Any
 
+LEFT = "out of time; it goes on from its checkpoint"
+"""What is shown of a run that is left unfinished."""
+
 
 def format_duration(seconds: float) -> str:
     """Render a duration in seconds.
@@ -76,6 +79,10 @@ class PlainDisplay:
         name, _ = self.names[run_id]
         self.line(f"{run_id}  {name}: {'done' if error is None else f'failed: {error}'}")
 
+    def leave(self, run_id: str) -> None:
+        """Print that a run is left unfinished."""
+        self.line(f"{run_id}  {self.names[run_id][0]}: {LEFT}")
+
 
 class BarDisplay:
     """A progress bar per run, with loss, accuracy, tokens per second and time left."""
@@ -126,6 +133,10 @@ class BarDisplay:
             self.progress.update(task, completed=max(steps, 1), info="done")
         else:
             self.progress.update(task, info=f"failed: {error}")
+
+    def leave(self, run_id: str) -> None:
+        """Show at the bar of a run that it is left unfinished."""
+        self.progress.update(self.tasks[run_id][0], info=LEFT)
 
 
 def make_display() -> BarDisplay | PlainDisplay:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,16 @@ from mode.core.files import expand_home
 
 if TYPE_CHECKING:
     from mode.config.run import Run
+    from mode.launch.limit import TimeLimit
     from mode.launch.schedule import Outcome, Start
+
+
+DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+"""Hours, minutes and seconds, each of which may be left out."""
+
+
+UNITS = (3600, 60, 1)
+"""Seconds of each of them."""
 
 
 def reproduce(
@@ -26,25 +36,52 @@ def reproduce(
     launcher: Annotated[
         str, typer.Option("--launcher", help="Launcher of the runs.", autocompletion=complete("launcher"))
     ] = "local",
+    within: Annotated[
+        str | None,
+        typer.Option("--within", metavar="TIME", help="End within this time, such as 9m; the next call goes on."),
+    ] = None,
     conf: ConfOption = None,
 ) -> None:
     """Execute every run of a table, then render the table.
 
     Finished runs are skipped. A run whose process dies is restarted from its checkpoint. A run that fails is reported,
-    and the others continue.
+    and the others continue. With --within, runs of this machine end at a checkpoint before the time is up; jobs of a
+    launcher are cancelled then. Rendering comes after it.
 
-    Example: mode reproduce table1 seeds=[0,1,2]
+    Examples: mode reproduce table1 seeds=[0,1,2]; mode reproduce table1 --within 1h30m
     """
     with reporting_errors():
         from cli.progress import make_display
-        from mode.launch.schedule import compose_table, run_all
+        from mode.launch.schedule import run_all
+        from mode.launch.table_runs import compose_table
 
+        limit = read_limit(within)
         given, seeds = take_list(overrides or [], "seeds")
         runs = compose_table(table, seeds, given, conf)
         start, retries = choose_starter(launcher, runs, conf)
         with make_display() as display:
-            outcome = run_all(runs, jobs=jobs or count_jobs(runs), display=display, start=start, retries=retries)
+            outcome = run_all(
+                runs, jobs=jobs or count_jobs(runs), display=display, start=start, retries=retries, limit=limit
+            )
         report_outcome(table, given, conf, outcome)
+
+
+def read_limit(text: str | None) -> TimeLimit | None:
+    """Return the time limit of `--within`; None without it.
+
+    Raises:
+        ConfigError: The text is not a time.
+    """
+    from mode.core.errors import ConfigError
+    from mode.launch.limit import TimeLimit
+
+    if text is None:
+        return None
+    match = DURATION.fullmatch(text)
+    seconds = sum(int(value or 0) * unit for value, unit in zip(match.groups(), UNITS, strict=True)) if match else 0
+    if not seconds:
+        raise ConfigError(f"--within {text}: not a time such as 90s, 9m or 1h30m")
+    return TimeLimit.after(seconds)
 
 
 def choose_starter(name: str, runs: Sequence[Run], conf: Path | None) -> tuple[Start | None, int]:
@@ -58,7 +95,7 @@ def choose_starter(name: str, runs: Sequence[Run], conf: Path | None) -> tuple[S
 
 
 def report_outcome(table: str, overrides: Sequence[str], conf: Path | None, outcome: Outcome) -> None:
-    """Print the number of runs and the failures, and render the table of the finished runs.
+    """Print the number of runs, the failures and what is left, and render the table of the finished runs.
 
     Raises:
         ConfigError: No run succeeded.
@@ -69,6 +106,10 @@ def report_outcome(table: str, overrides: Sequence[str], conf: Path | None, outc
     print(f"{outcome.executed} runs executed, {outcome.skipped} existed, {len(outcome.failed)} failed", file=sys.stderr)
     for run_id, error in outcome.failed.items():
         print(f"  {run_id}: {error}", file=sys.stderr)
+    if outcome.left:
+        print(f"the time is up: {outcome.left} runs are left; the same command goes on", file=sys.stderr)
+        if not outcome.executed and not outcome.skipped:
+            return  # there is nothing to render
     if outcome.failed and not outcome.executed and not outcome.skipped:
         raise ConfigError("no run succeeded")
     text, path = render_report(

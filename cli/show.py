@@ -123,7 +123,7 @@ def budget(
     with reporting_errors():
         from mode.config.compose import compose
         from mode.core.device import measure_matrix_rate, set_up
-        from mode.launch.schedule import forecast_table
+        from mode.launch.table_runs import forecast_table
 
         if "=" in table:
             table, overrides = "table1", [table, *(overrides or [])]

@@ -7,7 +7,8 @@ import os
 import queue
 import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,11 +22,10 @@ from mode.core.errors import ConfigError
 from mode.core.files import expand_home
 from mode.core.interrupts import blocking_interrupts, end_with_parent
 from mode.data.pack import Tokenizer, is_complete, locate_packed, prepare_domain
+from mode.launch.limit import OutOfTimeError, TimeLimit, make_stopper
+from mode.launch.table_runs import Node, plan_runs
 from mode.launch.worker import try_execute
 from mode.methods.base import Method
-from mode.runs.forecast import Forecast, forecast
-from mode.runs.prepare import Prepared, find_finished, has_weights, prepare_run
-from mode.tables.table import compose_row, compose_rows, list_rows_under, load_table
 
 
 class Display(Protocol):
@@ -43,20 +43,8 @@ class Display(Protocol):
     def end(self, run_id: str, error: str | None) -> None:
         """Show that a run has ended. `error` is None if it succeeded."""
 
-
-@dataclass
-class Node:
-    """A run to execute.
-
-    Attributes:
-        prepared: The run.
-        waits: Ids of the runs that must finish first.
-        dependents: Number of runs that wait for this run.
-    """
-
-    prepared: Prepared
-    waits: set[str]
-    dependents: int = 0
+    def leave(self, run_id: str) -> None:
+        """Show that a run is left unfinished, because the time is up."""
 
 
 @dataclass
@@ -67,85 +55,13 @@ class Outcome:
         skipped: Number of runs that were finished before.
         executed: Number of runs that were executed.
         failed: Error message of every failed run, by id.
+        left: Number of runs that a time limit left unfinished.
     """
 
     skipped: int = 0
     executed: int = 0
     failed: dict[str, str] = field(default_factory=dict)
-
-
-def compose_table(name: str, seeds: Sequence[int] | None, overrides: Sequence[str], extra: Path | None) -> list[Run]:
-    """Compose the runs of a table, all rows of one seed before the next seed.
-
-    Args:
-        name: Name of the table.
-        seeds: Seeds; None for those of the table.
-        overrides: Overrides of every run.
-        extra: Folder of the user's own configuration.
-
-    Raises:
-        ConfigError: There is no such table, or its settings are not valid.
-    """
-    table = load_table(name, extra)
-    rows = list_rows_under(table, overrides)
-    return [compose_row(table, row, seed, overrides, extra) for seed in (seeds or table.seeds) for row in rows]
-
-
-def forecast_table(name: str, overrides: Sequence[str], extra: Path | None) -> dict[str, tuple[Forecast, ...] | None]:
-    """Return the forecast of every stage of every row of a table, by label of the row.
-
-    The value is None if a method of the row has no closed form of its cost.
-
-    Raises:
-        ConfigError: There is no such table, or its settings are not valid.
-    """
-    table = load_table(name, extra)
-    labels = {row.name: row.label for row in table.rows}
-    forecasts: dict[str, tuple[Forecast, ...] | None] = {}
-    for row, run in compose_rows(table, overrides, extra).items():
-        stages = [forecast(stage) for stage in list_stages(run)]
-        known = tuple(stage for stage in stages if stage is not None)
-        forecasts[labels[row]] = known if len(known) == len(stages) else None
-    return forecasts
-
-
-def list_stages(run: Run) -> list[Run]:
-    """Return the stages that a run depends on, in order, and the run itself as the last."""
-    needs = run.method.needs(run) if isinstance(run.method, Method) else ()
-    return [*(stage for need in needs for stage in list_stages(need)), run]
-
-
-def plan_runs(runs: Sequence[Run]) -> tuple[dict[str, Node], int]:
-    """Find the runs to execute, including earlier stages.
-
-    Returns:
-        Nodes by id, stages before the runs that need them, and the number of runs that are finished.
-
-    Raises:
-        ConfigError: A run cannot be prepared, or its number of steps cannot be computed.
-    """
-    nodes: dict[str, Node] = {}
-    done: set[str] = set()
-
-    def visit(run: Run, *, weights: bool) -> str | None:
-        prepared = prepare_run(run)
-        if prepared.id in nodes:
-            return prepared.id
-        prepared.method.steps(run)  # raises now, before anything runs, if the budget does not fit the method
-        complete = find_finished(prepared) is not None and (has_weights(prepared) or not weights)
-        waits = [visit(stage, weights=not complete) for stage in prepared.method.needs(run)]
-        if complete:
-            done.add(prepared.id)
-            return None
-        nodes[prepared.id] = Node(prepared, {run_id for run_id in waits if run_id})
-        return prepared.id
-
-    for run in runs:
-        visit(run, weights=False)
-    for node in nodes.values():
-        for run_id in node.waits:
-            nodes[run_id].dependents += 1
-    return nodes, len(done)
+    left: int = 0
 
 
 PRELOAD = ["mode.runs.execute", "mode.train.loop", "mode.evaluation.next_token", "mode.modular.model"]
@@ -186,7 +102,13 @@ Start = Callable[[Run, str, Any], Any]
 
 
 def run_all(
-    runs: Sequence[Run], *, jobs: int, display: Display, start: Start | None = None, retries: int = 0
+    runs: Sequence[Run],
+    *,
+    jobs: int,
+    display: Display,
+    start: Start | None = None,
+    retries: int = 0,
+    limit: TimeLimit | None = None,
 ) -> Outcome:
     """Execute runs and their earlier stages. After a failure the other runs continue.
 
@@ -196,6 +118,8 @@ def run_all(
         display: Display of the progress.
         start: Starts a run as a job of a launcher; None for processes of this machine.
         retries: How often a run is restarted whose process died without an error message.
+        limit: Moment at which all runs have ended, finished or not; None for no limit. Runs of this machine end at a
+            checkpoint before it.
 
     Raises:
         ConfigError: A run cannot be planned, or the folder of temporary files has too long a name.
@@ -207,31 +131,104 @@ def run_all(
     nodes, skipped = plan_runs(runs)
     outcome = Outcome(skipped=skipped)
     messages: Any = context.Queue() if start is None else queue.Queue()
-    active: dict[str, Any] = {}
-    started: dict[str, Node] = {}
-    tries: dict[str, int] = dict.fromkeys(nodes, 0)
-    errors: dict[str, str] = {}
+    schedule = Schedule(nodes, outcome, messages, display, retries, limit)
+    starter = start or partial(start_process, context, limit)
     try:
-        while nodes or active:
-            for run_id in list_ready(nodes)[: jobs - len(active)]:
-                node = started[run_id] = nodes.pop(run_id)
-                run = node.prepared.run
-                display.start(run_id, name_run(run), node.prepared.method.steps(run))
-                active[run_id] = (start or partial(start_process, context))(run, run_id, messages)
-            wait_for_process(active.values())
-            errors |= drain_messages(messages, display)
-            for run_id in [run_id for run_id, process in active.items() if not process.is_alive()]:
-                errors |= drain_messages(messages, display)
-                process = active.pop(run_id)
-                if run_id not in errors and process.exitcode != 0 and tries[run_id] < retries:
-                    tries[run_id] += 1
-                    nodes[run_id] = started[run_id]
-                else:
-                    record_outcome(run_id, process, errors.get(run_id), nodes, outcome, display)
+        while schedule.active or (schedule.list_startable() and not schedule.is_over):
+            for run_id in schedule.list_startable()[: jobs - len(schedule.active)]:
+                schedule.start(run_id, starter)
+            if schedule.is_over:
+                schedule.terminate()
+            wait_for_process(schedule.active.values())
+            schedule.collect()
     finally:
-        for process in active.values():
-            process.terminate()
+        schedule.terminate()
+    outcome.left += len(nodes)
     return outcome
+
+
+@dataclass
+class Schedule:
+    """The runs that are still to start, and those that are active.
+
+    Attributes:
+        nodes: The runs to start, by id.
+        outcome: What has happened so far.
+        messages: Queue of messages of active runs.
+        display: Display of the progress.
+        retries: How often a run is restarted whose process died without an error message.
+        limit: Moment at which all runs have ended; None for no limit.
+        active: Processes or jobs of the active runs.
+        started: Runs that were started.
+        tries: Number of restarts of a run.
+        errors: Error messages of runs.
+        stopped: Runs that have ended at a checkpoint, because their time was up.
+    """
+
+    nodes: dict[str, Node]
+    outcome: Outcome
+    messages: Any
+    display: Display
+    retries: int
+    limit: TimeLimit | None
+    active: dict[str, Any] = field(default_factory=dict)
+    started: dict[str, Node] = field(default_factory=dict)
+    tries: Counter[str] = field(default_factory=Counter)
+    errors: dict[str, str] = field(default_factory=dict)
+    stopped: set[str] = field(default_factory=set)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time is up."""
+        return self.limit is not None and self.limit.is_over
+
+    def list_startable(self) -> list[str]:
+        """Return the ids of runs that can start, those with the most dependents first; none after the time is up."""
+        return [] if self.is_over else list_ready(self.nodes)
+
+    def start(self, run_id: str, starter: Start) -> None:
+        """Start a run."""
+        node = self.started[run_id] = self.nodes.pop(run_id)
+        run = node.prepared.run
+        self.display.start(run_id, name_run(run), node.prepared.method.steps(run))
+        self.active[run_id] = starter(run, run_id, self.messages)
+
+    def terminate(self) -> None:
+        """End all active runs."""
+        for process in self.active.values():
+            process.terminate()
+
+    def collect(self) -> None:
+        """Show the messages of active runs, and record or restart those that have ended."""
+        self.read_messages()
+        for run_id in [run_id for run_id, process in self.active.items() if not process.is_alive()]:
+            self.read_messages()
+            process = self.active.pop(run_id)
+            died = run_id not in self.errors and process.exitcode != 0
+            if run_id in self.stopped or (died and self.is_over):
+                self.outcome.left += 1
+                self.display.leave(run_id)
+            elif died and self.tries[run_id] < self.retries:
+                self.tries[run_id] += 1
+                self.nodes[run_id] = self.started[run_id]
+            else:
+                record_outcome(run_id, process, self.errors.get(run_id), self.nodes, self.outcome, self.display)
+
+    def read_messages(self) -> None:
+        """Show the points and the waits in the queue, and keep the errors."""
+        while True:
+            try:
+                run_id, kind, value = self.messages.get_nowait()
+            except queue.Empty:
+                return
+            if kind == "error":
+                self.errors[run_id] = value
+            elif kind == "stopped":
+                self.stopped.add(run_id)
+            elif kind == "wait":
+                self.display.wait(run_id, value)
+            else:
+                self.display.point(run_id, value)
 
 
 def check_temporary_folder() -> None:
@@ -244,9 +241,9 @@ def check_temporary_folder() -> None:
         )
 
 
-def start_process(context: Any, run: Run, run_id: str, messages: Any) -> Any:
+def start_process(context: Any, limit: TimeLimit | None, run: Run, run_id: str, messages: Any) -> Any:
     """Start a run in a new process of this machine."""
-    process = context.Process(target=execute_in_child, args=(run, run_id, messages), daemon=True)
+    process = context.Process(target=execute_in_child, args=(run, run_id, messages, limit), daemon=True)
     with blocking_interrupts():  # only this process handles Ctrl-C
         process.start()
     return process
@@ -292,31 +289,22 @@ def fail_waiting(run_id: str, nodes: dict[str, Node], outcome: Outcome) -> None:
             fail_waiting(waiting, nodes, outcome)
 
 
-def drain_messages(messages: Any, display: Display) -> dict[str, str]:
-    """Show the points and the waits in the queue, and return the error messages in the queue by run id."""
-    errors: dict[str, str] = {}
-    while True:
-        try:
-            run_id, kind, value = messages.get_nowait()
-        except queue.Empty:
-            return errors
-        if kind == "error":
-            errors[run_id] = value
-        elif kind == "wait":
-            display.wait(run_id, value)
-        else:
-            display.point(run_id, value)
-
-
-def execute_in_child(run: Run, run_id: str, messages: Any) -> None:
-    """Execute one run in a child process."""
+def execute_in_child(run: Run, run_id: str, messages: Any, limit: TimeLimit | None) -> None:
+    """Execute one run in a child process, and end it at its last checkpoint before the limit."""
     end_with_parent()
-    error = try_execute(
-        run,
-        run_id,
-        observe=lambda _, point: messages.put((run_id, "point", dict(point))),
-        wait=lambda holder: messages.put((run_id, "wait", holder)),
-    )
+    steps = run.method.steps(run)  # type: ignore[attr-defined]  # a table's rows have methods
+    stop = None if limit is None else make_stopper(limit, run.train.checkpoint_every, steps)
+
+    def observe(_: Any, point: Mapping[str, Any]) -> None:
+        messages.put((run_id, "point", dict(point)))
+        if stop is not None:
+            stop(point["step"])
+
+    try:
+        error = try_execute(run, run_id, observe=observe, wait=lambda holder: messages.put((run_id, "wait", holder)))
+    except OutOfTimeError:
+        messages.put((run_id, "stopped", ""))
+        return
     if error is not None:
         messages.put((run_id, "error", error))
 

@@ -17,6 +17,7 @@ from mode.core.errors import ConfigError
 from mode.core.files import expand_home
 from mode.core.interrupts import end_with_launcher
 from mode.launch.elastic import launch_processes
+from mode.launch.limit import OutOfTimeError
 from mode.runs.execute import execute
 from mode.runs.prepare import prepare_run
 
@@ -33,11 +34,16 @@ def try_execute(
     """Execute a run; return an error message of one line, or None. Tracebacks of program errors go to `error.log`.
 
     `observe` and `wait` are those of `mode.runs.execute.execute`.
+
+    Raises:
+        OutOfTimeError: `observe` raises it.
     """
     try:
         execute(run, weights=True, observe=observe, wait=wait)
     except ConfigError as error:
         return str(error)
+    except OutOfTimeError:
+        raise
     except Exception as error:
         folder = expand_home(run.paths.runs) / run_id
         folder.mkdir(parents=True, exist_ok=True)

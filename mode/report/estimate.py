@@ -90,7 +90,7 @@ def count_sampling(run: Run) -> float:
 
 def estimate_training(run: Run) -> dict[str, float]:
     """Return the operations of all stages of a run and its active parameters; empty without closed forms."""
-    from mode.launch.schedule import list_stages
+    from mode.launch.table_runs import list_stages
     from mode.runs.forecast import forecast
 
     stages: list[Run] = []

@@ -15,7 +15,7 @@ from mode.backbone.shape import Flops, read_shape
 from mode.config.check import replace_settings
 from mode.config.compose import compose
 from mode.config.run import Run
-from mode.launch.schedule import forecast_table, list_stages
+from mode.launch.table_runs import forecast_table, list_stages
 from mode.methods.base import Material, Method
 from mode.moe.feed_forward import LowRankFeedForward
 from mode.moe.low_rank import LowRankBank

@@ -12,7 +12,8 @@ import pytest
 
 from mode.config.groups import list_members, read_group
 from mode.launch.launchers import Launcher, make_starter, read_launcher
-from mode.launch.schedule import compose_table, run_all
+from mode.launch.schedule import run_all
+from mode.launch.table_runs import compose_table
 from mode.records.record import read_records
 from mode.runs.execute import execute
 from tests.cli.test_cli import call

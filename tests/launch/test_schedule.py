@@ -26,7 +26,8 @@ from mode.config.run import Run
 from mode.core.errors import ConfigError
 from mode.core.locks import LOCK, lock_folder
 from mode.launch import schedule
-from mode.launch.schedule import Node, compose_table, list_ready, name_run, plan_runs, prepare_data, run_all
+from mode.launch.schedule import list_ready, name_run, prepare_data, run_all
+from mode.launch.table_runs import Node, compose_table, plan_runs
 from mode.records.record import read_records
 from mode.runs.execute import WEIGHTS, execute
 from mode.runs.prepare import prepare_run
@@ -53,6 +54,7 @@ class Watch:
         self.points: list[tuple[str, int]] = []
         self.waited: list[tuple[str, str]] = []
         self.ended: dict[str, str | None] = {}
+        self.left: list[str] = []
 
     def start(self, run_id: str, name: str, steps: int) -> None:
         self.started[run_id] = name
@@ -65,6 +67,9 @@ class Watch:
 
     def end(self, run_id: str, error: str | None) -> None:
         self.ended[run_id] = error
+
+    def leave(self, run_id: str) -> None:
+        self.left.append(run_id)
 
 
 def write_table(conf: Path, name: str, rows: dict[str, list[str]], **settings: Any) -> None:
@@ -307,7 +312,7 @@ def test_a_child_tells_a_mistake_in_one_line_and_keeps_the_traceback_of_anything
         raise ZeroDivisionError("division by zero")
 
     monkeypatch.setattr("mode.launch.worker.execute", broken)
-    schedule.execute_in_child(run, "run1", sent)
+    schedule.execute_in_child(run, "run1", sent, None)
     run_id, kind, message = sent.get_nowait()
     log = Path(run.paths.runs) / "run1" / "error.log"
     assert (run_id, kind) == ("run1", "error")

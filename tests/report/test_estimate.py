@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from mode.config.compose import compose
-from mode.launch.schedule import forecast_table
+from mode.launch.table_runs import forecast_table
 from mode.records.record import Record
 from mode.report.estimate import compile_in_full, count_sampling, count_tried
 from mode.report.frames import make_cost_frame
