@@ -51,11 +51,12 @@ def reproduce(
     Examples: mode reproduce table1 seeds=[0,1,2]; mode reproduce table1 --within 1h30m
     """
     with reporting_errors():
+        limit = read_limit(within)  # before the imports, which take seconds
+
         from cli.progress import make_display
         from mode.launch.schedule import run_all
         from mode.launch.table_runs import compose_table
 
-        limit = read_limit(within)
         given, seeds = take_list(overrides or [], "seeds")
         runs = compose_table(table, seeds, given, conf)
         start, retries = choose_starter(launcher, runs, conf)

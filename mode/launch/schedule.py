@@ -183,8 +183,11 @@ class Schedule:
         return self.limit is not None and self.limit.is_over
 
     def list_startable(self) -> list[str]:
-        """Return the ids of runs that can start, those with the most dependents first; none after the time is up."""
-        return [] if self.is_over else list_ready(self.nodes)
+        """Return the ids of runs that can start, those with the most dependents first.
+
+        None can start after the time is up, or after a run has ended because it had too little time left.
+        """
+        return [] if self.is_over or self.stopped else list_ready(self.nodes)
 
     def start(self, run_id: str, starter: Start) -> None:
         """Start a run."""

@@ -98,6 +98,28 @@ def test_what_runs_at_the_limit_is_ended_and_what_waits_does_not_start(own: Worl
     assert len(started) == 1
 
 
+class Stopping(Endless):
+    """A process that ends at a checkpoint, because its time is up."""
+
+    def __init__(self, run_id: str, messages: Any) -> None:
+        """Tell that the time is up, and end."""
+        messages.put((run_id, "stopped", ""))
+        self.exitcode = 0
+
+
+def test_after_a_run_had_too_little_time_no_other_starts(own: World) -> None:  # noqa: F811
+    write_table(own.conf, "two", {"sft": ["method=sft"], "lora": ["method=lora"]}, seeds=[0])
+    watch = Watch()
+    outcome = run_all(
+        runs_of(own, "two"),
+        jobs=1,
+        display=watch,
+        start=lambda run, run_id, messages: Stopping(run_id, messages),
+        limit=TimeLimit.after(60.0),
+    )
+    assert (outcome.left, outcome.executed, outcome.failed, len(watch.left)) == (2, 0, {}, 1)
+
+
 @pytest.mark.slow
 def test_the_command_says_what_is_left_and_goes_on(own: World, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     write_table(own.conf, "two", {"bare": ["method=backbone"], "sft": ["method=sft"]}, seeds=[0])
