@@ -160,8 +160,8 @@ def chart_groups(compiled: TableData, groups: Mapping[str, TableData]) -> Chart:
 def choose_named(compiled: TableData) -> list[str]:
     """Return the names of the rows to label, in the table's order. Their number is limited by the number of styles.
 
-    Priority: the backbone, the Pareto front, full fine-tuning and LoRA, the first row of every other method, and all
-    other rows by decreasing average.
+    Priority: the backbone, the Pareto front, full fine-tuning and LoRA, the rows of the table's differences, the first
+    row of every other method, and all other rows by decreasing average.
     """
     seen = compute_tradeoff(compiled)
     averages = {place.line.name: cell.mean for place in seen.places if (cell := place.line.cell("average"))}
@@ -169,11 +169,14 @@ def choose_named(compiled: TableData) -> list[str]:
     for place in sorted(seen.places, key=lambda place: place.index):
         plain.setdefault(find_method(compiled, place.line.name), place.line.name)
 
-    def rank(place: Place) -> tuple[bool, bool, bool, bool, float]:
+    compared = {name for pair in compiled.table.differences for name in pair}
+
+    def rank(place: Place) -> tuple[bool, bool, bool, bool, bool, float]:
         name = place.line.name
         average, first = averages.get(name, -math.inf), name in plain.values()
         reference = first and find_method(compiled, name) in REFERENCES
-        return name != BACKBONE, place.means[:2] not in seen.front, not reference, not first, -average
+        first_of_all = name != BACKBONE, place.means[:2] not in seen.front, not reference
+        return *first_of_all, name not in compared, not first, -average
 
     chosen: list[Place] = []
     for place in sorted(seen.places, key=rank):
