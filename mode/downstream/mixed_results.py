@@ -5,11 +5,13 @@ Shapes: D documents of a domain.
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -98,10 +100,9 @@ class MixedResult(Measurement):
         return f"{self.asked['run_name']}-{self.id}.json"
 
     @property
-    def label(self) -> str:
-        """The method and its variant, for a figure."""
-        variant = str(self.asked["variant"]).replace("method.", "")
-        return f"{self.asked['method']}{f' ({variant})' if variant else ''}"
+    def settings(self) -> list[str]:
+        """The settings of the method that differ from the configuration."""
+        return shlex.split(str(self.asked["variant"]))
 
     @property
     def conditions(self) -> tuple[Any, ...]:
@@ -279,17 +280,36 @@ def render_frame(frame: pd.DataFrame) -> str:
     return str(escaped.to_markdown(index=False, disable_numparse=True))
 
 
+LONGEST_LABEL = 40
+"""Maximum number of characters of a label in a figure."""
+
+
+def label_results(results: Sequence[MixedResult]) -> dict[str, str]:
+    """Return a label by id: the method, and the settings that not all results of the method have in common."""
+    labels = {}
+    for result in results:
+        method = result.asked["method"]
+        alike = [other.settings for other in results if other.asked["method"] == method]
+        own = [text.removeprefix("method.") for text in result.settings if not all(text in each for each in alike)]
+        labels[result.id] = shorten(", ".join([method, *own]), LONGEST_LABEL, placeholder=" …")
+    return labels
+
+
 def chart_mixed(results: Sequence[MixedResult]) -> Chart:
     """Return the chart of comparable results: accuracy over distance, with a panel for each length of a segment.
 
     The first token of a segment is left out: what comes before it says nothing of it.
     """
-    styles = make_styles({result.label: METHODS.get(result.asked["method"], OTHER) for result in results}, line=True)
-    shown = [result for result in results if result.label in styles]
+    labels = label_results(results)
+    methods = {labels[result.id]: METHODS.get(result.asked["method"], OTHER) for result in results}
+    styles = make_styles(methods, line=True)
+    shown = [result for result in results if labels[result.id] in styles]
     panels = []
     for segment, domains in results[0].cases.items():
         firsts = [band.first for band in next(iter(domains.values())) if band.first]
-        series = [Series(result.label, trace(result, segment, firsts), styles[result.label]) for result in shown]
+        series = [
+            Series(labels[result.id], trace(result, segment, firsts), styles[labels[result.id]]) for result in shown
+        ]
         x = Axis("Tokens since the change", base=2, ticks=firsts)
         panels.append(Panel(f"A change every {segment} tokens", x, Axis("Accuracy, mean over domains (%)"), series))
     return Chart("Accuracy after a change of domain", panels, columns=3, size=(2.8, 2.6))

@@ -14,7 +14,7 @@ import torch
 from mode.config.compose import compose
 from mode.data.pack import PackedSplit
 from mode.downstream.mixed import count_by_distance, find_row_hits, make_mixed_rows
-from mode.downstream.mixed_results import COLLECTION, MixedResult
+from mode.downstream.mixed_results import COLLECTION, MixedResult, label_results
 from mode.evaluation.next_token import score_stream
 from mode.runs.execute import execute, restore
 from mode.runs.prepare import prepare_run
@@ -219,3 +219,13 @@ def test_the_leader_is_bold_and_other_data_stand_apart() -> None:
     apart = COLLECTION.render([make_result(1, 5), other])["md"]
     assert apart.count("## ") == 2
     assert "**" not in apart
+
+
+def test_labels_are_what_tells_results_of_a_method_apart() -> None:
+    def vary(number: int, variant: str) -> MixedResult:
+        made = make_result(number, 5)
+        return MixedResult(1, f"{number}", {**made.asked, "variant": variant}, made.happened, made.provenance)
+
+    results = [vary(1, "method.a=1"), vary(2, "method.a=1 'method.b=x y'")]
+    assert label_results(results) == {"1": "SFT", "2": "SFT, b=x y"}
+    assert label_results(results[1:]) == {"2": "SFT"}
