@@ -153,12 +153,12 @@ print("started", flush=True)
 time.sleep(600)
 """
 POOL = """
-import multiprocessing, sys, time
+import multiprocessing, os, time
 from mode.core.interrupts import end_with_parent
 
 def work():
     end_with_parent()
-    print("started", flush=True)
+    os.write(1, b"started\\n")  # in one piece; print may write the end of a line apart
     while True:
         sum(range(10000))  # busy, as a run is
 
@@ -167,7 +167,7 @@ if __name__ == "__main__":
     processes = [context.Process(target=work, daemon=True) for _ in range(2)]
     for process in processes:
         process.start()
-    print(*[process.pid for process in processes], flush=True)
+    os.write(1, f"{processes[0].pid} {processes[1].pid}\\n".encode())
     time.sleep(600)
 """
 
