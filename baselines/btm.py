@@ -5,6 +5,8 @@
 - `combine=uniform`: the same mixture with equal weights.
 - `combine=average`: one model whose weights are the mean over all models.
 
+With `branch_data=mix` there is one branch, trained on the mix of all targets: a fine-tuned model beside its backbone.
+
 The published prior over domains is estimated on text of the scored domain. In this implementation the domain is not
 given: the prior at the beginning of a row is uniform, and only the tokens of the row change the weights.
 """
@@ -20,11 +22,11 @@ from mode.backbone.shape import read_shape
 from mode.config.base import STRICT
 from mode.config.check import build_method
 from mode.config.method import Choice
-from mode.config.run import Run
+from mode.config.run import Budget, Run
 from mode.core.files import WEIGHTS
 from mode.cost.flops import Cost, add_flops, compute_untouched_cost
 from mode.methods.base import Material, Method
-from mode.methods.stages import stages_by_domain
+from mode.methods.stages import stage_on_targets, stages_by_domain
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,10 +37,14 @@ class BTM(Method):
     """Branch, train, merge.
 
     Attributes:
-        branch: Method that trains a model on a domain, with the settings of its YAML file: full fine-tuning.
+        branch: Method that trains a branch, with the settings of its YAML file: full fine-tuning.
+        branch_data: Training data of the branches: `domain`, one branch per target, as published; `mix`, one branch on
+            the mix of all targets.
         combine: Combination of the models: `posterior`, `uniform` or `average`.
         top_k: Number of models to keep per token, with `posterior`; None for all.
         backbone: Whether the backbone is one of the models.
+        window: Number of last tokens that the posterior is given, for text whose domain changes; null for all tokens of
+            the row, as published.
     """
 
     recorded_as: ClassVar[str] = "baselines.btm.BTM"
@@ -47,10 +53,14 @@ class BTM(Method):
     combine: Literal["posterior", "uniform", "average"]
     top_k: Annotated[int, Field(gt=0)] | None
     backbone: bool
+    window: Annotated[int, Field(gt=0)] | None = None
+    branch_data: Literal["domain", "mix"] = "domain"
 
     def __post_init__(self) -> None:
         if self.top_k is not None and self.combine != "posterior":
             raise ValueError("top_k goes with combine=posterior")
+        if self.window is not None and self.combine != "posterior":
+            raise ValueError("window goes with combine=posterior")
 
     @property
     def weighs_experts(self) -> bool:
@@ -62,16 +72,23 @@ class BTM(Method):
         return ("lr",)
 
     def needs(self, run: Run) -> tuple[Run, ...]:
-        """Return one run of full fine-tuning per target."""
+        """Return one run of full fine-tuning per target, or one on the mix of all targets."""
+        if self.branch_data == "mix":
+            return (stage_on_targets(run, build_method(self.branch)),)
         return stages_by_domain(run, build_method(self.branch), run.targets, trains=False)
 
     def steps(self, run: Run) -> int:
         """Return 0: only the earlier stages train."""
         return 0
 
+    def effective(self, run: Run) -> Budget:
+        """Return the simplest budget: with one branch, that of its training."""
+        return self.needs(run)[0].budget if self.branch_data == "mix" else super().effective(run)
+
     def branches(self, run: Run) -> tuple[str, ...]:
         """Return the names of the combined models."""
-        return ("backbone", *run.targets) if self.backbone else run.targets
+        tuned = run.targets if self.branch_data == "domain" else ("mix",)
+        return ("backbone", *tuned) if self.backbone else tuned
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the combination of the models."""
@@ -91,14 +108,14 @@ class BTM(Method):
                 average_weights([dict(member.named_parameters()) for member in members]), strict=False
             )
             return model  # type: ignore[no-any-return]
-        posterior = Posterior(Choice(top_k=self.top_k)) if self.combine == "posterior" else None
+        posterior = Posterior(Choice(top_k=self.top_k), self.window) if self.combine == "posterior" else None
         mixture: nn.Module = Ensemble(members, posterior)
         return mixture
 
     def cost(self, run: Run) -> Cost:
         """Return the cost of a forward pass of all models. Nothing trains."""
         one = compute_untouched_cost(read_shape(run.backbone), run.train.sequence_length)
-        count = 1 if self.combine == "average" else len(run.targets) + self.backbone
+        count = 1 if self.combine == "average" else len(self.branches(run))
         total = count * one.total
         return Cost(
             flops=add_flops([one.flops] * count), total=total, trainable=0, added=total - one.total, active=total

@@ -13,12 +13,13 @@ from pydantic.dataclasses import dataclass as settings
 
 from mode.backbone.shape import read_shape
 from mode.config.base import STRICT
-from mode.config.check import build_method, replace_settings
+from mode.config.check import build_method
 from mode.config.run import Budget, Run
 from mode.core.errors import ConfigError
 from mode.core.files import WEIGHTS
 from mode.cost.flops import Cost, compute_untouched_cost
 from mode.methods.base import Material, Method
+from mode.methods.stages import stage_on_targets
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,9 +45,7 @@ class WiSEFT(Method):
 
     def needs(self, run: Run) -> tuple[Run, ...]:
         """Return the run that fine-tunes on all targets, with the steps of this run."""
-        method = build_method(self.tuned)
-        alone = replace_settings(run, method=method, train=replace_settings(run.train, lr=None))
-        return (replace_settings(alone, budget=method.effective(alone)),)
+        return (stage_on_targets(run, build_method(self.tuned)),)
 
     def steps(self, run: Run) -> int:
         """Return 0: only the fine-tuning trains."""

@@ -237,5 +237,9 @@ def are_comparable(record: Record, other: Record) -> bool:
         record.conditions == other.conditions
         and list(record.outcome.scores) == list(other.outcome.scores)
         and record.outcome.split == other.outcome.split
+        and all(
+            score.document_tokens == other.outcome.scores[name].document_tokens
+            for name, score in record.outcome.scores.items()
+        )
         and record.request.sequence_length == other.request.sequence_length
     )

@@ -95,6 +95,8 @@ class Evaluate:
         split: `test` for results; `validation` for choosing settings, so that tuning never uses the test split.
         batch_size: Maximum number of rows per forward pass. A CPU uses fewer rows where that is faster.
         logit_chunk_size: Maximum number of tokens whose logits are in memory at the same time.
+        tokens: Number of tokens of every split to score, in whole rows that are chosen by the hash of their content;
+            null scores all.
     """
 
     always_recorded: ClassVar[frozenset[str]] = frozenset({"split", "batch_size", "logit_chunk_size"})
@@ -103,6 +105,7 @@ class Evaluate:
     split: Literal["test", "validation"] = "test"
     batch_size: Annotated[int, Field(gt=0)] = 16
     logit_chunk_size: Annotated[int, Field(gt=0)] = 512
+    tokens: Annotated[int, Field(gt=0)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from mode.data.pack import PackedSplit
-from mode.evaluation.next_token import make_rows
+from mode.evaluation.next_token import read_rows
 
-ROWS = 64
-"""Number of rows that are compared, from the first of a split."""
+TOKENS = 16_384
+"""Number of tokens that are compared, in whole rows from the first of a split."""
 
 
 @torch.no_grad()
 def measure_divergence(
     model: nn.Module, backbone: nn.Module, split: PackedSplit, *, sequence_length: int, chunk: int
 ) -> float:
-    """Return KL(backbone || model) of the next token in nats, mean over the tokens of a split's first `ROWS` rows.
+    """Return KL(backbone || model) of the next token in nats, mean over a split's first `TOKENS` tokens.
 
     On the targets' text it goes with what a model forgets elsewhere (Shenfeld et al., 2025, arXiv 2509.04259).
 
@@ -29,10 +29,9 @@ def measure_divergence(
         chunk: Tokens whose logits exist at one time, if a row is not longer.
     """
     device = next(model.parameters()).device
-    count = max(1, min(ROWS, (len(split.tokens) - 1) // sequence_length))
-    stream = torch.from_numpy(np.asarray(split.tokens[: count * sequence_length + 1], np.int64)).to(device)
-    length = min(sequence_length, len(stream) - 1)
-    inputs, _ = make_rows(stream, length, split.bos)
+    length = min(sequence_length, len(split.tokens) - 1)
+    count = max(1, min(TOKENS, len(split.tokens) - 1) // length)
+    inputs = read_rows(split, np.arange(count), length)[0].to(device)
     was_training = model.training, backbone.training
     for each in (model, backbone):
         each.eval()

@@ -148,17 +148,25 @@ class Posterior(nn.Module):
 
     Attributes:
         settings: Choice of the models that keep a weight.
+        window: Number of last tokens that are the text so far; None for all tokens of the row.
         weighs: True: the module's output is weights of models.
     """
 
     weighs = True
 
-    def __init__(self, settings: Choice) -> None:
+    def __init__(self, settings: Choice, window: int | None = None) -> None:
         """Store the settings. The module has no parameters."""
         super().__init__()
-        self.settings = settings
+        self.settings, self.window = settings, window
 
     def forward(self, evidence: Tensor) -> Tensor:
         """Map log-likelihoods of prefixes, (..., N), to weights of models, (..., N)."""
         weights = evidence.softmax(-1)
         return keep_chosen(weights, choose_branches(weights, self.settings), renormalize=True)
+
+    def sum_evidence(self, likelihoods: Tensor) -> Tensor:
+        """Map log-likelihoods of tokens, (B, S, N), to those of the text so far at every token, (B, S, N)."""
+        sums = likelihoods.cumsum(1)
+        if self.window is None:
+            return sums
+        return sums - functional.pad(sums, (0, 0, self.window, 0))[:, : sums.shape[1]]

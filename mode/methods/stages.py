@@ -49,6 +49,13 @@ def stages_by_domain(
     return tuple(replace_settings(alone, targets=(domain,), train=train) for domain in domains)
 
 
+def stage_on_targets(run: Run, method: MethodSettings) -> Run:
+    """Return the run that trains a method on all targets with the steps of a run, as the only training of that run."""
+    alone = replace_settings(run, method=method, train=replace_settings(run.train, lr=None))
+    stage: Run = replace_settings(alone, budget=method.effective(alone))
+    return stage
+
+
 @settings(frozen=True, kw_only=True, config=STRICT)
 class Mixture(Adaptation):
     """A mixture of the backbone and of copies of it, each trained on one domain in an earlier stage.

@@ -113,9 +113,9 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
     ) -> Tensor:
         """Return the evidence of the judge for every prefix that ends with a given token, in fp64.
 
-        For a posterior, the evidence is every member's log-likelihood of the prefix, (B, S, N). For clusters, it is the
-        sum of the vectors of the prefix's tokens, (B, S, c). Padding adds nothing. A row's first token has no
-        likelihood, because no token predicts it.
+        For a posterior, the evidence is every member's log-likelihood of the prefix or of the window at its end,
+        (B, S, N). For clusters, it is the sum of the vectors of the prefix's tokens, (B, S, c). Padding adds nothing.
+        A row's first token has no likelihood, because no token predicts it.
 
         Args:
             states: Final hidden states of the members for the given tokens, each (B, S, d).
@@ -137,10 +137,14 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
             text = None if mask is None else nn.functional.pad(mask, (1, 0))[:, :-1] * mask
         if text is not None:
             evidence = evidence * text[:, -evidence.shape[1] :, None]
-        if cache is None:
-            return evidence.cumsum(1)
-        _, cached = cache.update(joined[:, None], evidence[:, None], slot)
-        return cast("Tensor", cached)[:, 0].cumsum(1)[:, -input_ids.shape[1] :]
+        if cache is not None:
+            _, cached = cache.update(joined[:, None], evidence[:, None], slot)
+            evidence = cast("Tensor", cached)[:, 0]
+        return self.sum_evidence(evidence)[:, -input_ids.shape[1] :]
+
+    def sum_evidence(self, evidence: Tensor) -> Tensor:
+        """Map the evidence of tokens to that of the text so far at every token: sums, or those of a window."""
+        return self.judge.sum_evidence(evidence) if isinstance(self.judge, Posterior) else evidence.cumsum(1)
 
     def compute_likelihoods(self, joined: Tensor, input_ids: Tensor, before: Tensor | None) -> Tensor:
         """Return every member's log-likelihood of tokens, (B, S, N).
@@ -199,7 +203,7 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
             columns = labels[piece, None]
             likelihoods[piece] = torch.stack([part.gather(1, columns)[:, 0] for part in predictions], -1).double()
             # Chunks follow the order of the rows, so the likelihoods of all earlier tokens of a row are known.
-            evidence = shift_prefix_sums(likelihoods.view(shape)) if sums is None else sums
+            evidence = self.sum_evidence(shift(likelihoods.view(shape))) if sums is None else sums
             weights = self.weigh(evidence).flatten(0, 1)[piece]
             scores = mix_probabilities(predictions, weights)
             nll[piece] = -scores.gather(1, columns)[:, 0]
@@ -209,9 +213,9 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
         return TokenScores(nll, hit, rank)
 
 
-def shift_prefix_sums(likelihoods: Tensor) -> Tensor:
-    """Return for every token the sum of the likelihoods before it in its row: (B, S, N) to (B, S, N)."""
-    return nn.functional.pad(likelihoods, (0, 0, 1, 0))[:, :-1].cumsum(1)
+def shift(likelihoods: Tensor) -> Tensor:
+    """Return for every token the likelihoods of the token before it in its row, (B, S, N); zeros for the first."""
+    return nn.functional.pad(likelihoods, (0, 0, 1, 0))[:, :-1]
 
 
 def mix_probabilities(log_probabilities: Tensor, weights: Tensor) -> Tensor:

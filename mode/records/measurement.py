@@ -15,6 +15,9 @@ from mode.core.digests import digest_json
 from mode.core.errors import ConfigError, summarize_error
 from mode.core.files import write_atomic
 
+DIGEST = "digest"
+"""Key of the digest of a file's other content. Files of earlier versions do not have it."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -44,10 +47,10 @@ class Measurement:
         return make_id(self.asked)
 
     def write(self, folder: Path) -> Path:
-        """Write the file into a folder, atomically, and return its path."""
+        """Write the file into a folder, atomically, with a digest of its content, and return its path."""
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / self.filename
-        write_atomic(path, format_json(asdict(self)).encode())
+        path, plain = folder / self.filename, asdict(self)
+        write_atomic(path, format_json({**plain, DIGEST: digest_json(plain)}).encode())
         return path
 
 
@@ -55,10 +58,10 @@ Kind = TypeVar("Kind", bound=Measurement)
 
 
 def read_measurement(path: Path, kind: type[Kind], schema: int, what: str, use: Callable[[Kind], object]) -> Kind:
-    """Return one measurement, after a check of its content, its id and its file name.
+    """Return one measurement, after a check of its content, its id, its file name and its digest.
 
     The id must follow from the content, and the file name from both. So a file that was edited or renamed is not taken
-    for another measurement.
+    for another measurement. The digest covers the numbers that nothing else proves, such as seconds.
 
     Args:
         path: Path of the file.
@@ -68,13 +71,14 @@ def read_measurement(path: Path, kind: type[Kind], schema: int, what: str, use: 
         use: Uses the measurement; raises an error if the content is wrong.
 
     Raises:
-        ConfigError: The file is damaged, has another schema, or its id or its name is that of other content.
+        ConfigError: The file is damaged, has another schema, or its id, name or digest is that of other content.
     """
     try:
         plain = json.loads(path.read_text("utf-8"))
         found = plain.get("schema", schema) if isinstance(plain, dict) else schema
         if found != schema:
             raise ConfigError(f"{path}: {what} schema {found}; this version reads schema {schema}")
+        digest = plain.pop(DIGEST, None)
         measurement = kind(**plain)
         use(measurement)
         expected, name = measurement.compute_id(), measurement.filename
@@ -88,6 +92,8 @@ def read_measurement(path: Path, kind: type[Kind], schema: int, what: str, use: 
         )
     if path.name != name:
         raise ConfigError(f"{path}: the name of another {what}; the name of this {what} is {name}")
+    if digest is not None and digest != digest_json(plain):
+        raise ConfigError(f"{path}: changed since it was written: the digest of this {what} is that of other content")
     return measurement
 
 

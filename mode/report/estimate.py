@@ -8,13 +8,12 @@ from functools import cache
 from pathlib import Path
 
 from mode.backbone.shape import read_shape
-from mode.config.compose import parse_overrides
 from mode.config.run import Run
 from mode.cost.flops import compute_untouched_cost
 from mode.methods.base import Method
 from mode.records.record import Record
 from mode.tables.compile import RowResult, TableData, compile_table
-from mode.tables.table import Table, load_table
+from mode.tables.table import Table, last_value, load_table
 
 
 def compile_in_full(table: Table, records: Sequence[Record], overrides: Sequence[str], extra: Path | None) -> TableData:
@@ -25,12 +24,15 @@ def compile_in_full(table: Table, records: Sequence[Record], overrides: Sequence
     """
     compiled = compile_table(table, records, overrides, extra)
     lines = [estimate_costs(line, compiled.settings[line.name]) for line in compiled.lines]
-    experiment = [item.text for item in parse_overrides(overrides) if item.key == "experiment"]
+    experiment = last_value(overrides, "experiment")
 
     @cache
     def compile_choice(name: str) -> TableData | None:
         choice = load_table(name, extra)
-        return compile_table(choice, records, experiment, extra) if experiment in ([], *choice.variants) else None
+        own = last_value(choice.overrides, "experiment")
+        under = [f"experiment={experiment}"] if experiment and not own else []
+        fits = own == experiment if own else under in choice.variants
+        return compile_table(choice, records, under, extra) if fits else None
 
     for index, row in enumerate(compiled.table.rows):
         if row.chosen_in and lines[index].quality:

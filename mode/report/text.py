@@ -81,12 +81,22 @@ def describe_divergence(compiled: TableData) -> list[str]:
     ]
 
 
+def describe_scored(compiled: TableData) -> str:
+    """Return what a table's rows are scored on: a split, or some tokens of it (`evaluate.tokens`)."""
+    found = (run.evaluate.tokens for run in compiled.settings.values())
+    tokens = {number for number in found if number is not None}
+    if not tokens:
+        return f"the whole {compiled.split} split"
+    count = " or ".join(f"{number:,}" for number in sorted(tokens))
+    return f"{count} tokens per domain of the {compiled.split} split, in rows chosen by the hash of their content"
+
+
 def write_notes(compiled: TableData) -> list[str]:
     """Return the notes under a table: definitions, missing values and records, and choices."""
     definitions = "; ".join(metric.definition for metric in compiled.metrics)
     what = f"{definitions[0].upper()}{definitions[1:]}"
     lines = [
-        f"{what} on the whole {compiled.split} split; mean ± standard deviation over n seeds. "
+        f"{what} on {describe_scored(compiled)}; mean ± standard deviation over n seeds. "
         "Retention: points gained or lost against the untouched backbone on the domains that are not targets. "
         "Trained: the most that any one stage trains. Steps, tokens and seconds count every stage. Differences are "
         "paired by seed. Bold: beyond noise, of a difference or of the best row against every other: the 95 % interval "

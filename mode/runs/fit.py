@@ -217,6 +217,7 @@ def score_domains(
             sequence_length=run.train.sequence_length,
             batch_size=run.evaluate.batch_size,
             chunk=run.evaluate.logit_chunk_size,
+            tokens=run.evaluate.tokens,
             probe=(lambda count: None) if probe is None else partial(probe.add, name),
         )
     return scores

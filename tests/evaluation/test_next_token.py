@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from mode.data.pack import PackedSplit
-from mode.evaluation.next_token import check_finite, evaluate, flatten_scores, summarise
+from mode.evaluation.next_token import check_finite, choose_rows, evaluate, flatten_scores, score_stream, summarise
 from mode.ops.loss import (
     CHUNK,
     PART,
@@ -228,6 +228,63 @@ def test_a_model_is_scored_without_dropout_and_left_in_the_mode_it_was_in() -> N
         assert run(model, split) == run(model, split)
         assert model.training is training
         assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# --- a part of a split
+
+
+def test_a_part_is_whole_rows_scored_as_in_the_whole() -> None:
+    """Of 65 scored tokens in rows of 6, the last of 5, 20 tokens are asked for: four rows."""
+    split, model = packed(20, 30, 16), Tiny()
+    rows = choose_rows(split, LENGTH, 20)
+    assert len(rows) == 4
+    assert list(rows) == sorted(set(rows))
+    whole = score_stream(model, split, sequence_length=LENGTH, batch_size=2, chunk=512)
+    kept = [i for row in rows for i in range(row * LENGTH, min(65, (row + 1) * LENGTH))]
+    part = score_stream(model, split, sequence_length=LENGTH, batch_size=2, chunk=512, rows=rows)
+    assert part.nll == pytest.approx(whole.nll[kept], rel=1e-5)
+    assert list(part.rank) == list(whole.rank[kept])
+    score = evaluate(model, split, sequence_length=LENGTH, batch_size=2, chunk=512, tokens=20)
+    assert score.tokens == len(kept)
+    assert score.loss == pytest.approx(float(whole.nll[kept].mean()), rel=1e-5)
+    assert score.bytes == round(1000 * len(kept) / 65)
+    edges = [0, 19, 49, 65]
+    for document, (start, stop) in enumerate(pairwise(edges)):
+        mine = [i for i in kept if start <= i < stop]
+        assert score.document_tokens[document] == len(mine)
+        assert score.document_sums["document_hits"][document] == whole.hit[mine].sum()
+    score.check()
+
+
+def test_rows_of_a_part_are_chosen_by_their_content() -> None:
+    split = packed(6 * 40 + 1)
+    rows = choose_rows(split, LENGTH, 60)
+    assert len(rows) == 10
+    assert list(rows) != list(range(10))
+    assert set(rows) < set(choose_rows(split, LENGTH, 120))  # a larger part has the smaller one
+    order = np.random.default_rng(3).permutation(40)  # the same rows in another order
+    moved = np.concatenate([split.tokens[:1], split.tokens[1:].reshape(40, LENGTH)[order].ravel()])
+    there = choose_rows(replace(split, tokens=moved), LENGTH, 60)
+    assert sorted(order[there]) == list(rows)
+
+
+@pytest.mark.parametrize("tokens", [65, 66, 10_000])
+def test_a_part_that_is_as_large_as_the_split_is_the_split(tokens: int) -> None:
+    split, model = packed(20, 30, 16), Tiny()
+    whole = evaluate(model, split, sequence_length=LENGTH, batch_size=2, chunk=512)
+    assert evaluate(model, split, sequence_length=LENGTH, batch_size=2, chunk=512, tokens=tokens) == whole
+
+
+def test_beginning_of_sequence_tokens_do_not_count_in_a_part() -> None:
+    split = replace(packed(20, 30, 16), bos=3)
+    model = Tiny()
+    rows = choose_rows(split, LENGTH, 30)
+    score = evaluate(model, split, sequence_length=LENGTH, batch_size=2, chunk=512, tokens=30)
+    positions = [i for row in rows for i in range(row * LENGTH, min(65, (row + 1) * LENGTH))]
+    assert score.tokens == sum(split.tokens[1 + i] != 3 for i in positions) < len(positions)
+    whole = evaluate(model, split, sequence_length=LENGTH, batch_size=2, chunk=512)
+    assert score.bytes == round(1000 * score.tokens / whole.tokens)
+    score.check()
 
 
 # --- the standard error

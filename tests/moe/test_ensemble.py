@@ -13,7 +13,7 @@ from mode.config.method import Choice
 from mode.evaluation.likelihood import Text, compute_log_likelihoods
 from mode.gating.router import Posterior
 from mode.moe.clusters import ClusterWeights, cut_rows, find_clusters
-from mode.moe.ensemble import Ensemble, mix_probabilities, shift_prefix_sums
+from mode.moe.ensemble import Ensemble, mix_probabilities, shift
 from mode.ops.loss import compute_hidden_states, find_head, score_states, score_tokens
 from mode.runs.execute import execute
 from mode.runs.prepare import prepare_run
@@ -37,8 +37,8 @@ def members(count: int, family: str = "llama") -> list[Any]:
     return made
 
 
-def ensemble(count: int = 3, family: str = "llama", **settings: Any) -> Ensemble:
-    return Ensemble(members(count, family), Posterior(Choice(**settings))).eval()
+def ensemble(count: int = 3, family: str = "llama", window: int | None = None, **settings: Any) -> Ensemble:
+    return Ensemble(members(count, family), Posterior(Choice(**settings), window)).eval()
 
 
 @torch.no_grad()
@@ -46,13 +46,16 @@ def probabilities(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     return model(input_ids=ids).logits.double().softmax(-1)
 
 
-def test_weights_are_the_posterior_of_the_prefix_computed_by_hand() -> None:
-    model = ensemble()
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+def test_weights_are_the_posterior_of_the_prefix_computed_by_hand(window: int | None) -> None:
+    """Of the prefix's last tokens, with a window. A token's likelihood is known once it has been read."""
+    model = ensemble(window=window)
     each = torch.stack([probabilities(one) for one in model.members])
     expected = torch.zeros_like(each[0])
     for row in range(2):
         for place in range(12):
-            scores = [sum(one[row, before, IDS[row, before + 1]].log() for before in range(place)) for one in each]
+            read = range(0 if window is None else max(0, place - window), place)
+            scores = [sum(one[row, before, IDS[row, before + 1]].log() for before in read) for one in each]
             weights = torch.stack([torch.as_tensor(score, dtype=torch.float64) for score in scores]).softmax(0)
             expected[row, place] = sum(weight * one[row, place] for weight, one in zip(weights, each, strict=True))
     torch.testing.assert_close(probabilities(model), expected, rtol=1e-5, atol=1e-8)
@@ -84,15 +87,16 @@ def test_a_mixture_is_at_least_as_likely_as_the_weighted_mean_says() -> None:
         [-score_states(compute_hidden_states(one, IDS), find_head(one), TARGETS).nll for one in model.members],
         -1,
     )
-    weights = model.weigh(shift_prefix_sums(each.view(2, 12, 3).double())).flatten(0, 1)
+    weights = model.weigh(model.sum_evidence(shift(each.view(2, 12, 3).double()))).flatten(0, 1)
     assert (found >= (weights * each).sum(-1) - 1e-5).all()
     assert (found <= each.max(-1).values + 1e-5).all()
 
 
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("chunk", [5, 12, 100])
-def test_scores_are_those_of_the_forward_pass_however_they_are_chunked(chunk: int) -> None:
+def test_scores_are_those_of_the_forward_pass_however_they_are_chunked(chunk: int, window: int | None) -> None:
     """What follows in a text is its next tokens, so here they are the same."""
-    model = ensemble()
+    model = ensemble(window=window)
     inputs, targets = IDS[:, :-1], IDS[:, 1:]
     scores = score_tokens(model, inputs, targets, chunk)
     logs = probabilities(model, inputs).log()
@@ -103,7 +107,7 @@ def test_scores_are_those_of_the_forward_pass_however_they_are_chunked(chunk: in
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen2"])
-@pytest.mark.parametrize("settings", [{}, {"top_k": 1}])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 1}, {"window": 4}])
 def test_decoding_with_a_cache_is_the_same(family: str, settings: dict[str, Any]) -> None:
     model = ensemble(2, family, **settings)
     full = model(input_ids=IDS).logits

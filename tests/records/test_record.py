@@ -20,9 +20,11 @@ from mode.config.groups import list_members
 from mode.config.method import Anchor
 from mode.config.names import OLD_NAMES
 from mode.config.run import MethodSettings, Run
+from mode.core.digests import digest_json
 from mode.core.errors import ConfigError
 from mode.records.collection import COLLECTIONS, find_collection
 from mode.records.command import write_commands
+from mode.records.measurement import DIGEST, format_json
 from mode.records.provenance import describe_provenance
 from mode.records.record import SCHEMA, Record, find_record, read_record, read_records
 from mode.records.score import compute_error
@@ -127,7 +129,10 @@ def test_every_published_record_is_read_and_written_again_to_the_byte(tmp_path: 
     for path in paths[::10]:
         read = read_record(path)
         assert read.outcome.scores
-        assert read.write(tmp_path).read_bytes() == path.read_bytes()
+        written = json.loads(read.write(tmp_path).read_text("utf-8"))
+        if DIGEST not in json.loads(path.read_text("utf-8")):
+            written.pop(DIGEST)  # earlier versions did not write it
+        assert format_json(written).encode() == path.read_bytes()
 
 
 @pytest.mark.parametrize("part", ["steps", "parameters", "scores", "curve", "split"])
@@ -221,6 +226,11 @@ def test_a_foreign_file_is_refused_in_one_line(tmp_path: Path, text: str, reason
         ("happened.scores.code.document_hits", list(range(199)), "document_hits"),
         ("happened.scores.code.document_tokens", [], "tokens"),
         ("id", "0123456789ab", "0123456789ab"),
+        ("happened.seconds", 0.5, "digest"),
+        ("happened.parameters.added", 4, "digest"),
+        ("provenance.precision", "bf16", "digest"),
+        ("digest", "0" * 64, "digest"),
+        ("digest", 7, "digest"),
     ],
 )
 def test_an_edited_record_is_refused(tmp_path: Path, place: str, value: object, named: str) -> None:
@@ -240,6 +250,14 @@ def test_an_edited_record_is_refused(tmp_path: Path, place: str, value: object, 
     path.write_text(json.dumps(plain), encoding="utf-8")
     with refused(str(path), named):
         read_record(path)
+
+
+def test_a_record_without_a_digest_is_of_an_earlier_version_and_read(tmp_path: Path) -> None:
+    path = record().write(tmp_path)
+    plain = json.loads(path.read_text("utf-8"))
+    assert plain.pop(DIGEST) == digest_json(plain)
+    path.write_text(format_json(plain), encoding="utf-8")
+    assert read_record(path) == record()
 
 
 def test_sums_that_were_rounded_agree_with_their_metric(tmp_path: Path) -> None:
