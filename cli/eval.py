@@ -242,4 +242,5 @@ def are_comparable(record: Record, other: Record) -> bool:
             for name, score in record.outcome.scores.items()
         )
         and record.request.sequence_length == other.request.sequence_length
+        and record.request.scoring == other.request.scoring
     )

@@ -97,6 +97,8 @@ class Evaluate:
         logit_chunk_size: Maximum number of tokens whose logits are in memory at the same time.
         tokens: Number of tokens of every split to score, in whole rows that are chosen by the hash of their content;
             null scores all.
+        precision: Precision of scoring: `fp32`, or `bf16` by autocast. The output head and probabilities are always in
+            fp32.
     """
 
     always_recorded: ClassVar[frozenset[str]] = frozenset({"split", "batch_size", "logit_chunk_size"})
@@ -106,6 +108,7 @@ class Evaluate:
     batch_size: Annotated[int, Field(gt=0)] = 16
     logit_chunk_size: Annotated[int, Field(gt=0)] = 512
     tokens: Annotated[int, Field(gt=0)] | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

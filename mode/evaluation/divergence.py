@@ -10,14 +10,14 @@ from mode.data.pack import PackedSplit
 from mode.evaluation.next_token import read_rows
 
 TOKENS = 16_384
-"""Number of tokens that are compared, in whole rows from the first of a split."""
+"""Default number of tokens that are compared, in whole rows from the first of a split."""
 
 
 @torch.no_grad()
 def measure_divergence(
-    model: nn.Module, backbone: nn.Module, split: PackedSplit, *, sequence_length: int, chunk: int
+    model: nn.Module, backbone: nn.Module, split: PackedSplit, *, sequence_length: int, chunk: int, tokens: int = TOKENS
 ) -> float:
-    """Return KL(backbone || model) of the next token in nats, mean over a split's first `TOKENS` tokens.
+    """Return KL(backbone || model) of the next token in nats, mean over the first tokens of a split.
 
     On the targets' text it goes with what a model forgets elsewhere (Shenfeld et al., 2025, arXiv 2509.04259).
 
@@ -27,10 +27,11 @@ def measure_divergence(
         split: The packed split.
         sequence_length: Tokens per row.
         chunk: Tokens whose logits exist at one time, if a row is not longer.
+        tokens: Number of tokens, at most; at least one row is compared.
     """
     device = next(model.parameters()).device
     length = min(sequence_length, len(split.tokens) - 1)
-    count = max(1, min(TOKENS, len(split.tokens) - 1) // length)
+    count = max(1, min(tokens, len(split.tokens) - 1) // length)
     inputs = read_rows(split, np.arange(count), length)[0].to(device)
     was_training = model.training, backbone.training
     for each in (model, backbone):

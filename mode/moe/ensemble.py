@@ -171,11 +171,15 @@ class Ensemble(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # the l
         return weights
 
     def compute_log_probabilities(self, states: Sequence[Tensor]) -> Tensor:
-        """Return every member's log-probabilities of next tokens, (N, ..., V), from its final hidden states."""
+        """Return every member's log-probabilities of next tokens, (N, ..., V), from its final hidden states.
+
+        They are computed in fp32: logits in bf16 would have ties.
+        """
         parts = []
-        for member, part in zip(self.members, states, strict=True):
-            logits, cap = part @ find_head(member).float().T, find_softcap(member)
-            parts.append((logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(-1))
+        with torch.autocast(states[0].device.type, enabled=False):
+            for member, part in zip(self.members, states, strict=True):
+                logits, cap = part @ find_head(member).float().T, find_softcap(member)
+                parts.append((logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(-1))
         return torch.stack(parts)
 
     @torch.no_grad()

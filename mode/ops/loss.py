@@ -263,6 +263,9 @@ def score_states(
 ) -> TokenScores:
     """Score every token of a batch, with the logits of one chunk of tokens in memory.
 
+    Logits are computed in fp32, also under autocast, which leaves calls with a given output alone: logits in bf16 would
+    have ties.
+
     Args:
         states: Final hidden states, (B, S, d).
         weight: Head, (V, d).

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mode.config.method import Anchor
+from mode.config.run import Evaluate
 from mode.records.measurement import pick_fields
 from mode.records.score import Score
 
@@ -26,6 +27,7 @@ class Request:
         method: Name of the method in records, in general the import path of a class.
         sequence_length: Tokens per row.
         examples: Number of different training rows; None for all.
+        scoring: Precision of scoring.
         anchor: `share` and `weight` of the anchored rows; None if the method has no anchor.
     """
 
@@ -35,6 +37,7 @@ class Request:
     method: str
     sequence_length: int
     examples: int | None
+    scoring: str
     anchor: Mapping[str, float] | None
 
     @property
@@ -192,11 +195,12 @@ def upgrade(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parts of a record of any version with all fields that this version reads."""
     asked, happened = plain["asked"], {**OUTCOME, **plain["happened"]}
     train, anchor = {"examples": None} | asked["train"], asked["method"].get("anchor")
+    evaluate = {"precision": Evaluate.precision} | asked["evaluate"]
     if anchor is not None:
         anchor = {name: anchor.get(name, getattr(Anchor, name)) for name in ("share", "weight")}
     gates = {name: {"entropy": None, "active": None} | dict(each) for name, each in (happened["gates"] or {}).items()}
     return {
-        "asked": {**asked, "train": train, "method": {**asked["method"], "anchor": anchor}},
+        "asked": {**asked, "train": train, "evaluate": evaluate, "method": {**asked["method"], "anchor": anchor}},
         "happened": {
             **happened,
             "scores": {name: upgrade_score(score) for name, score in happened["scores"].items()},
@@ -231,6 +235,7 @@ def read_request(asked: Mapping[str, Any]) -> Request:
         method=asked["method"]["_target_"],
         sequence_length=asked["train"]["sequence_length"],
         examples=asked["train"]["examples"],
+        scoring=asked["evaluate"]["precision"],
         anchor=asked["method"]["anchor"],
     )
 

@@ -204,31 +204,33 @@ def score_domains(
 
     from mode.evaluation.next_token import evaluate
     from mode.train.objective import UNKNOWN, set_row_kinds
+    from mode.train.precision import autocast
 
-    run = prepared.run
+    run, device = prepared.run, next(model.parameters()).device
     scores, row_kinds = {}, prepared.method.row_kinds(run)
     for name in names or run.scored:
         if row_kinds:
-            kind = torch.tensor([row_kinds.get(name, UNKNOWN)])
-            set_row_kinds(model, kind.to(next(model.parameters()).device))
-        scores[name] = evaluate(
-            model,
-            prepared.packed[name].split(split),
-            sequence_length=run.train.sequence_length,
-            batch_size=run.evaluate.batch_size,
-            chunk=run.evaluate.logit_chunk_size,
-            tokens=run.evaluate.tokens,
-            probe=(lambda count: None) if probe is None else partial(probe.add, name),
-        )
+            set_row_kinds(model, torch.tensor([row_kinds.get(name, UNKNOWN)]).to(device))
+        with autocast(run.evaluate.precision, device):
+            scores[name] = evaluate(
+                model,
+                prepared.packed[name].split(split),
+                sequence_length=run.train.sequence_length,
+                batch_size=run.evaluate.batch_size,
+                chunk=run.evaluate.logit_chunk_size,
+                tokens=run.evaluate.tokens,
+                probe=(lambda count: None) if probe is None else partial(probe.add, name),
+            )
     return scores
 
 
 def measure_divergences(prepared: Prepared, model: nn.Module) -> dict[str, float]:
     """Return how far a model is from its backbone on the validation text of its targets, in nats, by domain.
 
-    Empty where nothing stands on a backbone, and with several processes, each of which would need one of its own.
+    Empty where nothing stands on a backbone, and with several processes, each of which would need one of its own. If a
+    part of a split is scored, a quarter of so many tokens is compared.
     """
-    from mode.evaluation.divergence import measure_divergence
+    from mode.evaluation.divergence import TOKENS, measure_divergence
 
     run = prepared.run
     if processes.world_size() > 1 or prepared.method.backbone_size(run) == 0:
@@ -241,6 +243,7 @@ def measure_divergences(prepared: Prepared, model: nn.Module) -> dict[str, float
             prepared.packed[name].split("validation"),
             sequence_length=run.train.sequence_length,
             chunk=run.evaluate.logit_chunk_size,
+            tokens=TOKENS if run.evaluate.tokens is None else min(TOKENS, run.evaluate.tokens // 4),
         )
         for name in run.targets
     }

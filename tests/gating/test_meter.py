@@ -14,7 +14,7 @@ from mode.tables.table import Row, Table
 
 
 def record(**gates: Any) -> Record:
-    asked = {"method": {"_target_": "baselines.btx.BTX"}, "targets": ["code"], "seed": 0, "train": {}}
+    asked = {"method": {"_target_": "baselines.btx.BTX"}, "targets": ["code"], "seed": 0, "train": {}, "evaluate": {}}
     happened = {
         **{"steps": 1, "tokens": 1, "seconds": 1.0, "split": "test", "scores": {}, "curve": []},
         "parameters": {"total": 1, "trainable": 1, "added": 0},

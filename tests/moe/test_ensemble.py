@@ -105,6 +105,23 @@ def test_scores_are_those_of_the_forward_pass_however_they_are_chunked(chunk: in
     assert torch.equal(scores.hit, (logs.argmax(-1) == targets).flatten())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 3])
+def test_under_autocast_decoders_are_in_bf16_and_heads_in_fp32(count: int) -> None:
+    model: Any = ensemble(count) if count > 1 else members(1)[0]
+    inputs, targets = IDS[:, :-1], IDS[:, 1:]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = score_tokens(model, inputs, targets, 5).nll
+        states = model.compute_states(inputs) if count > 1 else [compute_hidden_states(model, inputs)]
+    heads = [find_head(one) for one in (model.members if count > 1 else [model])]
+    logs = torch.stack([(part.float() @ head.T).log_softmax(-1) for part, head in zip(states, heads, strict=True)])
+    each = logs.gather(-1, targets[None, ..., None])[..., 0].movedim(0, -1).double()
+    weights = model.weigh(model.sum_evidence(shift(each))) if count > 1 else torch.ones(1)
+    expected = (weights * each.exp()).sum(-1).log().flatten()
+    torch.testing.assert_close(-found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert (score_tokens(model, inputs, targets, 5).nll - found).abs().max() > 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen2"])
 @pytest.mark.parametrize("settings", [{}, {"top_k": 1}, {"window": 4}])

@@ -159,3 +159,23 @@ def test_a_truncated_expert_is_told_and_nothing_is_written(world: World) -> None
         execute(run)
     assert prepare_run(run).id not in {record.id for record in read_records(world.root / "results")}
     assert not (prepare_run(run).folder / "weights.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_run_is_scored_on_the_part_and_in_the_precision_that_it_asks_for(world: World) -> None:
+    whole = compose_run([*world.overrides, "method=backbone"], world.conf)
+    asked = [*world.overrides, "method=backbone", "evaluate.tokens=64", "evaluate.precision=bf16"]
+    part = compose_run(asked, world.conf)
+    records = [execute(run) for run in (whole, part)]
+    assert records[0].id != records[1].id
+    assert [record.request.scoring for record in records] == ["fp32", "bf16"]
+    for name, score in records[1].outcome.scores.items():
+        other = records[0].outcome.scores[name]
+        assert 0 < score.tokens <= 64 < other.tokens  # two rows of 32, of which the last of a split is shorter
+        assert len(score.document_tokens) == len(other.document_tokens)
+    same = compose_run([*world.overrides, "method=backbone", "evaluate.precision=bf16"], world.conf)
+    for name, score in execute(same).outcome.scores.items():
+        other = records[0].outcome.scores[name]
+        assert score.tokens == other.tokens
+        assert score.loss != other.loss
+        assert score.loss == pytest.approx(other.loss, rel=1e-2)
