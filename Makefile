@@ -26,7 +26,7 @@ test: lint $(VENV)/downstream    ## the whole suite, and the committed tables ag
 	$(BIN)/mode report --check paths.results=results
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-campaign: $(VENV)/ready          ## faults on purpose, about 20 minutes; goes on where it was (docs/reliability.md)
+campaign: $(VENV)/ready          ## faults on purpose, about 15 minutes; goes on where it was (docs/reliability.md)
 	$(BIN)/python -m tests.campaign
 
 report: $(VENV)/ready            ## render the published tables anew from their records

@@ -204,6 +204,7 @@ def make_frame(results: Sequence[MixedResult]) -> pd.DataFrame:
         for segment in group[0].cases:
             columns = name_results(group)
             columns["Backbone"] = {result.id: str(result.asked["backbone"]) for result in group}
+            columns["Split"] = {result.id: str(result.asked["split"]) for result in group}
             columns["Change every"] = {result.id: f"{segment} tokens" for result in group}
             columns["Alone"] = render_cells(group, partial(MixedResult.score, segment=segment, column="alone"))
             columns["Mixed"] = render_cells(group, partial(MixedResult.score, segment=segment, column="hits"))
