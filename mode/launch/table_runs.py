@@ -41,7 +41,7 @@ def compose_table(name: str, seeds: Sequence[int] | None, overrides: Sequence[st
         ConfigError: There is no such table, or its settings are not valid.
     """
     table = load_table(name, extra)
-    rows = list_rows_under(table, overrides)
+    rows = list_rows_under(table, overrides, extra)
     return [compose_row(table, row, seed, overrides, extra) for seed in (seeds or table.seeds) for row in rows]
 
 

@@ -257,9 +257,15 @@ def compose_row(table: Table, row: Row, seed: int, overrides: Sequence[str], ext
     return named
 
 
-def list_rows_under(table: Table, overrides: Sequence[str]) -> tuple[Row, ...]:
-    """Return the rows of a table under some overrides; under one of its budgets, without rows that set a budget."""
-    if last_value(overrides, "budget") not in table.budgets:
+def list_rows_under(table: Table, overrides: Sequence[str], extra: Path | None = None) -> tuple[Row, ...]:
+    """Return the rows of a table under some overrides; under one of its budgets, without rows that set a budget.
+
+    The budget is that of the overrides, or that of the experiment that they name.
+    """
+    budget, experiment = last_value(overrides, "budget"), last_value(overrides, "experiment")
+    if budget is None and experiment is not None:
+        budget = compose([f"experiment={experiment}"], extra).budget.policy
+    if budget not in table.budgets:
         return table.rows
     return tuple(row for row in table.rows if last_value(row.overrides, "budget") is None)
 
@@ -273,7 +279,7 @@ def compose_rows(table: Table, overrides: Sequence[str], extra: Path | None = No
         ConfigError: A row's settings do not compose.
     """
     found: dict[str, tuple[str, Run]] = {}
-    for row in list_rows_under(table, overrides):
+    for row in list_rows_under(table, overrides, extra):
         run = compose_row(table, row, 0, overrides, extra)
         found.setdefault(str(identity.describe_run(run)), (row.name, run))
     return dict(found.values())

@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 import zipfile
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -349,10 +350,14 @@ def test_the_report_renders_results_and_check_notices_what_does_not_follow(asked
     assert (results / "downstream.md").read_text("utf-8") in shown.stdout + "\n"
     assert COLLECTION.stale(results) == []
     assert call(asked, "report", "--check", "downstream").exit_code == 0
-    path.write_text(path.read_text("utf-8").replace('"unparsed": 2', '"unparsed": 3'), "utf-8")
+    other = json.loads(path.read_text("utf-8"))["happened"] | {"unparsed": 3}
+    replace(result_of(), happened=other).write(path.parent)
     stale = call(asked, "report", "--check", "downstream")
     assert stale.exit_code == 2
     assert "downstream.md does not follow" in stale.stderr
+    path.write_text(path.read_text("utf-8").replace('"unparsed": 3', '"unparsed": 2'), "utf-8")
+    changed = call(asked, "report", "--check", "downstream")
+    assert (changed.exit_code, path.name in changed.stderr, "digest" in changed.stderr) == (2, True, True)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 2}', '{"schema": 1}'])

@@ -30,7 +30,7 @@ def test_a_setting_of_the_table_itself_does_not_change_its_file(text: str) -> No
     assert file_stem("lr", ["++budget=data"]) == "lr-data"
 
 
-@pytest.mark.parametrize("text", ["budget=data", "++budget='data'"])
+@pytest.mark.parametrize("text", ["budget=data", "++budget='data'", "experiment=table1_smollm2_cpu"])
 def test_a_row_with_a_budget_of_its_own_is_left_out_under_another(text: str) -> None:
     rows = (
         Row(name="a", label="A", overrides=("method=lora",)),
