@@ -109,7 +109,8 @@ def commands(page: str) -> list[list[str]]:
 def test_the_conclusions_quote_their_numbers(page: str, part: str, settings: tuple[str, ...]) -> None:
     (conclusions,) = re.findall(part, read(page), re.M | re.S)
     assert len(QUOTE.findall(conclusions)) == conclusions.count("<!--") > 10
-    bare = re.findall(r"\d+\.\d+(?![\d*]*<!--)[^,;.\n]*", conclusions)
+    quoted = re.sub(r"<!--.*?-->", "<!-- -->", conclusions)  # a row's name may hold a number
+    bare = re.findall(r"\d+\.\d+(?![\d*]*<!--)[^,;.\n]*", quoted)
     assert [text for text in bare if not text.startswith(settings)] == []
 
 
