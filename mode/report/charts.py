@@ -1,9 +1,9 @@
-"""Charts of tables and runs: target accuracy over retention, curves, training loss and mean gate weights."""
+"""Charts of tables: target accuracy over retention, curves, frontiers and mean gate weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -18,15 +18,12 @@ from mode.charts.chart import (
     Panel,
     Point,
     Series,
-    Style,
     make_styles,
 )
 from mode.charts.colours import METHODS, OTHER, REFERENCES
 from mode.charts.draw import render_svg
-from mode.records.contents import Point as CurvePoint
-from mode.records.record import Record
 from mode.tables.compile import BACKBONE, RowResult, TableData
-from mode.tables.findings import collect_points
+from mode.tables.findings import collect_points, find_value
 from mode.tables.frontier import MOST, list_frontiers
 from mode.tables.pareto import MEASURES, Place, Tradeoff, collect_sides, compute_tradeoff
 from mode.tables.statistics import Cell
@@ -34,11 +31,20 @@ from mode.tables.table import SIGNS, last_value
 
 AXES = {
     "added": "Added parameters (millions)",
+    "domains": "Domains adapted to",
     "examples": "Different rows in the mix",
     "share": "Share of the mix that the anchor takes",
     "weight": "Weight of the anchor's divergence",
 }
 """Labels of the x axes of curves, by `Curves.x`."""
+
+
+COST_AXES = {
+    "total": "Parameters (millions)",
+    "generation": "10⁶ operations per token",
+    "own": "Weight of the own branch (%)",
+}
+"""Labels of the y axes of curves, by the name of a cost."""
 
 
 MIX = "the mix"
@@ -88,10 +94,11 @@ def find_targets(compiled: TableData, name: str) -> tuple[str, ...]:
 def name_targets(targets: Sequence[str]) -> str:
     """Return the name of a set of targets.
 
-    >>> name_targets(["code", "math"]), name_targets(["the mix"])
-    ('Code and Math', 'the mix')
+    >>> name_targets(["code", "math", "verilog"]), name_targets(["the mix"])
+    ('Code, Math and Verilog', 'the mix')
     """
-    return " and ".join(name if name == MIX else name.capitalize() for name in targets)
+    *first, last = (name if name == MIX else name.capitalize() for name in targets)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def chart_rivals(compiled: TableData, others: str, adapted: str) -> Chart:
@@ -256,7 +263,7 @@ def chart_curves(compiled: TableData) -> Chart:
             points = [
                 Point(x, cell.mean, y_error=(measure_spread(cell),) * 2)
                 for x, row in collect_points(compiled, panel, label).items()
-                if (cell := row.cell(panel.column)) is not None
+                if (cell := find_value(row, panel.column)) is not None
             ]
             if points:
                 # A row without added parameters is drawn as a horizontal reference line.
@@ -266,8 +273,9 @@ def chart_curves(compiled: TableData) -> Chart:
         places = sorted({point.x for each in series if not each.level for point in each.points})
         apart = all(second > 1.5 * first > 0.0 for first, second in pairwise(places))
         ticks = places if len(places) <= 6 and apart else ()
-        axis = Axis(AXES[panel.x], base=10, ticks=ticks)
-        panels.append(Panel(panel.title, axis, Axis(f"{panel.column.capitalize()} (%)"), series))
+        axis = Axis(AXES[panel.x], ticks=places) if panel.x == "domains" else Axis(AXES[panel.x], base=10, ticks=ticks)
+        up = COST_AXES.get(panel.column, f"{panel.column.capitalize()} (%)")
+        panels.append(Panel(panel.title, axis, Axis(up), series))
     size = (5.0, 3.4) if len(panels) == 1 else (2.9, 2.5)
     return Chart(compiled.table.title, panels, columns=3, size=size)
 
@@ -318,83 +326,3 @@ def chart_gates(compiled: TableData) -> HeatMaps | None:
             maps.append(HeatMap(labels[line.name], line.branches, groups))
     note = "Mean gate weights of the branches on every domain's tokens, in per cent; a column for every block."
     return HeatMaps(compiled.table.title, maps, note) if maps else None
-
-
-def chart_learning(compiled: TableData, records: Mapping[str, Record]) -> Chart | None:
-    """Return the chart of training losses of all rows' own stages, as means over seeds; None without training."""
-    found: dict[str, tuple[RowResult, list[tuple[float, float]]]] = {}
-    for line in compiled.lines:
-        if points := average_curve([records[run].outcome.curve for run in line.runs.values()], "loss"):
-            found[line.name] = line, points
-    if not found:
-        return None
-    labels = write_labels(compiled)
-    first, *others = split_by_targets(compiled).values()
-    named = choose_named(compiled if others else first)
-    styles = make_styles({name: find_method(compiled, name) for name in named if name in found}, line=True)
-    series = [
-        Series(
-            labels[name] if name in styles else "",
-            [Point(x, y) for x, y in points],
-            styles.get(name, Style("", "", line=True)),
-        )
-        for name, (line, points) in found.items()
-    ]
-    unnamed = len(series) - len(styles)
-    note = f"Grey: {unnamed} other rows of the table." if unnamed else ""
-    panel = Panel("", Axis("Steps"), Axis("Training loss (nats per token)"), series)
-    return Chart(f"{compiled.table.title}: training loss", [panel], names="ends", size=(4.6, 3.2), note=note)
-
-
-VALIDATION = "validation/"
-"""Prefix of validation values in a point of a curve, such as `validation/DOMAIN/loss`."""
-
-
-RUN_COLOURS = ("blue", "orange", "green", "pink", "amber", "sky")
-"""Colours of the lines of one run: training, then validation by domain."""
-
-
-def chart_run(record: Record) -> Chart | None:
-    """Return the chart of loss and accuracy in a run's training, with validation if measured; None without training."""
-    curve = record.outcome.curve
-    ends = dict.fromkeys(name for point in curve for name in point.values if name.startswith(VALIDATION))
-    panels = []
-    for key, up in (("loss", "Loss (nats per token)"), ("accuracy", "Accuracy (%)")):
-        wanted = {"Training": key}
-        wanted |= {
-            f"Validation, {name.removeprefix(VALIDATION).removesuffix(f'/{key}')}": name
-            for name in ends
-            if name.endswith(f"/{key}")
-        }
-        series = [
-            Series(label, [Point(x, y) for x, y in points], Style(colour, "o" if number else "", line=True))
-            for number, ((label, name), colour) in enumerate(zip(wanted.items(), RUN_COLOURS, strict=False))
-            if (points := average_curve([curve], name))
-        ]
-        if series:
-            panels.append(Panel("", Axis("Steps"), Axis(up), series))
-    if not panels:
-        return None
-    alone = all(len(panel.series) == 1 for panel in panels)
-    if alone:
-        panels = [Panel("", panel.x, panel.y, list(unname(panel.series))) for panel in panels]
-    return Chart(f"Training of run {record.id}", panels, columns=2, size=(2.5, 1.5))
-
-
-def unname(series: Sequence[Series]) -> Iterator[Series]:
-    """Return series without their names."""
-    for each in series:
-        yield Series("", each.points, each.style)
-
-
-def average_curve(curves: Sequence[Sequence[CurvePoint]], key: str) -> list[tuple[float, float]]:
-    """Return the mean of a quantity over several curves, at their common steps. Accuracy is in per cent.
-
-    >>> first, second = [CurvePoint(1, {"loss": 2.0})], [CurvePoint(1, {"loss": 4.0}), CurvePoint(2, {"loss": 1.0})]
-    >>> average_curve([first, second], "loss")
-    [(1.0, 3.0)]
-    """
-    factor = 100.0 if key.endswith("accuracy") else 1.0
-    found = [{point.step: point.values[key] for point in curve if key in point.values} for curve in curves]
-    shared = [step for step in found[0] if all(step in each for each in found)] if found else []
-    return [(float(step), factor * sum(each[step] for each in found) / len(found)) for step in shared]

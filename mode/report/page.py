@@ -27,7 +27,7 @@ from mode.downstream import results as downstream
 from mode.records.collection import COLLECTIONS, Collection, find_collection
 from mode.records.metrics import METRICS
 from mode.records.record import Record, read_records
-from mode.report.charts import chart_curves, chart_gates, chart_learning, chart_to_svg, chart_tradeoff
+from mode.report.charts import chart_curves, chart_gates, chart_to_svg, chart_tradeoff
 from mode.report.estimate import compile_in_full
 from mode.report.frames import (
     CONTAMINATION_NOTE,
@@ -44,6 +44,7 @@ from mode.report.frames import (
 )
 from mode.report.run_details import RunDetails, collect_run_details, list_used
 from mode.report.text import describe_divergence, write_notes
+from mode.report.training_charts import chart_learning
 from mode.tables.compile import TableData
 from mode.tables.findings import list_findings
 from mode.tables.table import file_stem, load_table

@@ -15,7 +15,8 @@ from mode.records.contents import Outcome, Provenance
 from mode.records.metrics import METRICS, Metric
 from mode.records.record import Record
 from mode.records.score import Score
-from mode.report.charts import chart_run, chart_to_svg
+from mode.report.charts import chart_to_svg
+from mode.report.training_charts import chart_run
 from mode.tables.compile import TableData
 from mode.tables.select import add_needed
 

@@ -17,7 +17,7 @@ from mode.records.contents import Outcome
 from mode.records.metrics import ACCURACY, Metric, find_metrics
 from mode.records.record import Record
 from mode.tables.columns import AVERAGE, RETENTION, TARGET, Column, parse_column
-from mode.tables.gates import average_gates, read_routing
+from mode.tables.gates import average_gates, read_routing, weigh_own_branches
 from mode.tables.select import add_needed, select
 from mode.tables.statistics import (
     Cell,
@@ -97,9 +97,10 @@ class RowResult:
             have sums over documents.
         documents: Number of effective documents by domain, `average`, `target` and `retention`. A value over several
             domains has that of the domain with the fewest.
-        cost: Cost by name: parameters in millions, `train.batch.examples`, share and weight of an anchor; over all
-            stages steps, tokens in millions, 1e12 operations, seconds, and tokens per second; peak memory in GB; MB on
-            disk that one domain adds; divergence from the backbone; n.
+        cost: Cost by name: parameters in millions, number of targets, `train.batch.examples`, share and weight of an
+            anchor, weight of the branches named like a domain; over all stages steps, tokens in millions, 1e12
+            operations, seconds, and tokens per second; peak memory in GB; MB on disk that one domain adds; divergence
+            from the backbone; n.
         gates: Mean gate weights of every block over seeds, by domain, the backbone's first; empty without gates.
         routing: Mean number of branches in use and evenness of their weights, by domain (see `read_routing`).
         branches: Names of the branches.
@@ -264,17 +265,20 @@ def compute_row(
         metrics: Metrics to compute.
     """
     quality = {record.seed: compute_qualities(record, bare, metrics) for record in records}
+    gates = average_gates(records)
     costs = [[stage.outcome for stage in add_needed(record, by_id)] for record in records]
+    branches = records[0].outcome.branches if records else ()
+    own = {} if (weight := weigh_own_branches(gates, branches)) is None else {"own": weight}
     return RowResult(
         name=name,
         label=label,
         quality=quality,
         resampled={record.seed: resample_qualities(record, before, metrics) for record in records},
         documents=count_effective_documents(records[0]) if records else {},
-        cost={"n": len(records), **(compute_row_cost(records[0], costs) if records else {})},
-        gates=average_gates(records),
+        cost={"n": len(records), **(compute_row_cost(records[0], costs) if records else {}), **own},
+        gates=gates,
         routing=read_routing(records),
-        branches=records[0].outcome.branches if records else (),
+        branches=branches,
         astray=any(differs_from_forecast(stage) for stages in costs for stage in stages),
         runs={record.seed: record.id for record in records},
     )
@@ -292,6 +296,7 @@ def compute_row_cost(record: Record, costs: Sequence[Sequence[Outcome]]) -> dict
     cost["trainable"] = max(stage.parameters.trainable for stage in stages) / 1e6
     if outcome.forecast is not None:
         cost["active"] = outcome.forecast.active / 1e6
+    cost["domains"] = len(record.request.targets)
     if record.request.examples is not None:
         cost["examples"] = record.request.examples
     if record.request.anchor is not None:

@@ -8,15 +8,15 @@ from itertools import combinations, pairwise
 
 from mode.tables.columns import Column, parse_column
 from mode.tables.compile import Difference, RowResult, TableData
-from mode.tables.table import Claim, Curves
+from mode.tables.statistics import Cell
+from mode.tables.table import CURVE_COSTS, Claim, Curves
 
 
 def list_findings(compiled: TableData) -> list[str]:
     """Return the sentences about a table's claims and curves. Rows without records have no sentence."""
     sentences = [check_claim(compiled, claim) for claim in compiled.table.claims]
-    sentences += [
-        has_crossed(compiled, panel, *pair) for panel in compiled.table.curves for pair in combinations(panel.lines, 2)
-    ]
+    panels = [panel for panel in compiled.table.curves if panel.column not in CURVE_COSTS]
+    sentences += [has_crossed(compiled, panel, *pair) for panel in panels for pair in combinations(panel.lines, 2)]
     return [sentence for sentence in sentences if sentence]
 
 
@@ -50,11 +50,20 @@ def find_place(line: RowResult, panel: Curves) -> float | None:
     return line.cost.get(panel.x)
 
 
+def find_value(line: RowResult, column: str) -> Cell | None:
+    """Return a row's quality, or a cost without deviation, by the name of a curve's column; None without a record."""
+    if column not in CURVE_COSTS:
+        return line.cell(column)
+    return Cell(line.cost[column], 0.0, int(line.cost["n"])) if column in line.cost else None
+
+
 def collect_points(compiled: TableData, panel: Curves, label: str) -> dict[float, RowResult]:
     """Return the rows of a line by their place on the x axis, in order."""
     rows = [compiled.line(name) for name in panel.lines[label]]
     placed = {
-        x: row for row in rows if (x := find_place(row, panel)) is not None and row.cell(panel.column) is not None
+        x: row
+        for row in rows
+        if (x := find_place(row, panel)) is not None and find_value(row, panel.column) is not None
     }
     return dict(sorted(placed.items()))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mode.records.record import Record
 
@@ -42,3 +42,24 @@ def average_gates(records: Sequence[Record]) -> dict[str, list[list[float]]]:
         ]
         for domain in found[0]
     }
+
+
+def weigh_own_branches(gates: Mapping[str, Sequence[Sequence[float]]], branches: Sequence[str]) -> float | None:
+    """Return the mean weight, in per cent, of the branches that are named like a domain on the text of that domain.
+
+    Args:
+        gates: Mean weights, (blocks, branches), by domain.
+        branches: Names of the branches.
+
+    Returns:
+        The mean over domains and blocks; None if no branch is named like a domain.
+
+    >>> weigh_own_branches({"code": [[0.25, 0.75]], "english": [[1.0, 0.0]]}, ["backbone", "code"])
+    75.0
+    """
+    found = [
+        statistics.fmean(block[branches.index(domain)] for block in blocks)
+        for domain, blocks in gates.items()
+        if domain in branches
+    ]
+    return 100.0 * statistics.fmean(found) if found else None

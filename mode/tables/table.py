@@ -20,7 +20,7 @@ from mode.config.quoting import format_value
 from mode.config.run import Run
 from mode.core.errors import ConfigError, suggest
 from mode.records.metrics import ACCURACY, METRICS, Metric, find_metrics
-from mode.tables.columns import list_column_names, parse_column
+from mode.tables.columns import AVERAGE, RETENTION, TARGET, list_column_names, parse_column
 
 SIGNS = "†‡§¶"
 """Signs of the notes on rows, in order."""
@@ -84,20 +84,24 @@ class Claim:
     column: str
 
 
+CURVE_COSTS = ("total", "generation", "own")
+"""Costs that a curve can show: parameters, operations of a token, and weight of the branches named like a domain."""
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Curves:
-    """A panel of a figure: a quality over a setting in which rows differ.
+    """A panel of a figure: a quality or a cost over a setting in which rows differ.
 
     Attributes:
         title: Heading.
-        x: Quantity of the x axis: `added`, the parameters added to the backbone, in millions; `examples`, which is
-            `train.batch.examples`; `share` or `weight` of `method.anchor`.
-        column: Column of the quality.
+        x: Quantity of the x axis: `added`, the parameters added to the backbone, in millions; `domains`, the number of
+            targets; `examples`, which is `train.batch.examples`; `share` or `weight` of `method.anchor`.
+        column: Column of the quality, or one of `CURVE_COSTS`.
         lines: Names of the rows of every line, in order, by the label of the line.
     """
 
     title: str
-    x: Literal["added", "examples", "share", "weight"]
+    x: Literal["added", "domains", "examples", "share", "weight"]
     column: str
     lines: dict[str, tuple[Name, ...]]
 
@@ -199,8 +203,8 @@ def load_table(name: str, extra: Path | None = None, metrics: Sequence[str] = ()
     """
     table: Table = validate(Table, read_group("table", name, extra), f"table/{name}")
     domains = list_members("domain", extra)
-    plain = ["average", "retention", *domains]
-    check_columns(name, [panel.column for panel in table.curves], plain)
+    plain = [AVERAGE, TARGET, RETENTION, *domains]
+    check_columns(name, [panel.column for panel in table.curves], [*plain, *CURVE_COSTS])
     check_columns(name, [claim.column for claim in table.claims], list_column_names(domains))
     for metric in table.metrics:
         if metric not in METRICS:

@@ -23,14 +23,13 @@ from mode.config.groups import list_members
 from mode.records.record import Record, read_records
 from mode.report.charts import (
     chart_gates,
-    chart_learning,
-    chart_run,
     chart_table,
     chart_tradeoff,
     find_method,
 )
 from mode.report.page import ASSETS
 from mode.report.plan_figures import chart_plan
+from mode.report.training_charts import chart_learning, chart_run
 from mode.tables.compile import TableData, compile_table
 from mode.tables.table import file_stem, load_table
 

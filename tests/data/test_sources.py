@@ -460,13 +460,21 @@ def test_wheel_quran_gives_groups_of_verses_under_the_name_of_the_chapter(tmp_pa
     assert [line.split()[0] for line in second[1:]] == ["11", "12"]
 
 
+def test_wheel_smiles_gives_groups_of_molecules_without_the_heading(tmp_path: Path) -> None:
+    molecules = [f"C{'C' * (number % 7)}OC(=O)N{number}" * 2 for number in range(45)]
+    lines = gzip.compress("\n".join(["SMILES", *molecules]).encode())
+    source = wheel(tmp_path, {"tiny/data/x.csv.gz": lines}, reader="smiles")
+    first, second = (text.splitlines() for text in read(source, tmp_path))
+    assert [*first, *second] == molecules[:40]  # five more are shorter than a document
+
+
 def test_wheel_text_gives_files_but_short_ones(tmp_path: Path) -> None:
     content = {"tiny/data/a.sv": b"module a;\n" + b"  wire x;\n" * 30, "tiny/data/b.sv": b"module b; endmodule"}
     source = wheel(tmp_path, content, reader="text")
     assert read(source, tmp_path) == [content["tiny/data/a.sv"].decode().strip()]
 
 
-@pytest.mark.parametrize("reader", ["icd10cm", "quran", "text"])
+@pytest.mark.parametrize("reader", ["icd10cm", "quran", "smiles", "text"])
 def test_a_file_that_a_reader_cannot_read_is_refused_in_one_line(tmp_path: Path, reader: str) -> None:
     source = wheel(tmp_path, {"tiny/data/x": b"<quran>\xff"}, reader=reader)
     with refused(f"the reader {reader}", "tiny/data"):

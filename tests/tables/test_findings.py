@@ -79,6 +79,21 @@ def test_rows_without_records_are_passed_over() -> None:
     assert len(list_findings(dataclasses.replace(given, lines=tuple(some)))) == 2
 
 
+def test_a_cost_over_the_number_of_domains_is_drawn_without_a_sentence() -> None:
+    lines = [row(f"{name}@{x}", [50.0], domains=x, total=x * 2.5) for name in ("mode", "lora") for x in (1, 2, 3)]
+    names = {"MoDE": ("mode@1", "mode@2", "mode@3"), "LoRA": ("lora@1", "lora@2", "lora@3")}
+    sizes = Curves(title="Size", x="domains", column="total", lines=names)
+    gates = dataclasses.replace(sizes, column="own")  # which no row has
+    given = compiled(lines, curves=(sizes, gates))
+    assert list_findings(given) == []
+    size, own = chart_curves(given).panels
+    assert own.series == []
+    assert [[(point.x, point.y) for point in each.points] for each in size.series] == [
+        [(1, 2.5), (2, 5.0), (3, 7.5)]
+    ] * 2
+    assert (size.x.base, size.x.ticks) == (0, [1, 2, 3])
+
+
 @pytest.mark.parametrize(
     ("gaps", "expected"),
     [
