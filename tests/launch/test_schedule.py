@@ -467,7 +467,7 @@ def test_table_one_on_a_real_model_runs_dry(world: World) -> None:
     runs = compose_table("table1", [0], [experiment, *world.overrides, *small], world.conf)
     assert [run.train.batch.size for run in runs] == [2] * len(runs)
     assert {run.train.optim.warmup_ratio for run in runs} == {0.03}
-    assert len({str(describe_run(run)) for run in runs}) == len(load_table("table1").rows) == 22
+    assert len({str(describe_run(run)) for run in runs}) == len(load_table("table1").rows) == 26
     first_of_each = {type(run.method): run for run in reversed(runs)}
     assert len(first_of_each) == 9
     for run in first_of_each.values():
