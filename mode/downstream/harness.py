@@ -11,15 +11,15 @@ import io
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mode.core.errors import ConfigError, suggest, summarize_error
-from mode.downstream.programs import complete_prompt
-from mode.downstream.task import Progress, Task, TaskScore
+from mode.downstream.task import Progress, Task, TaskScore, cut_at_stops
+from mode.evaluation.complete import complete_prompts
 from mode.evaluation.generate import count_context
 from mode.evaluation.likelihood import Text, compute_log_likelihoods
 
@@ -151,7 +151,7 @@ def load_registered_tasks(name: str, own: Sequence[str]) -> list[HarnessTask]:
 def wrap_model(model: PreTrainedModel, tokenizer: BackboneTokenizer, folder: Path) -> Any:
     """Wrap a model for the harness.
 
-    This project computes log-likelihoods, on texts packed without padding, and generates answers, one at a time. Texts
+    This project computes log-likelihoods and generates answers, several texts at a time and without padding. Texts
     begin with a special token only if the backbone's documents do. The attribute `done` reports progress.
 
     Args:
@@ -171,13 +171,14 @@ def wrap_model(model: PreTrainedModel, tokenizer: BackboneTokenizer, folder: Pat
             bos_id = tokenizer.bos_id
 
             def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-                answers, questions = [], len({request.doc_id for request in requests})
-                for number, request in enumerate(requests, 1):
-                    prompt, settings = request.args
-                    answers.append(complete_prompt(self.model, tokenizer, prompt, *read_generation(settings)))
+                questions = len({request.doc_id for request in requests})
+
+                def report(number: int) -> None:
                     if number * questions % len(requests) == 0:
                         self.done(number * questions // len(requests), questions)
-                return answers
+
+                asked = [(request.args[0], *read_generation(request.args[1])) for request in requests]
+                return answer_prompts(self.model, tokenizer, asked, report)
 
             def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
                 self.questions = len({request.doc_id for request in requests})
@@ -198,6 +199,32 @@ def wrap_model(model: PreTrainedModel, tokenizer: BackboneTokenizer, folder: Pat
             prefix_token_id=tokenizer.bos_id,
             backend="causal",
         )
+
+
+def answer_prompts(
+    model: PreTrainedModel,
+    tokenizer: BackboneTokenizer,
+    asked: Sequence[tuple[str, int, list[str]]],
+    done: Callable[[int], None],
+) -> list[str]:
+    """Return the greedy continuation of every prompt.
+
+    Args:
+        model: A causal LM, on its device, in evaluation mode.
+        tokenizer: Tokenizer of the model.
+        asked: Prompts, each with its maximum number of new tokens and the texts that end its answer.
+        done: Called after every answer with the number of answers.
+    """
+    alike: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+    for number, (_, length, stop) in enumerate(asked):
+        alike.setdefault((length, tuple(stop)), []).append(number)
+    answers: dict[int, str] = {}
+    for (length, ends), numbers in alike.items():
+        prompts = [asked[number][0] for number in numbers]
+        for index, text in complete_prompts(model, tokenizer, prompts, length, ends):
+            answers[numbers[index]] = cut_at_stops(text, ends)
+            done(len(answers))
+    return [answers[number] for number in range(len(asked))]
 
 
 def read_generation(settings: Mapping[str, Any]) -> tuple[int, list[str]]:

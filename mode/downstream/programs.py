@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from mode.core.errors import ConfigError
 from mode.downstream.sandbox import run_program
 from mode.downstream.task import Progress, Task, TaskScore, cut_at_stops, render_prompt
-from mode.evaluation.generate import Sampling, count_context, generate
+from mode.evaluation.complete import complete_prompts
+from mode.evaluation.generate import count_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,21 +21,6 @@ if TYPE_CHECKING:
 
 FIELDS = ("test", "entry_point")
 """Fields of a question besides the prompt: Python source that defines `check(candidate)`, and the function's name."""
-
-
-def complete_prompt(
-    model: PreTrainedModel, tokenizer: BackboneTokenizer, prompt: str, max_tokens: int, stop: Sequence[str]
-) -> str:
-    """Continue a prompt greedily. A prompt that is too long for the model's context is cut at its beginning.
-
-    The completion ends at the first stop text, at a token that ends a text, or after `max_tokens` tokens.
-    """
-    text = ""
-    for piece in generate(model, tokenizer, prompt, Sampling(max_tokens), cut=True):
-        text += piece.text
-        if any(end in text for end in stop):
-            break
-    return cut_at_stops(text, stop)
 
 
 def score_programs(
@@ -69,21 +55,20 @@ def score_programs(
     asked = questions[:limit]
     check_questions(asked)
     prompts = [render_prompt(task, question) for question in asked]
-    passed, outcomes, truncated = [], Counter[str](), 0
-    for number, (question, prompt) in enumerate(zip(asked, prompts, strict=True), 1):
-        truncated += len(tokenizer.encode([prompt])[0]) > window
-        program = prompt + complete_prompt(model, tokenizer, prompt, length, task.stop)
-        verdict = run_program(program, f"{question['test']}\ncheck({question['entry_point']})")
-        passed.append(verdict.outcome == "passed")
-        outcomes[verdict.outcome] += 1
-        done(number, len(asked))
+    verdicts: dict[int, str] = {}
+    for number, text in complete_prompts(model, tokenizer, prompts, length, task.stop):
+        program, question = prompts[number] + cut_at_stops(text, task.stop), asked[number]
+        verdicts[number] = run_program(program, f"{question['test']}\ncheck({question['entry_point']})").outcome
+        done(len(verdicts), len(asked))
+    passed = [verdicts[number] == "passed" for number in range(len(asked))]
+    outcomes = Counter(verdicts.values())
     return TaskScore(
         asked=len(asked),
         of=len(questions),
         values=[float(value) for value in passed],
         metrics={task.metric: compute_mean(passed)},
         unparsed=outcomes["unparsed"],
-        truncated=truncated,
+        truncated=sum(len(ids) > window for ids in tokenizer.encode(prompts)),
         example=prompts[0],
         outcomes=dict(sorted(outcomes.items())),
     )

@@ -25,11 +25,12 @@ from mode.config.check import replace_settings
 from mode.config.groups import list_members, read_group
 from mode.core.errors import ConfigError
 from mode.data.pack import PackedSplit
-from mode.downstream.programs import complete_prompt, score_programs
+from mode.downstream.programs import score_programs
 from mode.downstream.results import COLLECTION, SCHEMA, Result, render_results
 from mode.downstream.run import plan_registered, summarise_score
 from mode.downstream.sandbox import check_isolation
 from mode.downstream.task import DEFAULT, Task, TaskScore, cut_at_stops, load_task, read_questions, render_prompt
+from mode.evaluation.complete import complete_prompts
 from mode.evaluation.generate import Sampling, generate
 from mode.evaluation.next_token import evaluate
 from mode.records.measurement import make_id
@@ -181,9 +182,10 @@ def test_an_answer_ends_where_the_first_of_the_stops_begins() -> None:
 def test_a_completion_is_the_greedy_text_up_to_the_stop(world: World) -> None:
     model, tokenizer = load_model(pico(world)).eval(), load_tokenizer(pico(world))
     whole = "".join(piece.text for piece in generate(model, tokenizer, "def f", Sampling(20)))
-    assert complete_prompt(model, tokenizer, "def f", 20, []) == whole
+    assert list(complete_prompts(model, tokenizer, ["def f"], 20, [])) == [(0, whole)]
     stop = whole[3:5]
-    assert complete_prompt(model, tokenizer, "def f", 20, ["never", stop]) == whole[: whole.index(stop)]
+    ((_, text),) = complete_prompts(model, tokenizer, ["def f"], 20, ["never", stop])
+    assert cut_at_stops(text, ["never", stop]) == whole[: whole.index(stop)]
 
 
 def program_task(world: World, **changes: Any) -> Task:

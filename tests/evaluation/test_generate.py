@@ -18,7 +18,7 @@ from mode.backbone.load import load_model
 from mode.backbone.tokenizer import load_tokenizer
 from mode.config.backbone import Backbone
 from mode.config.compose import compose
-from mode.downstream.programs import complete_prompt
+from mode.evaluation.complete import complete_prompts
 from mode.evaluation.generate import Piece, Sampling, choose_token, fit_prompt, generate
 from mode.gating.meter import read_token_gates
 from mode.modular.block import find_blocks
@@ -165,7 +165,7 @@ def test_a_continuation_keeps_its_first_space(tmp_path: Path, prompt: str, conti
     model, tokenizer = load(tmp_path)
     made = list(generate(model, tokenizer, prompt, Sampling(10)))
     assert "".join(piece.text for piece in made) == continuation
-    assert complete_prompt(model, tokenizer, prompt, 10, []) == continuation
+    assert list(complete_prompts(model, tokenizer, [prompt], 10, [])) == [(0, continuation)]
 
 
 def test_the_command_prints_the_text_with_its_spaces(tmp_path: Path) -> None:
