@@ -22,6 +22,18 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def format_roughly(seconds: float) -> str:
+    """Render an estimate of a duration in seconds.
+
+    >>> format_roughly(38), format_roughly(1310), format_roughly(3800)
+    ('1 min', '22 min', '1 h 3 min')
+    """
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{max(1, minutes)} min"
+
+
 def format_point(point: dict[str, Any], steps: int) -> str:
     """Render a point of a training curve, with an estimate of the time left.
 

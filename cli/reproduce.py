@@ -6,13 +6,14 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli.options import ConfOption, Overrides, complete, reporting_errors, take_list
-from cli.report import find_results_folder
+from cli.report import PUBLISHED, find_results_folder
 from mode.core.files import expand_home
 
 if TYPE_CHECKING:
@@ -40,15 +41,20 @@ def reproduce(
         str | None,
         typer.Option("--within", metavar="TIME", help="End within this time, such as 9m; the next call goes on."),
     ] = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option("--row", metavar="NAME", help="Row to execute, in place of all; repeatable, in this order."),
+    ] = None,
     conf: ConfOption = None,
 ) -> None:
     """Execute every run of a table, then render the table.
 
     Finished runs are skipped. A run whose process dies is restarted from its checkpoint. A run that fails is reported,
     and the others continue. With --within, runs of this machine end at a checkpoint before the time is up; jobs of a
-    launcher are cancelled then. Rendering comes after it.
+    launcher are cancelled then. Rendering comes after it. The time that the runs
+    will take is estimated from published runs.
 
-    Examples: mode reproduce table1 seeds=[0,1,2]; mode reproduce table1 --within 1h30m
+    Examples: mode reproduce table1 seeds=[0,1,2]; mode reproduce table1 --within 1h30m; mode reproduce table1 --row sft
     """
     with reporting_errors():
         limit = read_limit(within)  # before the imports, which take seconds
@@ -58,13 +64,43 @@ def reproduce(
         from mode.launch.table_runs import compose_table
 
         given, seeds = take_list(overrides or [], "seeds")
-        runs = compose_table(table, seeds, given, conf)
+        runs = compose_table(table, seeds, given, conf, row or [])
         start, retries = choose_starter(launcher, runs, conf)
         with make_display() as display:
+            together = jobs or count_jobs(runs)
             outcome = run_all(
-                runs, jobs=jobs or count_jobs(runs), display=display, start=start, retries=retries, limit=limit
+                runs,
+                jobs=together,
+                display=display,
+                start=start,
+                retries=retries,
+                limit=limit,
+                announce=partial(announce_duration, jobs=together),
             )
         report_outcome(table, given, conf, outcome)
+
+
+def announce_duration(runs: Sequence[Run], jobs: int) -> None:
+    """Print the number of runs to execute and, if published records tell, about how long they take."""
+    from cli.progress import format_roughly
+    from mode.core.errors import ConfigError
+    from mode.launch.duration import estimate_duration
+    from mode.records.record import read_records
+
+    try:
+        found = estimate_duration(runs, read_records(PUBLISHED), jobs) if runs else None
+    except ConfigError:
+        found = None  # a damaged published record, which no run needs
+    if found is None:
+        return
+    several = "s" if found.runs > 1 else ""
+    together = f", {jobs} at a time" if jobs > 1 else ""
+    unknown = f" and {found.unknown} that no record tells of" if found.unknown else ""
+    print(
+        f"{found.runs} run{several} to execute{together}: about {format_roughly(found.seconds)}{unknown}, at the speed "
+        f"of the published runs ({found.processor})",
+        file=sys.stderr,
+    )
 
 
 def read_limit(text: str | None) -> TimeLimit | None:

@@ -109,6 +109,7 @@ def run_all(
     start: Start | None = None,
     retries: int = 0,
     limit: TimeLimit | None = None,
+    announce: Callable[[Sequence[Run]], None] = lambda runs: None,
 ) -> Outcome:
     """Execute runs and their earlier stages. After a failure the other runs continue.
 
@@ -120,6 +121,7 @@ def run_all(
         retries: How often a run is restarted whose process died without an error message.
         limit: Moment at which all runs have ended, finished or not; None for no limit. Runs of this machine end at a
             checkpoint before it.
+        announce: Called with the runs to execute, before the first of them starts.
 
     Raises:
         ConfigError: A run cannot be planned, or the folder of temporary files has too long a name.
@@ -129,6 +131,7 @@ def run_all(
     context.set_forkserver_preload(PRELOAD)
     prepare_data(runs, jobs, context)
     nodes, skipped = plan_runs(runs)
+    announce([node.prepared.run for node in nodes.values()])
     outcome = Outcome(skipped=skipped)
     messages: Any = context.Queue() if start is None else queue.Queue()
     schedule = Schedule(nodes, outcome, messages, display, retries, limit)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mode.config.run import Run
+from mode.core.errors import ConfigError, suggest
 from mode.methods.base import Method
 from mode.runs.forecast import Forecast, forecast
 from mode.runs.prepare import Prepared, find_finished, has_weights, prepare_run
@@ -28,7 +29,13 @@ class Node:
     dependents: int = 0
 
 
-def compose_table(name: str, seeds: Sequence[int] | None, overrides: Sequence[str], extra: Path | None) -> list[Run]:
+def compose_table(
+    name: str,
+    seeds: Sequence[int] | None,
+    overrides: Sequence[str],
+    extra: Path | None,
+    names: Sequence[str] = (),
+) -> list[Run]:
     """Compose the runs of a table, all rows of one seed before the next seed.
 
     Args:
@@ -36,12 +43,20 @@ def compose_table(name: str, seeds: Sequence[int] | None, overrides: Sequence[st
         seeds: Seeds; None for those of the table.
         overrides: Overrides of every run.
         extra: Folder of the user's own configuration.
+        names: Names of rows, in the order to execute them in; none for all rows in the table's order.
 
     Raises:
-        ConfigError: There is no such table, or its settings are not valid.
+        ConfigError: There is no such table or row, or its settings are not valid.
     """
     table = load_table(name, extra)
     rows = list_rows_under(table, overrides, extra)
+    if names:
+        by_name = {row.name: row for row in rows}
+        for unknown in (each for each in names if each not in by_name):
+            raise ConfigError(
+                f"table/{name}: row {unknown}: not one of {', '.join(by_name)}{suggest(unknown, by_name)}"
+            )
+        rows = tuple(by_name[each] for each in dict.fromkeys(names))
     return [compose_row(table, row, seed, overrides, extra) for seed in (seeds or table.seeds) for row in rows]
 
 

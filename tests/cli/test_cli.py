@@ -47,7 +47,7 @@ FLAGS = {
     "plan": ["--calibrate", "--conf", "--curves", "--device", "--devices", "--link"],
     "prune": ["--by", "--conf", "--ratio"],
     "report": ["--check", "--conf", "--html", "--metric", "--wandb"],
-    "reproduce": ["--conf", "--jobs", "--launcher", "--within"],
+    "reproduce": ["--conf", "--jobs", "--launcher", "--row", "--within"],
     "show backbones": ["--conf"],
     "show budget": ["--conf"],
     "show config": ["--conf", "--domain"],
