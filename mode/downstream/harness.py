@@ -11,15 +11,15 @@ import io
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mode.core.errors import ConfigError, suggest, summarize_error
-from mode.downstream.task import Progress, Task, TaskScore, cut_at_stops
-from mode.evaluation.complete import complete_prompts
+from mode.downstream.answers import answer_prompts
+from mode.downstream.task import Progress, Task, TaskScore
 from mode.evaluation.generate import count_context
 from mode.evaluation.likelihood import Text, compute_log_likelihoods
 
@@ -156,7 +156,7 @@ def wrap_model(model: PreTrainedModel, tokenizer: BackboneTokenizer, folder: Pat
 
     Args:
         model: A causal LM, on its device, in evaluation mode.
-        tokenizer: Tokenizer of the model.
+        tokenizer: Its tokenizer.
         folder: Folder of the tokenizer's files, for the harness.
     """
     with silence_harness():
@@ -177,13 +177,12 @@ def wrap_model(model: PreTrainedModel, tokenizer: BackboneTokenizer, folder: Pat
                     if number * questions % len(requests) == 0:
                         self.done(number * questions // len(requests), questions)
 
-                asked = [(request.args[0], *read_generation(request.args[1])) for request in requests]
+                asked = [(prompt, *read_generation(settings)) for prompt, settings in (each.args for each in requests)]
                 return answer_prompts(self.model, tokenizer, asked, report)
 
             def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
                 self.questions = len({request.doc_id for request in requests})
-                scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-                return scores
+                return super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[no-any-return]
 
             def _loglikelihood_tokens(
                 self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
@@ -199,32 +198,6 @@ def wrap_model(model: PreTrainedModel, tokenizer: BackboneTokenizer, folder: Pat
             prefix_token_id=tokenizer.bos_id,
             backend="causal",
         )
-
-
-def answer_prompts(
-    model: PreTrainedModel,
-    tokenizer: BackboneTokenizer,
-    asked: Sequence[tuple[str, int, list[str]]],
-    done: Callable[[int], None],
-) -> list[str]:
-    """Return the greedy continuation of every prompt.
-
-    Args:
-        model: A causal LM, on its device, in evaluation mode.
-        tokenizer: Tokenizer of the model.
-        asked: Prompts, each with its maximum number of new tokens and the texts that end its answer.
-        done: Called after every answer with the number of answers.
-    """
-    alike: dict[tuple[int, tuple[str, ...]], list[int]] = {}
-    for number, (_, length, stop) in enumerate(asked):
-        alike.setdefault((length, tuple(stop)), []).append(number)
-    answers: dict[int, str] = {}
-    for (length, ends), numbers in alike.items():
-        prompts = [asked[number][0] for number in numbers]
-        for index, text in complete_prompts(model, tokenizer, prompts, length, ends):
-            answers[numbers[index]] = cut_at_stops(text, ends)
-            done(len(answers))
-    return [answers[number] for number in range(len(asked))]
 
 
 def read_generation(settings: Mapping[str, Any]) -> tuple[int, list[str]]:
