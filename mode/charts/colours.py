@@ -8,6 +8,7 @@ METHODS = {
     "wise-ft": ("orange", "<"),
     "l2-sp": ("orange", "v"),
     "ewc": ("orange", "^"),
+    "llama-pro": ("amber", "D"),
     "lora": ("amber", "s"),
     "task-arithmetic": ("sky", "<"),
     "ties": ("sky", ">"),

@@ -95,9 +95,15 @@ def copy_layer(model: PreTrainedModel, template: nn.Module, slot: int, init: str
     """Return a trainable copy of the decoder layer `template`, with its own cache slot."""
     layer: Any = copy.deepcopy(template)
     layer.requires_grad_(True)
+    set_cache_slot(layer, slot)
+    if init == "random":
+        for module in layer.modules():
+            model._init_weights(module)
+    return layer  # type: ignore[no-any-return]
+
+
+def set_cache_slot(layer: Any, slot: int) -> None:
+    """Give a decoder layer a slot of the key-value cache."""
     for module in layer.modules():
         if hasattr(module, "layer_idx"):
             module.layer_idx = slot
-        if init == "random":
-            model._init_weights(module)
-    return layer  # type: ignore[no-any-return]
