@@ -22,6 +22,7 @@ from mode.charts.chart import (
 )
 from mode.charts.colours import METHODS, OTHER, REFERENCES
 from mode.charts.draw import render_svg
+from mode.tables.columns import RETENTION
 from mode.tables.compile import BACKBONE, RowResult, TableData
 from mode.tables.findings import collect_points, find_value
 from mode.tables.frontier import MOST, list_frontiers
@@ -274,7 +275,8 @@ def chart_curves(compiled: TableData) -> Chart:
         apart = all(second > 1.5 * first > 0.0 for first, second in pairwise(places))
         ticks = places if len(places) <= 6 and apart else ()
         axis = Axis(AXES[panel.x], ticks=places) if panel.x == "domains" else Axis(AXES[panel.x], base=10, ticks=ticks)
-        up = COST_AXES.get(panel.column, f"{panel.column.capitalize()} (%)")
+        unit = "points" if panel.column == RETENTION else "%"
+        up = COST_AXES.get(panel.column, f"{panel.column.capitalize()} ({unit})")
         panels.append(Panel(panel.title, axis, Axis(up), series))
     size = (5.0, 3.4) if len(panels) == 1 else (2.9, 2.5)
     return Chart(compiled.table.title, panels, columns=3, size=size)
