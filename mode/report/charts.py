@@ -155,7 +155,8 @@ def chart_groups(compiled: TableData, groups: Mapping[str, TableData]) -> Chart:
             named = label if label in styles else ""
             series.append(Series(named, [make_point(place, seen)], styles.get(label, CONTEXT_STYLE)))
         across, up = Axis("Retention (points)"), Axis("Target accuracy (%)")
-        panels.append(Panel(f"Adapted to {title}", across, up, series, zero=0.0, front=seen.front))
+        heading = f"{title.count(',') + 2} domains" if "," in title else title  # two names fit over a panel
+        panels.append(Panel(f"Adapted to {heading}", across, up, series, zero=0.0, front=seen.front))
     measure = compute_tradeoff(next(iter(groups.values()))).measure
     note = f"Size: {MEASURES[measure]}. Dashed: the best of accuracy and retention at any cost."
     title = compiled.table.title
