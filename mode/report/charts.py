@@ -18,6 +18,7 @@ from mode.charts.chart import (
     Panel,
     Point,
     Series,
+    Style,
     make_styles,
 )
 from mode.charts.colours import METHODS, OTHER, REFERENCES
@@ -135,19 +136,10 @@ def chart_groups(compiled: TableData, groups: Mapping[str, TableData]) -> Chart:
 
     One key has all names if there are enough styles. Else the names are beside the points of every panel.
     """
-    written = write_labels(compiled)
-    labels = {
-        (title, line.name): drop_targets(written[line.name], title)
-        for title, group in groups.items()
-        for line in group.lines
-    }
-    methods = {label: find_method(compiled, name) for (_, name), label in labels.items()}
-    styles = make_styles(methods)
-    shared = len(styles) == len(methods)
+    labels, shared = label_groups(compiled, groups)
     panels = []
     for title, group in groups.items():
-        if not shared:
-            styles = make_styles({labels[title, name]: find_method(compiled, name) for name in choose_named(group)})
+        styles = style_group(group, labels, title, shared)
         seen = compute_tradeoff(group)
         series = []
         for place in seen.places:
@@ -155,8 +147,7 @@ def chart_groups(compiled: TableData, groups: Mapping[str, TableData]) -> Chart:
             named = label if label in styles else ""
             series.append(Series(named, [make_point(place, seen)], styles.get(label, CONTEXT_STYLE)))
         across, up = Axis("Retention (points)"), Axis("Target accuracy (%)")
-        heading = f"{title.count(',') + 2} domains" if "," in title else title  # two names fit over a panel
-        panels.append(Panel(f"Adapted to {heading}", across, up, series, zero=0.0, front=seen.front))
+        panels.append(Panel(head_group(title), across, up, series, zero=0.0, front=seen.front))
     measure = compute_tradeoff(next(iter(groups.values()))).measure
     note = f"Size: {MEASURES[measure]}. Dashed: the best of accuracy and retention at any cost."
     title = compiled.table.title
@@ -164,6 +155,40 @@ def chart_groups(compiled: TableData, groups: Mapping[str, TableData]) -> Chart:
         return Chart(title, panels, columns=3, size=(2.4, 2.0), note=note)
     note += " Grey: other rows of the table."
     return Chart(title, panels, columns=2, names="points", size=(4.0, 3.4), note=note)
+
+
+def label_groups(
+    compiled: TableData, groups: Mapping[str, TableData], *, line: bool = False
+) -> tuple[dict[tuple[str, str], str], bool]:
+    """Return the labels of rows by group and name, without targets, and whether there are styles for all of them."""
+    written = write_labels(compiled)
+    labels = {
+        (title, row.name): drop_targets(written[row.name], title)
+        for title, group in groups.items()
+        for row in group.lines
+    }
+    methods = {label: find_method(compiled, name) for (_, name), label in labels.items()}
+    return labels, len(make_styles(methods, line=line)) == len(methods)
+
+
+def style_group(
+    group: TableData, labels: Mapping[tuple[str, str], str], title: str, shared: bool, *, line: bool = False
+) -> dict[str, Style]:
+    """Return the style of each named row of a group, by its label: those of all groups' rows if they are shared."""
+    if shared:
+        wanted = {label: find_method(group, name) for (_, name), label in labels.items()}
+    else:
+        wanted = {labels[title, name]: find_method(group, name) for name in choose_named(group)}
+    return make_styles(wanted, line=line)
+
+
+def head_group(title: str) -> str:
+    """Return the heading of a panel of rows with the same targets. Two names fit over a panel, more are counted.
+
+    >>> head_group("Code and Math"), head_group("Code, Math and Verilog")
+    ('Adapted to Code and Math', 'Adapted to 3 domains')
+    """
+    return f"Adapted to {title.count(',') + 2} domains" if "," in title else f"Adapted to {title}"
 
 
 def choose_named(compiled: TableData) -> list[str]:
@@ -252,7 +277,7 @@ def measure_spread(cell: Cell) -> float:
 
 
 def chart_curves(compiled: TableData) -> Chart:
-    """Return the chart of a table's panels of curves. A line has the same style in all panels."""
+    """Return the chart of a table's panels of curves with any point. A line has the same style in all panels."""
     curves = compiled.table.curves
     methods = {
         label: find_method(compiled, names[0]) for panel in curves for label, names in panel.lines.items() if names
@@ -278,7 +303,8 @@ def chart_curves(compiled: TableData) -> Chart:
         axis = Axis(AXES[panel.x], ticks=places) if panel.x == "domains" else Axis(AXES[panel.x], base=10, ticks=ticks)
         unit = "points" if panel.column == RETENTION else "%"
         up = COST_AXES.get(panel.column, f"{panel.column.capitalize()} ({unit})")
-        panels.append(Panel(panel.title, axis, Axis(up), series))
+        if series:
+            panels.append(Panel(panel.title, axis, Axis(up), series))
     size = (5.0, 3.4) if len(panels) == 1 else (2.9, 2.5)
     return Chart(compiled.table.title, panels, columns=3, size=size)
 
@@ -314,8 +340,7 @@ def chart_to_svg(chart: Chart | HeatMaps | None) -> Markup:
 def chart_table(compiled: TableData) -> Chart:
     """Return the chart of a table: its curves if any has a point, its frontiers, or target accuracy over retention."""
     curves = chart_curves(compiled)
-    drawn = any(panel.series for panel in curves.panels)
-    return curves if drawn else chart_frontiers(compiled) or chart_tradeoff(compiled)
+    return curves if curves.panels else chart_frontiers(compiled) or chart_tradeoff(compiled)
 
 
 def chart_gates(compiled: TableData) -> HeatMaps | None:

@@ -4,37 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from mode.charts.chart import Axis, Chart, Panel, Point, Series, Style, make_styles
+from mode.charts.chart import Axis, Chart, Panel, Point, Series, Style
 from mode.records.contents import Point as CurvePoint
 from mode.records.record import Record
-from mode.report.charts import choose_named, find_method, split_by_targets, write_labels
-from mode.tables.compile import RowResult, TableData
+from mode.report.charts import head_group, label_groups, split_by_targets, style_group
+from mode.tables.compile import TableData
 
 
 def chart_learning(compiled: TableData, records: Mapping[str, Record]) -> Chart | None:
-    """Return the chart of training losses of all rows' own stages, as means over seeds; None without training."""
-    found: dict[str, tuple[RowResult, list[tuple[float, float]]]] = {}
-    for line in compiled.lines:
-        if points := average_curve([records[run].outcome.curve for run in line.runs.values()], "loss"):
-            found[line.name] = line, points
-    if not found:
+    """Return the chart of training losses of all rows' own stages, as means over seeds; None without training.
+
+    Rows with different targets have different losses: every set of targets with several rows has a panel of its own.
+    """
+    curves = {
+        line.name: points
+        for line in compiled.lines
+        if (points := average_curve([records[run].outcome.curve for run in line.runs.values()], "loss"))
+    }
+    if not curves:
         return None
-    labels = write_labels(compiled)
-    first, *others = split_by_targets(compiled).values()
-    named = choose_named(compiled if others else first)
-    styles = make_styles({name: find_method(compiled, name) for name in named if name in found}, line=True)
-    series = [
-        Series(
-            labels[name] if name in styles else "",
-            [Point(x, y) for x, y in points],
-            styles.get(name, Style("", "", line=True)),
-        )
-        for name, (line, points) in found.items()
-    ]
-    unnamed = len(series) - len(styles)
+    groups = split_by_targets(compiled)
+    labels, shared = label_groups(compiled, groups, line=True)
+    panels = []
+    unnamed = 0
+    for title, group in groups.items():
+        names = [line.name for line in group.lines if line.name in curves]
+        styles = style_group(group, labels, title, shared and len(groups) > 1, line=True)
+        series = [draw_curve(labels[title, name], curves[name], styles) for name in names]
+        unnamed += sum(not each.label for each in series)
+        if series:
+            heading = head_group(title) if len(groups) > 1 else ""
+            panels.append(Panel(heading, Axis("Steps"), Axis("Training loss (nats per token)"), series))
     note = f"Grey: {unnamed} other rows of the table." if unnamed else ""
-    panel = Panel("", Axis("Steps"), Axis("Training loss (nats per token)"), series)
-    return Chart(f"{compiled.table.title}: training loss", [panel], names="ends", size=(4.6, 3.2), note=note)
+    title = f"{compiled.table.title}: training loss"
+    if shared and len(panels) > 1:
+        return Chart(title, panels, columns=3, size=(2.4, 2.0), note=note)
+    return Chart(title, panels, names="ends", size=(4.6, 3.2), note=note)
+
+
+def draw_curve(label: str, points: Sequence[tuple[float, float]], styles: Mapping[str, Style]) -> Series:
+    """Return the line of a row's training losses, grey and unnamed without a style."""
+    named = label if label in styles else ""
+    return Series(named, [Point(x, y) for x, y in points], styles.get(label, Style("", "", line=True)))
 
 
 VALIDATION = "validation/"
