@@ -16,6 +16,8 @@ METHODS = {
     "btm": ("sky", "^"),
     "cbtm": ("sky", "v"),
     "btx": ("green", "P"),
+    "flex-olmo": ("green", "*"),
+    "flex-olmo-expert": ("green", "s"),
     "upcycling": ("green", "h"),
     "bam": ("green", "d"),
     "mole": ("pink", "<"),

@@ -54,13 +54,17 @@ class Router(nn.Linear):
     def forward(self, states: Tensor) -> Tensor:
         """Map inputs, (..., d), to weights of experts, (..., N), in fp32."""
         with torch.autocast(states.device.type, enabled=False):
-            logits = functional.linear(states.float(), self.weight.float())
+            logits = self.compute_logits(states.float())
             weights = logits.softmax(-1)
             if self.settings.sample:
                 return self.sample_expert(logits, weights)
             chosen = choose_branches(weights, self.settings)
             self.auxiliary = self.compute_losses(logits, weights, chosen) if self.training else None
         return keep_chosen(weights, chosen, renormalize=self.settings.renormalize)
+
+    def compute_logits(self, states: Tensor) -> Tensor:
+        """Map inputs in fp32, (..., d), to logits of experts, (..., N)."""
+        return functional.linear(states, self.weight.float())
 
     def sample_expert(self, logits: Tensor, weights: Tensor) -> Tensor:
         """Return one-hot weights of one expert per token, with the gradient of a softmax (straight-through).
@@ -123,6 +127,34 @@ class LocalizedRouter(Router):
         if self.training and self.balance and self.row_kinds is not None:
             self.auxiliary = self.balance * compute_localized_balance(weights, self.row_kinds, self.spread)
         return weights
+
+
+class AnchoredRouter(Router):
+    """softmax(r_0 x, r_1 x + min(b_1, 0), ..., r_N x + min(b_N, 0)): a bias can only prefer expert 0 (FlexOlmo).
+
+    Attributes:
+        anchor: r_0, frozen, (1, d).
+        weight: r_1 to r_N, (N, d).
+        offset: b_1 to b_N, (N,). The initial value is slightly negative, so that it has a gradient.
+    """
+
+    def __init__(self, anchor: Tensor, rows: Tensor, settings: RouterSettings = DENSE) -> None:
+        """Store the initial rows.
+
+        Args:
+            anchor: r_0, (d,) or (1, d).
+            rows: r_1 to r_N, (N, d).
+            settings: Settings of the map from logits to weights, and of the losses.
+        """
+        super().__init__(rows.shape[1], len(rows), settings)
+        self.anchor = nn.Parameter(anchor.detach().clone().view(1, -1), requires_grad=False)
+        self.weight = nn.Parameter(rows.detach().clone())
+        self.offset = nn.Parameter(torch.full((len(rows),), -STD))
+
+    def compute_logits(self, states: Tensor) -> Tensor:
+        """Map inputs in fp32, (..., d), to logits of experts, (..., N + 1)."""
+        rows = torch.cat([self.anchor, self.weight]).float()
+        return functional.linear(states, rows) + functional.pad(self.offset.float().clamp(max=0.0), (1, 0))
 
 
 def compute_localized_balance(weights: Tensor, kinds: Tensor, spread: float) -> Tensor:
