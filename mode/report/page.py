@@ -133,8 +133,8 @@ def make_extras(compiled: TableData, rows: Sequence[str], pairs: Sequence[str]) 
     if pairs:
         yield "", make_grid("95 % intervals of the differences over documents", make_interval_frame(compiled), pairs)
     if (frontiers := make_frontier_frame(compiled)) is not None:
-        yield " ".join([FRONTIER_NOTE, *describe_divergence(compiled)]), make_grid("Frontiers", frontiers)
-    yield COST_NOTE, make_grid("Cost", make_cost_frame(compiled), rows)
+        yield FRONTIER_NOTE, make_grid("Frontiers", frontiers)
+    yield " ".join([COST_NOTE, *describe_divergence(compiled)]), make_grid("Cost", make_cost_frame(compiled), rows)
     if compiled.contamination:
         yield CONTAMINATION_NOTE, make_grid("Contamination", make_contamination_frame(compiled))
     if (routed := make_routing_frame(compiled)) is not None:

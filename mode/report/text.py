@@ -40,8 +40,8 @@ def render_markdown(compiled: TableData) -> str:
         parts += [align_frame(make_interval_frame(compiled))]
     if (frontiers := make_frontier_frame(compiled, strong="**{}**")) is not None:
         parts += ["", FRONTIER_NOTE, "", align_frame(frontiers)]
-        parts += [line for sentence in describe_divergence(compiled) for line in ("", sentence)]
     parts += ["", COST_NOTE, "", align_frame(make_cost_frame(compiled))]
+    parts += [line for sentence in describe_divergence(compiled) for line in ("", sentence)]
     if compiled.contamination:
         parts += ["", CONTAMINATION_NOTE, "", align_frame(make_contamination_frame(compiled))]
     if (routed := make_routing_frame(compiled)) is not None:
@@ -75,9 +75,11 @@ def describe_divergence(compiled: TableData) -> list[str]:
     found = correlate_divergence(compiled)
     if found is None:
         return []
+    alone = correlate_divergence(compiled, gated=False)
+    rest = "" if alone in (None, found) else f", {alone[0]:+.2f} over the {alone[1]} without experts or several models"
     return [
         f"KL to the backbone on the targets' validation text, and retention: rank correlation {found[0]:+.2f} "
-        f"(Spearman) over {found[1]} settings."
+        f"(Spearman) over {found[1]} rows{rest}."
     ]
 
 
@@ -248,7 +250,8 @@ def render_csv(compiled: TableData) -> str:
     """Return a compiled table as CSV: one line per row and column, with mean, standard deviation and n.
 
     Lines of differences also have the ends of the 95 % interval over documents. Lines of frontiers have the name of a
-    method, and `frontier/LOSS` or `frontier/gain` as their column.
+    method, and `frontier/LOSS` or `frontier/gain` as their column. The last lines have the rank correlation of
+    divergence and retention, over all rows and over those without gates.
     """
     rows: list[dict[str, Any]] = []
     for line in compiled.lines:
@@ -275,8 +278,9 @@ def render_csv(compiled: TableData) -> str:
         rows += [
             {"row": frontier.method, "column": f"frontier/{place}", "mean": value} for place, value in values.items()
         ]
-    if compiled.table.frontiers and (ranked := correlate_divergence(compiled)) is not None:
-        rows.append({"row": "all settings", "column": "frontier/divergence", "mean": ranked[0], "n": ranked[1]})
+    for name, gated in (("all rows", True), ("rows without gates", False)):
+        if (ranked := correlate_divergence(compiled, gated=gated)) is not None:
+            rows.append({"row": name, "column": "divergence/retention", "mean": ranked[0], "n": ranked[1]})
     return str(
         pd.DataFrame(rows, columns=["row", "column", "mean", "std", "n", "low", "high"]).to_csv(
             index=False, float_format="%.6g"

@@ -18,7 +18,7 @@ MOST = 10.0
 
 
 FEWEST_RANKED = 8
-"""Smallest number of settings whose ranks are correlated."""
+"""Smallest number of rows whose ranks are correlated."""
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,23 @@ def find_leader(frontiers: Sequence[Frontier], loss: float) -> Frontier | None:
     return None
 
 
-def correlate_divergence(compiled: TableData) -> tuple[float, int] | None:
-    """Return Spearman's rank correlation of divergence from the backbone and retention, and the number of settings.
+def correlate_divergence(compiled: TableData, *, gated: bool = True) -> tuple[float, int] | None:
+    """Return Spearman's rank correlation of divergence from the backbone and retention, and the number of rows.
 
-    None with fewer than `FEWEST_RANKED` settings that have both.
+    None without common targets, and with fewer than `FEWEST_RANKED` rows that have both.
+
+    Args:
+        compiled: The table.
+        gated: Whether rows whose model weighs experts or models token by token count too.
     """
     from scipy.stats import spearmanr
 
-    lines = [line for line in compiled.lines if line.name != BACKBONE and "divergence" in line.cost]
-    pairs = [(line.cost["divergence"], kept.mean) for line in lines if (kept := line.cell(RETENTION)) is not None]
-    if len(pairs) < FEWEST_RANKED:
+    lines = [line for line in compiled.lines if line.name != BACKBONE and (gated or not line.gates)]
+    pairs = [
+        (line.cost["divergence"], kept.mean)
+        for line in lines
+        if "divergence" in line.cost and (kept := line.cell(RETENTION)) is not None
+    ]
+    if len(pairs) < FEWEST_RANKED or not compiled.targets:
         return None
     return float(spearmanr(*zip(*pairs, strict=True)).statistic), len(pairs)

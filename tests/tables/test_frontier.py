@@ -99,4 +99,20 @@ def test_divergence_is_ranked_against_retention_where_enough_settings_have_both(
     assert "-1.00" in describe_divergence(found)[0]
     backbone = RowResult("backbone", "B", {0: {"retention": 0.0}}, {}, {}, {"divergence": 9.0})
     assert correlate_divergence(replace(found, lines=(*lines, backbone))) == correlate_divergence(found)
-    assert "all settings,frontier/divergence,-1," in render_csv(found)
+    assert "all rows,divergence/retention,-1," in render_csv(found)
+    assert describe_divergence(replace(found, targets=())) == []
+
+
+def test_rows_with_gates_can_be_left_out_of_the_ranks() -> None:
+    lines = [
+        RowResult(f"a@{n}", f"A, {n}", {0: {"retention": -float(n)}}, {}, {}, {"divergence": float(n)})
+        for n in range(FEWEST_RANKED)
+    ]
+    far = {"divergence": 99.0}
+    gated = RowResult("b@0", "B", {0: {"retention": 0.0}}, {}, {}, far, gates={"code": ((0.5, 0.5),)})
+    found = replace(compile_points(), lines=(*lines, gated))
+    assert correlate_divergence(found, gated=False) == (pytest.approx(-1.0), FEWEST_RANKED)
+    everything = correlate_divergence(found)
+    assert everything is not None
+    assert everything[0] > -0.5
+    assert "rows without gates,divergence/retention,-1," in render_csv(found)
