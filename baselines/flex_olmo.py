@@ -15,16 +15,14 @@ backbone's last hidden states. The public text is sampled from the backbone, so 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass as settings
 
-from mode.backbone.load import fingerprint_weights
 from mode.backbone.shape import Flops, Shape, count_weights, read_shape
 from mode.config.base import STRICT
 from mode.config.check import build_method
-from mode.config.method import SELF, Anchor, RouterSettings
+from mode.config.method import RouterSettings
 from mode.config.run import Run
 from mode.core.errors import ConfigError
 from mode.core.files import WEIGHTS
@@ -34,6 +32,7 @@ from mode.methods.stages import stages_by_domain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from torch import Tensor, nn
 
@@ -48,7 +47,7 @@ ROUTER = ("weight", "offset")
 
 
 ROWS = 64
-"""Maximum number of rows that an embedding is the mean of."""
+"""Maximum number of rows of a domain that an embedding is the mean of."""
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
@@ -77,11 +76,15 @@ class Expert(Method):
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the mixture of two."""
+        import torch
+
         from mode.gating.router import AnchoredRouter
         from mode.moe.feed_forward import insert_feed_forward_banks
+        from mode.runs.texts import read_texts
 
         model = material.backbone().requires_grad_(False)
-        public, own = embed_texts(model, read_rows(run))
+        sampled, *own_texts = read_texts(run, ROWS)
+        public, own = embed_texts(model, (sampled, torch.cat(own_texts)))
         if self.shared != "none":
             model.requires_grad_(True)
         if self.shared == "embeddings":
@@ -241,23 +244,6 @@ def count_flops(
             Flops(router, router * (upstream + flows)),
         ]
     return add_flops(parts)
-
-
-def read_rows(run: Run) -> list[Tensor]:
-    """Return rows that are sampled from the backbone and rows of the training splits of the targets, (N, S) each."""
-    import torch
-
-    from mode.moe.clusters import cut_rows
-    from mode.runs.prepare import prepare_run
-    from mode.train.anchor_rows import load_or_sample_rows
-
-    length, cache = run.train.sequence_length, Path(run.paths.cache).expanduser()
-    anchor, cpu = Anchor(source=SELF, rows=ROWS), torch.device("cpu")
-    sampled = load_or_sample_rows(anchor, run.backbone, fingerprint_weights(run.backbone), length, cache, cpu)
-    packed = prepare_run(run).packed
-    each = max(1, ROWS // len(run.targets))
-    own = cut_rows([packed[name].split("train").tokens[: each * length] for name in run.targets], length)
-    return [torch.from_numpy(rows.astype("int64")) for rows in (sampled.reshape(-1, length), own)]
 
 
 def embed_texts(model: nn.Module, texts: Sequence[Tensor]) -> list[Tensor]:

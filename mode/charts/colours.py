@@ -16,6 +16,7 @@ METHODS = {
     "btm": ("sky", "^"),
     "cbtm": ("sky", "v"),
     "btx": ("green", "P"),
+    "dume": ("green", "v"),
     "flex-olmo": ("green", "*"),
     "flex-olmo-expert": ("green", "s"),
     "upcycling": ("green", "h"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from baselines.flex_olmo import PUBLIC, ROWS, embed_texts, list_banks, read_rows
+from baselines.flex_olmo import PUBLIC, ROWS, embed_texts, list_banks
 from mode.backbone.load import load_model
 from mode.config.check import replace_settings
 from mode.config.compose import compose
@@ -21,6 +21,7 @@ from mode.methods.base import Material
 from mode.moe.feed_forward import FeedForwardBank
 from mode.runs.execute import execute, restore
 from mode.runs.prepare import prepare_run
+from mode.runs.texts import read_texts
 from tests.conftest import World
 from tests.cost.test_cost import check
 from tests.support.refusals import refused
@@ -103,7 +104,7 @@ def test_the_mixture_is_the_librarys_block(top_k: int) -> None:
 def test_rows_of_the_router_begin_as_embeddings_of_texts(world: World) -> None:
     run = run_of(world, "method=flex-olmo-expert", "targets=[py]")
     backbone = load_model(run.backbone).eval()
-    public, own = embed_texts(backbone, read_rows(run))
+    public, own = embed_texts(backbone, read_texts(run, ROWS))
     assert public.norm().item() == pytest.approx(1.0) == own.norm().item()
     length = run.train.sequence_length
     tokens = torch.from_numpy(prepare_run(run).packed["py"].split("train").tokens[: ROWS * length].astype("int64"))
