@@ -38,6 +38,8 @@ class BAM(Mixture):
     """
 
     recorded_as: ClassVar[str] = "baselines.bam.BAM"
+    family: ClassVar[str] = "mixtures from dense models"
+    source: ClassVar[str] = "Zhang et al., 2024"
     weighs_experts: ClassVar[bool] = True
     groups_tokens: ClassVar[bool] = True
 

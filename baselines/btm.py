@@ -48,6 +48,8 @@ class BTM(Method):
     """
 
     recorded_as: ClassVar[str] = "baselines.btm.BTM"
+    family: ClassVar[str] = "models apart"
+    source: ClassVar[str] = "Li et al., 2022"
 
     branch: dict[str, Any]
     combine: Literal["posterior", "uniform", "average"]

@@ -39,6 +39,8 @@ class BTX(Mixture):
     """
 
     recorded_as: ClassVar[str] = "baselines.btx.BTX"
+    family: ClassVar[str] = "mixtures from dense models"
+    source: ClassVar[str] = "Sukhbaatar et al., 2024"
     weighs_experts: ClassVar[bool] = True
     groups_tokens: ClassVar[bool] = True
 

@@ -48,6 +48,8 @@ class Branch(Method):
     """
 
     recorded_as: ClassVar[str] = "baselines.cbtm.Branch"
+    family: ClassVar[str] = "models apart"
+    source: ClassVar[str] = "Gururangan et al., 2023"
 
     num_clusters: Annotated[int, Field(gt=0)]
     cluster: Annotated[int, Field(ge=0)]
@@ -59,6 +61,10 @@ class Branch(Method):
     def mixture(self, run: Run) -> dict[str, int]:
         """Return the cluster as the only source of rows."""
         return {f"cluster-{self.cluster}": 1}
+
+    def old_text(self, run: Run) -> tuple[str, ...]:
+        """Return nothing: the rows of the cluster are those of the targets."""
+        return ()
 
     def stream(self, run: Run, packed: Mapping[str, Packed], name: str) -> Tokens | None:
         """Return the rows of the cluster as one stream of tokens."""
@@ -98,6 +104,8 @@ class CBTM(Method):
     """
 
     recorded_as: ClassVar[str] = "baselines.cbtm.CBTM"
+    family: ClassVar[str] = "models apart"
+    source: ClassVar[str] = "Gururangan et al., 2023"
     weighs_experts: ClassVar[bool] = True
 
     branch_lr: Annotated[float, Field(gt=0.0)]

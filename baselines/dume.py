@@ -46,6 +46,8 @@ class DUME(Method):
     """
 
     recorded_as: ClassVar[str] = "baselines.dume.DUME"
+    family: ClassVar[str] = "mixtures from dense models"
+    source: ClassVar[str] = "Gensyn, 2026"
     weighs_experts: ClassVar[bool] = True
     groups_tokens: ClassVar[bool] = True
 

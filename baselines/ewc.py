@@ -37,6 +37,8 @@ class EWC(Method):
     """
 
     recorded_as: ClassVar[str] = "baselines.ewc.EWC"
+    family: ClassVar[str] = "regularised tuning"
+    source: ClassVar[str] = "Kirkpatrick et al., 2017"
     identical_at_start: ClassVar[bool] = True
 
     weight: Annotated[float, Field(ge=0)]
@@ -49,6 +51,10 @@ class EWC(Method):
     def cost(self, run: Run) -> Cost:
         """Return the cost of full fine-tuning. Sampling and the importance are not counted."""
         return compute_full_cost(read_shape(run.backbone), run.train.sequence_length)
+
+    def old_text(self, run: Run) -> tuple[str, ...]:
+        """Return the sources of old text: replay, and the sampled rows that the importance is estimated on."""
+        return (*super().old_text(run), SELF)
 
     def build(self, run: Run, material: Material) -> nn.Module:
         """Return the backbone with every parameter trainable, and the penalty as a module of it."""

@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass as settings
 from mode.backbone.shape import Flops, Shape, count_weights, read_shape
 from mode.config.base import STRICT
 from mode.config.check import build_method
-from mode.config.method import RouterSettings
+from mode.config.method import SELF, RouterSettings
 from mode.config.run import Run
 from mode.core.errors import ConfigError
 from mode.core.files import WEIGHTS
@@ -60,6 +60,8 @@ class Expert(Method):
     """
 
     recorded_as: ClassVar[str] = "baselines.flex_olmo.Expert"
+    family: ClassVar[str] = "mixtures from dense models"
+    source: ClassVar[str] = "Shi et al., 2025"
     identical_at_start: ClassVar[bool] = True
     weighs_experts: ClassVar[bool] = True
 
@@ -69,6 +71,10 @@ class Expert(Method):
     def __post_init__(self) -> None:
         if self.router.active is not None or not self.router.known:
             raise ValueError("router: both experts run, so top_k and top_p must be null and sample false")
+
+    def old_text(self, run: Run) -> tuple[str, ...]:
+        """Return the sources of old text: replay, and the sampled rows that stand for the public text."""
+        return (*super().old_text(run), SELF)
 
     def branches(self, run: Run) -> tuple[str, ...]:
         """Return the names of the two experts."""
@@ -134,6 +140,8 @@ class FlexOlmo(Method):
     """
 
     recorded_as: ClassVar[str] = "baselines.flex_olmo.FlexOlmo"
+    family: ClassVar[str] = "mixtures from dense models"
+    source: ClassVar[str] = "Shi et al., 2025"
     weighs_experts: ClassVar[bool] = True
     groups_tokens: ClassVar[bool] = True
 

@@ -30,6 +30,8 @@ class L2SP(Method):
     """
 
     recorded_as: ClassVar[str] = "baselines.l2_sp.L2SP"
+    family: ClassVar[str] = "regularised tuning"
+    source: ClassVar[str] = "Li et al., 2018"
     identical_at_start: ClassVar[bool] = True
 
     weight: Annotated[float, Field(ge=0)]

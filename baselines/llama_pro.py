@@ -33,6 +33,8 @@ class LLaMAPro(Method):
     """
 
     recorded_as: ClassVar[str] = "baselines.llama_pro.LLaMAPro"
+    family: ClassVar[str] = "modular layers"
+    source: ClassVar[str] = "Wu et al., 2024"
     identical_at_start: ClassVar[bool] = True
 
     num_blocks: Annotated[int, Field(gt=0)]

@@ -33,6 +33,8 @@ class LoRA(LowRank):
     """
 
     recorded_as: ClassVar[str] = "baselines.lora.LoRA"
+    family: ClassVar[str] = "low rank"
+    source: ClassVar[str] = "Hu et al., 2021"
     identical_at_start: ClassVar[bool] = True
 
     target_modules: Literal["attention"] | Annotated[tuple[str, ...], Field(min_length=1)]

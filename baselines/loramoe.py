@@ -41,6 +41,8 @@ class LoRAMoE(LowRank):
     """
 
     recorded_as: ClassVar[str] = "baselines.loramoe.LoRAMoE"
+    family: ClassVar[str] = "mixtures of low rank"
+    source: ClassVar[str] = "Dou et al., 2023"
     weighs_experts: ClassVar[bool] = True
     identical_at_start: ClassVar[bool] = True
 

@@ -50,6 +50,7 @@ class Merge(Method):
     """
 
     recorded_as: ClassVar[str] = "baselines.merge.Merge"
+    family: ClassVar[str] = "merged models"
 
     branch: dict[str, Any]
     rule: Literal["sum", "ties"] = "sum"
@@ -60,6 +61,13 @@ class Merge(Method):
     def __post_init__(self) -> None:
         if self.density < 1 and self.rule != "ties":
             raise ValueError("density goes with rule=ties")
+
+    @property
+    def source(self) -> str:
+        """Return the publication: that of DARE with `drop`, else that of the rule."""
+        if self.drop:
+            return "Yu et al., 2024"
+        return {"sum": "Ilharco et al., 2023", "ties": "Yadav et al., 2023"}[self.rule]
 
     def unused(self) -> tuple[str, ...]:
         """Return the settings that do not matter: nothing trains in this stage, so there is no learning rate."""

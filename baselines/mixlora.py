@@ -36,6 +36,8 @@ class MixLoRA(LowRank):
     """
 
     recorded_as: ClassVar[str] = "baselines.mixlora.MixLoRA"
+    family: ClassVar[str] = "mixtures of low rank"
+    source: ClassVar[str] = "Li et al., 2024"
     weighs_experts: ClassVar[bool] = True
     identical_at_start: ClassVar[bool] = True
     groups_tokens: ClassVar[bool] = True

@@ -41,6 +41,8 @@ class MOELoRA(LowRank):
     """
 
     recorded_as: ClassVar[str] = "baselines.moelora.MOELoRA"
+    family: ClassVar[str] = "mixtures of low rank"
+    source: ClassVar[str] = "Liu et al., 2023"
     weighs_experts: ClassVar[bool] = True
     identical_at_start: ClassVar[bool] = True
 

@@ -44,6 +44,8 @@ class MoLE(ParameterMatched):
     """
 
     recorded_as: ClassVar[str] = "baselines.mole.MoLE"
+    family: ClassVar[str] = "mixtures of low rank"
+    source: ClassVar[str] = "Wu et al., 2024"
     weighs_experts: ClassVar[bool] = True
 
     experts: dict[str, Any]

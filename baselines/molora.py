@@ -36,6 +36,8 @@ class MoLORA(LowRank):
     """
 
     recorded_as: ClassVar[str] = "baselines.molora.MoLORA"
+    family: ClassVar[str] = "mixtures of low rank"
+    source: ClassVar[str] = "Zadouri et al., 2023"
     weighs_experts: ClassVar[bool] = True
     identical_at_start: ClassVar[bool] = True
 

@@ -38,6 +38,8 @@ class MoV(ParameterMatched):
     """
 
     recorded_as: ClassVar[str] = "baselines.mov.MoV"
+    family: ClassVar[str] = "mixtures of low rank"
+    source: ClassVar[str] = "Zadouri et al., 2023"
     weighs_experts: ClassVar[bool] = True
     identical_at_start: ClassVar[bool] = True
 

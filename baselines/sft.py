@@ -22,6 +22,8 @@ class SFT(Adaptation):
     """Full fine-tuning (supervised, all parameters)."""
 
     recorded_as: ClassVar[str] = "baselines.sft.SFT"
+    family: ClassVar[str] = "full tuning"
+    source: ClassVar[str] = "common practice"
     identical_at_start: ClassVar[bool] = True
 
     def effective(self, run: Run) -> Budget:

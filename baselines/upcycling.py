@@ -35,6 +35,8 @@ class SparseUpcycling(Adaptation):
     """
 
     recorded_as: ClassVar[str] = "baselines.upcycling.SparseUpcycling"
+    family: ClassVar[str] = "mixtures from dense models"
+    source: ClassVar[str] = "Komatsuzaki et al., 2023"
     weighs_experts: ClassVar[bool] = True
     groups_tokens: ClassVar[bool] = True
 

@@ -35,6 +35,8 @@ class WiSEFT(Method):
     """
 
     recorded_as: ClassVar[str] = "baselines.wise_ft.WiSEFT"
+    family: ClassVar[str] = "merged models"
+    source: ClassVar[str] = "Wortsman et al., 2022"
 
     tuned: dict[str, Any]
     alpha: Annotated[float, Field(ge=0, le=1)]

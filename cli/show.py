@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,24 +42,23 @@ def print_group(group: str, conf: Path | None, describe: str | None = None) -> N
 
 
 @app.command("methods")
-def methods(conf: ConfOption = None) -> None:
-    """List the methods with their settings."""
-    with reporting_errors():
-        from mode.config.check import flatten
-        from mode.config.compose import compose
-        from mode.config.groups import list_members
-        from mode.core.errors import ConfigError
+def methods(
+    overrides: Overrides = None,
+    describe: Annotated[
+        str | None,
+        typer.Option("--describe", help="Method to show with its settings.", autocompletion=complete("method")),
+    ] = None,
+    conf: ConfOption = None,
+) -> None:
+    """List the methods by family, with their costs on a backbone; or show one method with its settings.
 
-        for name in list_members("method", conf):
-            try:
-                method = compose([f"method={name}"], conf).method
-            except ConfigError as error:
-                print(f"{name:<16} cannot be used: {error}")
-                continue
-            about = (type(method).__doc__ or "").strip().splitlines()[0]
-            print(f"{name:<16} {about}")
-            settings = ", ".join(f"{key}={value}" for key, value in flatten(asdict(method)).items())
-            print(f"{'':<16} {settings}")
+    Example: mode show methods backbone=llama-135m
+    """
+    with reporting_errors():
+        from mode.report.methods import render_method, render_methods
+
+        given = overrides or []
+        print(render_methods(given, conf) if describe is None else render_method(describe, given, conf))
 
 
 @app.command("domains")

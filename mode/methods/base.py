@@ -52,6 +52,20 @@ Reference = Callable[["nn.Module", "Tensor"], tuple["Tensor", "Tensor"]]
 (V, d)."""
 
 
+FAMILIES = (
+    "reference",
+    "full tuning",
+    "regularised tuning",
+    "low rank",
+    "mixtures of low rank",
+    "merged models",
+    "models apart",
+    "modular layers",
+    "mixtures from dense models",
+)
+"""Families of methods in the order of `mode show methods`; other families come after them."""
+
+
 class Probe(Protocol):
     """Measures a model's gates while the model is scored."""
 
@@ -70,12 +84,19 @@ class Method(MethodSettings):
     are ordinary runs, found by their identity and never trained twice.
     """
 
+    family: ClassVar[str] = "other"
+    """Family of the method, one of `FAMILIES` or a new one."""
     split: ClassVar[Split] = "train"
     """Split of the domains that the method trains on."""
     identical_at_start: ClassVar[bool] = False
     """Whether the untrained model predicts what the backbone predicts, under the settings of the method's YAML."""
     groups_tokens: ClassVar[bool] = False
     """Whether an expert runs on the tokens that chose it, in one batch: the batch's size changes the last bits."""
+
+    @property
+    def source(self) -> str:
+        """Return the publication of the method under its settings, as authors and year; empty if not stated."""
+        return ""
 
     @property
     def weighs_experts(self) -> bool:
@@ -145,6 +166,13 @@ class Method(MethodSettings):
         common = math.lcm(*(share.denominator for share in shares.values()))
         return {name: int(share * common) for name, share in shares.items()}
 
+    def old_text(self, run: Run) -> tuple[str, ...]:
+        """Return the sources of rows that keep what the backbone knows, `self` for text that the backbone writes.
+
+        By default they are the sources of the training mix other than the targets.
+        """
+        return tuple(name for name in self.mixture(run) if name not in run.targets)
+
     def stream(self, run: Run, packed: Mapping[str, Packed], name: str) -> Tokens | None:
         """Return the tokens of a source that the method itself generates; None for all other sources."""
         return None
@@ -213,6 +241,12 @@ def flops_per_token(run: Run) -> float:
     return cost.flops.total + method.anchoring_flops(run)
 
 
+def count_generation(run: Run) -> float | None:
+    """Return the operations of predicting a token at the end of a row, by closed form; None where unknown."""
+    cost = run.method.cost(run) if isinstance(run.method, Method) else None
+    return None if cost is None else cost.flops.forward
+
+
 def full_tuning_flops(run: Run) -> float:
     """Return the operations of full fine-tuning in `train.steps` steps, per token of a step."""
     return run.train.steps * compute_full_cost(read_shape(run.backbone), run.train.sequence_length).flops.total
@@ -223,6 +257,8 @@ class Untouched(Method):
     """The backbone without adaptation: the reference of retention."""
 
     recorded_as: ClassVar[str] = "mode.method.Untouched"
+    family: ClassVar[str] = "reference"
+    source: ClassVar[str] = "control"
     identical_at_start: ClassVar[bool] = True
 
     def steps(self, run: Run) -> int:

@@ -61,6 +61,7 @@ class MoDE(Adaptation):
     """
 
     recorded_as: ClassVar[str] = "mode.modular_method.MoDE"
+    family: ClassVar[str] = "modular layers"
     weighs_experts: ClassVar[bool] = True
 
     always_recorded: ClassVar[frozenset[str]] = frozenset(
@@ -103,6 +104,12 @@ class MoDE(Adaptation):
             raise ValueError("head_rank goes with gate.scope=token: the head keeps no cache of the prefix")
         if self.gate.hidden and self.start == "experts":
             raise ValueError("gate.hidden goes with start=fresh: a hidden layer belongs to no one expert")
+
+    @property
+    def source(self) -> str:
+        """Return the paper; with an anchor, a change of the head or other gates, this project."""
+        published = (self.anchor, self.gate, self.head_rank) == (Anchor(), GateSettings(), 0)
+        return "Schafhalter et al., 2024" if published else "this project"
 
     @property
     def alike(self) -> bool:

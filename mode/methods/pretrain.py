@@ -43,6 +43,8 @@ class Pretrain(Method):
     """
 
     recorded_as: ClassVar[str] = "mode.pretrain.Pretrain"
+    family: ClassVar[str] = "reference"
+    source: ClassVar[str] = "common practice"
 
     split: ClassVar[Split] = "pretrain"
     weights: dict[str, PositiveInt]
@@ -105,6 +107,10 @@ class Pretrain(Method):
     def mixture(self, run: Run) -> dict[str, int]:
         """Return the mix of the settings."""
         return dict(self.weights)
+
+    def old_text(self, run: Run) -> tuple[str, ...]:
+        """Return nothing: there is no earlier training."""
+        return ()
 
     def order(self, run: Run) -> int:
         """Return 0, the order that the embedded backbone was trained with."""

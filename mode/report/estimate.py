@@ -10,7 +10,7 @@ from pathlib import Path
 from mode.backbone.shape import read_shape
 from mode.config.run import Run
 from mode.cost.flops import compute_untouched_cost
-from mode.methods.base import Method
+from mode.methods.base import count_generation
 from mode.records.record import Record
 from mode.tables.compile import RowResult, TableData, compile_table
 from mode.tables.table import Table, last_value, load_table
@@ -67,9 +67,9 @@ def estimate_costs(line: RowResult, run: Run) -> RowResult:
     found = {}
     if sampling := count_sampling(run):
         found["sampling"] = sampling / 1e12
-    cost = run.method.cost(run) if isinstance(run.method, Method) else None
-    if cost is not None:
-        found["generation"] = cost.flops.forward / 1e6
+    generation = count_generation(run)
+    if generation is not None:
+        found["generation"] = generation / 1e6
     if "flops" not in line.cost or "active" not in line.cost:
         found |= estimate_training(run)
     estimated = frozenset(found.keys() - line.cost.keys() - {"sampling", "generation"})

@@ -23,6 +23,7 @@ from mode.config.check import flatten
 from mode.config.compose import compose
 from mode.config.groups import conf_dirs, list_members, read_group
 from mode.core.tensors import load_tensors, save_tensors
+from mode.methods.base import FAMILIES
 from mode.records.record import Record, read_records
 from mode.runs.execute import WEIGHTS
 from tests.conftest import DOMAINS, World
@@ -52,7 +53,7 @@ FLAGS = {
     "show budget": ["--conf"],
     "show config": ["--conf", "--domain"],
     "show domains": ["--conf"],
-    "show methods": ["--conf"],
+    "show methods": ["--conf", "--describe"],
     "show runs": ["--conf"],
     "show tables": ["--conf"],
     "sync": ["--conf"],
@@ -82,6 +83,10 @@ COMMANDS = [
 MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown setting": ((*LORA, "train.lrr=1"), ("train.lrr", "train.lr?")),
     "unknown method": (("train", "baseline", "lroa"), ("method=lroa", "lora?")),
+    "unknown method to show": (("show", "methods", "--describe", "lroa"), ("method=lroa", "lora?")),
+    "backbone of the methods": (("show", "methods", "backbone=pic"), ("backbone=pic", "pico?")),
+    "one method of all": (("show", "methods", "method=lora"), ("method=lora", "--describe lora")),
+    "setting of one method of all": (("show", "methods", "method.rank=4"), ("method.rank=4", "--describe")),
     "unknown method setting": ((*LORA, "method.rnk=4"), ("method.rnk", "method.rank?")),
     "unknown setting with plus": ((*LORA, "+method.rnk=4"), ("method.rnk", "method.rank?")),
     "out of bounds": ((*LORA, "train.lr=-1"), ("train.lr=-1",)),
@@ -315,24 +320,44 @@ def test_what_is_asked_is_checked_without_torch() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", ["method", "domain", "backbone", "table"])
+@pytest.mark.parametrize("group", ["domain", "backbone", "table"])
 def test_show_lists_the_projects_and_ones_own(own: World, group: str) -> None:
-    if group in ("method", "table"):
-        source = conf_dirs()[0] / group / ("sft.yaml" if group == "method" else "table1.yaml")
-        shutil.copy(source, own.conf / group / "mine.yaml")
+    if group == "table":
+        shutil.copy(conf_dirs()[0] / group / "table1.yaml", own.conf / group / "mine.yaml")
     result = CliRunner().invoke(app, ["show", f"{group}s", "--conf", str(own.conf)])
     assert result.exit_code == 0
     names = [line.split()[0] for line in result.stdout.splitlines() if not line.startswith(" ")]
     assert names == list_members(group, own.conf)
-    assert {"method": "mine", "domain": "prose", "backbone": "pico", "table": "mine"}[group] in names
+    assert {"domain": "prose", "backbone": "pico", "table": "mine"}[group] in names
 
 
-@pytest.mark.slow
-def test_show_methods_names_every_setting() -> None:
-    text = CliRunner().invoke(app, ["show", "methods"]).stdout
-    for name in list_members("method"):
-        for key, value in flatten(asdict(compose([f"method={name}"]).method)).items():
-            assert f"{key}={value}" in text, (name, key)
+def test_show_methods_has_a_row_for_the_projects_and_ones_own(own: World) -> None:
+    shutil.copy(conf_dirs()[0] / "method" / "sft.yaml", own.conf / "method" / "mine.yaml")
+    (own.conf / "method" / "broken.yaml").write_text("lr: [", "utf-8")
+    result = call(own, "show", "methods")
+    assert result.exit_code == 0, result.stderr
+    _, *lines = result.stdout.partition("\n\n")[0].splitlines()
+    rows = [line.split() for line in lines if line.startswith("  ")]
+    assert sorted(row[0] for row in rows) == list_members("method", own.conf)
+    found = {row[0]: row[1:] for row in rows}
+    assert found["mine"] == found["sft"]
+    assert "broken.yaml:" in " ".join(found["broken"])
+    headings = [line for line in lines if not line.startswith(" ")]
+    assert headings == [*FAMILIES, "other"]
+    assert lines.index("other") < next(number for number, line in enumerate(lines) if "broken" in line)
+    assert [line for line in result.stdout.splitlines() if len(line) > 80 and "broken.yaml" not in line] == []
+
+
+@pytest.mark.parametrize("name", ["lora", "btm", "mode-anchored"])
+def test_show_methods_describes_a_method_with_every_setting(name: str) -> None:
+    lines = CliRunner().invoke(app, ["show", "methods", "--describe", name]).stdout.splitlines()
+    method: Any = compose([f"method={name}"]).method
+    assert lines[0] == f"{name}: {type(method).__doc__.splitlines()[0]}"
+    assert [method.family in line for line in lines[1:3]] == [True, False]
+    assert [method.source in line for line in lines[1:3]] == [False, True]
+    said = [line.strip() for line in lines if "=" in line]
+    assert [line.partition("=")[0] for line in said] == [f"method.{key}" for key in flatten(asdict(method))]
+    assert compose([f"method={name}", *said]).method == method
 
 
 def test_show_config_is_what_would_run(world: World) -> None:

@@ -187,13 +187,16 @@ def test_it_is_listed_beside_the_projects_own_whatever_else_is_broken(site: Path
     done = run_python(site, "-m", "cli", "show", "methods")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    lines = {line.split()[0]: line for line in done.stdout.splitlines() if not line.startswith(" ")}
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("  ")}
     assert lines.keys() == {*list_members("method"), "norms_example", "by_name", *BROKEN}
     for name in ("norms_example", "by_name"):
-        assert lines[name].split(maxsplit=1)[1] == "Tune the norms alone."
+        assert "cannot be used" not in lines[name]
+        described = run_python(site, "-m", "cli", "show", "methods", "--describe", name)
+        assert described.stdout.splitlines()[0] == f"{name}: Tune the norms alone."
     for name, named in BROKEN.items():
         assert named in lines[name]
-    assert lines["sft"].split(maxsplit=1)[1] != "Tune the norms alone."
+    described = run_python(site, "-m", "cli", "show", "methods", "--describe", "sft")
+    assert described.stdout.splitlines()[0] != "sft: Tune the norms alone."
     assert not (site / PACKAGE / "sprung").exists()  # what no entry point registers is not imported
 
 

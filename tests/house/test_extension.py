@@ -49,6 +49,8 @@ class Norms(Method):
         scope: All norms, or the last one.
     """
 
+    family: ClassVar[str] = "parts of the backbone"
+    source: ClassVar[str] = "common practice"
     identical_at_start: ClassVar[bool] = True
 
     scope: Literal["all", "last"]
@@ -157,16 +159,16 @@ def test_five_files_are_added_and_nothing_else_is_touched(grown: Grown) -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "line"),
+    ("shown", "line"),
     [
-        ("methods", "norms            Tune the norms alone."),
+        ("methods backbone=nano", "  norms "),
         ("domains", "tales            tales of the king"),
         ("backbones", "nano "),
         ("tables", "tales            Tales. Norms against the untouched backbone"),
     ],
 )
-def test_it_is_listed(grown: Grown, group: str, line: str) -> None:
-    done = grown.mode("show", group)
+def test_it_is_listed(grown: Grown, shown: str, line: str) -> None:
+    done = grown.mode("show", *shown.split())
     assert done.returncode == 0, done.stderr
     assert [text for text in done.stdout.splitlines() if text.startswith(line)] != []
 

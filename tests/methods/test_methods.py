@@ -1,14 +1,16 @@
-"""What every method inherits: the mix it trains on."""
+"""What every method inherits and states: the mix it trains on, its family and its publication."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 
 from mode.config.check import replace_settings
 from mode.config.compose import compose
-from mode.methods.base import Method
+from mode.config.groups import list_own_members
+from mode.methods.base import FAMILIES, Method
 from mode.runs.execute import execute
 from mode.runs.prepare import prepare_run
 from tests.conftest import World
@@ -80,3 +82,53 @@ def test_the_order_in_which_replay_is_written_makes_no_other_run(world: World) -
     assert list(mixture(world, *given, "train.batch.replay={prose: 0.2, sums: 0.1}")) == ["py", "prose", "sums"]
     none, empty = (compose([*world.overrides, f"train.batch.replay={text}"], world.conf) for text in ("null", "{}"))
     assert none == empty
+
+
+@pytest.mark.parametrize("name", list_own_members("method"))
+def test_every_method_has_a_family_and_a_source(name: str) -> None:
+    method: Any = compose([f"method={name}"]).method
+    assert method.family not in ("", Method.family)
+    assert method.source
+    about = " ".join((sys.modules[type(method).__module__].__doc__ or "").split())
+    authors, _, year = method.source.rpartition(", ")
+    assert not authors or authors.startswith("Schafhalter") or f"{authors}, {year}" in about
+
+
+def test_every_family_has_a_method() -> None:
+    methods: list[Any] = [compose([f"method={name}"]).method for name in list_own_members("method")]
+    assert {method.family for method in methods} >= set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("method=task-arithmetic",), "Ilharco"),
+        (("method=ties",), "Yadav"),
+        (("method=ties", "method.drop=0.5"), "Yu"),
+        (("method=mode", "method.num_experts=3"), "Schafhalter"),
+        (("method=mode", "method.head_rank=4"), "this project"),
+        (("method=mode", "method.anchor.source=self"), "this project"),
+    ],
+)
+def test_the_source_follows_the_settings(overrides: tuple[str, ...], expected: str) -> None:
+    method: Any = compose(overrides).method
+    assert method.source.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("method=sft",), ()),
+        (("method=sft", "train.batch.replay={prose: 0.2}"), ("prose",)),
+        (("method=mode-anchored",), ("self",)),
+        (("method=mode", "method.anchor.source=prose"), ("prose",)),
+        (("method=ewc", "train.batch.replay={prose: 0.2}"), ("prose", "self")),
+        (("method=cbtm-branch", "train.batch.replay={prose: 0.2}"), ()),
+        (("method=pretrain",), ()),
+    ],
+)
+def test_old_text_is_what_training_reads_beside_the_targets(
+    world: World, overrides: tuple[str, ...], expected: tuple[str, ...]
+) -> None:
+    method: Any = (run := compose([*world.overrides, *overrides], world.conf)).method
+    assert method.old_text(run) == expected
