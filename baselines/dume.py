@@ -76,11 +76,10 @@ class DUME(Method):
         """Return the mixture of the backbone and its branches."""
         from mode.moe.feed_forward import insert_feed_forward_banks
         from mode.moe.solved_routers import solve_routers
-        from mode.runs.texts import read_texts
 
         model, states = merge_branches(material)
         banks = insert_feed_forward_banks(model, states, self.router)
-        solve_routers(model.eval(), banks, read_texts(run, self.rows), self.ridge)
+        solve_routers(model.eval(), banks, material.read_texts(self.rows), self.ridge)
         mixed: nn.Module = model.requires_grad_(False)
         return mixed
 

@@ -86,10 +86,9 @@ class Expert(Method):
 
         from mode.gating.router import AnchoredRouter
         from mode.moe.feed_forward import insert_feed_forward_banks
-        from mode.runs.texts import read_texts
 
         model = material.backbone().requires_grad_(False)
-        sampled, *own_texts = read_texts(run, ROWS)
+        sampled, *own_texts = material.read_texts(ROWS)
         public, own = embed_texts(model, (sampled, torch.cat(own_texts)))
         if self.shared != "none":
             model.requires_grad_(True)

@@ -66,11 +66,7 @@ class Gate(nn.Linear):
             cache: Key-value cache of the model, which a gate with scope `prefix` reads and updates.
         """
         with torch.autocast(states.device.type, enabled=False):
-            x = states.float()
-            if self.settings.norm:
-                x = functional.rms_norm(x, (x.shape[-1],), eps=1e-6)
-            if self.settings.scope == "prefix":
-                x = self.average_prefix(x, cache)
+            x = self.read_states(states, cache)
             if self.inner is not None:
                 x = functional.gelu(functional.linear(x, self.inner.weight.float(), self.inner.bias.float()))
             logits = functional.linear(x, self.weight.float(), self.bias.float())
@@ -81,6 +77,13 @@ class Gate(nn.Linear):
             if self.training and self.settings.balance:
                 self.auxiliary = self.settings.balance * compute_load_balance(weights, chosen)
         return keep_chosen(weights, chosen, renormalize=self.settings.renormalize)
+
+    def read_states(self, states: Tensor, cache: Cache | None) -> Tensor:
+        """Return what the gate reads for every token, (B, S, d), in fp32: after the norm and the mean of a prefix."""
+        x = states.float()
+        if self.settings.norm:
+            x = functional.rms_norm(x, (x.shape[-1],), eps=1e-6)
+        return self.average_prefix(x, cache) if self.settings.scope == "prefix" else x
 
     def average_prefix(self, x: Tensor, cache: Cache | None) -> Tensor:
         """Return the causal mean of the states, (B, S, d): for every token, over the token and all tokens before it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -39,12 +39,28 @@ class Material:
         needs: Work folders of the runs that `Method.needs` returned, in order.
         source: Source of the backbone: name, path, revision, fingerprint.
         artefacts: Digests of the input files that are part of the run's identity, as `Method.artefacts` returned them.
+        texts: Returns at most so many rows of text that the backbone wrote, then of the training split of every target,
+            (N, S) each; None where no text is at hand.
     """
 
     backbone: Callable[[], PreTrainedModel]
     needs: tuple[Path, ...] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
     artefacts: Mapping[str, str] = field(default_factory=dict)
+    texts: Callable[[int], Sequence[Tensor]] | None = None
+
+    def read_texts(self, rows: int) -> Sequence[Tensor]:
+        """Return the texts.
+
+        Args:
+            rows: Maximum number of rows of a text.
+
+        Raises:
+            ConfigError: No text is at hand.
+        """
+        if self.texts is None:
+            raise ConfigError("the method reads text of its targets, and here is none")
+        return self.texts(rows)
 
 
 Reference = Callable[["nn.Module", "Tensor"], tuple["Tensor", "Tensor"]]

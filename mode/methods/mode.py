@@ -50,7 +50,8 @@ class MoDE(Adaptation):
         backbone_bias: Initial logit of the backbone in fresh gates, against 0 for every expert.
         gate_noise: Standard deviation of the first weights of gates whose experts begin as copies of the same layers:
             without it they would have equal gradients and stay equal. All other gates are initialised to zero.
-        handover: Gates of stage 2: `odds` keeps every expert's odds against the backbone; `fresh` starts anew.
+        handover: Gates of stage 2: `odds` keeps every expert's odds against the backbone; `fresh` starts anew; `solved`
+            tells the text of every branch apart, by closed form (`mode.modular.solved_gates`).
         gate_lr_scale: Learning rate of gates as a factor on that of experts.
         train_experts: Whether stage 2 trains the experts too, or gates alone.
         gate: How gates choose; as in the paper by default.
@@ -87,7 +88,7 @@ class MoDE(Adaptation):
     init: Literal["random", "copy"] = "copy"
     backbone_bias: float = 2.0
     gate_noise: Annotated[float, Field(gt=0.0)] = 0.02
-    handover: Literal["odds", "fresh"] = "odds"
+    handover: Literal["odds", "fresh", "solved"] = "odds"
     gate_lr_scale: Annotated[float, Field(gt=0.0)] = 1.0
     train_experts: bool = True
     gate: GateSettings = GateSettings()
@@ -249,6 +250,7 @@ class MoDE(Adaptation):
         from mode.modular.block import find_blocks
         from mode.modular.experts import compose_experts
         from mode.modular.model import make_modular
+        from mode.modular.solved_gates import ROWS, solve_gates
 
         composing = self.start == "experts"
         torch.manual_seed(run.seed)
@@ -274,6 +276,8 @@ class MoDE(Adaptation):
                 if experts[domain].about["weights"] != digest:
                     raise ConfigError(f"method.experts: the expert for {domain} changed after the run began")
             compose_experts(model, [experts[domain].tensors for domain in run.targets], self.handover)
+            if self.handover == "solved":
+                solve_gates(model, material.read_texts(ROWS))
         for block in find_blocks(model):
             if self.alike:
                 torch.nn.init.normal_(block.gate.weight, std=self.gate_noise)

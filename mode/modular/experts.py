@@ -35,12 +35,12 @@ def compose_experts(model: nn.Module, states: Sequence[Mapping[str, Tensor]], ha
 
     With `handover="odds"` the gates keep each expert's odds against the backbone as learned in stage 1: the backbone's
     logit becomes 0 and expert j's becomes (w_j - w_bb) x + (b_j - b_bb). Masking all experts but j then gives exactly
-    the stage-1 model of j. With `fresh` the gates do not change.
+    the stage-1 model of j. With any other value the gates do not change.
 
     Args:
         model: A modular model with len(states) experts.
         states: Experts, as `extract_expert_state` returns them.
-        handover: `odds` or `fresh`.
+        handover: `odds`, `fresh` or `solved`.
 
     Raises:
         ConfigError: An expert's layers are not those of the model's blocks.

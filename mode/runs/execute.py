@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mode.backbone.load import load_model
@@ -21,6 +22,7 @@ from mode.records.provenance import describe_provenance
 from mode.records.record import SCHEMA, Record, find_record
 from mode.runs.fit import Observer, fingerprint_self_sampled, fit, measure_divergences, score_domains
 from mode.runs.prepare import Prepared, find_finished, has_weights, prepare_run
+from mode.runs.texts import read_texts
 from mode.runs.tracking import NoTracker, Tracker, make_tracker
 
 if TYPE_CHECKING:
@@ -275,6 +277,7 @@ def build(prepared: Prepared, needs: list[Prepared]) -> nn.Module:
         needs=tuple(stage.folder for stage in needs),
         source=asdict(backbone) | {"fingerprint": prepared.backbone},
         artefacts=prepared.asked.get("artefacts", {}),
+        texts=partial(read_texts, prepared.run),
     )
     return prepared.method.build(prepared.run, material)
 

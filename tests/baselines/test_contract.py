@@ -17,7 +17,7 @@ from mode.core.tensors import list_trainable
 from mode.methods.base import Material, Method
 from mode.modular.block import find_blocks
 from mode.ops.loss import compute_hidden_states, compute_next_token_loss, find_head
-from mode.runs.execute import execute, restore
+from mode.runs.execute import build, execute, restore
 from mode.runs.prepare import prepare_run
 from mode.train.objective import set_row_kinds
 from tests.conftest import World
@@ -78,8 +78,7 @@ def built(world: World, name: str) -> Any:
     needs = [prepare_run(stage) for stage in prepared.method.needs(run)]
     for stage in needs:
         execute(stage.run, weights=True)
-    material = Material(backbone=lambda: load_model(run.backbone), needs=tuple(stage.folder for stage in needs))
-    return prepared.method.build(run, material)
+    return build(prepared, needs)
 
 
 @torch.no_grad()

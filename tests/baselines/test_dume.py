@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,8 @@ def test_every_layer_reads_what_its_experts_texts_give_it(world: World) -> None:
     needs = [prepare_run(stage) for stage in run.method.needs(run)]
     for stage in needs:
         execute(stage.run, weights=True)
-    material = Material(backbone=lambda: load_model(run.backbone), needs=tuple(stage.folder for stage in needs))
+    folders = tuple(stage.folder for stage in needs)
+    material = Material(lambda: load_model(run.backbone), folders, texts=partial(read_texts, run))
     model: Any = run.method.build(run, material)
     assert not [name for name, value in model.named_parameters() if value.requires_grad]
     # The inputs of a layer, from models whose feed-forward parts are all of one expert.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def trained(run: Any) -> list[Path]:
 
 
 def built(run: Any, needs: Any = ()) -> Any:
-    return run.method.build(run, Material(backbone=lambda: load_model(run.backbone), needs=tuple(needs)))
+    texts = partial(read_texts, run)
+    return run.method.build(run, Material(lambda: load_model(run.backbone), tuple(needs), texts=texts))
 
 
 @torch.no_grad()
