@@ -82,6 +82,32 @@ FAMILIES = (
 """Families of methods in the order of `mode show methods`; other families come after them."""
 
 
+TokenWeights = Callable[[int, "Tensor"], "Tensor"]
+"""From a step and its rows of tokens, (B, S + 1), to the weight of every token's cross-entropy, (B, S)."""
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """The inputs of `Method.weigh`.
+
+    Attributes:
+        model: The model that trains.
+        steps: Optimizer steps of the run's own stage.
+        rows: Returns the rows of a step, (B, S + 1), on the model's device.
+        score: Returns the cross-entropy of every token in nats, (B, S), under a model, for rows of tokens, (B, S + 1).
+            No gradient is computed.
+        backbone: Loads a frozen copy of the backbone onto the model's device.
+        needs: Returns the work folders of the runs that `Method.needs` returned, in order.
+    """
+
+    model: nn.Module
+    steps: int
+    rows: Callable[[int], Tensor]
+    score: Callable[[nn.Module, Tensor], Tensor]
+    backbone: Callable[[], PreTrainedModel]
+    needs: Callable[[], tuple[Path, ...]]
+
+
 class Probe(Protocol):
     """Measures a model's gates while the model is scored."""
 
@@ -147,7 +173,10 @@ class Method(MethodSettings):
         return None
 
     def anchoring_flops(self, run: Run) -> float:
-        """Return the operations of the backbone's predictions on anchored rows, per token of the mix."""
+        """Return the operations of predictions beside the training of the model, per token of the mix.
+
+        These are the backbone's predictions on anchored rows, and the losses that tokens are weighed by.
+        """
         return 0.0
 
     def tokenizer(self, run: Run) -> BackboneTokenizer:
@@ -208,6 +237,13 @@ class Method(MethodSettings):
     def lr_scales(self) -> Mapping[str, float]:
         """Return factors on the learning rate of parameters, by a part of their name."""
         return {}
+
+    def weigh(self, weighing: Weighing) -> TokenWeights | None:
+        """Return a function that gives every token's cross-entropy a weight; None where all tokens count alike.
+
+        The loss of a step is the mean over its tokens of weight times cross-entropy.
+        """
+        return None
 
     def inspect(self, model: nn.Module) -> dict[str, float]:
         """Return the method's values for a point of the training curve, such as gate means."""

@@ -18,8 +18,8 @@ from mode.core.files import expand_home
 from mode.data.batches import Batches, Stream
 from mode.data.pack import Tokens
 from mode.methods.anchored import Adaptation
-from mode.methods.base import Probe
-from mode.runs.prepare import Prepared
+from mode.methods.base import Probe, TokenWeights, Weighing
+from mode.runs.prepare import Prepared, prepare_run
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +76,7 @@ def fit(prepared: Prepared, model: nn.Module, tracker: Tracker, observe: Observe
         inspect=method.inspect,
         lr_scales=method.lr_scales(),
         anchor=make_anchor_term(run, batches, device),
+        weigh=make_token_weights(prepared, model, batches, steps),
         seed=run.seed,
         document_end=find_document_end(prepared, trained_on) if run.train.batch.intra_document_masking else None,
         row_kinds=(lambda step: np.array([row_kinds[name] for name in batches.domains(step)])) if row_kinds else None,
@@ -185,6 +186,42 @@ def make_anchor_term(run: Run, batches: Batches, device: torch.device) -> Anchor
         weight=method.anchor.weight,
         anchored=lambda step: np.array([name == source for name in batches.domains(step)]),
         reference=method.reference(backbone, device),
+    )
+
+
+def make_token_weights(prepared: Prepared, model: nn.Module, batches: Batches, steps: int) -> TokenWeights | None:
+    """Return the function that weighs the tokens of every step; None where all tokens count alike.
+
+    Args:
+        prepared: The run.
+        model: Its model, on the device.
+        batches: The rows of every step.
+        steps: Optimizer steps of its own stage.
+    """
+    import torch
+
+    from mode.ops.loss import score_tokens
+    from mode.train.precision import autocast, choose_precision
+
+    run, method, device = prepared.run, prepared.method, next(model.parameters()).device
+    precision = choose_precision(run.train, model)
+
+    def score(scored: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        was_training = scored.training
+        with torch.no_grad(), autocast(precision, device):
+            losses = score_tokens(scored.eval(), rows[:, :-1], rows[:, 1:]).nll.view_as(rows[:, 1:])
+        scored.train(was_training)
+        return losses
+
+    return method.weigh(
+        Weighing(
+            model=model,
+            steps=steps,
+            rows=lambda step: torch.from_numpy(batches.batch(step)).to(device),
+            score=score,
+            backbone=lambda: load_model(run.backbone).requires_grad_(False).eval().to(device),
+            needs=lambda: tuple(prepare_run(stage).folder for stage in method.needs(run)),
+        )
     )
 
 

@@ -78,7 +78,7 @@ def forecast(run: Run) -> Forecast | None:
 def count_training_flops(model: nn.Module, settings: Train) -> float:
     """Return the floating-point operations of training per token, counted by torch on one row of zeros.
 
-    0 if no parameter trains. The backbone's predictions on anchored rows are not included
+    0 if no parameter trains. The predictions that anchors and weights of tokens take are not included
     (`Method.anchoring_flops`). The state of random numbers is restored.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):

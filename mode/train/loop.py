@@ -37,6 +37,7 @@ from mode.train.objective import AnchorTerm, Objective
 from mode.train.optimizer import make_optimizer, schedule, set_learning_rates
 from mode.train.step_batch import StepBatch
 from mode.train.step_options import StepOptions
+from mode.train.token_weights import check_weighing, measure_share, weigh_tokens
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class TrainJob:
         seed: Seed of the run. A step's random numbers, such as those of dropout, depend on it and on the step alone.
         row_kinds: Returns the kind of every row of a step, (B,), for models that condition on it (`row_kinds`).
         document_end: Token that ends a document, where attention is masked across documents; else None.
+        weigh: Returns the weight of every token's cross-entropy, (B, S), from a step and its rows, (B, S + 1); None
+            where all tokens count alike.
     """
 
     settings: Train
@@ -70,6 +73,7 @@ class TrainJob:
     seed: int = 0
     row_kinds: Callable[[int], NDArray[np.int64]] | None = None
     document_end: int | None = None
+    weigh: Callable[[int, Tensor], Tensor] | None = None
 
     @property
     def curve(self) -> Path:
@@ -104,6 +108,7 @@ def train(model: nn.Module, batches: Batches, job: TrainJob) -> Trained:
     """
     settings, device = job.settings, next(model.parameters()).device
     layout = choose_layout(model, settings, device, anchored=job.anchor is not None)
+    check_weighing(settings, job.weigh)
     checkpoint, step, seconds, curve = resume(model, job)
     tokens = job.steps * settings.batch.size * settings.sequence_length
     if step >= job.steps:  # the run was interrupted after its last step; nothing is wrapped, so the model stays whole
@@ -124,6 +129,7 @@ def train(model: nn.Module, batches: Batches, job: TrainJob) -> Trained:
         while step < job.steps:
             set_learning_rates(optimizer, schedule(step, job.steps, settings))
             batch = read_batch(batches, job, step).map(layout.select_rows).to(device)
+            batch = weigh_tokens(batch, step, job.weigh)
             torch.manual_seed(layout.derive_seed((job.seed << 32) + step))
             with options, layout.enter_step():
                 loss, states = run_step(objective, batch, settings.batch.gradient_accumulation_steps, layout.slots)
@@ -149,6 +155,7 @@ def train(model: nn.Module, batches: Batches, job: TrainJob) -> Trained:
                 "loss": mean_loss,
                 "accuracy": measure_accuracy(model, states, last_micro_batch, layout.select_loss_rows),
                 "lr": job.lr * schedule(step - 1, job.steps, settings),
+                **measure_share(batch),
                 **job.inspect(model),
             }
             if validating:

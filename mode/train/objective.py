@@ -1,4 +1,4 @@
-"""The objective of a training step: cross-entropy, with the divergence from the backbone on anchored rows.
+"""The objective of a training step: cross-entropy, with weights of tokens or the divergence on anchored rows.
 
 Shapes: B rows, S tokens per row, d hidden size, V vocabulary size.
 """
@@ -25,6 +25,7 @@ from mode.ops.loss import (
     find_softcap,
     sum_auxiliary,
 )
+from mode.ops.weighted_loss import compute_weighted_loss
 from mode.train.precision import autocast, choose_precision
 from mode.train.step_batch import StepBatch
 
@@ -102,7 +103,11 @@ class Objective(nn.Module):
             if self.document_end is not None:
                 options = {"position_ids": compute_positions(tokens[:, :-1], self.document_end)}
             states = compute_hidden_states(model, tokens[:, :-1], **options)
-        if anchor is None or batch.anchored is None:
+        if batch.weights is not None:
+            loss = compute_weighted_loss(
+                states, find_head(model), tokens[:, 1:], batch.weights, find_softcap(model), self.precision
+            )
+        elif anchor is None or batch.anchored is None:
             targets = self.select_loss_rows(tokens[:, 1:])
             loss = compute_next_token_loss(states, find_head(model), targets, find_softcap(model), self.precision)
         else:

@@ -20,21 +20,23 @@ class StepBatch:
         anchored: Whether a row trains the divergence from the backbone instead of the cross-entropy, (B,), boolean.
             Always in CPU memory, since it decides which computations run. None without an anchor.
         row_kinds: Kind of every row, (B,), for models that condition on it. None for the others.
+        weights: Weight of every token's cross-entropy, (B, S). None where all tokens count alike.
     """
 
     tokens: Tensor
     anchored: Tensor | None = None
     row_kinds: Tensor | None = None
+    weights: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> StepBatch:
         """Return a batch with a function applied to every tensor."""
-        anchored, row_kinds = (None if each is None else function(each) for each in (self.anchored, self.row_kinds))
-        return StepBatch(function(self.tokens), anchored, row_kinds)
+        others = (self.anchored, self.row_kinds, self.weights)
+        return StepBatch(function(self.tokens), *(None if each is None else function(each) for each in others))
 
     def to(self, device: torch.device) -> StepBatch:
         """Return the batch on a device, without waiting for the copy; `anchored` stays in CPU memory."""
-        row_kinds = None if self.row_kinds is None else send(self.row_kinds, device)
-        return StepBatch(send(self.tokens, device), self.anchored, row_kinds)
+        row_kinds, weights = (None if each is None else send(each, device) for each in (self.row_kinds, self.weights))
+        return StepBatch(send(self.tokens, device), self.anchored, row_kinds, weights)
 
     def split(self, count: int) -> list[StepBatch]:
         """Return the micro-batches of a step, in order.
@@ -44,6 +46,6 @@ class StepBatch:
         """
         tokens = self.tokens.chunk(count)
         missing = [None] * len(tokens)
-        anchored = missing if self.anchored is None else self.anchored.chunk(count)
-        row_kinds = missing if self.row_kinds is None else self.row_kinds.chunk(count)
-        return [StepBatch(*parts) for parts in zip(tokens, anchored, row_kinds, strict=True)]
+        others = (self.anchored, self.row_kinds, self.weights)
+        parts = (missing if each is None else each.chunk(count) for each in others)
+        return [StepBatch(*part) for part in zip(tokens, *parts, strict=True)]

@@ -70,6 +70,9 @@ METHODS: dict[str, tuple[str, ...]] = {
     "upcycling, all experts": ("method=upcycling", "method.router.top_k=null", "method.router.renormalize=true"),
     "btm average": ("method=btm", "method.combine=average"),
     "backbone": ("method=backbone",),
+    "flow": ("method=flow",),
+    "stm": ("method=stm",),
+    "rho-1": ("method=rho-1",),
 }
 QUICK = ("sft", "lora attention", "mode 2", "mixlora", "moelora")
 
