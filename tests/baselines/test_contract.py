@@ -36,8 +36,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "upcycling-sampled": ("method=upcycling", *SAMPLED),
     "btx-sampled": ("method=btx", *SAMPLED),
     "flex-olmo-tuned": ("method=flex-olmo", "method.tune_router=true"),
-    "flex-olmo-embeddings": ("method=flex-olmo", "method.expert.shared=embeddings"),
-    "flex-olmo-expert-embeddings": ("method=flex-olmo-expert", "method.shared=embeddings"),
     "flex-olmo-expert-all": ("method=flex-olmo-expert", "method.shared=all"),
     "upcycling-top-p": ("method=upcycling", "method.router.top_k=null", "method.router.top_p=0.4"),
     **{name: (f"method={name}",) for name in list_members("method") if name != "pretrain"},
