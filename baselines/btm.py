@@ -76,8 +76,8 @@ class BTM(Method):
     def needs(self, run: Run) -> tuple[Run, ...]:
         """Return one run of full fine-tuning per target, or one on the mix of all targets."""
         if self.branch_data == "mix":
-            return (stage_on_targets(run, build_method(self.branch)),)
-        return stages_by_domain(run, build_method(self.branch), run.targets, trains=False)
+            return (stage_on_targets(run, build_method(self.branch, "method.branch")),)
+        return stages_by_domain(run, build_method(self.branch, "method.branch"), run.targets, trains=False)
 
     def steps(self, run: Run) -> int:
         """Return 0: only the earlier stages train."""

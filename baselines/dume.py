@@ -62,7 +62,7 @@ class DUME(Method):
 
     def needs(self, run: Run) -> tuple[Run, ...]:
         """Return one run of fine-tuning per target."""
-        return stages_by_domain(run, build_method(self.branch), run.targets, trains=False)
+        return stages_by_domain(run, build_method(self.branch, "method.branch"), run.targets, trains=False)
 
     def steps(self, run: Run) -> int:
         """Return 0: only the earlier stages train."""

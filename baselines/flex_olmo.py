@@ -154,7 +154,7 @@ class FlexOlmo(Method):
 
     def needs(self, run: Run) -> tuple[Run, ...]:
         """Return one run of an expert per target."""
-        return stages_by_domain(run, build_method(self.expert), run.targets, trains=self.tune_router)
+        return stages_by_domain(run, build_method(self.expert, "method.expert"), run.targets, trains=self.tune_router)
 
     def steps(self, run: Run) -> int:
         """Return the steps of the routers' training: 0 without `tune_router`."""
@@ -176,7 +176,7 @@ class FlexOlmo(Method):
         from mode.gating.router import AnchoredRouter
         from mode.moe.feed_forward import insert_feed_forward_banks
 
-        if not isinstance(build_method(self.expert), Expert):
+        if not isinstance(build_method(self.expert, "method.expert"), Expert):
             raise ConfigError(f"method.expert._target_={self.expert['_target_']}: not {Expert.recorded_as}")
         model = material.backbone().requires_grad_(False)
         states = [load_run_tensors(folder / WEIGHTS, folder.name) for folder in material.needs]

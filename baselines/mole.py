@@ -58,7 +58,7 @@ class MoLE(ParameterMatched):
     @property
     def expert(self) -> Any:
         """Method of the experts."""
-        return build_method(self.experts)
+        return build_method(self.experts, "method.experts")
 
     def at(self, rank: int) -> Self:
         """Return the method with experts of another rank."""

@@ -135,7 +135,7 @@ class RhoOne(WeightedTuning):
         """Return the run that trains the reference model: on half the steps, unless the budget is for every stage."""
         if run.budget.shares_steps or run.budget.policy == "compute":
             run = replace_settings(run, train=replace_settings(run.train, steps=run.train.steps // 2))
-        return (stage_on_targets(run, build_method(self.reference)),)
+        return (stage_on_targets(run, build_method(self.reference, "method.reference")),)
 
     def effective(self, run: Run) -> Budget:
         """Return the simplest budget with the same result: that of a method with several stages."""

@@ -47,7 +47,7 @@ class WiSEFT(Method):
 
     def needs(self, run: Run) -> tuple[Run, ...]:
         """Return the run that fine-tunes on all targets, with the steps of this run."""
-        return (stage_on_targets(run, build_method(self.tuned)),)
+        return (stage_on_targets(run, build_method(self.tuned, "method.tuned")),)
 
     def steps(self, run: Run) -> int:
         """Return 0: only the fine-tuning trains."""

@@ -91,15 +91,19 @@ def build_domain(name: str, settings: Mapping[str, Any] | ConfigError) -> Domain
     return domain
 
 
-def build_method(node: Mapping[str, Any]) -> MethodSettings:
+def build_method(node: Mapping[str, Any], place: str = "method") -> MethodSettings:
     """Return a method from its YAML. Only classes of this project and registered classes are imported.
+
+    Args:
+        node: The settings, with `_target_`.
+        place: Dotted name of the settings, for messages.
 
     Raises:
         ConfigError: `_target_` is missing, not registered or not a method, or a setting is wrong.
     """
     settings = dict(node)
     cls = find_method(str(settings.pop("_target_", "")))
-    method: MethodSettings = validate(cls, settings, "method")
+    method: MethodSettings = validate(cls, settings, place)
     return method
 
 

@@ -68,7 +68,7 @@ class Mixture(Adaptation):
 
     def needs(self, run: Run) -> tuple[Run, ...]:
         """Return one run of that method per target."""
-        return stages_by_domain(run, build_method(self.branch), run.targets)
+        return stages_by_domain(run, build_method(self.branch, "method.branch"), run.targets)
 
     def branches(self, run: Run) -> tuple[str, ...]:
         """Return the names of the models that become the experts."""

@@ -132,3 +132,13 @@ def test_old_text_is_what_training_reads_beside_the_targets(
 ) -> None:
     method: Any = (run := compose([*world.overrides, *overrides], world.conf)).method
     assert method.old_text(run) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "stage"),
+    [("btm", "branch"), ("wise-ft", "tuned"), ("mole", "experts"), ("flex-olmo", "expert"), ("rho-1", "reference")],
+)
+def test_a_wrong_setting_of_an_earlier_stage_is_named_in_full(method: str, stage: str) -> None:
+    with refused(f"method.{stage}.lr=-1"):
+        run = compose([f"method={method}", f"method.{stage}.lr=-1"])
+        run.method.needs(run)
