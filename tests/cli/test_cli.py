@@ -331,6 +331,7 @@ def test_show_lists_the_projects_and_ones_own(own: World, group: str) -> None:
     assert {"domain": "prose", "backbone": "pico", "table": "mine"}[group] in names
 
 
+@pytest.mark.slow
 def test_show_methods_has_a_row_for_the_projects_and_ones_own(own: World) -> None:
     shutil.copy(conf_dirs()[0] / "method" / "sft.yaml", own.conf / "method" / "mine.yaml")
     (own.conf / "method" / "broken.yaml").write_text("lr: [", "utf-8")
